@@ -1,0 +1,136 @@
+"""Meta-gradients of the inner solution by the implicit function theorem, whatever path led there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnedopt import tree
+from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective
+from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape, detach, require_count
+from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
+from learnedopt.objective import MetaObjective
+from learnedopt.systems import OptimalitySystem, StepMapSystem, System, require_solution_moves
+from learnedopt.tree import Theta
+
+InnerSolver = Callable[[InnerLoop, Theta, Carry, int], Carry]
+
+
+class ConvergenceWarning(UserWarning):
+    """The inner problem was not solved, so its implicit gradient is that of another point."""
+
+
+@dataclass(frozen=True)
+class Implicit(MetaGradient):
+    """The gradient of the inner problem's solution (iMAML, Rajeswaran et al. 2019; Bai et al. 2019 for fixed points).
+
+    Where the rule has a regularizer the solution satisfies ``grad(loss + regularizer) = 0``, and with H its Hessian the
+    meta-gradient is ``-u^T d grad(loss + regularizer)/d theta`` with ``H u = d objective/d params``. Otherwise it is the
+    fixed point of the step map ``z -> Phi(z, theta)`` on ``z = (params, state)``, and the meta-gradient is
+    ``u^T d Phi/d theta`` with ``(I - dPhi/dz)^T u = (d objective/d params, 0)``. ``Neumann`` without a step size always
+    takes the step map, which has the same solution. Both are taken on the train batch of the last step.
+
+    Memory does not grow with ``num_steps`` nor with the solver's iterations (GMRES: one vector each).
+
+    Args:
+        num_steps: inner steps.
+        solver: ``ConjugateGradient``, ``Neumann`` or ``GMRES``; conjugate gradient refuses a non-symmetric system.
+        inner: solves the inner problem, ``(loop, theta, carry, num_steps) -> Carry``; it need not be differentiable.
+            By default the rule's own steps.
+        tolerance: relative stationarity above which a ``ConvergenceWarning`` is given.
+
+    ``info`` holds the worst over tasks of ``residual`` (of the linear system, relative), ``iterations`` and
+    ``stationarity``: the norm of grad(loss + regularizer) against its two terms', or the last step's length against the
+    first's.
+
+    Raises:
+        ValueError: the objective reads the losses along the way; a meta-parameter does not move the solution, as a
+            learning rate does not; the step map counts its steps and so has no fixed point; the system is not symmetric
+            under conjugate gradient.
+    """
+
+    num_steps: int
+    solver: LinearSolver = field(default_factory=lambda: ConjugateGradient(10))
+    inner: InnerSolver | None = None
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps)
+        if not isinstance(self.solver, LinearSolver):
+            raise TypeError(f"solver={self.solver!r} is no LinearSolver; pass ConjugateGradient(10), Neumann(10) or GMRES(50)")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance={self.tolerance!r} is a relative stationarity and must be positive")
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+        """Solve the inner problem without a graph, then one linear system per task."""
+        leaves, fixed = as_leaves(theta), tree.detach(theta)
+        begun = loop.begin(fixed, carry)
+        system_type = OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
+        check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
+        require_solution_moves(loop, fixed, begun, system_type)
+
+        num_tasks = tree.size(begun.params)
+        total, sums, reports, curves = torch.zeros(()), {}, [], []
+        for chunk in loop.split(detach(begun)):
+            weight = tree.size(chunk.params) / num_tasks
+            end, losses = self._solve_inner(loop, fixed, chunk)
+            system = system_type(loop, leaves, chunk, end)
+            value, grads, solution = self._differentiate(loop, leaves, objective, chunk, losses, system)
+            if system_type is StepMapSystem:
+                system.refuse_noise(grads, solution.x)
+            for k, g in grads.items():
+                sums[k] = sums[k] + weight * g if k in sums else weight * g
+            total = total + weight * value
+            reports.append((solution.residual, solution.iterations, system.stationarity()))
+            curves.append(weight * losses.mean(1))
+        residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
+        info = {"residual": residual, "iterations": int(iterations), "stationarity": stationarity, "losses": torch.stack(curves).sum(0)}
+        self._warn(info)
+        return MetaGrad(total, sums, None, info)
+
+    def _solve_inner(self, loop: InnerLoop, theta: Theta, chunk: Carry) -> tuple[Carry, Tensor]:
+        if self.inner is None:
+            rollout = loop.run(theta, chunk, self.num_steps, Tape.NONE)
+            return rollout.end, rollout.losses
+        end = detach(self.inner(loop, theta, chunk, self.num_steps))
+        # The path is the solver's own affair: its curve is what can be seen from outside, the loss before and after.
+        return end, torch.stack([loop.losses(c, "train").detach() for c in (chunk, end)])
+
+    def _differentiate(
+        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, start: Carry, losses: Tensor, system: System
+    ) -> tuple[Tensor, Theta, Solution]:
+        with torch.enable_grad():
+            params = {k: p.detach().requires_grad_() for k, p in system.end.params.items()}
+            end = system.end._replace(params=params)
+            value, _ = call_objective(objective, loop, leaves, Rollout(start, end, losses))
+            wanted = [*params.values(), *leaves.values()]
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        pulls = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+        rhs = system.right_hand_side(pulls[: len(params)])
+        if self.solver.needs_symmetry and "symmetric" not in loop.vetted:
+            skew = float(asymmetry(system.operator, rhs).max())
+            if skew > torch.finfo(rhs.dtype).eps ** 0.5:
+                raise ValueError(
+                    f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and <b, M a> "
+                    f"differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
+                )
+            loop.vetted["symmetric"] = True
+        # The objective is a mean over the chunk's tasks, so the systems' right-hand sides carry that factor already.
+        solution = self.solver.solve(system.operator, rhs)
+        direct = pulls[len(params) :]
+        return value.detach(), {k: d + g for (k, g), d in zip(system.pull_back(solution.x).items(), direct, strict=True)}, solution
+
+    def _warn(self, info: dict[str, Any]) -> None:
+        if not info["stationarity"] <= self.tolerance:
+            warnings.warn(
+                f"the inner problem has not converged after {self.num_steps} steps: stationarity {info['stationarity']:.1e} "
+                f"(tolerance {self.tolerance:.0e}), linear residual {info['residual']:.1e} after {info['iterations']} "
+                "iterations; the implicit meta-gradient is inexact by about as much. Take more inner steps or a larger rate",
+                ConvergenceWarning,
+                stacklevel=3,
+            )

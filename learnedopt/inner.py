@@ -1,0 +1,315 @@
+"""The inner loop: an update rule trains the optimizees of a batch of tasks, with or without a graph to theta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt import tree
+from learnedopt.rule import State, UpdateRule
+from learnedopt.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.tree import Params, Theta
+
+
+class Tape(Enum):
+    """How much of the inner loop is recorded for back-propagation to theta.
+
+    ``NONE`` records nothing. ``FIRST_ORDER`` lets gradients and losses enter the rule detached, so that no second
+    derivative of the optimizee is taken (Andrychowicz et al. 2016, "drop the dashed edges"); parameters and states
+    keep their graph. ``FULL`` records everything.
+    """
+
+    NONE = "none"
+    FIRST_ORDER = "first-order"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How tasks are run; it changes speed and memory, never the result.
+
+    Args:
+        chunk_size: tasks run together. 1 is a plain autograd loop over tasks, n > 1 runs chunks of n under
+            ``torch.func.vmap`` (any number at or above ``num_tasks`` means all at once). Default: 1 on a CPU, where
+            many sets of weights fall out of the cache, and all at once on a GPU, where small tasks are launch-bound.
+        device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
+        dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
+    """
+
+    chunk_size: int | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
+            raise ValueError(f"chunk_size={self.chunk_size!r} is not a positive number of tasks; use 1 for one at a time")
+
+
+class Carry(NamedTuple):
+    """Where the inner loop stands, without a graph between runs: all trees batched.
+
+    ``state`` is None on a fresh carry, before the rule's ``init``; ``step`` counts inner steps from the start.
+    """
+
+    tasks: Tasks
+    params: Params
+    state: State | None = None
+    step: int = 0
+
+
+class Rollout(NamedTuple):
+    """A piece of the inner loop; ``losses`` (num_steps, num_tasks) are the train losses before each update."""
+
+    start: Carry
+    end: Carry
+    losses: Tensor
+
+
+class Lane(NamedTuple):
+    """How a chunk of tasks is executed: one task as it is, or several under vmap."""
+
+    num_tasks: int
+
+    def enter(self, batched: tree.Tree) -> tree.Tree:
+        """Bring a batched tree into the lane."""
+        return tree.squeeze(batched) if self.num_tasks == 1 else batched
+
+    def leave(self, inside: tree.Tree) -> tree.Tree:
+        """Bring a tree out of the lane, batched again."""
+        return tree.unsqueeze(inside) if self.num_tasks == 1 else inside
+
+    def call(self, fn: Callable[..., Any], shared: tuple[tree.Tree, ...], *each: tree.Tree) -> Any:
+        """Call ``fn(*shared, *each)``, a function of ONE task, on what the lane holds."""
+        if self.num_tasks == 1:
+            return fn(*shared, *each)
+        in_dims = (None,) * len(shared) + (0,) * len(each)
+        return torch.func.vmap(fn, in_dims=in_dims)(*shared, *each)
+
+
+class InnerLoop:
+    """A family's optimizees trained by an update rule.
+
+    Args:
+        family: what is trained.
+        rule: how one step moves.
+        execution: how tasks are run; see ``Execution``.
+
+    Example:
+        >>> loop = InnerLoop(learnedopt.tasks.make("quadratic"), learnedopt.optimizers.make("sgd", lr=0.01))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> theta = loop.rule.init_theta(generator)
+        >>> carry = loop.start(loop.family.sample(8, generator))
+        >>> rollout = loop.run(theta, carry, num_steps=100, tape=Tape.NONE)
+        >>> rollout.losses.shape
+        torch.Size([100, 8])
+    """
+
+    def __init__(self, family: TaskFamily, rule: UpdateRule, execution: Execution = Execution()) -> None:  # noqa: B008
+        self.family, self.rule, self.execution = family, rule, execution
+        self.vetted: dict[Any, Any] = {}  # what was already checked once, so that checks cost nothing after the first run
+
+    def start(self, tasks: Tasks) -> Carry:
+        """Return a fresh carry at the family's own starting points."""
+        num_tasks = tree.size(tasks)
+        tasks = tree.to(tree.detach(tasks), self.execution.device, None)
+        params = tree.to(tree.detach(self.family.init_params(tasks)), self.execution.device, self.execution.dtype)
+        if not isinstance(params, dict) or not params or tree.size(params) != num_tasks:
+            raise ValueError(
+                f"{type(self.family).__name__}.init_params must return a dict of tensors with a leading dimension of "
+                f"{num_tasks} tasks, got {_shapes(params)}"
+            )
+        return Carry(tasks, params)
+
+    def begin(self, theta: Theta, carry: Carry) -> Carry:
+        """Apply the rule's ``init`` to a fresh carry; a begun one is returned as it is.
+
+        Raises:
+            ValueError: theta belongs to another rule or shape; the family's loss is not scalar, not finite at the
+                start, or does not depend on the parameters.
+        """
+        self._vet_theta(theta)
+        if carry.state is not None:
+            return carry
+        params, state = self.over_tasks(self._init, (theta,), carry.params)
+        if params.keys() != carry.params.keys() or any(params[k].shape != p.shape for k, p in carry.params.items()):
+            raise ValueError(
+                f"the rule starts from parameters {_shapes(params)}, the family's are {_shapes(carry.params)} (leading "
+                "dimension: tasks); build the rule with a template of this family"
+            )
+        begun = carry._replace(params=params, state=state)
+        self._vet_family(begun)
+        return begun
+
+    def run(self, theta: Theta, carry: Carry, num_steps: int, tape: Tape = Tape.FULL) -> Rollout:
+        """Take ``num_steps`` inner steps and return the rollout, recorded as ``tape`` says.
+
+        A fresh carry is begun first. Under ``Tape.NONE`` nothing returned has a graph.
+        """
+        require_count("num_steps", num_steps)
+        carry = self.begin(tree.detach(theta) if tape is Tape.NONE else theta, carry)
+        pieces = [self._run_chunk(theta, chunk, num_steps, tape) for chunk in self.split(carry)]
+        params, state = tree.concatenate([piece[:2] for piece in pieces])
+        start = detach(carry) if tape is Tape.NONE else carry
+        end = Carry(carry.tasks, params, state, carry.step + num_steps)
+        return Rollout(start, end, torch.cat([piece[2] for piece in pieces], dim=1))
+
+    def losses(self, carry: Carry, split: Split) -> Tensor:
+        """Return each task's loss (num_tasks,) at a begun carry on its step's batch of ``split``."""
+        return self._evaluate(self.family.loss, carry, split)
+
+    def outputs(self, carry: Carry, split: Split) -> Tensor:
+        """Return each task's model outputs (num_tasks, ...) at a begun carry on its step's batch of ``split``."""
+        return self._evaluate(self.family.outputs, carry, split)
+
+    def metrics(self, carry: Carry, split: Split) -> dict[str, Tensor]:
+        """Return the family's metrics, each (num_tasks,), at a begun carry on its step's batch of ``split``."""
+        return self._evaluate(self.family.metrics, carry, split)
+
+    def split(self, carry: Carry) -> list[Carry]:
+        """Cut a carry into the chunks of tasks that are run together."""
+        return [narrow(carry, *bounds) for bounds in self._bounds(carry.params)]
+
+    def over_tasks(self, fn: Callable[..., Any], shared: tuple[tree.Tree, ...], *batched: tree.Tree) -> Any:
+        """Call ``fn(*shared, *each)``, a function of ONE task, on batched trees; its results come back batched."""
+        results = []
+        for start, stop in self._bounds(batched[0]):
+            lane = Lane(stop - start)
+            results.append(lane.leave(lane.call(fn, shared, *[lane.enter(tree.narrow(x, start, stop)) for x in batched])))
+        return tree.concatenate(results)
+
+    def _bounds(self, batched: tree.Tree) -> list[tuple[int, int]]:
+        num_tasks = tree.size(batched)
+        chunk_size = self.execution.chunk_size or (num_tasks if tree.leaves(batched)[0].is_cuda else 1)
+        return [(i, min(i + chunk_size, num_tasks)) for i in range(0, num_tasks, chunk_size)]
+
+    def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
+        """Return the family's batch on the execution's device and in its dtype."""
+        return tree.to(self.family.batch(tasks, step, split), self.execution.device, self.execution.dtype)
+
+    def _init(self, theta: Theta, params: Params) -> tuple[Params, State]:
+        params, state = self.rule.init(theta, params)
+        return params, () if state is None else state  # None marks a carry that has not begun
+
+    def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
+        if carry.state is None:
+            raise ValueError("the carry has not begun: pass it through loop.begin(theta, carry), which applies the rule's init")
+        results = []
+        for chunk in self.split(carry):
+            lane = Lane(tree.size(chunk.params))
+            batch = self.batch(chunk.tasks, chunk.step, split)
+            results.append(lane.leave(lane.call(fn, (), lane.enter(chunk.params), lane.enter(batch))))
+        return tree.concatenate(results)
+
+    def _run_chunk(self, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> tuple[Params, State, Tensor]:
+        lane = Lane(tree.size(carry.params))
+        params, state = lane.enter(carry.params), lane.enter(carry.state)
+        if tape is Tape.NONE:
+            theta, params, state = tree.detach(theta), tree.detach(params), tree.detach(state)
+        losses = []
+        for step in range(carry.step, carry.step + num_steps):
+            batch = lane.enter(self.batch(carry.tasks, step, "train"))
+            loss, grads, params = self.gradient(lane, theta, params, batch, tape)
+            with torch.set_grad_enabled(tape is not Tape.NONE):
+                params, state = self.move(lane, theta, grads, state, params, loss.detach() if tape is Tape.FIRST_ORDER else loss)
+            losses.append(lane.leave(loss))
+        like = tree.leaves(carry.params)[0]
+        stacked = torch.stack(losses) if losses else like.new_empty(0, like.shape[0])
+        return lane.leave(params), lane.leave(state), stacked
+
+    def gradient(
+        self, lane: Lane, theta: Theta, params: Params, batch: Batch, tape: Tape
+    ) -> tuple[Tensor, Params, Params]:
+        """Return the train loss, the gradient of loss plus regularizer, and the parameters that both refer to."""
+        with torch.enable_grad():
+            # Parameters without a graph become leaves: the gradient is taken with respect to what the loss has read.
+            params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+            loss = total = lane.call(self.family.loss, (), params, batch)
+            if self.rule.has_regularizer:
+                total = total + lane.call(self.rule.regularizer, (theta,), params)
+            # Tasks do not interact, so the gradient of the sum holds each task's own gradient.
+            grads = torch.autograd.grad(
+                total.sum(),
+                tuple(params.values()),
+                create_graph=tape is Tape.FULL,
+                retain_graph=tape is not Tape.NONE,
+                materialize_grads=True,
+            )
+        return loss if tape is not Tape.NONE else loss.detach(), dict(zip(params, grads, strict=True)), params
+
+    def move(
+        self, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+    ) -> tuple[Params, State]:
+        """Apply one update of the rule: return the new parameters and state."""
+        deltas, state = lane.call(self.rule.update, (theta,), grads, state, params, loss)
+        if deltas.keys() != params.keys():
+            raise ValueError(
+                f"{type(self.rule).__name__}.update must return one delta per parameter: expected {sorted(params)}, got "
+                f"{sorted(deltas)}"
+            )
+        return {k: p + deltas[k] for k, p in params.items()}, () if state is None else state
+
+    def _vet_theta(self, theta: Theta) -> None:
+        if "theta" not in self.vetted:
+            self.vetted["theta"] = {k: v.shape for k, v in self.rule.init_theta(torch.Generator().manual_seed(0)).items()}
+        expected = self.vetted["theta"]
+        if {k: v.shape for k, v in theta.items()} != expected:
+            raise ValueError(
+                f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got {_shapes(theta)}; "
+                "take it from the rule's init_theta, or load it together with its rule"
+            )
+
+    def _vet_family(self, begun: Carry) -> None:
+        """Check the loss once, by one forward pass, before the first inner step."""
+        if "family" in self.vetted:
+            return
+        name, num_tasks = type(self.family).__name__, tree.size(begun.params)
+        batch = self.batch(begun.tasks, begun.step, "train")
+        if tree.size(batch) != num_tasks:
+            raise ValueError(f"{name}.batch must return a leading dimension of {num_tasks} tasks, got {tree.size(batch)}")
+        with torch.enable_grad():
+            params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
+            losses = self.over_tasks(self.family.loss, (), params, batch)
+        if not isinstance(losses, Tensor) or losses.shape != (num_tasks,):
+            shape = tuple(losses.shape[1:]) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"{name}.loss must return a scalar for one task, got shape {shape}; reduce it with mean() or sum()")
+        if not losses.isfinite().all():
+            raise ValueError(
+                f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check the data and the initialisation"
+            )
+        found = [None] if not losses.requires_grad else torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
+        if all(g is None for g in found):
+            raise ValueError(f"{name}.loss does not depend on the parameters {sorted(params)}: there is nothing to train")
+        self.vetted["family"] = True
+
+
+def narrow(carry: Carry, start: int, stop: int) -> Carry:
+    """Return tasks ``start`` to ``stop - 1`` of a carry."""
+    tasks, params, state = tree.narrow((carry.tasks, carry.params, carry.state or ()), start, stop)
+    return Carry(tasks, params, None if carry.state is None else state, carry.step)
+
+
+def join(carries: list[Carry]) -> Carry:
+    """Put chunks of tasks, all at the same step, together again."""
+    return Carry(*tree.concatenate([carry[:3] for carry in carries]), carries[0].step)
+
+
+def detach(carry: Carry) -> Carry:
+    """Cut a carry from the autograd graph."""
+    return Carry(*tree.detach((carry.tasks, carry.params)), None if carry.state is None else tree.detach(carry.state), carry.step)
+
+
+def require_count(name: str, value: int, least: int = 0) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not a count; pass an integer of at least {least}")
+
+
+def _shapes(tensors: Any) -> Any:
+    if not isinstance(tensors, dict):
+        return type(tensors).__name__
+    return {k: tuple(getattr(v, "shape", v)) if not isinstance(v, (int, float)) else v for k, v in tensors.items()}

@@ -1,0 +1,195 @@
+"""Iterative solvers for the linear systems of implicit differentiation.
+
+A system is given as a function on matrices (num_tasks, dim) that applies each task's own operator to its own row; rows
+never mix, and every task has step sizes and residuals of its own. Iteration counts are fixed in advance and finished
+tasks are masked, so that nothing waits for a value on the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt.inner import require_count
+
+Operator = Callable[[Tensor], Tensor]
+
+
+class Solution(NamedTuple):
+    """``x`` (num_tasks, dim), the relative residual ``|b - A x| / |b|`` (num_tasks,), and iterations (num_tasks,)."""
+
+    x: Tensor
+    residual: Tensor
+    iterations: Tensor
+
+
+class LinearSolver(ABC):
+    """Solves ``A x = b`` for every task."""
+
+    needs_symmetry: bool = False
+    """Whether the method is only right for a symmetric operator."""
+    on_step_map: bool = False
+    """Whether the method needs the operator in the form ``I - M`` of a step map, whose powers of M it sums."""
+
+    @abstractmethod
+    def solve(self, operator: Operator, rhs: Tensor) -> Solution:
+        """Return the solution for the right-hand sides ``rhs`` (num_tasks, dim)."""
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(LinearSolver):
+    """Conjugate gradient (Hestenes and Stiefel 1952) from zero, for symmetric positive definite operators.
+
+    In exact arithmetic it ends after as many iterations as the operator has distinct eigenvalues.
+
+    Args:
+        num_iterations: at most so many; a task stops earlier where its residual reaches round-off.
+        damping: solves ``(A + damping I) x = b``, which trades bias for conditioning. The residual reported is that of
+            the damped system.
+    """
+
+    num_iterations: int
+    damping: float = 0.0
+
+    needs_symmetry = True
+
+    def __post_init__(self) -> None:
+        require_count("num_iterations", self.num_iterations, least=1)
+        if not self.damping >= 0:
+            raise ValueError(f"damping={self.damping!r} must not be negative: it would make the operator less definite")
+
+    def solve(self, operator: Operator, rhs: Tensor) -> Solution:
+        """Iterate on all tasks together, each with its own coefficients."""
+        x, r, p = torch.zeros_like(rhs), rhs, rhs
+        rr = _dot(r, r)
+        floor = (torch.finfo(rhs.dtype).eps ** 2) * rr
+        iterations = torch.zeros_like(rr)
+        for _ in range(self.num_iterations):
+            active = rr > floor
+            if not active.any():
+                break
+            ap = operator(p) + self.damping * p
+            pap = _dot(p, ap)
+            # Finished tasks divide by one instead of by a vanished number, and do not move.
+            alpha = torch.where(active, rr / torch.where(active, pap, 1.0), 0.0)
+            x, r = x + alpha[:, None] * p, r - alpha[:, None] * ap
+            new_rr = _dot(r, r)
+            p = r + torch.where(active, new_rr / torch.where(active, rr, 1.0), 0.0)[:, None] * p
+            rr, iterations = new_rr, iterations + active
+        damped = operator(x) + self.damping * x
+        return Solution(x, _relative(rhs - damped, rhs), iterations)
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """Truncated Neumann series ``sum_{k<K} M^k b`` for ``(I - M) x = b`` (Lorraine et al. 2020, with M the step map).
+
+    It converges where M contracts. On a quadratic, K terms equal back-propagation through the last K steps.
+
+    Args:
+        num_terms: K, at least 1.
+        step_size: sums the series for ``M = I - step_size A``, times ``step_size``, on any operator ``A``; by default
+            the operator is the rule's own step map.
+    """
+
+    num_terms: int
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        require_count("num_terms", self.num_terms, least=1)
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size={self.step_size!r} must be positive: it takes the place of an inner learning rate")
+
+    @property
+    def on_step_map(self) -> bool:  # type: ignore[override]
+        """Without a step size of its own the series runs over the rule's steps."""
+        return self.step_size is None
+
+    def solve(self, operator: Operator, rhs: Tensor) -> Solution:
+        """Sum the terms."""
+        scale = 1.0 if self.step_size is None else self.step_size
+        term = total = rhs * scale
+        for _ in range(self.num_terms - 1):
+            term = term - scale * operator(term)
+            total = total + term
+        iterations = torch.full((rhs.shape[0],), float(self.num_terms), dtype=rhs.dtype, device=rhs.device)
+        return Solution(total, _relative(rhs - operator(total), rhs), iterations)
+
+
+@dataclass(frozen=True)
+class GMRES(LinearSolver):
+    """Generalised minimal residual (Saad and Schultz 1986) without restarts, for any non-singular operator.
+
+    Args:
+        num_iterations: at most so many; memory holds one vector per iteration and task.
+        tolerance: relative residual at which it stops once every task is below it.
+    """
+
+    num_iterations: int = 50
+    tolerance: float = 1e-12
+
+    def __post_init__(self) -> None:
+        require_count("num_iterations", self.num_iterations, least=1)
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance={self.tolerance!r} is a relative residual and cannot be negative")
+
+    def solve(self, operator: Operator, rhs: Tensor) -> Solution:
+        """Build one Arnoldi basis a task, and minimise the residual over it."""
+        num_tasks, dim = rhs.shape
+        norm = rhs.norm(dim=1)
+        steps = min(self.num_iterations, dim)
+        basis = [_safe_divide(rhs, norm)]
+        hessenberg = rhs.new_zeros(num_tasks, steps + 1, steps)
+        x, residual, iterations = torch.zeros_like(rhs), torch.ones_like(norm), torch.zeros_like(norm)
+        for j in range(steps):
+            w = operator(basis[j])
+            for _ in range(2):  # a second pass keeps the basis orthogonal to round-off
+                for i, q in enumerate(basis):
+                    h = _dot(q, w)
+                    hessenberg[:, i, j] += h
+                    w = w - h[:, None] * q
+            length = w.norm(dim=1)
+            # Where the basis is complete, what is left is round-off: end it there instead of normalising noise.
+            length = torch.where(length > 1e2 * torch.finfo(rhs.dtype).eps * hessenberg[:, :, j].norm(dim=1), length, 0.0)
+            hessenberg[:, j + 1, j] = length
+            basis.append(_safe_divide(w, length))
+            target = rhs.new_zeros(num_tasks, j + 2)
+            target[:, 0] = norm
+            h_j = hessenberg[:, : j + 2, : j + 1]
+            y = (torch.linalg.pinv(h_j) @ target[:, :, None]).squeeze(-1)
+            left = _safe_scalar((target - (h_j @ y[:, :, None]).squeeze(-1)).norm(dim=1), norm)
+            iterations = iterations + (residual > self.tolerance)
+            x, residual = torch.einsum("jnd,nj->nd", torch.stack(basis[: j + 1]), y), left
+            if not (residual > self.tolerance).any():
+                break
+        return Solution(x, _relative(rhs - operator(x), rhs), iterations)
+
+
+def asymmetry(operator: Operator, like: Tensor) -> Tensor:
+    """Return ``|<a, M b> - <b, M a>|`` relative to its terms (num_tasks,), for one random pair of vectors."""
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    a, b = (torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device) for _ in range(2))
+    ma, mb = operator(a), operator(b)
+    return (_dot(a, mb) - _dot(b, ma)).abs() / (a.norm(dim=1) * mb.norm(dim=1) + b.norm(dim=1) * ma.norm(dim=1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1)
+
+
+def _relative(residual: Tensor, rhs: Tensor) -> Tensor:
+    return _safe_scalar(residual.norm(dim=1), rhs.norm(dim=1))
+
+
+def _safe_scalar(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, and 0 where b is 0: a zero right-hand side is solved by zero."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+
+
+def _safe_divide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b[:, None] > 0, a / torch.where(b > 0, b, 1.0)[:, None], 0.0)

@@ -1,0 +1,62 @@
+"""How one inner step moves: update rules as pure functions of their meta-parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from learnedopt.tree import Params, Theta
+
+State: TypeAlias = Any
+"""A rule's memory: a named tuple or dict of tensors and of dicts keyed as the parameters; ``()`` for none."""
+
+
+class UpdateRule(ABC):
+    """How one inner step moves, with the meta-parameters ``theta`` passed in explicitly.
+
+    All methods but ``init_theta`` see ONE task, are pure, and must work under ``torch.func.vmap``. A rule that counts
+    steps counts them in a tensor of its state.
+
+    Example:
+        >>> class SignDescent(UpdateRule):
+        ...     coordinatewise = True
+        ...     def init_theta(self, generator):
+        ...         return {"log_lr": torch.tensor(-3.0)}
+        ...     def init(self, theta, params):
+        ...         return params, ()
+        ...     def update(self, theta, grads, state, params, loss):
+        ...         return {k: -theta["log_lr"].exp() * g.sign() for k, g in grads.items()}, state
+    """
+
+    coordinatewise: bool = False
+    """``update`` commutes with permuting coordinates."""
+
+    @abstractmethod
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Draw the meta-parameters that meta-training starts from."""
+
+    @abstractmethod
+    def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
+        """Return where the inner loop starts (``params``, or a learned start out of ``theta``) and the first state."""
+
+    @abstractmethod
+    def update(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+    ) -> tuple[Params, State]:
+        """Return what to ADD to ``params``, and the new state.
+
+        ``grads`` is the gradient of the train loss (plus ``regularizer``, where there is one) at ``params``, ``loss``
+        the scalar train loss there.
+        """
+
+    def regularizer(self, theta: Theta, params: Params) -> Tensor:
+        """Return a scalar, such as a proximal term, whose gradient is added to the loss's."""
+        raise NotImplementedError(f"{type(self).__name__} has no regularizer")
+
+    @property
+    def has_regularizer(self) -> bool:
+        """Whether ``regularizer`` is defined; a wrapper answers for the rule that it wraps."""
+        return type(self).regularizer is not UpdateRule.regularizer

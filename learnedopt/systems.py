@@ -1,0 +1,218 @@
+"""The two linear systems of implicit differentiation: the optimality condition's, and the step map's.
+
+Each is built once at the inner solution, with one retained graph from which every product is taken.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from learnedopt import tree
+from learnedopt.inner import Carry, InnerLoop, Lane, Tape
+from learnedopt.tree import Theta
+
+
+class System(ABC):
+    """``A u = rhs`` at a chunk's inner solution ``end``, and the way from ``u`` to a gradient of theta."""
+
+    end: Carry
+
+    @abstractmethod
+    def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
+        """Record the graph at ``end``; ``theta`` must be leaves."""
+
+    @abstractmethod
+    def right_hand_side(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """Return (num_tasks, dim) for cotangents of the parameters, each (num_tasks, ...)."""
+
+    @abstractmethod
+    def operator(self, rows: Tensor) -> Tensor:
+        """Apply each task's operator to its row of ``rows`` (num_tasks, dim)."""
+
+    @abstractmethod
+    def pull_back(self, solution: Tensor) -> Theta:
+        """Return the gradient of theta, summed over the chunk's tasks, for the system's solution."""
+
+    @abstractmethod
+    def stationarity(self) -> Tensor:
+        """Return how far each task (num_tasks,) is from its solution; dimensionless, 0 at the solution."""
+
+
+class OptimalitySystem(System):
+    """``grad(loss + regularizer) = 0``: the operator is the Hessian, symmetric."""
+
+    def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
+        """Record the gradient's graph."""
+        self.end, self.theta = end, theta
+        lane = Lane(tree.size(end.params))
+        batch = lane.enter(_last_batch(loop, start, end))
+        with torch.enable_grad():
+            self.params = [p.detach().requires_grad_() for p in end.params.values()]
+            params = lane.enter(dict(zip(end.params, self.params, strict=True)))
+            loss = lane.call(loop.family.loss, (), params, batch).sum()
+            term = lane.call(loop.rule.regularizer, (theta,), params).sum()
+            self.loss_grads = torch.autograd.grad(loss, self.params, create_graph=True, materialize_grads=True)
+            self.term_grads = torch.autograd.grad(term, self.params, create_graph=True, materialize_grads=True)
+            self.grads = [a + b for a, b in zip(self.loss_grads, self.term_grads, strict=True)]
+
+    def right_hand_side(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """Return the cotangents as they are."""
+        return tree.ravel(cotangents)
+
+    def operator(self, rows: Tensor) -> Tensor:
+        """Return Hessian-vector products, by reverse over reverse."""
+        return tree.ravel(self._pull(rows, self.params))
+
+    def pull_back(self, solution: Tensor) -> Theta:
+        """Return ``-u^T d grad / d theta``."""
+        return dict(zip(self.theta, self._pull(-solution, list(self.theta.values())), strict=True))
+
+    def _pull(self, rows: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        cotangents = tree.unravel(rows, self.params)
+        return torch.autograd.grad(self.grads, wanted, cotangents, retain_graph=True, materialize_grads=True)
+
+    def stationarity(self) -> Tensor:
+        """Return ``|grad(loss + regularizer)| / (|grad loss| + |grad regularizer|)``."""
+        total, loss, term = (tree.ravel(g).detach().norm(dim=1) for g in (self.grads, self.loss_grads, self.term_grads))
+        return torch.where(total > 0, total / torch.where(total > 0, loss + term, 1.0), 0.0)
+
+
+class StepMapSystem(System):
+    """``z = Phi(z, theta)`` on ``z = (params, floating-point state)``: the operator is ``(I - dPhi/dz)^T``."""
+
+    def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
+        """Record one step's graph at the end, and measure the first step for scale."""
+        self.end, self.theta = end, theta
+        self.num_params = len(end.params)
+        self.z, self.image = _step(loop, theta, start, end)
+        z, image = _step(loop, theta, start, start)
+        self.first_step = (tree.ravel(image) - tree.ravel(z)).detach().norm(dim=1)
+        self.last_step = (tree.ravel(self.image) - tree.ravel(self.z)).detach().norm(dim=1)
+
+    def right_hand_side(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """Return the cotangents, with zeros for the state."""
+        return tree.ravel([*cotangents, *[torch.zeros_like(x) for x in self.z[self.num_params :]]])
+
+    def operator(self, rows: Tensor) -> Tensor:
+        """Return ``(I - dPhi/dz)^T`` times each row."""
+        return rows - tree.ravel(self._pull(rows, self.z))
+
+    def pull_back(self, solution: Tensor) -> Theta:
+        """Return ``u^T d Phi / d theta``."""
+        return dict(zip(self.theta, self._pull(solution, list(self.theta.values())), strict=True))
+
+    def _pull(self, rows: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        pairs = [(y, c) for y, c in zip(self.image, tree.unravel(rows, self.z), strict=True) if y.requires_grad]
+        images, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(images, wanted, cotangents, retain_graph=True, materialize_grads=True)
+
+    def stationarity(self) -> Tensor:
+        """Return the length of a step at the end against that of the first."""
+        noise = torch.finfo(self.last_step.dtype).eps * tree.ravel(self.z).detach().norm(dim=1)
+        moving = self.last_step > noise
+        return torch.where(moving, self.last_step / torch.where(moving, torch.maximum(self.first_step, noise), 1.0), 0.0)
+
+    def refuse_noise(self, grads: Theta, solution: Tensor) -> None:
+        """Raise ValueError for a meta-parameter whose gradient is within the stationarity error of zero.
+
+        A relative change of theta moves the image by about as much as a step still does: then ``u`` times that step
+        bounds what the gradient can mean.
+        """
+        bound = 10 * float((solution.norm(dim=1) * self.last_step).sum())
+        noise = {k: float((self.theta[k].detach().norm() * g.norm())) for k, g in grads.items()}
+        still = sorted(k for k, v in noise.items() if v <= bound and float(self.theta[k].detach().norm()) > 0)
+        if still:
+            raise ValueError(_does_not_move(still, "its implicit gradient is within the stationarity error of zero"))
+
+
+def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: type[System]) -> None:
+    """Check once, before the inner run, that every meta-parameter can move the solution, and that there is one.
+
+    Raises:
+        ValueError: a meta-parameter structurally does not move the solution; the step map depends on a counter.
+    """
+    key = ("moves", system)
+    if key in loop.vetted:
+        return
+    lane = Lane(1)
+    params, state = (tree.detach(lane.enter(tree.narrow(x, 0, 1))) for x in (begun.params, begun.state))
+    if system is StepMapSystem:
+        _refuse_counter(loop, theta, params, state)
+    leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
+    with torch.enable_grad():
+        moved = _random_like(params, 0)
+        params = {k: (p + moved[k]).requires_grad_() for k, p in params.items()}
+        if system is OptimalitySystem:
+            term = loop.rule.regularizer(leaves, params)
+            outputs = list(torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True))
+        else:
+            zeros = {k: torch.zeros_like(p) for k, p in params.items()}
+            grads = zeros
+            if loop.rule.has_regularizer:
+                term = loop.rule.regularizer(leaves, params)
+                pulls = torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True)
+                grads = dict(zip(params, pulls, strict=True))
+            image = loop.move(lane, leaves, grads, state, params, next(iter(zeros.values())).new_zeros(()))
+            outputs = [x for x in tree.leaves(image) if x.is_floating_point()]
+        directions = _random_like(dict(enumerate(outputs)), 1).values()
+        total = sum(((x * d).sum() for x, d in zip(outputs, directions, strict=True) if x.requires_grad), torch.zeros(()))
+        if isinstance(total, Tensor) and total.requires_grad:
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        else:
+            found = (None,) * len(leaves)
+    still = sorted(k for k, g in zip(leaves, found, strict=True) if g is None or not g.any())
+    if still:
+        raise ValueError(_does_not_move(still, "the update at zero gradient does not depend on it"))
+    loop.vetted[key] = True
+
+
+def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: tree.Tree) -> None:
+    """Refuse a state that goes on by the same amount at every update, though nothing moves: a counter."""
+    lane, zeros, seen = Lane(1), {k: torch.zeros_like(p) for k, p in params.items()}, [tree.leaves(state)]
+    with torch.no_grad():
+        for _ in range(2):
+            _, state = loop.move(lane, theta, zeros, state, params, next(iter(zeros.values())).new_zeros(()))
+            seen.append(tree.leaves(state))
+    for before, between, after in zip(*seen, strict=True):
+        step = between - before
+        if step.any() and torch.equal(after - between, step):
+            raise ValueError(
+                f"{type(loop.rule).__name__} counts its steps, and a step that depends on a counter has no fixed point to "
+                "differentiate; give the rule a regularizer, so that the optimality condition defines the solution, or "
+                "use an unrolled estimator"
+            )
+
+
+def _does_not_move(names: Sequence[str], why: str) -> str:
+    return (
+        f"the meta-parameters {list(names)} do not move the solution of the inner problem ({why}), so an implicit "
+        "meta-gradient of them is zero; fix them, or use an unrolled estimator, which sees the path"
+    )
+
+
+def _random_like(tensors: dict, seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for k, x in tensors.items()}
+
+
+def _last_batch(loop: InnerLoop, start: Carry, end: Carry) -> tree.Tree:
+    """Return the train batch that the last step saw: the one that the solution is a solution of."""
+    return loop.batch(end.tasks, max(end.step - 1, start.step), "train")
+
+
+def _step(loop: InnerLoop, theta: Theta, start: Carry, at: Carry) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ``z`` as leaves and ``Phi(z, theta)`` with its graph, each (num_tasks, ...), without integer states."""
+    lane = Lane(tree.size(at.params))
+    with torch.enable_grad():
+        flat, rebuild = tree.flatten((at.params, at.state))
+        flat = [x.detach().requires_grad_(x.is_floating_point()) for x in flat]
+        params, state = lane.enter(rebuild(flat))
+        batch = lane.enter(_last_batch(loop, start, at))
+        loss, grads, params = loop.gradient(lane, theta, params, batch, Tape.FULL)
+        image = tree.leaves(lane.leave(loop.move(lane, theta, grads, state, params, loss)))
+    kept = [i for i, x in enumerate(flat) if x.is_floating_point()]
+    return [flat[i] for i in kept], [image[i] for i in kept]

@@ -1,0 +1,102 @@
+"""Trees of tensors: dicts, tuples and named tuples whose leaves are tensors.
+
+Everything that flows through the engine (parameters, rule states, batches, descriptions of tasks) is such a tree. A
+*batched* tree has a leading dimension of size ``num_tasks`` on every leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Params: TypeAlias = dict[str, Tensor]
+"""The optimizee's parameters by name."""
+Theta: TypeAlias = dict[str, Tensor]
+"""The meta-parameters of an update rule by name."""
+Tree: TypeAlias = Any
+"""Nested dicts, lists, tuples and named tuples with tensors as leaves."""
+
+
+def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``fn`` to corresponding leaves and return a tree of the same structure."""
+    return pytree.tree_map(fn, tree, *rest)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Return the leaves in a fixed order (dicts in insertion order)."""
+    return pytree.tree_leaves(tree)
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
+    """Return the leaves and the function that puts as many new ones back into the same structure."""
+    flat, spec = pytree.tree_flatten(tree)
+    return flat, lambda new: pytree.tree_unflatten(list(new), spec)
+
+
+def detach(tree: Tree) -> Tree:
+    """Cut every leaf from the autograd graph; values are shared, not copied."""
+    return tree_map(lambda x: x.detach(), tree)
+
+
+def size(tree: Tree) -> int:
+    """Return ``num_tasks``, the common leading dimension of a batched tree.
+
+    Raises:
+        ValueError: there is no leaf, a leaf is not a tensor, or leading dimensions differ.
+    """
+    found = leaves(tree)
+    if not found or not all(isinstance(x, Tensor) for x in found):
+        raise ValueError(
+            f"a batched tree needs tensors as leaves, got {[type(x).__name__ for x in found] or 'no leaf at all'}; "
+            "describe each task by at least one tensor (its seed, say) with a leading dimension of num_tasks"
+        )
+    sizes = {x.shape[0] if x.ndim else None for x in found}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"the leaves of a batched tree must share one leading dimension, got shapes {[tuple(x.shape) for x in found]}"
+        )
+    return int(found[0].shape[0])
+
+
+def narrow(tree: Tree, start: int, stop: int) -> Tree:
+    """Return tasks ``start`` to ``stop - 1`` of a batched tree (views)."""
+    return tree_map(lambda x: x[start:stop], tree)
+
+
+def concatenate(trees: Sequence[Tree]) -> Tree:
+    """Join batched trees along their leading dimension."""
+    if len(trees) == 1:
+        return trees[0]
+    return tree_map(lambda *xs: torch.cat(xs), trees[0], *trees[1:])
+
+
+def squeeze(tree: Tree) -> Tree:
+    """Drop the leading dimension of a batched tree of one task (views)."""
+    return tree_map(lambda x: x.squeeze(0), tree)
+
+
+def unsqueeze(tree: Tree) -> Tree:
+    """Give a single task's tree its leading dimension of size one (views)."""
+    return tree_map(lambda x: x.unsqueeze(0), tree)
+
+
+def to(tree: Tree, device: torch.device | str | None, dtype: torch.dtype | None) -> Tree:
+    """Move every leaf to ``device`` and floating-point leaves to ``dtype``; None leaves as it is."""
+    if device is None and dtype is None:
+        return tree
+    return tree_map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None), tree)
+
+
+def ravel(tensors: Sequence[Tensor]) -> Tensor:
+    """Join batched tensors, each (num_tasks, ...), into one matrix (num_tasks, dim)."""
+    return torch.cat([x.reshape(x.shape[0], -1) for x in tensors], dim=1)
+
+
+def unravel(matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a matrix (num_tasks, dim) into tensors shaped as ``like``; the inverse of ``ravel``."""
+    pieces = matrix.split([x[0].numel() for x in like], dim=1)
+    return [piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True)]

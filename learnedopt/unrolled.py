@@ -1,0 +1,242 @@
+"""Meta-gradients by back-propagation through the inner loop: whole, in windows, or through its last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from learnedopt import inner, tree
+from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, check_paths, no_path
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, require_count
+from learnedopt.objective import MetaObjective
+from learnedopt.tree import Theta
+
+Unroll = Callable[[Theta, Carry], Rollout]
+
+
+def back_propagate(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, unroll: Unroll, zero: list[str]
+) -> tuple[MetaGrad, bool]:
+    """Differentiate the objective through ``unroll``, chunk by chunk of tasks so that only one chunk's graph is held.
+
+    Returns the estimate with the carry to go on from, and whether the objective named that carry itself. The names in
+    ``zero`` are known to enter through a start that lies behind this window: their gradient is zero, as ``info`` says.
+    """
+    leaves = as_leaves(theta)
+    num_tasks = tree.size(carry.params)
+    total, sums, ends, curves, named = None, {}, [], [], False
+    for chunk in loop.split(carry):
+        weight = tree.size(chunk.params) / num_tasks
+        with torch.enable_grad():
+            rollout = unroll(leaves, chunk)
+            value, onward = call_objective(objective, loop, leaves, rollout)
+            value = value * weight
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        grads = dict(zip(leaves, found, strict=True))
+        lost = sorted(k for k, g in grads.items() if g is None and k not in zero)
+        if lost:
+            raise ValueError(no_path(lost, f"the objective {getattr(objective, '__name__', type(objective).__name__)}"))
+        for k, g in grads.items():
+            g = torch.zeros_like(theta[k]) if g is None else g
+            sums[k] = sums[k] + g if k in sums else g
+        total = value.detach() if total is None else total + value.detach()
+        named = onward is not None
+        ends.append(inner.detach(onward if onward is not None else rollout.end))
+        curves.append(weight * rollout.losses.detach().mean(1))
+    info: dict[str, Any] = {"losses": torch.stack(curves).sum(0)}
+    if zero:
+        info["zero_gradient"] = zero
+    return MetaGrad(total, sums, inner.join(ends), info), named
+
+
+@dataclass(frozen=True)
+class Unrolled(MetaGradient):
+    """The exact gradient through ``num_steps`` inner steps (Maclaurin et al. 2015; MAML, Finn et al. 2017).
+
+    Args:
+        num_steps: inner steps; 0 leaves the start alone.
+        tape: what is recorded; ``Tape.FIRST_ORDER`` drops the optimizee's second derivatives.
+        segment: recompute in pieces of so many steps: only the pieces' ends are stored, and each piece is run again
+            on the way back (Chen et al. 2016). Memory grows with num_steps / segment states and segment steps of graph;
+            segment = sqrt(num_steps) is the least. None stores everything.
+
+    The carry is None after the estimate, for the episode is over, unless the objective names one that training goes on
+    from. A learned start always begins a new episode, since going on would leave it without a gradient.
+    """
+
+    num_steps: int
+    tape: Tape = Tape.FULL
+    segment: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps)
+        require_recording(self.tape)
+        if self.segment is not None:
+            require_count("segment", self.segment, least=1)
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+        """Run ``num_steps`` steps, and back-propagate through all of them."""
+        loop.begin(tree.detach(theta), carry)
+        check_objective(loop, theta, objective, carry, self.num_steps)
+        zero = check_paths(loop, theta, carry, self.num_steps, self.tape)
+
+        def unroll(leaves: Theta, chunk: Carry) -> Rollout:
+            if self.segment is None:
+                return loop.run(leaves, chunk, self.num_steps, self.tape)
+            return run_in_segments(loop, leaves, chunk, self.num_steps, self.tape, self.segment)
+
+        estimate, named = back_propagate(loop, theta, objective, carry, unroll, zero)
+        goes_on = named and not has_learned_start(loop, theta, carry)
+        return estimate if goes_on else estimate._replace(carry=None)
+
+
+def FirstOrder(num_steps: int) -> Unrolled:  # noqa: N802 - named as the estimators beside it
+    """First-order MAML and its kin: ``Unrolled(num_steps, tape=Tape.FIRST_ORDER)``."""
+    return Unrolled(num_steps, tape=Tape.FIRST_ORDER)
+
+
+@dataclass(frozen=True)
+class Truncated(MetaGradient):
+    """Back-propagation in windows of an episode (Andrychowicz et al. 2016, section 2.1; Werbos 1990).
+
+    Each estimate covers one window; parameters and states go on into the next, detached.
+
+    Args:
+        num_steps: length of a window.
+        horizon: length of an episode, a multiple of ``num_steps``; the carry is None when it is reached.
+        tape: what is recorded.
+    """
+
+    num_steps: int
+    horizon: int
+    tape: Tape = Tape.FIRST_ORDER
+
+    def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps, least=1)
+        require_count("horizon", self.horizon, least=1)
+        require_recording(self.tape)
+        if self.horizon % self.num_steps:
+            raise ValueError(
+                f"horizon={self.horizon} is not a multiple of the window num_steps={self.num_steps}: the last window "
+                f"would be cut short; use {self.horizon - self.horizon % self.num_steps or self.num_steps} or "
+                f"{self.horizon + self.num_steps - self.horizon % self.num_steps}"
+            )
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+        """Run one window from where the carry stands."""
+        loop.begin(tree.detach(theta), carry)
+        check_objective(loop, theta, objective, carry, self.num_steps)
+        zero = check_paths(loop, theta, carry, self.num_steps, self.tape)
+        estimate, _ = back_propagate(
+            loop, theta, objective, carry, lambda leaves, chunk: loop.run(leaves, chunk, self.num_steps, self.tape), zero
+        )
+        over = estimate.carry is None or estimate.carry.step >= self.horizon
+        return estimate._replace(carry=None) if over else estimate
+
+
+@dataclass(frozen=True)
+class TruncatedBackprop(MetaGradient):
+    """K-RMD: run ``num_steps`` steps, back-propagate through the last ``num_backward_steps`` (Shaban et al. 2019).
+
+    A learned start lies before the recorded steps, so it gets no gradient unless the rule also pulls towards it.
+    """
+
+    num_steps: int
+    num_backward_steps: int
+
+    def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps)
+        require_count("num_backward_steps", self.num_backward_steps)
+        if self.num_backward_steps > self.num_steps:
+            raise ValueError(
+                f"num_backward_steps={self.num_backward_steps} exceeds num_steps={self.num_steps}: there are not so many "
+                "steps to go back through; Unrolled(num_steps) goes through all of them"
+            )
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+        """Run all steps, the last ones recorded with the full tape."""
+        loop.begin(tree.detach(theta), carry)
+        check_objective(loop, theta, objective, carry, self.num_steps)
+        ahead = self.num_steps - self.num_backward_steps
+        zero = check_paths(loop, theta, carry, self.num_backward_steps, Tape.FULL, from_start=ahead == 0)
+
+        def unroll(leaves: Theta, chunk: Carry) -> Rollout:
+            if ahead == 0:
+                return loop.run(leaves, chunk, self.num_steps, Tape.FULL)
+            first = loop.run(leaves, chunk, ahead, Tape.NONE)
+            last = loop.run(leaves, first.end, self.num_backward_steps, Tape.FULL)
+            return Rollout(first.start, last.end, torch.cat([first.losses, last.losses]))
+
+        estimate, named = back_propagate(loop, theta, objective, carry, unroll, zero)
+        goes_on = named and not has_learned_start(loop, theta, carry)
+        return estimate if goes_on else estimate._replace(carry=None)
+
+
+def run_in_segments(
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int
+) -> Rollout:
+    """Equal ``loop.run`` in values and gradients, but store only where each segment begins."""
+    start = here = loop.begin(theta, carry)
+    losses = []
+    for taken in range(0, num_steps, segment):
+        piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape)
+        here = piece.end
+        losses.append(piece.losses)
+    return Rollout(start, here, torch.cat(losses) if losses else loop.run(theta, start, 0, tape).losses)
+
+
+def _recomputed(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:
+    inputs, rebuild = tree.flatten((theta, carry.params, carry.state))
+
+    def run(tensors: Any, tape: Tape) -> tuple[Rollout, list[torch.Tensor]]:
+        theta, params, state = rebuild(tensors)
+        rollout = loop.run(theta, Carry(carry.tasks, params, state, carry.step), num_steps, tape)
+        return rollout, tree.leaves((rollout.end.params, rollout.end.state, rollout.losses))
+
+    def forward(tensors: Any) -> list[torch.Tensor]:
+        return run(tensors, Tape.NONE)[1]
+
+    outputs = _Segment.apply(forward, lambda tensors: run(tensors, tape)[1], *inputs)
+    _, restore = tree.flatten((carry.params, carry.state, None))
+    params, state, losses = restore(outputs)
+    return Rollout(carry, Carry(carry.tasks, params, state, carry.step + num_steps), losses)
+
+
+class _Segment(torch.autograd.Function):
+    """Run a segment without a graph; run it again, recorded, when its cotangents arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Any, recorded: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        ctx.recorded = recorded
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        outputs = tuple(forward(inputs))
+        ctx.mark_non_differentiable(*[x for x in outputs if not x.is_floating_point()])
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = ctx.recorded(inputs)
+        pairs = [(y, c) for y, c in zip(outputs, cotangents, strict=True) if c is not None and y.requires_grad]
+        wanted = [x for x in inputs if x.requires_grad]
+        outputs, cotangents = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True))
+        return (None, None, *[next(found) if x.requires_grad else None for x in inputs])
+
+
+def require_recording(tape: Tape) -> None:
+    """Raise ValueError for ``Tape.NONE``, through which nothing can be differentiated."""
+    if tape is not Tape.FULL and tape is not Tape.FIRST_ORDER:
+        raise ValueError(f"tape={tape!r} records nothing to back-propagate through; use Tape.FULL or Tape.FIRST_ORDER")
+
+
+def has_learned_start(loop: InnerLoop, theta: Theta, carry: Carry) -> bool:
+    """Whether the rule's ``init`` puts part of theta into the starting parameters."""
+    params, _ = loop.rule.init(as_leaves(theta), {k: p[0] for k, p in carry.params.items()})
+    return any(p.requires_grad for p in params.values())
