@@ -93,7 +93,7 @@ def check_objective(
         for picks in ([first, last], [first], [last]):
             part = tree.concatenate([tree.narrow((begun.tasks, begun.params, begun.state), *pick) for pick in picks])
             part_losses = torch.cat([losses[:, slice(*pick)] for pick in picks], dim=1)
-            stand_in = Carry(*part, begun.step)
+            stand_in = Carry(part[0], part[1], part[2], begun.step)
             rollout = Rollout(stand_in, stand_in._replace(step=begun.step + num_steps), part_losses)
             value_of[len(value_of)] = call_objective(objective, loop, theta, rollout)[0]
     both, mean = value_of[0].detach(), 0.5 * (value_of[1] + value_of[2]).detach()
@@ -103,7 +103,8 @@ def check_objective(
             f"{float(value_of[1]):.6g} and {float(value_of[2]):.6g}; take the mean over the tasks' dimension"
         )
     if end_only and value_of[0].requires_grad:
-        if torch.autograd.grad(value_of[0], losses, allow_unused=True)[0] is not None:
+        along = torch.autograd.grad(value_of[0], losses, allow_unused=True)[0]
+        if along is not None:
             raise ValueError(_reads_path(name))
     loop.vetted[key] = objective  # held, so that its id stays its own
 
@@ -145,8 +146,8 @@ def check_paths(
 def no_path(names: Sequence[str], how: str) -> str:
     """Return the message for meta-parameters that cannot reach the objective."""
     return (
-        f"the meta-parameters {list(names)} have no path to the objective through {how}, so their meta-gradient would be "
-        "a silent zero; take more steps, choose another tape or estimator, or fix them instead of learning them"
+        f"the meta-parameters {list(names)} have no path to the objective through {how}, so their meta-gradient would "
+        "be a silent zero; take more steps, choose another tape or estimator, or fix them instead of learning them"
     )
 
 

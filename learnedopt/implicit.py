@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learnedopt import tree
 from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective
-from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape, detach, require_count
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, require_count
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.objective import MetaObjective
 from learnedopt.systems import OptimalitySystem, StepMapSystem, System, require_solution_moves
@@ -30,8 +30,8 @@ class Implicit(MetaGradient):
     """The gradient of the inner problem's solution (iMAML, Rajeswaran et al. 2019; Bai et al. 2019 for fixed points).
 
     Where the rule has a regularizer the solution satisfies ``grad(loss + regularizer) = 0``, and with H its Hessian the
-    meta-gradient is ``-u^T d grad(loss + regularizer)/d theta`` with ``H u = d objective/d params``. Otherwise it is the
-    fixed point of the step map ``z -> Phi(z, theta)`` on ``z = (params, state)``, and the meta-gradient is
+    meta-gradient is ``-u^T d grad(loss + regularizer)/d theta`` with ``H u = d objective/d params``. Otherwise it is
+    the fixed point of the step map ``z -> Phi(z, theta)`` on ``z = (params, state)``, and the meta-gradient is
     ``u^T d Phi/d theta`` with ``(I - dPhi/dz)^T u = (d objective/d params, 0)``. ``Neumann`` without a step size always
     takes the step map, which has the same solution. Both are taken on the train batch of the last step.
 
@@ -62,7 +62,9 @@ class Implicit(MetaGradient):
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps)
         if not isinstance(self.solver, LinearSolver):
-            raise TypeError(f"solver={self.solver!r} is no LinearSolver; pass ConjugateGradient(10), Neumann(10) or GMRES(50)")
+            raise TypeError(
+                f"solver={self.solver!r} is no LinearSolver; pass ConjugateGradient(10), Neumann(10) or GMRES(50)"
+            )
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance!r} is a relative stationarity and must be positive")
 
@@ -81,15 +83,19 @@ class Implicit(MetaGradient):
             end, losses = self._solve_inner(loop, fixed, chunk)
             system = system_type(loop, leaves, chunk, end)
             value, grads, solution = self._differentiate(loop, leaves, objective, chunk, losses, system)
-            if system_type is StepMapSystem:
-                system.refuse_noise(grads, solution.x)
+            system.refuse_noise(grads, solution.x)
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
             curves.append(weight * losses.mean(1))
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
-        info = {"residual": residual, "iterations": int(iterations), "stationarity": stationarity, "losses": torch.stack(curves).sum(0)}
+        info = {
+            "residual": residual,
+            "iterations": int(iterations),
+            "stationarity": stationarity,
+            "losses": torch.stack(curves).sum(0),
+        }
         self._warn(info)
         return MetaGrad(total, sums, None, info)
 
@@ -116,21 +122,26 @@ class Implicit(MetaGradient):
             skew = float(asymmetry(system.operator, rhs).max())
             if skew > torch.finfo(rhs.dtype).eps ** 0.5:
                 raise ValueError(
-                    f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and <b, M a> "
-                    f"differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
+                    f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and "
+                    f"<b, M a> differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
                 )
             loop.vetted["symmetric"] = True
         # The objective is a mean over the chunk's tasks, so the systems' right-hand sides carry that factor already.
         solution = self.solver.solve(system.operator, rhs)
         direct = pulls[len(params) :]
-        return value.detach(), {k: d + g for (k, g), d in zip(system.pull_back(solution.x).items(), direct, strict=True)}, solution
+        return (
+            value.detach(),
+            {k: d + g for (k, g), d in zip(system.pull_back(solution.x).items(), direct, strict=True)},
+            solution,
+        )
 
     def _warn(self, info: dict[str, Any]) -> None:
         if not info["stationarity"] <= self.tolerance:
             warnings.warn(
-                f"the inner problem has not converged after {self.num_steps} steps: stationarity {info['stationarity']:.1e} "
-                f"(tolerance {self.tolerance:.0e}), linear residual {info['residual']:.1e} after {info['iterations']} "
-                "iterations; the implicit meta-gradient is inexact by about as much. Take more inner steps or a larger rate",
+                f"the inner problem has not converged after {self.num_steps} steps: stationarity "
+                f"{info['stationarity']:.1e} (tolerance {self.tolerance:.0e}), linear residual "
+                f"{info['residual']:.1e} after {info['iterations']} iterations; the implicit meta-gradient is inexact by about "
+                "as much. Take more steps",
                 ConvergenceWarning,
                 stacklevel=3,
             )

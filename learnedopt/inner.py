@@ -47,7 +47,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
-            raise ValueError(f"chunk_size={self.chunk_size!r} is not a positive number of tasks; use 1 for one at a time")
+            raise ValueError(
+                f"chunk_size={self.chunk_size!r} is not a positive number of tasks; use 1 for one at a time"
+            )
 
 
 class Carry(NamedTuple):
@@ -109,9 +111,11 @@ class InnerLoop:
         torch.Size([100, 8])
     """
 
-    def __init__(self, family: TaskFamily, rule: UpdateRule, execution: Execution = Execution()) -> None:  # noqa: B008
+    def __init__(self, family: TaskFamily, rule: UpdateRule, execution: Execution = Execution()) -> None:
         self.family, self.rule, self.execution = family, rule, execution
-        self.vetted: dict[Any, Any] = {}  # what was already checked once, so that checks cost nothing after the first run
+        self.vetted: dict[
+            Any, Any
+        ] = {}  # what was already checked once, so that checks cost nothing after the first run
 
     def start(self, tasks: Tasks) -> Carry:
         """Return a fresh carry at the family's own starting points."""
@@ -179,7 +183,9 @@ class InnerLoop:
         results = []
         for start, stop in self._bounds(batched[0]):
             lane = Lane(stop - start)
-            results.append(lane.leave(lane.call(fn, shared, *[lane.enter(tree.narrow(x, start, stop)) for x in batched])))
+            results.append(
+                lane.leave(lane.call(fn, shared, *[lane.enter(tree.narrow(x, start, stop)) for x in batched]))
+            )
         return tree.concatenate(results)
 
     def _bounds(self, batched: tree.Tree) -> list[tuple[int, int]]:
@@ -197,7 +203,9 @@ class InnerLoop:
 
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
         if carry.state is None:
-            raise ValueError("the carry has not begun: pass it through loop.begin(theta, carry), which applies the rule's init")
+            raise ValueError(
+                "the carry has not begun: pass it through loop.begin(theta, carry), which applies the rule's init"
+            )
         results = []
         for chunk in self.split(carry):
             lane = Lane(tree.size(chunk.params))
@@ -215,7 +223,9 @@ class InnerLoop:
             batch = lane.enter(self.batch(carry.tasks, step, "train"))
             loss, grads, params = self.gradient(lane, theta, params, batch, tape)
             with torch.set_grad_enabled(tape is not Tape.NONE):
-                params, state = self.move(lane, theta, grads, state, params, loss.detach() if tape is Tape.FIRST_ORDER else loss)
+                params, state = self.move(
+                    lane, theta, grads, state, params, loss.detach() if tape is Tape.FIRST_ORDER else loss
+                )
             losses.append(lane.leave(loss))
         like = tree.leaves(carry.params)[0]
         stacked = torch.stack(losses) if losses else like.new_empty(0, like.shape[0])
@@ -248,19 +258,21 @@ class InnerLoop:
         deltas, state = lane.call(self.rule.update, (theta,), grads, state, params, loss)
         if deltas.keys() != params.keys():
             raise ValueError(
-                f"{type(self.rule).__name__}.update must return one delta per parameter: expected {sorted(params)}, got "
-                f"{sorted(deltas)}"
+                f"{type(self.rule).__name__}.update must return one delta per parameter: expected {sorted(params)}, "
+                f"got {sorted(deltas)}"
             )
         return {k: p + deltas[k] for k, p in params.items()}, () if state is None else state
 
     def _vet_theta(self, theta: Theta) -> None:
         if "theta" not in self.vetted:
-            self.vetted["theta"] = {k: v.shape for k, v in self.rule.init_theta(torch.Generator().manual_seed(0)).items()}
+            self.vetted["theta"] = {
+                k: v.shape for k, v in self.rule.init_theta(torch.Generator().manual_seed(0)).items()
+            }
         expected = self.vetted["theta"]
         if {k: v.shape for k, v in theta.items()} != expected:
             raise ValueError(
-                f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got {_shapes(theta)}; "
-                "take it from the rule's init_theta, or load it together with its rule"
+                f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got "
+                f"{_shapes(theta)}; take it from the rule's init_theta, or load it together with its rule"
             )
 
     def _vet_family(self, begun: Carry) -> None:
@@ -270,20 +282,30 @@ class InnerLoop:
         name, num_tasks = type(self.family).__name__, tree.size(begun.params)
         batch = self.batch(begun.tasks, begun.step, "train")
         if tree.size(batch) != num_tasks:
-            raise ValueError(f"{name}.batch must return a leading dimension of {num_tasks} tasks, got {tree.size(batch)}")
+            raise ValueError(
+                f"{name}.batch must return a leading dimension of {num_tasks} tasks, got {tree.size(batch)}"
+            )
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
             losses = self.over_tasks(self.family.loss, (), params, batch)
         if not isinstance(losses, Tensor) or losses.shape != (num_tasks,):
             shape = tuple(losses.shape[1:]) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"{name}.loss must return a scalar for one task, got shape {shape}; reduce it with mean() or sum()")
+            raise ValueError(
+                f"{name}.loss must return a scalar for one task, got shape {shape}; reduce it with mean() or sum()"
+            )
         if not losses.isfinite().all():
             raise ValueError(
-                f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check the data and the initialisation"
+                f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check data and initialisation"
             )
-        found = [None] if not losses.requires_grad else torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
+        found = (
+            [None]
+            if not losses.requires_grad
+            else torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
+        )
         if all(g is None for g in found):
-            raise ValueError(f"{name}.loss does not depend on the parameters {sorted(params)}: there is nothing to train")
+            raise ValueError(
+                f"{name}.loss does not depend on the parameters {sorted(params)}: there is nothing to train"
+            )
         self.vetted["family"] = True
 
 
@@ -295,12 +317,14 @@ def narrow(carry: Carry, start: int, stop: int) -> Carry:
 
 def join(carries: list[Carry]) -> Carry:
     """Put chunks of tasks, all at the same step, together again."""
-    return Carry(*tree.concatenate([carry[:3] for carry in carries]), carries[0].step)
+    tasks, params, state = tree.concatenate([carry[:3] for carry in carries])
+    return Carry(tasks, params, state, carries[0].step)
 
 
 def detach(carry: Carry) -> Carry:
     """Cut a carry from the autograd graph."""
-    return Carry(*tree.detach((carry.tasks, carry.params)), None if carry.state is None else tree.detach(carry.state), carry.step)
+    state = None if carry.state is None else tree.detach(carry.state)
+    return Carry(tree.detach(carry.tasks), tree.detach(carry.params), state, carry.step)
 
 
 def require_count(name: str, value: int, least: int = 0) -> None:

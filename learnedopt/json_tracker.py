@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learnedopt.tracker import Metrics
+from learnedopt.files import write_atomically
+from learnedopt.tracker import Metrics, json_number, plain_json
 
 
 class JsonLinesTracker:
@@ -93,12 +92,8 @@ class JsonLinesTracker:
             at = _parse(self.path, number, line).get("step")
             if at is None or at <= step:
                 kept.append(line)
-        fresh = self.path.with_name(self.path.name + ".rewound")
-        with open(fresh, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
+        whole = b"".join(kept)
+        write_atomically(self.path, lambda partial: _write_bytes(partial, whole))
         if self._fd is not None:  # the open file is the replaced one
             os.close(self._fd)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -134,28 +129,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def plain_json(value: Any) -> Any:
-    """Return ``value`` as nested dicts and lists of what JSON can hold; non-finite floats and the rest as strings."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return _number(value) if isinstance(value, float) else str(value)
-
-
 def _number_or_curve(value: float | list[float]) -> Any:
-    return [_number(x) for x in value] if isinstance(value, list) else _number(value)
-
-
-def _number(value: float) -> int | float | str:
-    if isinstance(value, int):  # a count stays a count
-        return value
-    number = float(value)
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
 
 
 def _revive(value: int | float | str) -> int | float:
@@ -173,6 +148,10 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"line {number} of {path} is not a JSON object but {type(entry).__name__}; move the file away")
     return entry
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _mend_tail(path: Path) -> None:

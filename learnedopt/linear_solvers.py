@@ -103,7 +103,9 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         require_count("num_terms", self.num_terms, least=1)
         if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size!r} must be positive: it takes the place of an inner learning rate")
+            raise ValueError(
+                f"step_size={self.step_size!r} must be positive: it takes the place of an inner learning rate"
+            )
 
     @property
     def on_step_map(self) -> bool:  # type: ignore[override]
@@ -155,7 +157,9 @@ class GMRES(LinearSolver):
                     w = w - h[:, None] * q
             length = w.norm(dim=1)
             # Where the basis is complete, what is left is round-off: end it there instead of normalising noise.
-            length = torch.where(length > 1e2 * torch.finfo(rhs.dtype).eps * hessenberg[:, :, j].norm(dim=1), length, 0.0)
+            length = torch.where(
+                length > 1e2 * torch.finfo(rhs.dtype).eps * hessenberg[:, :, j].norm(dim=1), length, 0.0
+            )
             hessenberg[:, j + 1, j] = length
             basis.append(_safe_divide(w, length))
             target = rhs.new_zeros(num_tasks, j + 2)

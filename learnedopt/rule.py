@@ -43,9 +43,7 @@ class UpdateRule(ABC):
         """Return where the inner loop starts (``params``, or a learned start out of ``theta``) and the first state."""
 
     @abstractmethod
-    def update(
-        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
-    ) -> tuple[Params, State]:
+    def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Return what to ADD to ``params``, and the new state.
 
         ``grads`` is the gradient of the train loss (plus ``regularizer``, where there is one) at ``params``, ``loss``

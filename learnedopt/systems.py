@@ -41,6 +41,9 @@ class System(ABC):
     def stationarity(self) -> Tensor:
         """Return how far each task (num_tasks,) is from its solution; dimensionless, 0 at the solution."""
 
+    def refuse_noise(self, grads: Theta, solution: Tensor) -> None:  # noqa: B027 - most systems need not
+        """Raise ValueError for a meta-parameter whose gradient is within the stationarity error of zero."""
+
 
 class OptimalitySystem(System):
     """``grad(loss + regularizer) = 0``: the operator is the Hessian, symmetric."""
@@ -114,7 +117,9 @@ class StepMapSystem(System):
         """Return the length of a step at the end against that of the first."""
         noise = torch.finfo(self.last_step.dtype).eps * tree.ravel(self.z).detach().norm(dim=1)
         moving = self.last_step > noise
-        return torch.where(moving, self.last_step / torch.where(moving, torch.maximum(self.first_step, noise), 1.0), 0.0)
+        return torch.where(
+            moving, self.last_step / torch.where(moving, torch.maximum(self.first_step, noise), 1.0), 0.0
+        )
 
     def refuse_noise(self, grads: Theta, solution: Tensor) -> None:
         """Raise ValueError for a meta-parameter whose gradient is within the stationarity error of zero.
@@ -123,7 +128,7 @@ class StepMapSystem(System):
         bounds what the gradient can mean.
         """
         bound = 10 * float((solution.norm(dim=1) * self.last_step).sum())
-        noise = {k: float((self.theta[k].detach().norm() * g.norm())) for k, g in grads.items()}
+        noise = {k: float(self.theta[k].detach().norm() * g.norm()) for k, g in grads.items()}
         still = sorted(k for k, v in noise.items() if v <= bound and float(self.theta[k].detach().norm()) > 0)
         if still:
             raise ValueError(_does_not_move(still, "its implicit gradient is within the stationarity error of zero"))
@@ -159,7 +164,9 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
             image = loop.move(lane, leaves, grads, state, params, next(iter(zeros.values())).new_zeros(()))
             outputs = [x for x in tree.leaves(image) if x.is_floating_point()]
         directions = _random_like(dict(enumerate(outputs)), 1).values()
-        total = sum(((x * d).sum() for x, d in zip(outputs, directions, strict=True) if x.requires_grad), torch.zeros(()))
+        total = sum(
+            ((x * d).sum() for x, d in zip(outputs, directions, strict=True) if x.requires_grad), torch.zeros(())
+        )
         if isinstance(total, Tensor) and total.requires_grad:
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         else:
@@ -181,9 +188,9 @@ def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: t
         step = between - before
         if step.any() and torch.equal(after - between, step):
             raise ValueError(
-                f"{type(loop.rule).__name__} counts its steps, and a step that depends on a counter has no fixed point to "
-                "differentiate; give the rule a regularizer, so that the optimality condition defines the solution, or "
-                "use an unrolled estimator"
+                f"{type(loop.rule).__name__} counts its steps, and a step that depends on a counter has no fixed point "
+                "to differentiate; give the rule a regularizer, so that the optimality condition defines the "
+                "solution, or use an unrolled estimator"
             )
 
 

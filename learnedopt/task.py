@@ -46,7 +46,7 @@ class TaskFamily(ABC):
 
     @abstractmethod
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
-        """Return the data of inner step ``step``, batched; a pure function of its arguments, never called under vmap."""
+        """Return the data of inner step ``step``, batched; a pure function of its arguments, never under vmap."""
 
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:
@@ -55,7 +55,7 @@ class TaskFamily(ABC):
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """Return the model's logits or predictions for ONE task; needed by objectives that compare outputs."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no outputs; define outputs(params, batch) to compare models by their predictions"
+            f"{type(self).__name__} has no outputs; define outputs(params, batch) to compare models by predictions"
         )
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
@@ -131,7 +131,9 @@ def _refuse_impure(module: nn.Module) -> None:
     for name, part in module.named_modules():
         where = f"module {name or 'itself'!r} ({type(part).__name__})"
         if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
-            raise ValueError(f"{where} is active dropout: the loss would draw random numbers of its own; set p=0 or eval()")
+            raise ValueError(
+                f"{where} is active dropout: the loss would draw random numbers of its own; set p=0 or eval()"
+            )
         if getattr(part, "track_running_stats", False) and part.training:
             raise ValueError(
                 f"{where} updates running statistics, which a pure loss cannot; build it with track_running_stats=False"

@@ -1,8 +1,8 @@
 """Where the numbers of a meta-training go: trackers, what they share, and the console.
 
-A tracker only listens. Nothing that it does or fails to do may change a number or stop a training, so the trainer talks
-to one ``Trackers``, which keeps its sinks apart. ``learnedopt.json_tracker`` writes the record of a run; the console and
-W&B (``learnedopt.wandb_tracker``) are views of it.
+A tracker only listens. Nothing that it does or fails to do may change a number or stop a training, so the trainer
+talks to one ``Trackers``, which keeps its sinks apart. ``learnedopt.json_tracker`` writes the record of a run; the
+console and W&B (``learnedopt.wandb_tracker``) are views of it.
 
 Metrics that the trainer logs and the console knows: ``meta_loss``, ``validation``, ``grad_norm``, ``step_ms``
 (milliseconds per meta-step) and ``skipped`` (meta-steps skipped so far), each a number; ``inner_loss`` is a list, the
@@ -116,12 +116,12 @@ class Trackers:
         for index, sink in enumerate(self.sinks):
             try:
                 call(sink)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is reported and must not stop a training
                 if index not in self._reported:
                     self._reported.add(index)
                     logger.warning(
-                        "%s failed in %s() with %s: %s. The training goes on, but what this tracker should have recorded "
-                        "may be missing; further failures of it are not reported.",
+                        "%s failed in %s() with %s: %s. The training goes on, but what this tracker should have "
+                        "recorded may be missing; its further failures are not reported.",
                         type(sink).__name__, doing, type(error).__name__, error,
                     )  # fmt: skip
 
@@ -220,3 +220,24 @@ class ConsoleTracker:
         stream = self._stream or sys.stdout
         stream.write(text)
         stream.flush()
+
+
+def plain_json(value: Any) -> Any:
+    """Return ``value`` as nested dicts and lists of what JSON can hold; non-finite floats and the rest as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return json_number(value) if isinstance(value, float) else str(value)
+
+
+def json_number(value: float) -> int | float | str:
+    """Return a count or a finite number as it is, another as ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

@@ -57,7 +57,7 @@ def size(tree: Tree) -> int:
     sizes = {x.shape[0] if x.ndim else None for x in found}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
-            f"the leaves of a batched tree must share one leading dimension, got shapes {[tuple(x.shape) for x in found]}"
+            f"the leaves of a batched tree must share one leading dimension, got {[tuple(x.shape) for x in found]}"
         )
     return int(found[0].shape[0])
 

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from learnedopt import inner, tree
-from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, check_paths, no_path
+from learnedopt.estimator import (
+    MetaGrad,
+    MetaGradient,
+    as_leaves,
+    call_objective,
+    check_objective,
+    check_paths,
+    no_path,
+)
 from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, require_count
 from learnedopt.objective import MetaObjective
 from learnedopt.tree import Theta
@@ -27,29 +35,33 @@ def back_propagate(
     """
     leaves = as_leaves(theta)
     num_tasks = tree.size(carry.params)
-    total, sums, ends, curves, named = None, {}, [], [], False
+    values, sums, ends, curves, named = [], {}, [], [], False
     for chunk in loop.split(carry):
         weight = tree.size(chunk.params) / num_tasks
         with torch.enable_grad():
             rollout = unroll(leaves, chunk)
             value, onward = call_objective(objective, loop, leaves, rollout)
             value = value * weight
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else [None] * len(leaves)
-        grads = dict(zip(leaves, found, strict=True))
-        lost = sorted(k for k, g in grads.items() if g is None and k not in zero)
-        if lost:
-            raise ValueError(no_path(lost, f"the objective {getattr(objective, '__name__', type(objective).__name__)}"))
-        for k, g in grads.items():
-            g = torch.zeros_like(theta[k]) if g is None else g
+        for k, g in _gradient(value, leaves, objective, zero).items():
             sums[k] = sums[k] + g if k in sums else g
-        total = value.detach() if total is None else total + value.detach()
         named = onward is not None
+        values.append(value.detach())
         ends.append(inner.detach(onward if onward is not None else rollout.end))
         curves.append(weight * rollout.losses.detach().mean(1))
     info: dict[str, Any] = {"losses": torch.stack(curves).sum(0)}
     if zero:
         info["zero_gradient"] = zero
-    return MetaGrad(total, sums, inner.join(ends), info), named
+    return MetaGrad(torch.stack(values).sum(), sums, inner.join(ends), info), named
+
+
+def _gradient(value: torch.Tensor, leaves: Theta, objective: MetaObjective, zero: list[str]) -> Theta:
+    found: tuple[torch.Tensor | None, ...] = (None,) * len(leaves)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    lost = sorted(k for k, g in zip(leaves, found, strict=True) if g is None and k not in zero)
+    if lost:
+        raise ValueError(no_path(lost, f"the objective {getattr(objective, '__name__', type(objective).__name__)}"))
+    return {k: torch.zeros_like(x) if g is None else g for (k, x), g in zip(leaves.items(), found, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Unrolled(MetaGradient):
         return estimate if goes_on else estimate._replace(carry=None)
 
 
-def FirstOrder(num_steps: int) -> Unrolled:  # noqa: N802 - named as the estimators beside it
+def FirstOrder(num_steps: int) -> Unrolled:
     """First-order MAML and its kin: ``Unrolled(num_steps, tape=Tape.FIRST_ORDER)``."""
     return Unrolled(num_steps, tape=Tape.FIRST_ORDER)
 
@@ -131,7 +143,12 @@ class Truncated(MetaGradient):
         check_objective(loop, theta, objective, carry, self.num_steps)
         zero = check_paths(loop, theta, carry, self.num_steps, self.tape)
         estimate, _ = back_propagate(
-            loop, theta, objective, carry, lambda leaves, chunk: loop.run(leaves, chunk, self.num_steps, self.tape), zero
+            loop,
+            theta,
+            objective,
+            carry,
+            lambda leaves, chunk: loop.run(leaves, chunk, self.num_steps, self.tape),
+            zero,
         )
         over = estimate.carry is None or estimate.carry.step >= self.horizon
         return estimate._replace(carry=None) if over else estimate
@@ -152,8 +169,8 @@ class TruncatedBackprop(MetaGradient):
         require_count("num_backward_steps", self.num_backward_steps)
         if self.num_backward_steps > self.num_steps:
             raise ValueError(
-                f"num_backward_steps={self.num_backward_steps} exceeds num_steps={self.num_steps}: there are not so many "
-                "steps to go back through; Unrolled(num_steps) goes through all of them"
+                f"num_backward_steps={self.num_backward_steps} exceeds num_steps={self.num_steps}: there are not so "
+                "many steps to go back through; Unrolled(num_steps) goes through all of them"
             )
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
@@ -175,9 +192,7 @@ class TruncatedBackprop(MetaGradient):
         return estimate if goes_on else estimate._replace(carry=None)
 
 
-def run_in_segments(
-    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int
-) -> Rollout:
+def run_in_segments(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int) -> Rollout:
     """Equal ``loop.run`` in values and gradients, but store only where each segment begins."""
     start = here = loop.begin(theta, carry)
     losses = []
@@ -209,7 +224,7 @@ class _Segment(torch.autograd.Function):
     """Run a segment without a graph; run it again, recorded, when its cotangents arrive."""
 
     @staticmethod
-    def forward(ctx: Any, forward: Any, recorded: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, forward: Any, recorded: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.recorded = recorded
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)

@@ -28,7 +28,7 @@ class LSTM(UpdateRule):
         hidden_size: units a layer.
         num_layers: stacked layers.
         preprocess_factor: p of the paper's appendix A: ``(log|g| / p, sign g)`` where ``|g| >= exp(-p)``, else
-            ``(-1, exp(p) g)``. The paper uses 10, its public code 5.
+            ``(-1, exp(p) g)``. The paper uses 10, its public code 5. None feeds the gradient as it is.
         output_scale: factor on the read-out. A well-known reproduction uses 0.1, the paper's public code 0.01.
 
     Theta: ``lstm<i>/weight`` (4 hidden_size, inputs + hidden_size) with gates in the order input, forget, output,
@@ -38,7 +38,7 @@ class LSTM(UpdateRule):
 
     hidden_size: int = 20
     num_layers: int = 2
-    preprocess_factor: float = 10.0
+    preprocess_factor: float | None = 10.0
     output_scale: float = 0.1
 
     coordinatewise = True
@@ -46,7 +46,7 @@ class LSTM(UpdateRule):
     def __post_init__(self) -> None:
         if self.hidden_size < 1 or self.num_layers < 1:
             raise ValueError(f"hidden_size={self.hidden_size} and num_layers={self.num_layers} must be at least 1")
-        if not self.preprocess_factor > 0 or not self.output_scale > 0:
+        if not (self.preprocess_factor is None or self.preprocess_factor > 0) or not self.output_scale > 0:
             raise ValueError(
                 f"preprocess_factor={self.preprocess_factor} and output_scale={self.output_scale} must be positive"
             )
@@ -60,7 +60,7 @@ class LSTM(UpdateRule):
 
         theta = {}
         for layer in range(1, self.num_layers + 1):
-            inputs = 2 if layer == 1 else self.hidden_size
+            inputs = self.hidden_size if layer > 1 else 1 if self.preprocess_factor is None else 2
             theta[f"lstm{layer}/weight"] = uniform(4 * self.hidden_size, inputs + self.hidden_size)
             theta[f"lstm{layer}/bias"] = uniform(4 * self.hidden_size)
         return {**theta, "readout/weight": uniform(1, self.hidden_size), "readout/bias": uniform(1)}
@@ -73,12 +73,11 @@ class LSTM(UpdateRule):
         zeros = torch.zeros(self.hidden_size, num_coordinates, dtype=weight.dtype, device=device)
         return params, {name: zeros.clone() for name in names}
 
-    def update(
-        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
-    ) -> tuple[Params, State]:
+    def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Apply the network to all coordinates at once."""
         flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
-        signal, new_state = preprocess(flat, self.preprocess_factor), {}
+        signal = flat.unsqueeze(0) if self.preprocess_factor is None else preprocess(flat, self.preprocess_factor)
+        new_state = {}
         for layer in range(1, self.num_layers + 1):
             h, c = _cell(
                 theta[f"lstm{layer}/weight"], theta[f"lstm{layer}/bias"], signal, state[f"h{layer}"], state[f"c{layer}"]

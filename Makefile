@@ -1,0 +1,53 @@
+# Every target prepares what it needs; `make` alone lists them.
+#   PYTHON  the interpreter that .venv is made with (>= 3.10)
+#   TORCH   the torch requirement, to choose a build, e.g. TORCH='torch==2.13.0+cpu'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long lint bench results wheel-check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install everything into it (the other targets do this by themselves)
+
+# torch goes first and alone: a later resolution then keeps the build that was chosen here.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "$(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv \
+	    || { rm -rf .venv; echo "$(PYTHON) cannot make virtual environments; install its venv module"; exit 1; }
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## meta-train an LSTM optimizer and compare it with tuned Adam (3 minutes)
+	$(BIN)/python train_meta.py demo
+
+test: lint  ## lint, then run the tests
+	$(PYTEST) -m 'not long'
+
+test-long: $(STAMP)  ## run the tests that take longer
+	$(PYTEST) -m long
+
+lint: $(STAMP)  ## check style (ruff) and types (pyright)
+	$(BIN)/ruff check --quiet
+	$(BIN)/pyright --level error
+
+bench: $(STAMP)  ## measure time and memory (benchmarks/bench_*.py)
+	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
+	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment and inspect it there
+	$(BIN)/python .ci/check_wheel.py '$(TORCH)'
+
+clean:  ## remove build products and caches; runs/ and .venv stay
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,78 @@
+"""Adam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from learnedopt.optimizers.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
+from learnedopt.tree import Params, Theta
+
+
+@final
+@dataclass(frozen=True)
+class Adam(HandDesigned):
+    """Adam (Kingma and Ba 2015, algorithm 1), as ``torch.optim.Adam``.
+
+        m <- beta1 * m + (1 - beta1) * g,    v <- beta2 * v + (1 - beta2) * g^2
+        delta = -lr * (m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Args:
+        lr: learning rate.
+        beta1: decay of the average of gradients.
+        beta2: decay of the average of squared gradients.
+        eps: added to the root for stability.
+        weight_decay: factor of the L2 penalty, which joins the gradient; 0 switches it off.
+        learn: the hyperparameters in theta; None for all that are switched on.
+
+    The bias corrections are differentiated like everything else. The derivative of the root at ``v = 0``, where the
+    gradients were exactly zero so far, is taken as 0.
+
+    State: ``mean`` and ``square``, as the parameters; ``step`` (scalar), the number of updates taken.
+    """
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "lr": NOT_NEGATIVE,
+        "beta1": DECAY_RATE,
+        "beta2": DECAY_RATE,
+        "eps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+    }
+    optional: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
+        """Start where the parameters are, with zero averages."""
+        first = next(iter(params.values()))
+        # At least float32: a bfloat16 counter would stand still at 256.
+        step = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        mean, square = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+        return params, {"mean": mean, "square": square, "step": step}
+
+    def update(
+        self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
+    ) -> tuple[Params, dict[str, Any]]:
+        """Step against the corrected average gradient over the corrected root of its average square."""
+        step = state["step"] + 1
+        values = self.values(theta, grads.values())
+        exact = self.values(theta, [step])[step.dtype]
+        correction1 = 1 - exact["beta1"] ** step
+        correction2 = (1 - exact["beta2"] ** step).sqrt()
+        deltas, means, squares = {}, {}, {}
+        for name, grad in grads.items():
+            hyper = values[grad.dtype]
+            beta1, beta2 = hyper["beta1"], hyper["beta2"]
+            grad = self.decayed(hyper, grad, params[name])
+            means[name] = beta1 * state["mean"][name] + (1 - beta1) * grad
+            squares[name] = beta2 * state["square"][name] + (1 - beta2) * grad * grad
+            root = sqrt(squares[name]) / correction2.to(grad.dtype) + hyper["eps"]
+            deltas[name] = -hyper["lr"] * (means[name] / correction1.to(grad.dtype)) / root
+        return deltas, {"mean": means, "square": squares, "step": step}

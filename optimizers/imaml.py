@@ -1,0 +1,78 @@
+"""The proximal rule of implicit MAML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from learnedopt.optimizers.hand_designed import check_number
+from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
+from learnedopt.rule import UpdateRule
+from learnedopt.tree import Params, Theta
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class IMAML(UpdateRule):
+    """Gradient descent on ``loss(x) + strength / 2 * |x - start|^2`` from a learned start.
+
+    Rajeswaran et al. (2019), equation 3: the start is also the centre that solutions are pulled to, so that it moves
+    them however they are found, and ``Implicit`` applies.
+
+    Args:
+        template: one task's parameters; the start is initialised to their values.
+        lr: the inner learning rate, not in theta.
+        strength: the weight of the proximal term, positive; lambda in the paper.
+        learn_strength: whether ``strength`` is in theta.
+
+    Theta: ``init/<param>``; ``strength`` (scalar), raw, where it is learned.
+
+    Raises:
+        TypeError: ``lr`` or ``strength`` is not a number.
+        ValueError: ``lr`` is negative or ``strength`` not positive; the template holds no floating-point tensors; at
+            ``init``, the task's parameters are not like the template.
+    """
+
+    template: Params = field(repr=False)
+    lr: float = 0.1
+    strength: float = 1.0
+    learn_strength: bool = False
+
+    coordinatewise = True
+
+    def __post_init__(self) -> None:
+        check_template(type(self).__name__, self.template)
+        check_number(type(self).__name__, "lr", self.lr, 0.0, math.inf)
+        check_number(type(self).__name__, "strength", self.strength, 0.0, math.inf)
+        if self.strength == 0:
+            raise ValueError(
+                "IMAML: strength=0 leaves nothing that ties solutions to the start; pass a positive one, or use maml"
+            )
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Return copies of the template, and the strength where it is learned."""
+        theta = initial_start(self.template)
+        if self.learn_strength:
+            theta["strength"] = torch.tensor(float(self.strength), device=generator.device)
+        return theta
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, tuple[()]]:
+        """Start at theta's start; there is no memory."""
+        return learned_start(theta, params), ()
+
+    def update(
+        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
+    ) -> tuple[Params, tuple[()]]:
+        """Step against the gradient, which includes the proximal term's."""
+        return {name: -self.lr * grad for name, grad in grads.items()}, state
+
+    def regularizer(self, theta: Theta, params: Params) -> Tensor:
+        """Return the proximal term ``strength / 2 * |params - start|^2``."""
+        start = learned_start(theta, params)
+        distance = torch.stack([(p - start[name]).square().sum() for name, p in params.items()]).sum()
+        strength = theta["strength"].to(distance.dtype) if self.learn_strength else self.strength
+        return 0.5 * strength * distance

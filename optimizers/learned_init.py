@@ -1,0 +1,85 @@
+"""A learned start for any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from learnedopt.optimizers.wrapper import Wrapper, prefixed, unprefixed
+from learnedopt.rule import State
+from learnedopt.tree import Params, Theta
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LearnedInit(Wrapper):
+    """Run ``rule`` from a learned start instead of the task's own, as MAML does (Finn et al. 2017).
+
+    Args:
+        rule: the rule that moves.
+        template: one task's parameters; the start is initialised to their values and keeps their dtype.
+
+    Theta: ``init/<param>``, the start, as the template; ``rule/<key>``, the rule's own.
+
+    Raises:
+        ValueError: the template holds no floating-point tensors; at ``init``, the task's parameters are not like it.
+
+    Example:
+        >>> rule = LearnedInit(SGD(lr=0.1), template={"w": torch.zeros(3)})
+        >>> list(rule.init_theta(torch.Generator()))
+        ['init/w', 'rule/lr']
+    """
+
+    template: Params = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(type(self).__name__, self.template)
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Return copies of the template, and the rule's theta."""
+        return {**initial_start(self.template), **super().init_theta(generator)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
+        """Start at theta's start, with the rule's state there."""
+        return self.rule.init(unprefixed("rule", theta), learned_start(theta, params))
+
+
+def check_template(owner: str, template: object) -> None:
+    """Raise ValueError unless ``template`` is a dict of floating-point tensors."""
+    if isinstance(template, Mapping) and template:
+        wrong = [k for k, v in template.items() if not isinstance(v, Tensor) or not v.is_floating_point()]
+        if not wrong:
+            return
+        got = f"a dict whose {wrong} are no floating-point tensors"
+    else:
+        got = "an empty one" if isinstance(template, Mapping) else type(template).__name__
+    raise ValueError(
+        f"{owner}: template must be one task's parameters, a dict of floating-point tensors by name, got {got}; take "
+        "it from family.init_params(tasks), without the leading dimension of tasks"
+    )
+
+
+def initial_start(template: Params) -> Theta:
+    """Return theta's entries ``init/<param>`` at the template's values."""
+    return prefixed("init", {name: value.detach().clone() for name, value in template.items()})
+
+
+def learned_start(theta: Theta, params: Params) -> Params:
+    """Return theta's start, in the order of the task's parameters.
+
+    Raises:
+        ValueError: the task's parameters have other names or shapes.
+    """
+    start = unprefixed("init", theta)
+    learned, task = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (start, params))
+    if learned != task:
+        raise ValueError(
+            f"the learned start is one of parameters {learned}, the task's are {task}; build the rule with a template "
+            "of this family"
+        )
+    return {name: start[name] for name in params}

@@ -1,0 +1,133 @@
+"""Different rules, or separately learned copies of one rule, for different tensors."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from learnedopt.optimizers.wrapper import prefixed, unprefixed
+from learnedopt.rule import UpdateRule
+from learnedopt.tree import Params, Theta
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Partition(UpdateRule):
+    """Give each group of tensors a rule, with meta-parameters and state, of its own.
+
+    Each rule sees its tensors only, and the loss.
+
+    Args:
+        groups: label -> (pattern, rule). A parameter joins the first group, in the order of the dict, whose pattern
+            matches its whole name; ``*``, ``?`` and ``[...]`` are wildcards as in file names.
+
+    Theta: ``<label>/<key>``. State: a dict by label.
+
+    Raises:
+        TypeError: ``groups`` is not such a dict.
+        ValueError: it is empty or a label holds a slash; at ``init``, a parameter matches no pattern, or none joins a
+            group.
+
+    Example:
+        >>> rule = Partition({"bias": ("*.bias", SGD(lr=0.1)), "rest": ("*", Adam())})
+        >>> list(rule.init_theta(torch.Generator()))
+        ['bias/lr', 'rest/lr', 'rest/beta1', 'rest/beta2', 'rest/eps']
+    """
+
+    groups: dict[str, tuple[str, UpdateRule]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.groups, dict) or not all(_is_group(group) for group in self.groups.items()):
+            raise TypeError(f"Partition: groups={self.groups!r} is not a dict of label -> (pattern, rule)")
+        wrong = [label for label in self.groups if not label or "/" in label]
+        if wrong or not self.groups:
+            raise ValueError(f"Partition: groups need labels without a slash, got {wrong or 'no group at all'}")
+
+    @property
+    def has_regularizer(self) -> bool:
+        """Whether any group's rule has one."""
+        return any(rule.has_regularizer for _, rule in self.groups.values())
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Return all groups' theta, drawn in their order."""
+        theta: Theta = {}
+        for label, (_, rule) in self.groups.items():
+            theta |= prefixed(label, rule.init_theta(generator))
+        return theta
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
+        """Start each group as its rule does."""
+        start, state = {}, {}
+        for label, names in self._assign(params).items():
+            _, rule = self.groups[label]
+            group_start, state[label] = rule.init(unprefixed(label, theta), {name: params[name] for name in names})
+            start |= group_start
+        return {name: start[name] for name in params}, state
+
+    def update(
+        self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
+    ) -> tuple[Params, dict[str, Any]]:
+        """Move each group as its rule does."""
+        deltas, new_state = {}, {}
+        for label, names in self._assign(params).items():
+            _, rule = self.groups[label]
+            group_grads, group_params = ({name: tensors[name] for name in names} for tensors in (grads, params))
+            group_deltas, new_state[label] = rule.update(
+                unprefixed(label, theta), group_grads, state[label], group_params, loss
+            )
+            deltas |= group_deltas
+        return {name: deltas[name] for name in grads}, new_state
+
+    def regularizer(self, theta: Theta, params: Params) -> Tensor:
+        """Return the sum over the groups whose rule has one."""
+        terms = []
+        for label, names in self._assign(params).items():
+            _, rule = self.groups[label]
+            if rule.has_regularizer:
+                terms.append(rule.regularizer(unprefixed(label, theta), {name: params[name] for name in names}))
+        return torch.stack(terms).sum()
+
+    def _assign(self, names: Iterable[str]) -> dict[str, list[str]]:
+        members: dict[str, list[str]] = {label: [] for label in self.groups}
+        for name in names:
+            label = next((label for label, (pattern, _) in self.groups.items() if fnmatchcase(name, pattern)), None)
+            if label is None:
+                patterns = [pattern for pattern, _ in self.groups.values()]
+                raise ValueError(
+                    f'parameter {name!r} matches none of {patterns}; add a last group with the pattern "*"'
+                )
+            members[label].append(name)
+        idle = [label for label, joined in members.items() if not joined]
+        if idle:
+            raise ValueError(
+                f"no parameter joins the groups {idle}; the first matching pattern counts, and the parameters are "
+                f"{list(names)}: correct or drop these groups"
+            )
+        return members
+
+
+def per_tensor(rule: UpdateRule, template: Params) -> Partition:
+    """Return a partition in which every tensor of ``template`` has a copy of ``rule`` with its own meta-parameters.
+
+    Args:
+        rule: the rule to copy.
+        template: one task's parameters, for their names, which become the labels.
+    """
+    return Partition({name: (glob.escape(name), rule) for name in template})
+
+
+def _is_group(item: tuple[Any, Any]) -> bool:
+    label, group = item
+    return (
+        isinstance(label, str)
+        and isinstance(group, tuple)
+        and len(group) == 2
+        and isinstance(group[0], str)
+        and isinstance(group[1], UpdateRule)
+    )

@@ -1,0 +1,48 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from learnedopt.optimizers.hand_designed import NOT_NEGATIVE, HandDesigned
+from learnedopt.tree import Params, Theta
+
+
+@final
+@dataclass(frozen=True)
+class SGD(HandDesigned):
+    """``delta = -lr * (g + weight_decay * x)``, as ``torch.optim.SGD`` without momentum.
+
+    Args:
+        lr: learning rate.
+        weight_decay: factor of the L2 penalty; 0 switches it off.
+        learn: the hyperparameters in theta; None for all that are switched on.
+
+    Example:
+        >>> rule = SGD(lr=0.1)
+        >>> theta = rule.init_theta(torch.Generator())  # {"lr": tensor(0.1000)}
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE}
+    optional: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, tuple[()]]:
+        """Start where the parameters are; there is no memory."""
+        return params, ()
+
+    def update(
+        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
+    ) -> tuple[Params, tuple[()]]:
+        """Step against the gradient."""
+        values = self.values(theta, grads.values())
+        deltas = {}
+        for name, grad in grads.items():
+            hyper = values[grad.dtype]
+            deltas[name] = -hyper["lr"] * self.decayed(hyper, grad, params[name])
+        return deltas, state

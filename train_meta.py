@@ -1,0 +1,326 @@
+"""Meta-train an optimizer: ``python train_meta.py RECIPE [--set key=value ...]``; ``--list`` shows the recipes.
+
+A recipe is a function that returns a full configuration; a variant calls another and changes a line or two. A run
+writes ``runs/<name>/``: theta with its description, the configuration, the metrics as JSON lines, and a figure. Started
+again with the same configuration it goes on where it stopped, exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import learnedopt
+from learnedopt import (
+    BootstrappedTarget,
+    ConjugateGradient,
+    Execution,
+    FinalLoss,
+    Implicit,
+    InnerLoop,
+    MetaGradient,
+    SumOfLosses,
+    Truncated,
+    Unrolled,
+)
+from learnedopt.files import write_json
+from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.overrides import Choice, override
+from learnedopt.tracker import ConsoleTracker, Tracker, Trackers
+from learnedopt.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
+from learnedopt.wandb_tracker import WandbTracker, resolve_mode
+
+ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
+
+
+@dataclass(frozen=True)
+class MetaLearning:
+    """How theta moves: Adam, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``."""
+
+    lr: float = 1e-3
+    final_lr_fraction: float = 1.0
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What validation measures: ``objective`` after ``num_steps`` steps on ``num_tasks`` tasks, the best theta kept."""
+
+    objective: Any = field(default_factory=FinalLoss)
+    num_steps: int = 100
+    num_tasks: int = 16
+    every: int = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A full configuration of one meta-training."""
+
+    name: str
+    family: Choice
+    rule: Choice
+    estimator: MetaGradient
+    objective: Any
+    num_meta_steps: int
+    num_tasks: int = 1
+    meta: MetaLearning = field(default_factory=MetaLearning)
+    validation: HeldOut = field(default_factory=HeldOut)
+    execution: Execution = field(default_factory=Execution)
+    checkpoint_every: int = 100
+    seed: int = 0
+    compare: bool = False
+
+
+def lstm_quadratic() -> Recipe:
+    """LSTM on random 10-d quadratics, the first experiment of Andrychowicz et al. (2016)."""
+    return Recipe(
+        name="lstm-quadratic",
+        family=Choice("quadratic", {"dim": 10}),
+        rule=Choice("lstm", {"preprocess_factor": None}),
+        estimator=Truncated(20, horizon=100),
+        objective=SumOfLosses(),
+        num_meta_steps=6000,
+        num_tasks=128,
+        meta=MetaLearning(lr=3e-3, final_lr_fraction=0.01, max_grad_norm=10.0),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=1000, every=100),
+        execution=Execution(chunk_size=ALL_TASKS),
+    )
+
+
+def demo() -> Recipe:
+    """LSTM on quadratics in two minutes, then compared with tuned SGD, Adam and others."""
+    recipe = lstm_quadratic()
+    return replace(recipe, name="demo", num_meta_steps=700, compare=True)
+
+
+def lstm_mnist() -> Recipe:
+    """LSTM on an MLP with 20 sigmoid units on MNIST (Andrychowicz et al. 2016)."""
+    return Recipe(
+        name="lstm-mnist",
+        family=Choice("image-mlp", {"dataset": "mnist", "hidden": (20,), "activation": "sigmoid", "batch_size": 128}),
+        rule=Choice("lstm", {"preprocess_factor": 10.0, "output_scale": 0.1}),
+        estimator=Truncated(20, horizon=100),
+        objective=SumOfLosses(),
+        num_meta_steps=6000,
+        meta=MetaLearning(lr=5e-3, final_lr_fraction=0.01, max_grad_norm=1.0),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=100),
+    )
+
+
+def meta_sgd_mnist() -> Recipe:
+    """Meta-SGD: a learned start and a learned rate per coordinate for the MNIST MLP, 10 steps (Li et al. 2017)."""
+    return Recipe(
+        name="meta-sgd-mnist",
+        family=Choice("image-mlp", {"dataset": "mnist", "hidden": (20,), "activation": "sigmoid", "batch_size": 128}),
+        rule=Choice("meta-sgd", {"lr": 0.1}),
+        estimator=Unrolled(10),
+        objective=FinalLoss(),
+        num_meta_steps=600,
+        num_tasks=4,
+        meta=MetaLearning(lr=1e-2, final_lr_fraction=0.1, max_grad_norm=10.0),
+        validation=HeldOut(FinalLoss(), num_steps=10, num_tasks=32, every=50),
+    )
+
+
+def bootstrapped_mnist() -> Recipe:
+    """Learned rates for the MNIST MLP, meta-trained towards a bootstrapped target (Flennerhag et al. 2022)."""
+    return replace(
+        meta_sgd_mnist(),
+        name="bootstrapped-mnist",
+        rule=Choice("learned-rates", {"rates": "coordinate", "lr": 1.0}),
+        estimator=Truncated(5, horizon=100, tape=learnedopt.Tape.FULL),
+        objective=BootstrappedTarget(num_target_steps=6, step_size=1.0),
+        validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=32, every=50),
+    )
+
+
+def imaml_regression() -> Recipe:
+    """Implicit MAML on ill-conditioned linear regressions, solved by gradient descent (Rajeswaran et al. 2019)."""
+    return Recipe(
+        name="imaml-regression",
+        family=Choice("linear-regression"),
+        rule=Choice("imaml", {"lr": 0.1, "strength": 1.0}),
+        estimator=Implicit(100, ConjugateGradient(10)),
+        objective=FinalLoss(),
+        num_meta_steps=500,
+        num_tasks=16,
+        meta=MetaLearning(lr=1e-2),
+        validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=64, every=50),
+        execution=Execution(chunk_size=ALL_TASKS),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    function().name: function
+    for function in (demo, lstm_quadratic, lstm_mnist, meta_sgd_mnist, bootstrapped_mnist, imaml_regression)
+}
+
+
+def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
+    """Return the training loop, and the validation on the families' held-out tasks."""
+    families = {
+        split: learnedopt.tasks.make(recipe.family.name, **{**recipe.family.options, "meta_split": split})
+        for split in ("train", "valid")
+    }
+    sample = families["train"].sample(1, torch.Generator().manual_seed(recipe.seed))
+    template = {k: p[0] for k, p in families["train"].init_params(sample).items()}
+    rule = learnedopt.optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
+    loops = {split: InnerLoop(family, rule, recipe.execution) for split, family in families.items()}
+    held_out = recipe.validation
+    validation = Validation(
+        loops["valid"], held_out.objective, held_out.num_steps, held_out.num_tasks, held_out.every, seed=recipe.seed + 1
+    )
+    return loops["train"], validation
+
+
+def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> TrainingResult:
+    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one."""
+    config = as_config(recipe)
+    loop, validation = build(recipe)
+    claim(folder, config)
+    tracker = Trackers(
+        [
+            ConsoleTracker(total=recipe.num_meta_steps),
+            JsonLinesTracker(folder / "metrics.jsonl"),
+            WandbTracker(
+                resolve_mode(wandb_mode), group=recipe.name, job_type="meta-train", name=folder.name, dir=folder,
+                run_id=json.loads((folder / "config.json").read_text())["run_id"],
+            ),
+        ]
+    )  # fmt: skip
+
+    def report(result: TrainingResult, tracker: Tracker) -> None:
+        from learnedopt import plots
+
+        metadata = {**config, "meta_step": result.meta_step, "best_validation": result.best_value}
+        theta = learnedopt.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata)
+        figure = folder / "training.png"
+        plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
+        tracker.figure("training", figure)
+        tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata)
+        if recipe.compare:
+            compare(recipe, folder, tracker)
+
+    meta = recipe.meta
+    total = max(1, recipe.num_meta_steps)
+    trainer = MetaTrainer(
+        loop,
+        recipe.estimator,
+        recipe.objective,
+        lambda params: torch.optim.Adam(params, meta.lr),
+        tracker,
+        num_tasks=recipe.num_tasks,
+        seed=recipe.seed,
+        max_grad_norm=meta.max_grad_norm,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, total, eta_min=meta.final_lr_fraction * meta.lr
+        ),
+        validation=validation,
+        checkpoint=folder / "checkpoint.pt",
+        checkpoint_every=recipe.checkpoint_every,
+        config=config,
+        report=report,
+    )
+    return trainer.run(recipe.num_meta_steps)
+
+
+def compare(recipe: Recipe, folder: Path, tracker: Tracker) -> None:
+    """Print the learned optimizer beside tuned hand-designed ones on fresh tasks, and draw their loss curves."""
+    from learnedopt.cli import evaluate_checkpoint
+
+    evaluate_checkpoint(folder, recipe.family, recipe.validation.num_steps, tracker)
+
+
+def as_config(value: Any) -> Any:
+    """Return a configuration as nested dicts of plain values that name the types they were."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_config(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if isinstance(value, (Recipe, Choice)) else {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {k: as_config(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_config(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration into a new run's folder; in an old one's, check that it is the same."""
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, {"run_id": uuid.uuid4().hex[:8], "recipe": config})
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not readable ({error}); remove {folder}, or give this run a --name of its own"
+        ) from error
+    if saved != config:
+        changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k) != config.get(k))
+        raise ValueError(
+            f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
+            "--name of its own, or remove that folder"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 when done, 2 for bad input, 130 after Ctrl-C, 1 when training diverged."""
+    parser = _Parser(prog="train_meta.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", help="one of --list")
+    parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as meta.lr=1e-3"
+    )
+    parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if args.list:
+        for name, function in RECIPES.items():
+            print(f"{name:20} {(function.__doc__ or '').partition(chr(10))[0]}")
+        return 0
+    if args.recipe not in RECIPES:
+        near = difflib.get_close_matches(args.recipe or "", RECIPES, n=1, cutoff=0.0)[0]
+        parser.error(
+            f"there is no recipe {args.recipe!r}; did you mean {near!r}? --list shows all"
+            if args.recipe
+            else "name a recipe; --list shows all"
+        )
+    folder = args.runs / (args.name or args.recipe)
+    try:
+        recipe = RECIPES[args.recipe]()
+        for assignment in args.set:
+            recipe = override(recipe, assignment)
+        result = train(recipe, folder, args.wandb)
+    except KeyboardInterrupt:
+        print(f"Stopped. The same command goes on from {folder / 'checkpoint.pt'}.", file=sys.stderr)
+        return 130
+    except TrainingDiverged as error:
+        print(f"train_meta.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"train_meta.py: {error}", file=sys.stderr)
+        return 2
+    print(f"Best validation {result.best_value:.4g}; theta, configuration, metrics and figure are in {folder}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
