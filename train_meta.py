@@ -31,6 +31,7 @@ from learnedopt import (
     InnerLoop,
     MetaGradient,
     SumOfLosses,
+    Tape,
     Truncated,
     Unrolled,
 )
@@ -110,11 +111,11 @@ def lstm_mnist() -> Recipe:
         name="lstm-mnist",
         family=Choice("image-mlp", {"dataset": "mnist", "hidden": (20,), "activation": "sigmoid", "batch_size": 128}),
         rule=Choice("lstm", {"preprocess_factor": 10.0, "output_scale": 0.1}),
-        estimator=Truncated(20, horizon=100),
+        estimator=Truncated(20, horizon=100, tape=Tape.FULL),
         objective=SumOfLosses(),
-        num_meta_steps=6000,
+        num_meta_steps=5000,
         meta=MetaLearning(lr=5e-3, final_lr_fraction=0.01, max_grad_norm=1.0),
-        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=100),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=4, every=200),
     )
 
 
@@ -139,7 +140,7 @@ def bootstrapped_mnist() -> Recipe:
         meta_sgd_mnist(),
         name="bootstrapped-mnist",
         rule=Choice("learned-rates", {"rates": "coordinate", "lr": 1.0}),
-        estimator=Truncated(5, horizon=100, tape=learnedopt.Tape.FULL),
+        estimator=Truncated(5, horizon=100, tape=Tape.FULL),
         objective=BootstrappedTarget(num_target_steps=6, step_size=1.0),
         validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=32, every=50),
     )

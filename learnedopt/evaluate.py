@@ -6,26 +6,19 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.files import write_atomically, write_json
+from learnedopt.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
 from learnedopt.inner import Execution, InnerLoop, Tape, require_count
 from learnedopt.rule import UpdateRule
 from learnedopt.task import TaskFamily, Tasks
-from learnedopt.tracker import plain_json
 from learnedopt.tree import Theta
-
-Measure: TypeAlias = Literal["final_loss", "sum_of_losses", "last_ten"]
-"""What a run is judged by, lower is better: the loss on the valid split after the last step; the sum of the train
-losses before each update; the mean of the last ten of those."""
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _SMALL = 1000  # parameters of a task, up to which tasks run together
 _TOGETHER = 50_000  # parameters that run together: a rule's states for them stay near the cache
@@ -79,158 +72,9 @@ BASELINES: Mapping[str, Baseline] = {
 """Momentum 0.9; everything else but the learning rate as in ``torch.optim``."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean and median over tasks, and the 95 % interval of the mean by Student's t.
-
-    A value that is not finite makes the mean infinite and the interval NaN; the median may survive it.
-    """
-
-    mean: float
-    median: float
-    low: float
-    high: float
-
-
-def summarise(values: Tensor) -> Summary:
-    """Summarise one number per task (num_tasks,), at least two."""
-    n = values.numel()
-    mean, median = float(values.mean()), float(values.quantile(0.5))
-    half = _student_t(n - 1) * float(values.std()) / math.sqrt(n) if values.isfinite().all() else math.nan
-    return Summary(mean, median, mean - half, mean + half)
-
-
-def _student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t (Abramowitz and Stegun 1964, 26.7.5; 0.2 % off at 3 degrees)."""
-    z = 1.959963984540054
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**k for k, term in enumerate(terms, start=1))
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The learning rate that was found, and the score of each one tried: the measure's mean over the tuning tasks."""
-
-    rate: float
-    scores: dict[float, float]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether a rate beyond those tried might be better."""
-        return self.rate in (min(self.scores), max(self.scores))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one optimizer did.
-
-    Args:
-        values: (num_tasks,) by measure, float64 on the CPU, infinite where not finite.
-        curve: (num_steps,), the train loss before each update, a mean over tasks.
-        tuning: how its learning rate was found; None where nothing was tuned.
-    """
-
-    values: dict[Measure, Tensor]
-    curve: Tensor
-    tuning: Tuning | None = None
-
-    @property
-    def num_diverged(self) -> int:
-        """Tasks on which a loss was not finite."""
-        return int(torch.stack([v.isinf() for v in self.values.values()]).any(0).sum())
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Candidate minus baseline, task by task; below zero the candidate is better.
-
-    The baseline is the one with the lowest mean on these very tasks, which favours the baselines.
-    """
-
-    candidate: str
-    baseline: str
-    measure: Measure
-    summary: Summary
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` returns: its settings, each optimizer's outcome on the fresh tasks, the paired differences."""
-
-    settings: dict[str, Any]
-    outcomes: dict[str, Outcome]
-    differences: list[Difference]
-
-    @property
-    def candidates(self) -> list[str]:
-        """The labels of the optimizers that were given; the others are baselines."""
-        return [label for label, outcome in self.outcomes.items() if outcome.tuning is None]
-
-    def describe(self) -> dict[str, Any]:
-        """Return everything but the values of single tasks as nested dicts and lists that JSON can hold."""
-        optimizers = {
-            label: {
-                "learning_rate": outcome.tuning and outcome.tuning.rate,
-                "num_diverged": outcome.num_diverged,
-                "measures": {name: vars(summarise(values)) for name, values in outcome.values.items()},
-                "tried": outcome.tuning and [*sorted(outcome.tuning.scores.items())],
-                "curve": outcome.curve.tolist(),
-            }
-            for label, outcome in self.outcomes.items()
-        }
-        differences = [{**vars(d), "summary": vars(d.summary)} for d in self.differences]
-        return plain_json({"settings": self.settings, "optimizers": optimizers, "differences": differences})
-
-    def markdown(self) -> str:
-        """Return the table of all optimizers and that of the paired differences, as Markdown."""
-        head = ["optimizer", "learning rate"]
-        head += [column for name in MEASURES for column in (name.replace("_", " "), "median")] + ["diverged"]
-        rows = []
-        for label, outcome in self.outcomes.items():
-            row = [label, f"{outcome.tuning.rate:.3g}" if outcome.tuning else ""]
-            for name in MEASURES:
-                summary = summarise(outcome.values[name])
-                row += [f"{summary.mean:.4g} ± {summary.high - summary.mean:.2g}", f"{summary.median:.4g}"]
-            rows.append([*row, str(outcome.num_diverged)])
-        paired = [
-            [d.candidate, d.baseline, d.measure.replace("_", " "), f"{d.summary.mean:.4g}"]
-            + [f"{d.summary.low:.4g} to {d.summary.high:.4g}"]
-            for d in self.differences
-        ]
-        text = _align([head, *rows])
-        if paired:
-            text += "\n" + _align([["optimizer", "minus the best baseline", "in", "mean", "95 % interval"], *paired])
-        return text
-
-    def save(self, folder: str | Path) -> dict[str, Path]:
-        """Write ``evaluation.json``, ``.md`` and ``.png`` (the loss curves) into ``folder``; return the paths by suffix."""
-        from learnedopt.plots import plot_curves
-
-        paths = {suffix: Path(folder) / f"evaluation.{suffix}" for suffix in ("json", "md", "png")}
-        write_json(paths["json"], self.describe())
-        write_atomically(paths["md"], lambda partial: _write(partial, self.markdown()))
-        curves = {label: outcome.curve for label, outcome in self.outcomes.items()}
-        title = f"Training loss before each update, mean over {self.settings['num_tasks']} tasks"
-        plot_curves(paths["png"], curves, emphasis=self.candidates, title=title)
-        return paths
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|-" + "-|-".join("-" * w for w in widths) + "-|", *lines[1:]]) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def measure(rule: UpdateRule, theta: Theta, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution) -> Outcome:
+def measure(
+    rule: UpdateRule, theta: Theta, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution
+) -> Outcome:
     """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``."""
     loop = InnerLoop(family, rule, execution)
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
@@ -318,23 +162,86 @@ def compare(
         >>> comparison = compare({"LSTM": learnedopt.load("lstm-quadratic")}, learnedopt.tasks.make("quadratic"))
         >>> print(comparison.markdown())
     """
-    settings = {k: v for k, v in locals().items() if k.startswith("num_") or k in ("seed", "tune_for")}
     _check(candidates, baselines, num_steps, num_tasks, tune_for)
     fresh = _sample(family, num_tasks, "fresh", seed)
-    if execution is None:
-        execution = _fitting_execution(family, fresh)
+    execution = execution or _fitting_execution(family, fresh)
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
-    for rule, theta in candidates.values():  # what does not fit is refused before anything is run
-        loop = InnerLoop(family, rule, execution)
-        loop.begin(tree.to(theta, execution.device, execution.dtype), loop.start(tree.narrow(fresh, 0, 1)))
+    for rule, theta in candidates.values():  # one that does not fit is refused before anything is run
+        measure(rule, theta, family, tree.narrow(fresh, 0, 1), 0, execution)
     outcomes = {}
     for label, (rule, theta) in candidates.items():
-        report(f"Running {label} on {num_tasks} fresh tasks")
+        report(f"Running {label} on {num_tasks} tasks")
         outcomes[label] = measure(rule, theta, family, fresh, num_steps, execution)
-    tuning_family = tuning_family or family
-    others = _sample(tuning_family, num_tuning_tasks, "tuning", seed)
+    others_family = tuning_family or family
+    others = _sample(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
-        def score(rate: float) -> float:
-            return float(measure(*baseline.make(rate), tuning_family, others, num_steps, execution).values[tune_for].mean())
+        report(f"Tuning {label} on {num_tuning_tasks} other tasks")
+        tuning = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
+        report(f"Running {label} at learning rate {tuning.rate:.3g} on {num_tasks} tasks")
+        outcome = measure(*baseline.make(tuning.rate), family, fresh, num_steps, execution)
+        outcomes[label] = replace(outcome, tuning=tuning)
+    settings = {
+        "num_steps": num_steps, "num_tasks": num_tasks, "num_tuning_tasks": num_tuning_tasks, "seed": seed,
+        "tune_for": tune_for,
+    }  # fmt: skip
+    return Comparison(settings, outcomes, _differences(outcomes))
+
+
+def _check(
+    candidates: Mapping[str, Any], baselines: Mapping[str, Any], num_steps: int, num_tasks: int, tune_for: str
+) -> None:
+    require_count("num_steps", num_steps, least=1)
+    require_count("num_tasks", num_tasks, least=2)  # an interval needs two
+    if tune_for not in MEASURES:
+        raise ValueError(f"tune_for={tune_for!r} is no measure; use one of {', '.join(MEASURES)}")
+    if twice := candidates.keys() & baselines.keys():
+        raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
+
+
+def _sample(family: TaskFamily, num_tasks: int, purpose: str, seed: int) -> Tasks:
+    # Hashed, so that neither another purpose nor a training from a small seed draws the same tasks; 32 bits, because
+    # torch's CPU generator reads no more of a seed.
+    digest = hashlib.sha256(f"learnedopt.evaluate {purpose} {seed}".encode()).digest()
+    return family.sample(num_tasks, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+
+
+def _fitting_execution(family: TaskFamily, tasks: Tasks) -> Execution:
+    size = sum(p.numel() for p in family.init_params(tree.narrow(tasks, 0, 1)).values())
+    return Execution(chunk_size=_TOGETHER // size) if 0 < size <= _SMALL else Execution()
+
+
+def _tune(
+    label: str, baseline: Baseline, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
+) -> Tuning:
+    def score(rate: float) -> float:
+        return float(measure(*baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
+
+    try:
+        tuning = tune(score, baseline.rates)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    if tuning.at_edge:
+        warnings.warn(
+            f"{label}: the best learning rate {tuning.rate:.3g} is at the edge of all that were tried "
+            f"({min(tuning.scores):.3g} to {max(tuning.scores):.3g}); give the baseline a grid that reaches further",
+            TuningWarning,
+            stacklevel=3,
+        )
+    return tuning
+
+
+def _differences(outcomes: Mapping[str, Outcome]) -> list[Difference]:
+    baselines = [label for label, outcome in outcomes.items() if outcome.tuning]
+    if not baselines:
+        return []
+    found = []
+    for name in MEASURES:
+        means = {label: float(outcomes[label].values[name].mean()) for label in baselines}
+        best = min(means, key=means.__getitem__)
+        for label, outcome in outcomes.items():
+            if outcome.tuning is None:
+                summary = summarise(outcome.values[name] - outcomes[best].values[name])
+                found.append(Difference(label, best, name, summary))
+    return found

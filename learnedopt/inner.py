@@ -201,6 +201,10 @@ class InnerLoop:
         params, state = self.rule.init(theta, params)
         return params, () if state is None else state  # None marks a carry that has not begun
 
+    def _update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
+        deltas, state = self.rule.update(theta, grads, state, params, loss)
+        return deltas, () if state is None else state
+
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
         if carry.state is None:
             raise ValueError(
@@ -255,13 +259,30 @@ class InnerLoop:
         self, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state."""
-        deltas, state = lane.call(self.rule.update, (theta,), grads, state, params, loss)
+        deltas, new_state = lane.call(self._update, (theta,), grads, state, params, loss)
         if deltas.keys() != params.keys():
             raise ValueError(
                 f"{type(self.rule).__name__}.update must return one delta per parameter: expected {sorted(params)}, "
                 f"got {sorted(deltas)}"
             )
-        return {k: p + deltas[k] for k, p in params.items()}, () if state is None else state
+        try:
+            # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
+            new_state = tree.arrange(new_state, state)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self.rule).__name__}.update must return a state of the same structure as it was given: {error}"
+            ) from error
+        return {k: p + deltas[k] for k, p in params.items()}, new_state
+
+    def _scalar_loss(self, params: Params, batch: Batch) -> Tensor:
+        loss = self.family.loss(params, batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(
+                f"{type(self.family).__name__}.loss must return a scalar tensor for one task, got {got}; reduce it with "
+                "mean() or sum(), and keep it a tensor"
+            )
+        return loss
 
     def _vet_theta(self, theta: Theta) -> None:
         if "theta" not in self.vetted:
@@ -269,7 +290,7 @@ class InnerLoop:
                 k: v.shape for k, v in self.rule.init_theta(torch.Generator().manual_seed(0)).items()
             }
         expected = self.vetted["theta"]
-        if {k: v.shape for k, v in theta.items()} != expected:
+        if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
             raise ValueError(
                 f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got "
                 f"{_shapes(theta)}; take it from the rule's init_theta, or load it together with its rule"
@@ -287,12 +308,7 @@ class InnerLoop:
             )
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
-            losses = self.over_tasks(self.family.loss, (), params, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (num_tasks,):
-            shape = tuple(losses.shape[1:]) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(
-                f"{name}.loss must return a scalar for one task, got shape {shape}; reduce it with mean() or sum()"
-            )
+            losses = self.over_tasks(self._scalar_loss, (), params, batch)
         if not losses.isfinite().all():
             raise ValueError(
                 f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check data and initialisation"

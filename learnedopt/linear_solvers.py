@@ -70,7 +70,7 @@ class ConjugateGradient(LinearSolver):
         floor = (torch.finfo(rhs.dtype).eps ** 2) * rr
         iterations = torch.zeros_like(rr)
         for _ in range(self.num_iterations):
-            active = rr > floor
+            active = ~(rr <= floor)  # a task whose numbers are no longer finite stays active: its solution is NaN, not 0
             if not active.any():
                 break
             ap = operator(p) + self.damping * p
@@ -165,7 +165,9 @@ class GMRES(LinearSolver):
             target = rhs.new_zeros(num_tasks, j + 2)
             target[:, 0] = norm
             h_j = hessenberg[:, : j + 2, : j + 1]
-            y = (torch.linalg.pinv(h_j) @ target[:, :, None]).squeeze(-1)
+            # The decomposition raises on what is not finite: such a task gets zeros there, and NaN from its basis.
+            finite = h_j.isfinite().all(dim=(1, 2), keepdim=True)
+            y = (torch.linalg.pinv(torch.where(finite, h_j, 0.0)) @ target[:, :, None]).squeeze(-1)
             left = _safe_scalar((target - (h_j @ y[:, :, None]).squeeze(-1)).norm(dim=1), norm)
             iterations = iterations + (residual > self.tolerance)
             x, residual = torch.einsum("jnd,nj->nd", torch.stack(basis[: j + 1]), y), left
@@ -191,9 +193,9 @@ def _relative(residual: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _safe_scalar(a: Tensor, b: Tensor) -> Tensor:
-    """Return a / b, and 0 where b is 0: a zero right-hand side is solved by zero."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
+    """Return a / b, and 0 where b is 0: a zero right-hand side is solved by zero; what is not finite stays NaN."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
 def _safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b[:, None] > 0, a / torch.where(b > 0, b, 1.0)[:, None], 0.0)
+    return _safe_scalar(a, b[:, None])

@@ -125,7 +125,14 @@ class BootstrappedTarget(TaskMean):
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> tuple[Tensor, Carry]:
         """Return the mean distance over tasks, and the carry that training goes on from."""
         ahead, target = self.targets(loop, theta, rollout.end)
-        return self.matching(loop, target, rollout.end, self.split).mean(), ahead
+        distances = self.matching(loop, target, rollout.end, self.split)
+        num_tasks = tree.size(rollout.end.params)
+        if distances.shape != (num_tasks,):
+            raise ValueError(
+                f"the matching {self.matching!r} must return one distance per task, shape {(num_tasks,)}, got "
+                f"{tuple(distances.shape)}; the mean over tasks is the objective's business"
+            )
+        return distances.mean(), ahead
 
     def targets(self, loop: InnerLoop, theta: Theta, end: Carry) -> tuple[Carry, Carry]:
         """Return the carry after the rule's further steps, and the target beyond it; both without a graph."""

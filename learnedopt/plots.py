@@ -161,7 +161,9 @@ def _running_median(x: list[float], y: list[float]) -> tuple[list[float], list[f
 
 def _save(figure: Any, axes: Any, path: str | Path) -> Path:
     if not any(math.isfinite(float(v)) for line in axes.lines for v in line.get_ydata()):
-        raise ValueError(f"{path}: nothing to draw, not one value is finite (and positive where the axis is logarithmic)")
+        raise ValueError(
+            f"{path}: nothing to draw, not one value is finite (and positive where the axis is logarithmic)"
+        )
     path = Path(path)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path

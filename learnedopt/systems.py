@@ -81,7 +81,8 @@ class OptimalitySystem(System):
     def stationarity(self) -> Tensor:
         """Return ``|grad(loss + regularizer)| / (|grad loss| + |grad regularizer|)``."""
         total, loss, term = (tree.ravel(g).detach().norm(dim=1) for g in (self.grads, self.loss_grads, self.term_grads))
-        return torch.where(total > 0, total / torch.where(total > 0, loss + term, 1.0), 0.0)
+        # Compared with ==, so that what is not finite is reported as NaN and not as solved.
+        return torch.where(total == 0, 0.0, total / torch.where(total == 0, 1.0, loss + term))
 
 
 class StepMapSystem(System):
@@ -89,7 +90,7 @@ class StepMapSystem(System):
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record one step's graph at the end, and measure the first step for scale."""
-        self.end, self.theta = end, theta
+        self.loop, self.theta, self.start, self.end = loop, theta, start, end
         self.num_params = len(end.params)
         self.z, self.image = _step(loop, theta, start, end)
         z, image = _step(loop, theta, start, start)
@@ -115,23 +116,38 @@ class StepMapSystem(System):
 
     def stationarity(self) -> Tensor:
         """Return the length of a step at the end against that of the first."""
-        noise = torch.finfo(self.last_step.dtype).eps * tree.ravel(self.z).detach().norm(dim=1)
-        moving = self.last_step > noise
-        return torch.where(
-            moving, self.last_step / torch.where(moving, torch.maximum(self.first_step, noise), 1.0), 0.0
-        )
+        noise = self._round_off()
+        still = self.last_step <= noise  # False for what is not finite, which is then reported as NaN
+        return torch.where(still, 0.0, self.last_step / torch.where(still, 1.0, torch.maximum(self.first_step, noise)))
 
-    def refuse_noise(self, grads: Theta, solution: Tensor) -> None:
-        """Raise ValueError for a meta-parameter whose gradient is within the stationarity error of zero.
+    def vanishing(self) -> list[str]:
+        """Return the meta-parameters whose effect on the step vanishes as the step itself does, as a rate's does.
 
-        A relative change of theta moves the image by about as much as a step still does: then ``u`` times that step
-        bounds what the gradient can mean.
+        Their effect at the end, against that one step after the start, is no larger than the end's own step against
+        the step there: the gradient is then within the stationarity error of zero, whatever theta's scale.
         """
-        bound = 10 * float((solution.norm(dim=1) * self.last_step).sum())
-        noise = {k: float(self.theta[k].detach().norm() * g.norm()) for k, g in grads.items()}
-        still = sorted(k for k, v in noise.items() if v <= bound and float(self.theta[k].detach().norm()) > 0)
-        if still:
-            raise ValueError(_does_not_move(still, "its implicit gradient is within the stationarity error of zero"))
+        begun, reference = _step(self.loop, self.theta, self.start, self.near)
+        length = (tree.ravel(reference) - tree.ravel(begun)).detach().norm()
+        ratio = (self.last_step + self._round_off()).norm() / length
+        near, here = self._effects(reference), self._effects(self.image)
+        return sorted(k for k in self.theta if bool((here[k] <= 5 * ratio * near[k]) & (near[k] > 0)))
+
+    def _effects(self, image: list[Tensor]) -> dict[str, Tensor]:
+        """Return each meta-parameter's effect on the step map's image, up to a common factor, by a few random probes."""
+        squares = {k: torch.zeros(()) for k in self.theta}
+        for probe in range(8):
+            directions = _random_like(dict(enumerate(image)), probe)
+            pairs = [(x, directions[i]) for i, x in enumerate(image) if x.requires_grad]
+            outputs, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                outputs, list(self.theta.values()), cotangents, retain_graph=True, materialize_grads=True
+            )
+            squares = {k: squares[k] + g.square().sum() for (k, g) in zip(self.theta, found, strict=True)}
+        return {k: v.sqrt() for k, v in squares.items()}
+
+    def _round_off(self) -> Tensor:
+        """Return the length (num_tasks,) below which a step is not seen."""
+        return torch.finfo(self.last_step.dtype).eps * tree.ravel(self.z).detach().norm(dim=1)
 
 
 def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: type[System]) -> None:
@@ -185,6 +201,8 @@ def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: t
             _, state = loop.move(lane, theta, zeros, state, params, next(iter(zeros.values())).new_zeros(()))
             seen.append(tree.leaves(state))
     for before, between, after in zip(*seen, strict=True):
+        if before.dtype is torch.bool:  # a flag
+            continue
         step = between - before
         if step.any() and torch.equal(after - between, step):
             raise ValueError(

@@ -253,16 +253,15 @@ class MetaTrainer:
 
     def _resume(self) -> None:
         path = self.options.checkpoint
-        if path is None or not path.exists():
-            return
-
-        def like() -> Carry:
-            tasks = self.loop.family.sample(self.options.num_tasks, torch.Generator().manual_seed(0))
-            return self.loop.begin(tree.detach(self.theta), self.estimator.start(self.loop, tasks))
-
-        self.progress = load_progress(path, self.theta, self.meta_optimizer, self.scheduler, like)
+        if path is not None and path.exists():
+            self.progress = load_progress(path, self.theta, self.meta_optimizer, self.scheduler, self._example_carry)
         if isinstance(self.tracker, Rewindable):
+            # Also at step 0: a run may have been killed before its first checkpoint.
             self.tracker.rewind(self.progress.meta_step)
+
+    def _example_carry(self) -> Carry:
+        tasks = self.loop.family.sample(self.options.num_tasks, torch.Generator().manual_seed(0))
+        return self.loop.begin(tree.detach(self.theta), self.estimator.start(self.loop, tasks))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

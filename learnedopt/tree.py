@@ -39,7 +39,12 @@ def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
 
 def detach(tree: Tree) -> Tree:
     """Cut every leaf from the autograd graph; values are shared, not copied."""
-    return tree_map(lambda x: x.detach(), tree)
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+
+
+def arrange(tree: Tree, like: Tree) -> Tree:
+    """Return ``tree`` with its dicts in the order of ``like``'s; ValueError where the structures differ."""
+    return tree_map(lambda _, x: x, like, tree)
 
 
 def size(tree: Tree) -> int:

@@ -47,7 +47,8 @@ class WandbTracker:
 
     A failure of W&B (no network, a wrong key, a full disk, a folder that cannot be written, a service that was killed
     or does not answer) is reported once by ``logging``; from then on every call does nothing. Each call to W&B runs in
-    a thread of its own and is waited for, so W&B can hold the training up for ``timeout`` seconds, once, and no longer.
+    a thread of its own and is waited for, so a W&B that hangs holds the training up once: for ``timeout`` seconds, and
+    for at most ten more in which it is shut down.
 
     A curve (a list) is kept as it is under its name at each step; and at steps that double, a chart ``<name>_curves``
     of the curves at those steps is logged. Once more at the end, with the last.
@@ -90,7 +91,7 @@ class WandbTracker:
         self._about = {"project": project, "group": group, "job_type": job_type, "name": name, "id": self.run_id}
         self._timeout = timeout
         self._run: Any = None
-        self._pid: int | None = None  # the process that may log; None before start and after the end
+        self._pid: int | None = None  # the process that may log; None before start, -1 after the end
         self._owns_service = False
         self._environment: list[str] = []  # variables set for the length of the run
         self._step = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, final
@@ -40,10 +40,10 @@ class Partition(UpdateRule):
         ['bias/lr', 'rest/lr', 'rest/beta1', 'rest/beta2', 'rest/eps']
     """
 
-    groups: dict[str, tuple[str, UpdateRule]]
+    groups: Mapping[str, tuple[str, UpdateRule]]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.groups, dict) or not all(_is_group(group) for group in self.groups.items()):
+        if not isinstance(self.groups, Mapping) or not all(_is_group(group) for group in self.groups.items()):
             raise TypeError(f"Partition: groups={self.groups!r} is not a dict of label -> (pattern, rule)")
         wrong = [label for label in self.groups if not label or "/" in label]
         if wrong or not self.groups:

@@ -201,8 +201,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
         return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint in (int, float):
         return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, NoneType if hint is None else hint) if isinstance(hint, type) or hint is None else True
@@ -213,7 +213,7 @@ def _encode(value: Any, where: str, key: str) -> Any:
         return describe(value)
     if isinstance(value, Tensor) and key == "template":
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
         return {k: _encode(v, f"{where}[{k!r}]", key) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_encode(v, f"{where}[{i}]", key) for i, v in enumerate(value)]

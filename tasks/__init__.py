@@ -1,0 +1,45 @@
+"""Task families: one file each, and the registry that makes them by name.
+
+Families are imported when first used. Data sets are read, or downloaded, when the first batch is drawn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from learnedopt.tasks.registry import build, describe, make, names, register
+
+if TYPE_CHECKING:
+    from learnedopt.tasks.image_mlp import ImageMLP
+    from learnedopt.tasks.logistic import LogisticRegression
+    from learnedopt.tasks.quadratic import Quadratic
+    from learnedopt.tasks.regression import LinearRegression
+
+_LAZY = {
+    "ImageMLP": "image_mlp",
+    "LinearRegression": "regression",
+    "LogisticRegression": "logistic",
+    "Quadratic": "quadratic",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'learnedopt.tasks' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"learnedopt.tasks.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+__all__ = [
+    "ImageMLP",
+    "LinearRegression",
+    "LogisticRegression",
+    "Quadratic",
+    "build",
+    "describe",
+    "make",
+    "names",
+    "register",
+]

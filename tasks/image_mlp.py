@@ -1,0 +1,138 @@
+"""Image classification with a multi-layer perceptron."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learnedopt.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.tasks import images, options, streams
+from learnedopt.tree import Params
+
+Activation: TypeAlias = Literal["sigmoid", "tanh", "relu", "elu", "gelu", "softplus"]
+Init: TypeAlias = Literal["linear", "normal"]
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "softplus": functional.softplus,
+}
+
+
+@final
+@dataclass(frozen=True)
+class ImageMLP(TaskFamily):
+    """An MLP on 28x28 images, pixels scaled to [0, 1]: mean cross-entropy of a minibatch (Andrychowicz et al. 2016).
+
+    A task is a seed, which draws the initial parameters and the minibatches: every step's minibatch is drawn afresh,
+    with replacement, from all images of ``meta_split``. "train" and "valid" minibatches are independent draws from the
+    SAME images; what is held out from meta-training is held out by ``meta_split``. Parameters: ``layer0.weight``
+    (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs": (batch_size, 784),
+    "targets": (batch_size,)}``, made on the CPU.
+
+    Args:
+        dataset: "mnist" or "fashion-mnist"; where the files are looked for is said in ``learnedopt.tasks.images``.
+        hidden: the widths of the hidden layers, any number of them; none gives softmax regression.
+        activation: after each hidden layer.
+        batch_size: images a minibatch.
+        init: "linear" draws weights and biases as ``nn.Linear`` does by default, from U(±1/√fan_in); "normal" draws all
+            from N(0, std²), as the paper's public code does with std 0.01.
+        std: of "normal"; 0.01 by default.
+        dtype: "float32" or "float64"; by default torch's default dtype.
+        meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images.
+
+    Raises:
+        ValueError: an option is out of its range.
+        FileNotFoundError: from ``batch``: the data are not there and cannot be downloaded.
+
+    Example:
+        >>> family = ImageMLP(hidden=(40, 40), activation="tanh", meta_split="valid")
+        >>> tasks = family.sample(2, torch.Generator().manual_seed(0))
+        >>> family.init_params(tasks)["layer0.weight"].shape
+        torch.Size([2, 40, 784])
+    """
+
+    dataset: images.Dataset = "mnist"
+    hidden: tuple[int, ...] = (20,)
+    activation: Activation = "sigmoid"
+    batch_size: int = 128
+    init: Init = "linear"
+    std: float | None = None
+    dtype: options.DType | None = None
+    meta_split: options.MetaSplit = "train"
+
+    def __post_init__(self) -> None:
+        options.require_choice("dataset", self.dataset, images.Dataset)
+        if not isinstance(self.hidden, tuple):
+            raise ValueError(f"hidden={self.hidden!r} is not a tuple of widths; pass one such as (20,) or (40, 40)")
+        for i, width in enumerate(self.hidden):
+            options.require_count(f"hidden[{i}]", width)
+        options.require_choice("activation", self.activation, Activation)
+        options.require_count("batch_size", self.batch_size)
+        options.require_choice("init", self.init, Init)
+        if self.std is not None:
+            options.require_number("std", self.std, least=0)
+            if self.init != "normal":
+                raise ValueError(f"std={self.std!r} has no effect with init={self.init!r}; pass init='normal' as well")
+        options.require_common(self.dtype, self.meta_split)
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        """Draw one seed a task."""
+        return {"seed": streams.sample_seeds(num_tasks, generator)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        """Draw each task's parameters, as ``init`` says, from its seed."""
+        drawn = [self._draw(streams.stream(seed, "init")) for seed in tasks["seed"].tolist()]
+        dtype = options.resolve_dtype(self.dtype)
+        return {k: torch.from_numpy(np.stack([params[k] for params in drawn])).to(dtype) for k in drawn[0]}
+
+    def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Draw one task's parameters in float64, so that float32 ones are the same but for rounding."""
+        widths = (images.NUM_PIXELS, *self.hidden, images.NUM_CLASSES)
+        params = {}
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            for name, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
+                if self.init == "linear":
+                    bound = 1 / math.sqrt(fan_in)
+                    params[f"layer{i}.{name}"] = random.uniform(-bound, bound, shape)
+                else:
+                    params[f"layer{i}.{name}"] = random.normal(0.0, 0.01 if self.std is None else self.std, shape)
+        return params
+
+    def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
+        """Draw this step's minibatch of each task."""
+        pixels, labels = images.load(self.dataset, self.meta_split)
+        seeds = tasks["seed"].tolist()
+        drawn = [streams.stream(seed, split, step).integers(len(labels), size=self.batch_size) for seed in seeds]
+        index = torch.from_numpy(np.concatenate(drawn))
+        inputs = pixels.index_select(0, index).to(options.resolve_dtype(self.dtype)).div_(255)
+        shape = (len(seeds), self.batch_size)
+        return {"inputs": inputs.reshape(*shape, -1), "targets": labels.index_select(0, index).reshape(shape)}
+
+    def outputs(self, params: Params, batch: Batch) -> Tensor:
+        """Return the logits (batch_size, 10)."""
+        hidden = batch["inputs"]
+        for i in range(len(self.hidden)):
+            hidden = functional.linear(hidden, params[f"layer{i}.weight"], params[f"layer{i}.bias"])
+            hidden = _ACTIVATIONS[self.activation](hidden)
+        last = len(self.hidden)
+        return functional.linear(hidden, params[f"layer{last}.weight"], params[f"layer{last}.bias"])
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy."""
+        return functional.cross_entropy(self.outputs(params, batch), batch["targets"])
+
+    def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
+        """Return the share of images that are classified right."""
+        logits = self.outputs(params, batch)
+        return {"accuracy": (logits.argmax(-1) == batch["targets"]).to(logits.dtype).mean()}

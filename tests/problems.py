@@ -1,0 +1,385 @@
+"""Tiny families, awkward rules and slow oracles in float64, shared by the tests of the engine.
+
+The oracles are plain loops over tasks with ``torch.autograd.grad``: nothing in them comes from the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learnedopt import (
+    BootstrappedTarget,
+    FinalLoss,
+    InnerLoop,
+    KLDivergence,
+    MeanLogLoss,
+    SumOfLosses,
+    TaskFamily,
+    Tasks,
+    Theta,
+    UpdateRule,
+)
+from learnedopt.objective import MetaObjective
+from learnedopt.tree import Params
+
+FLOAT = torch.float64
+EIGENVALUES = (0.5, 0.8, 1.2, 1.7, 2.5)
+
+
+class Quadratic(TaskFamily):
+    """``x'Hx/2 - c'x + 9`` on x = (w, b) in five dimensions; c differs by split, and drifts with the step."""
+
+    def __init__(self, drift: float = 0.3, eigenvalues: tuple[float, ...] = EIGENVALUES) -> None:
+        self.drift, self.eigenvalues = drift, torch.tensor(eigenvalues, dtype=FLOAT)
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(num_tasks, *shape, generator=generator, dtype=FLOAT)
+
+        q = torch.linalg.qr(normal(5, 5)).Q
+        hessian = q @ torch.diag(self.eigenvalues) @ q.mT
+        return {"hessian": (hessian + hessian.mT) / 2, "c": normal(2, 5), "x": normal(5), "features": normal(6, 5)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        return {"w": tasks["x"][:, :4].reshape(-1, 2, 2), "b": tasks["x"][:, 4:]}
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        wave = self.drift * torch.sin(torch.arange(5, dtype=FLOAT) + step)
+        c = tasks["c"][:, int(split == "valid")] + wave
+        return {"hessian": tasks["hessian"], "c": c, "features": tasks["features"]}
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        x = join(params)
+        return 0.5 * x @ (batch["hessian"] @ x) - batch["c"] @ x + 9
+
+    def outputs(self, params: Params, batch: Any) -> Tensor:
+        return (batch["features"] @ join(params)).reshape(2, 3)
+
+    def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
+        return {"length": join(params).norm()}
+
+
+class TanhMLP(TaskFamily):
+    """Cross-entropy of a two-layer tanh network with 3 units on 5 points with 2 features and 2 classes."""
+
+    normalize = False
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        shapes = {"x": (5, 2), "w1": (2, 3), "w2": (3, 2)}
+        tasks = {k: torch.randn(num_tasks, *s, generator=generator, dtype=FLOAT) for k, s in shapes.items()}
+        return {**tasks, "y": torch.randint(2, (num_tasks, 5), generator=generator)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        return {"w1": tasks["w1"], "b1": 0.1 * tasks["w1"][:, 0], "w2": tasks["w2"]}
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        wave = 0.5 * torch.sin(torch.arange(10, dtype=FLOAT) + step).reshape(5, 2)
+        return {"x": tasks["x"] * (1.3 if split == "valid" else 1.0) + wave, "y": tasks["y"]}
+
+    def outputs(self, params: Params, batch: Any) -> Tensor:
+        hidden = batch["x"] @ params["w1"] + params["b1"]
+        return (functional.layer_norm(hidden, (3,)) if self.normalize else hidden).tanh() @ params["w2"]
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.outputs(params, batch), batch["y"])
+
+
+class LayerNormMLP(TanhMLP):
+    """The same with layer normalisation, whose second derivatives not every mode of torch gets right."""
+
+    normalize = True
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        return super().batch(tasks, 0, split)  # one batch, so that there is a solution
+
+
+class Logistic(TaskFamily):
+    """Logistic regression on 6 points with 3 features; not regularised: a rule does that."""
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        x = torch.randn(num_tasks, 2, 6, 3, generator=generator, dtype=FLOAT)
+        return {"x": x, "y": torch.randint(2, (num_tasks, 2, 6), generator=generator).to(FLOAT)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        return {"w": 0.1 * tasks["x"][:, 0, 0]}
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        return {k: v[:, int(split == "valid")] for k, v in tasks.items()}
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(batch["x"] @ params["w"], batch["y"])
+
+
+class Anchored(UpdateRule):
+    """Descent pulled towards the learned start, which only the state remembers; handed on untouched and reordered.
+
+    The state is a dict whose order changes at each step, with a leaf that is passed through as it is, a flag and a
+    count: what segments, step maps and vmap must all carry.
+    """
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        start = torch.linspace(-1, 1, 5, dtype=FLOAT)
+        return {"start": start, "pull": torch.tensor(0.4, dtype=FLOAT), "decay": torch.tensor(0.5, dtype=FLOAT)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        start = {"w": theta["start"][:4].reshape(2, 2), "b": theta["start"][4:]}
+        zeros = {k: torch.zeros_like(p) for k, p in params.items()}
+        return start, {"anchor": start, "slow": zeros, "begun": torch.tensor(False), "seed": torch.tensor(7)}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        slow = {k: theta["decay"] * state["slow"][k] + g for k, g in grads.items()}
+        deltas = {k: -0.1 * (slow[k] + theta["pull"] * (p - state["anchor"][k])) for k, p in params.items()}
+        ones = torch.ones_like(state["begun"])
+        return deltas, {"seed": state["seed"], "begun": ones, "slow": slow, "anchor": state["anchor"]}
+
+
+class Skewed(UpdateRule):
+    """``delta = -A (g + decay x)`` with a fixed non-symmetric A: a step map without symmetry, and no state at all."""
+
+    matrix = 0.2 * torch.eye(5, dtype=FLOAT) + 0.05 * torch.triu(torch.ones(5, 5, dtype=FLOAT), 1)
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"decay": torch.linspace(0.2, 0.6, 5, dtype=FLOAT)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, None
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        delta = -self.matrix @ (join(grads) + theta["decay"] * join(params))
+        return {"w": delta[:4].reshape(2, 2), "b": delta[4:]}, None
+
+
+class Proximal(UpdateRule):
+    """Descent on loss + ``strength/2 |x - start|^2`` for any family, with both learned."""
+
+    def __init__(self, template: Params, lr: float = 0.3) -> None:
+        self.template, self.lr = template, lr
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        start = {f"start/{k}": p.detach().clone() for k, p in self.template.items()}
+        return {**start, "strength": torch.tensor(0.8, dtype=FLOAT)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return {k: theta[f"start/{k}"] for k in params}, ()
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        return {k: -self.lr * g for k, g in grads.items()}, state
+
+    def regularizer(self, theta: Theta, params: Params) -> Tensor:
+        squares = [(p - theta[f"start/{k}"]).square().sum() for k, p in params.items()]
+        return 0.5 * theta["strength"] * torch.stack(squares).sum()
+
+
+def join(params: Params) -> Tensor:
+    """Return x = (w, b) as one vector, whatever the order of the dict."""
+    return torch.cat([params["w"].reshape(-1), params["b"]])
+
+
+def sample(family: TaskFamily, num_tasks: int = 2, seed: int = 5) -> Tasks:
+    """Draw tasks with a seed of the test's own."""
+    return family.sample(num_tasks, torch.Generator().manual_seed(seed))
+
+
+def template(family: TaskFamily, seed: int = 11) -> Params:
+    """Return one task's parameters, for rules that own tensors of theta."""
+    return {k: p[0] for k, p in family.init_params(sample(family, 1, seed)).items()}
+
+
+def generic_theta(rule: UpdateRule, seed: int = 3) -> Theta:
+    """Return a theta without special values: known hyperparameters at moderate ones, everything else perturbed."""
+    moderate = {"lr": 0.06, "momentum": 0.7, "beta1": 0.8, "beta2": 0.9, "alpha": 0.85, "eps": 0.05}
+    moderate |= {"weight_decay": 0.1, "dampening": 0.2, "strength": 1.3}
+    generator = torch.Generator().manual_seed(seed)
+    theta = {k: v.to(FLOAT) for k, v in rule.init_theta(generator).items()}
+    for key, value in theta.items():
+        name = key.rsplit("/", 1)[-1]
+        noise = 0.05 * torch.randn(value.shape, generator=generator, dtype=FLOAT)
+        theta[key] = torch.full_like(value, moderate[name]) if name in moderate and not value.ndim else value + noise
+    return theta
+
+
+class Path(NamedTuple):
+    """One task's inner loop: num_steps + 1 points (params, state), and what was met at each of the first num_steps."""
+
+    points: list[tuple[Params, Any]]
+    losses: list[Tensor]
+    grads: list[Params]
+    first_step: int
+
+
+def walk(
+    family: TaskFamily,
+    rule: UpdateRule,
+    theta: Theta,
+    task: Tasks,
+    num_steps: int,
+    *,
+    full: bool = True,
+    held: Path | None = None,
+    start: tuple[Params, Any] | None = None,
+    first_step: int = 0,
+) -> Path:
+    """Run one task (a batched tree of one) step by step; ``held`` replays recorded gradients and losses instead."""
+    own = {k: p[0] for k, p in family.init_params(task).items()}
+    points, losses, grads = [rule.init(theta, own) if start is None else start], [], []
+    for i in range(num_steps):
+        params, state = points[-1]
+        params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        loss = family.loss(params, data(family, task, first_step + i, "train"))
+        total = loss + rule.regularizer(theta, params) if rule.has_regularizer else loss
+        if held is None:
+            found = torch.autograd.grad(total, list(params.values()), create_graph=full, retain_graph=True)
+            grad, seen = dict(zip(params, found, strict=True)), loss if full else loss.detach()
+        else:
+            grad, seen = held.grads[i], held.losses[i].detach()
+        deltas, state = rule.update(theta, grad, state, params, seen)
+        points.append(({k: p + deltas[k] for k, p in params.items()}, state))
+        losses.append(loss)
+        grads.append({k: g.detach() for k, g in grad.items()})
+    return Path(points, losses, grads, first_step)
+
+
+def data(family: TaskFamily, task: Tasks, step: int, split: Any) -> Any:
+    """Return one task's batch."""
+    return torch.utils._pytree.tree_map(lambda x: x[0], family.batch(task, step, split))
+
+
+def value_of(
+    objective: MetaObjective, family: TaskFamily, rule: UpdateRule, theta: Theta, task: Tasks, path: Path, target: Any
+) -> Tensor:
+    """Return one task's objective, written out a second time; ``target`` is held fixed where one is needed."""
+    step, end = path.first_step + len(path.losses), path.points[-1][0]
+    if isinstance(objective, FinalLoss):
+        return family.loss(end, data(family, task, step, "valid"))
+    if isinstance(objective, SumOfLosses | MeanLogLoss):
+        last = family.loss(end, data(family, task, step, "train"))
+        losses = torch.stack([*path.losses[1:], last])
+        return losses.sum() if isinstance(objective, SumOfLosses) else losses.log().mean()
+    assert isinstance(objective, BootstrappedTarget)
+    if isinstance(objective.matching, KLDivergence):
+        batch = data(family, task, step, objective.split)
+        log_p, log_q = (family.outputs(x, batch).log_softmax(-1) for x in (target, end))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return 0.5 * sum(((end[k] - target[k]) ** 2).sum() for k in end)
+
+
+def target_of(
+    objective: MetaObjective, family: TaskFamily, rule: UpdateRule, theta: Theta, task: Tasks, path: Path
+) -> Params | None:
+    """Return one task's bootstrapped target: further steps of the rule, then a plain gradient step."""
+    if not isinstance(objective, BootstrappedTarget):
+        return None
+    step, steps = path.first_step + len(path.losses), objective.num_target_steps - 1
+    start = torch.utils._pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, path.points[-1])
+    x = walk(family, rule, theta, task, steps, full=False, start=start, first_step=step).points[-1][0]
+    x = {k: p.detach().requires_grad_() for k, p in x.items()}
+    loss = family.loss(x, data(family, task, step + steps, objective.split))
+    grads = torch.autograd.grad(loss, list(x.values()))
+    return {k: (p - objective.step_size * g).detach() for (k, p), g in zip(x.items(), grads, strict=True)}
+
+
+class Reference:
+    """An objective of theta over whole paths, or over the last steps of them, and its derivative by two routes.
+
+    Args:
+        skip: steps taken before the window, without a graph; the window starts there.
+        full: the whole tape, or gradients and losses detached.
+    """
+
+    def __init__(
+        self,
+        loop: InnerLoop,
+        theta: Theta,
+        objective: MetaObjective,
+        tasks: Tasks,
+        num_steps: int,
+        *,
+        full: bool = True,
+        skip: int = 0,
+    ) -> None:
+        self.family, self.rule, self.objective, self.full = loop.family, loop.rule, objective, full
+        self.theta, self.num_steps, self.skip = theta, num_steps, skip
+        self.tasks = one_by_one(tasks)
+        self.starts, self.held, self.targets = [], [], []
+        for task in self.tasks:
+            ahead = walk(self.family, self.rule, theta, task, skip, full=False)
+            start = torch.utils._pytree.tree_map(lambda x: x.detach(), ahead.points[-1]) if skip else None
+            path = walk(self.family, self.rule, theta, task, num_steps, full=False, start=start, first_step=skip)
+            self.starts.append(start)
+            self.held.append(path)
+            self.targets.append(target_of(objective, self.family, self.rule, theta, task, path))
+
+    def value(self, theta: Theta, *, differences: bool = False) -> Tensor:
+        """Return the mean over tasks, with a graph to theta or for ``differences`` of values.
+
+        A detached tape's derivative is that of the values with the recorded gradients and losses held: they replay.
+        """
+        values = []
+        for task, start, held, target in zip(self.tasks, self.starts, self.held, self.targets, strict=True):
+            path = walk(
+                self.family,
+                self.rule,
+                theta,
+                task,
+                self.num_steps,
+                full=self.full and not differences,
+                held=held if differences and not self.full else None,
+                start=start,
+                first_step=self.skip,
+            )
+            values.append(value_of(self.objective, self.family, self.rule, theta, task, path, target))
+        return torch.stack(values).mean()
+
+    def gradient(self) -> Theta:
+        """Return the derivative by plain back-propagation through the loops above."""
+        return gradient_of(self.value, self.theta)
+
+    def difference_error(self, grads: Theta) -> float:
+        """Return the worst relative error of ``grads`` against finite differences, over the entries of theta."""
+        return difference_error(lambda theta: float(self.value(theta, differences=True).detach()), self.theta, grads)
+
+
+def gradient_of(fn: Callable[[Theta], Tensor], theta: Theta) -> Theta:
+    """Return the derivative of a scalar function, zeros where it does not depend on an entry."""
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in theta.items()}
+    found = torch.autograd.grad(fn(leaves), list(leaves.values()), allow_unused=True)
+    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(leaves.items(), found, strict=True)}
+
+
+def difference_error(fn: Callable[[Theta], float], theta: Theta, grads: Theta, *, step: float = 4e-4) -> float:
+    """Return the worst error of ``grads``, relative to each entry's norm, against central differences.
+
+    Each entry of theta is moved along its gradient plus a random direction of the same length, so that neither a wrong
+    length nor a wrong direction can hide; Richardson's extrapolation cancels the error of order step^2.
+    """
+    worst, generator = 0.0, torch.Generator().manual_seed(1)
+    for key, grad in grads.items():
+        assert grad.shape == theta[key].shape and grad.isfinite().all() and grad.any(), f"no gradient of {key}"
+        noise = torch.randn(grad.shape, generator=generator, dtype=FLOAT)
+        direction = grad / grad.norm() + (noise / noise.norm() if grad.numel() > 1 else 0.0)
+
+        def slope(h: float, key: str = key, direction: Tensor = direction) -> float:
+            ends = [fn({**theta, key: theta[key] + sign * h * direction}) for sign in (1, -1)]
+            return (ends[0] - ends[1]) / (2 * h)
+
+        expected = (4 * slope(step / 2) - slope(step)) / 3
+        worst = max(worst, abs(float((grad * direction).sum()) - expected) / float(grad.norm()))
+    return worst
+
+
+def relative_error(found: Theta, expected: Theta) -> float:
+    """Return the worst error over the entries, relative to the norm of each one expected."""
+    assert found.keys() == expected.keys()
+    errors = [float((found[k] - e).norm() / e.norm()) if e.any() else float(found[k].norm()) for k, e in expected.items()]
+    return max(errors)
+
+
+def one_by_one(tasks: Tasks) -> list[Tasks]:
+    """Return batched trees of one task each."""
+    count = len(next(iter(tasks.values())))
+    return [{k: v[i : i + 1] for k, v in tasks.items()} for i in range(count)]

@@ -1,0 +1,237 @@
+"""The fan-out, the console and the record: what they write, that it survives kills and resumes, and stops nobody."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.tracker import ConsoleTracker, NullTracker, Rewindable, Tracker, Trackers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Broken:
+    """A tracker whose every call fails, and that counts them."""
+
+    calls = 0
+
+    def _fail(self) -> None:
+        self.calls += 1
+        raise OSError("no space left")
+
+    def start(self, config: dict[str, Any]) -> None:
+        self._fail()
+
+    def log(self, metrics: object, step: int) -> None:
+        self._fail()
+
+    def figure(self, name: str, path: Path) -> None:
+        self._fail()
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        self._fail()
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._fail()
+
+
+def train(tracker: Tracker, first: int, last: int) -> None:
+    """Log the meta-steps ``first`` to ``last`` as a training would."""
+    for step in range(first, last + 1):
+        tracker.log({"meta_loss": 1 / step, "inner_loss": [1.0, 1 / step]}, step)
+
+
+# The fan-out
+
+
+def test_a_failing_sink_is_reported_once_and_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken, record = Broken(), JsonLinesTracker(tmp_path / "metrics.jsonl")
+    trackers = Trackers([broken, NullTracker(), record])
+    trackers.start({"seed": 0})
+    train(trackers, 1, 3)
+    trackers.figure("loss", tmp_path / "loss.png")
+    trackers.artifact("theta", [tmp_path / "theta.safetensors"], {"rule": "lstm"})
+    trackers.rewind(2)
+    trackers.finish()
+    assert [row["step"] for row in read_metrics(record.path)] == [1, 2]
+    assert broken.calls == 7  # every call but rewind, which it does not have
+    assert len(caplog.records) == 1
+    assert "Broken failed in start() with OSError: no space left" in caplog.text
+
+
+def test_what_can_be_rewound() -> None:
+    assert isinstance(JsonLinesTracker(Path("x")), Rewindable)
+    assert isinstance(Trackers([]), Rewindable)
+    assert not isinstance(ConsoleTracker(), Rewindable)
+
+
+# The console
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_console_prints_sentences_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter([0.0, 0.0, 4.0, 10.0, 10.0, 11.0, 11.0])
+    console = ConsoleTracker(total=20, clock=lambda: next(now))
+    console.start({"recipe": "lstm-quadratic", "seed": 3, "rule": {"hidden": 20}})
+    metrics = {"meta_loss": 0.123456, "grad_norm": 12.3456, "step_ms": 34.56, "skipped": 0, "inner_loss": [2.0, 1.0]}
+    console.log({**metrics, "validation": 0.5}, 1)  # at 0 s: the first is shown
+    console.log({**metrics, "meta_loss": 9.0}, 2)  # at 4 s: too early
+    console.log({**metrics, "meta_loss": math.nan, "skipped": 1}, 3)  # at 10 s, with the validation of meta-step 1
+    console.log({**metrics, "meta_loss": 0.25}, 4)  # at 11 s: too early, so shown at the end
+    console.figure("loss", Path("runs/a/loss.png"))
+    console.finish(143)
+    console.finish()
+    out = capsys.readouterr().out
+    assert out.splitlines() == [
+        "Meta-training starts with recipe=lstm-quadratic, seed=3.",
+        "Meta-step 1 of 20: meta-loss 0.1235, validation 0.5, gradient norm 12.3, 34.6 ms/step, 0 skipped.",
+        "Meta-step 3 of 20: meta-loss nan, validation 0.5, gradient norm 12.3, 34.6 ms/step, 1 skipped.",
+        "Figure loss is at runs/a/loss.png.",
+        "Meta-step 4 of 20: meta-loss 0.25, validation 0.5, gradient norm 12.3, 34.6 ms/step, 0 skipped.",
+        "Meta-training stopped with exit code 143 after meta-step 4.",
+    ]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)
+
+
+def test_console_rewrites_its_line_on_a_terminal() -> None:
+    terminal = Terminal()
+    console = ConsoleTracker(interval=0, stream=terminal)
+    console.log({"meta_loss": 2.0}, 1)
+    console.log({"meta_loss": 1.0}, 2)
+    console.finish()
+    assert terminal.getvalue() == (
+        "\r\x1b[KMeta-step 1: meta-loss 2.\r\x1b[KMeta-step 2: meta-loss 1.\nMeta-training ended after meta-step 2.\n"
+    )
+
+
+def test_console_refuses_a_negative_interval() -> None:
+    with pytest.raises(ValueError, match="interval"):
+        ConsoleTracker(interval=-1)
+
+
+# The record
+
+
+def test_record_holds_what_was_said(tmp_path: Path) -> None:
+    record = JsonLinesTracker(tmp_path / "run" / "metrics.jsonl")
+    record.start({"lr": 1e-3, "out": tmp_path, "hidden": (20, 20), "clip": math.inf})
+    record.log({"meta_loss": 0.1, "skipped": 2, "inner_loss": [1 / 3, math.nan, -math.inf]}, 1)
+    record.log({"meta_loss": math.nan, "validation": math.inf}, 2)
+    record.figure("loss", tmp_path / "loss.png")
+    record.artifact("theta", [tmp_path / "theta.safetensors"], {"rule": "lstm", "best": math.nan})
+    record.finish(143)
+    record.finish()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    start, *_, figure, artifact, finish = [
+        json.loads(line, parse_constant=refuse) for line in record.path.read_text("utf-8").splitlines()
+    ]
+    assert start["config"] == {"lr": 1e-3, "out": str(tmp_path), "hidden": [20, 20], "clip": "Infinity"}
+    assert figure == {"event": "figure", "step": 2, "name": "loss", "path": str(tmp_path / "loss.png")}
+    assert artifact["paths"] == [str(tmp_path / "theta.safetensors")]
+    assert artifact["metadata"] == {"rule": "lstm", "best": "NaN"}
+    assert finish == {"event": "finish", "step": 2, "exit_code": 143}
+    first, second = read_metrics(record.path)
+    assert (first["step"], first["meta_loss"], first["skipped"]) == (1, 0.1, 2)
+    assert first["inner_loss"][0] == 1 / 3 and math.isnan(first["inner_loss"][1])
+    assert first["inner_loss"][2] == -math.inf
+    assert math.isnan(second["meta_loss"]) and second["validation"] == math.inf
+
+
+def test_resume_leaves_each_step_once_after_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    killed = JsonLinesTracker(path)
+    killed.start({"seed": 0})
+    train(killed, 1, 7)
+    killed.figure("loss", tmp_path / "loss.png")  # of step 7: the resumed run makes it again
+    with open(path, "ab") as file:
+        file.write(b'{"step": 8, "meta_lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7]
+
+    resumed = JsonLinesTracker(path)
+    resumed.rewind(5)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    resumed.start({"seed": 0})
+    train(resumed, 6, 9)
+    resumed.rewind(8)  # of an open file
+    train(resumed, 9, 10)
+    resumed.finish()
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["meta_loss"] for row in rows] == [1 / step for step in range(1, 11)]
+    events = [json.loads(line).get("event") for line in path.read_text("utf-8").splitlines()]
+    assert [event for event in events if event] == ["start", "start", "finish"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_start_alone_cuts_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "meta_loss": 2.0}\n{"step": 2')
+    record = JsonLinesTracker(path)
+    record.start({})
+    record.log({"meta_loss": 1.0}, 2)
+    assert read_metrics(path) == [{"step": 1, "meta_loss": 2.0}, {"step": 2, "meta_loss": 1.0}]
+    record.finish()
+
+
+def test_every_finished_line_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = f"""
+import os, signal
+from pathlib import Path
+from learnedopt.json_tracker import JsonLinesTracker
+record = JsonLinesTracker(Path({str(path)!r}))
+record.start({{}})
+for step in range(1, 101):
+    record.log({{"meta_loss": 1 / step}}, step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_metrics(path)] == list(range(1, 101))
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = JsonLinesTracker(tmp_path / "metrics.jsonl")
+    record.start({})
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda fd, data: write(fd, data[:9]))
+        with pytest.raises(OSError, match="only 9 of"):
+            record.log({"meta_loss": 2.0}, 1)
+    record.log({"meta_loss": 1.0}, 2)
+    assert read_metrics(record.path) == [{"step": 2, "meta_loss": 1.0}]
+    record.finish()
+
+
+def test_record_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    record = JsonLinesTracker(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not open"):
+        record.log({"meta_loss": 1.0}, 1)
+    record.start({})
+    with pytest.raises(ValueError, match="step"):
+        record.log({"step": 1.0}, 1)
+    record.finish()
+    for foreign in (b'{"step": 1}\nloss,step\n', b"[1, 2]\n"):
+        record.path.write_bytes(foreign)
+        with pytest.raises(ValueError, match=r"line \d of .* is not"):
+            record.rewind(0)
+        assert record.path.read_bytes() == foreign

@@ -1,0 +1,385 @@
+"""W&B: a real offline run read back from its file, and every way in which W&B can fail without stopping a training."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.tracker import Tracker, Trackers
+from learnedopt.wandb_tracker import WandbTracker, resolve_mode
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train(tracker: Tracker, first: int, last: int) -> None:
+    """Log the meta-steps ``first`` to ``last`` as a training would."""
+    for step in range(first, last + 1):
+        tracker.log({"meta_loss": 1 / step, "inner_loss": [1.0, 1 / step]}, step)
+
+
+def reports(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what this package reported; wandb's own log lines are left out."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("learnedopt")]
+
+
+def records(path: Path) -> list[Any]:
+    """Return the records of a ``.wandb`` file: 7 bytes of header, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2  # generated when it is imported, so type checkers do not see what is inside
+    data, found, part, at = path.read_bytes(), [], b"", 7
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # a header does not cross blocks
+            at += left
+            continue
+        _checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = messages.Record()
+            record.ParseFromString(part)
+            found.append(record)
+            part = b""
+    return found
+
+
+def run_file(folder: Path) -> Path:
+    """Return the one ``.wandb`` file of a run's folder."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return path
+
+
+def history(found: list[Any]) -> list[dict[str, Any]]:
+    """Return the logged rows, W&B's own columns left out; nested keys joined by dots."""
+    rows = []
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
+    return rows
+
+
+def service_of(pid: int) -> int:
+    """Return the process id of the wandb-core child of process ``pid``."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = stat.read_text().partition("(")[2].rsplit(")", 1)
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        if name == "wandb-core" and int(fields.split()[1]) == pid:
+            return int(stat.parent.name)
+    raise AssertionError(f"process {pid} has no wandb-core child")
+
+
+@pytest.fixture
+def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give W&B an empty home folder and none of its variables; return the home folder."""
+    for variable in [*filter(lambda name: name.startswith("WANDB_"), os.environ), "RANK", "XDG_DATA_HOME"]:
+        monkeypatch.delenv(variable, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    yield home
+    assert not [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_ERROR_REPORTING"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "expected"),
+    [
+        (None, None, "offline"),
+        (None, "", "offline"),
+        (None, "online", "online"),
+        (None, "dryrun", "offline"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "disabled", "online"),
+    ],
+)
+def test_the_flag_comes_before_the_variable_before_offline(
+    flag: str | None, variable: str | None, expected: str
+) -> None:
+    assert resolve_mode(flag, {} if variable is None else {"WANDB_MODE": variable}) == expected
+
+
+def test_wandb_tracker_refuses_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="mode='of' is not"):
+        resolve_mode("of", {})
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    with pytest.raises(ValueError, match="WANDB_MODE='shared' is not"):
+        WandbTracker()
+    with pytest.raises(ValueError, match="timeout"):
+        WandbTracker("offline", timeout=0)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_disabled_or_not_first_rank_touches_nothing(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from learnedopt.wandb_tracker import WandbTracker
+for mode, rank in ("disabled", "0"), ("offline", "1"):
+    os.environ["RANK"] = rank
+    tracker = WandbTracker(mode, dir=Path(sys.argv[1]))
+    tracker.start({})
+    tracker.log({"meta_loss": 1.0}, 1)
+    tracker.figure("loss", Path("nowhere.png"))
+    tracker.artifact("theta", [Path("nowhere")], {})
+    tracker.finish()
+    assert not tracker.active and "wandb" not in sys.modules
+"""
+    call = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_offline_run_can_be_read_back(tmp_path: Path, wandb_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "loss.png")
+    (tmp_path / "theta.safetensors").write_bytes(b"theta")
+    curve = [1 / (k + 1) for k in range(4000)]  # a row longer than a block
+    tracker = WandbTracker(project="proj", group="lstm-mnist", job_type="train", name="first", dir=run)
+    tracker.start({"recipe": "lstm-mnist", "rule": {"hidden": [20, 20], "clip": math.inf}, "out": tmp_path})
+    assert tracker.active and re.fullmatch(r"[0-9a-f]{8}", tracker.run_id)
+    for step in range(1, 7):
+        tracker.log({"meta_loss": 1 / step, "grad_norm": math.nan, "inner_loss": [float(step), *curve]}, step)
+    tracker.log({"validation": 0.25, "inner_loss": []}, 6)
+    tracker.figure("loss", tmp_path / "loss.png")
+    tracker.artifact("lstm mnist", [tmp_path / "theta.safetensors"], {"rule": "lstm", "rate": math.nan})
+    child = os.fork()
+    if child == 0:
+        tracker.log({"meta_loss": 99.0}, 99)
+        os._exit(len(reports(caplog)))
+    assert os.waitpid(child, 0)[1] == 0
+    tracker.finish(exit_code=143)
+    assert not tracker.active
+    tracker.log({"meta_loss": 98.0}, 98)
+    tracker.finish()
+    with pytest.raises(AssertionError, match="no wandb-core child"):
+        service_of(os.getpid())
+
+    found = records(run_file(run))
+    kinds = {record.WhichOneof("record_type") for record in found}
+    (opened,) = [record.run for record in found if record.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in opened.config.update}
+    assert (opened.run_id, opened.project, opened.run_group) == (tracker.run_id, "proj", "lstm-mnist")
+    assert (opened.job_type, opened.display_name) == ("train", "first")
+    assert config.items() >= {"recipe": "lstm-mnist", "out": str(tmp_path)}.items()
+    assert config["rule"] == {"hidden": [20, 20], "clip": "Infinity"}
+
+    rows = history(found)
+    steps = [row for row in rows if "meta_loss" in row]
+    assert [(row["meta_step"], row["meta_loss"]) for row in steps] == [(step, 1 / step) for step in range(1, 7)]
+    assert all(math.isnan(row["grad_norm"]) for row in steps)
+    assert all(row["inner_loss"] == [row["meta_step"], *curve] for row in steps)
+    assert [row["meta_step"] for row in rows if "validation" in row] == [6]
+    assert ("*", "meta_step") in {(r.metric.glob_name, r.metric.step_metric) for r in found if r.HasField("metric")}
+
+    (image,) = [row for row in rows if "loss.path" in row]
+    assert image["meta_step"] == 6
+    media = run_file(run).parent / "files"
+    assert (media / image["loss.path"]).read_bytes() == (tmp_path / "loss.png").read_bytes()
+    charts = [row for row in rows if "inner_loss_curves_table.path" in row]
+    assert [row["meta_step"] for row in charts] == [1, 2, 4, 6]
+    table = json.loads((media / charts[-1]["inner_loss_curves_table.path"]).read_text("utf-8"))["data"]
+    assert [value for at, name, value in table if at == 0] == [1.0, 2.0, 4.0, 6.0]
+    assert {name for _, name, _ in table} == {f"meta-step {step}" for step in (1, 2, 4, 6)}
+    assert [(at, value) for at, name, value in table if name == "meta-step 6" and at > 0][:2] == [
+        (17, curve[16]),
+        (34, curve[33]),
+    ]
+
+    (theta,) = [r.artifact for r in found if r.HasField("artifact") and r.artifact.type == "model"]
+    assert theta.name == "lstm-mnist"
+    assert json.loads(theta.metadata) == {"rule": "lstm", "rate": "NaN"}
+    (entry,) = theta.manifest.contents
+    assert entry.path == "theta.safetensors" and Path(entry.local_path).read_bytes() == b"theta"
+    assert Path(entry.local_path).is_relative_to(run) and not list(wandb_home.rglob("staging"))
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [143]
+    assert {"header", "history", "files"} <= kinds and not reports(caplog)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_a_resumed_run_keeps_its_identity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder, first in [("a", 1), ("b", 3)]:
+        tracker = WandbTracker("offline", dir=tmp_path / folder, run_id="kept")
+        tracker.start({"seed": 0})
+        train(tracker, first, first + 1)
+        tracker.finish()
+    for folder, steps in [("a", [1, 2]), ("b", [3, 4])]:
+        found = records(run_file(tmp_path / folder))
+        assert [record.run.run_id for record in found if record.HasField("run")] == ["kept"]
+        assert [row["meta_step"] for row in history(found) if "meta_loss" in row] == steps
+    assert not reports(caplog)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_training_outlives_a_killed_service(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker, record = WandbTracker("offline", dir=tmp_path), JsonLinesTracker(tmp_path / "metrics.jsonl")
+    trackers = Trackers([tracker, record])
+    trackers.start({})
+    train(trackers, 1, 3)
+    os.kill(service_of(os.getpid()), signal.SIGKILL)
+    train(trackers, 4, 2000)
+    trackers.figure("loss", tmp_path / "nowhere.png")
+    trackers.finish()
+    assert [row["step"] for row in read_metrics(record.path)] == list(range(1, 2001))
+    assert not tracker.active
+    (report,) = reports(caplog)
+    assert re.match(r"W&B failed while logging meta-step \d+: ConnectionResetError", report)
+
+    again = WandbTracker("offline", dir=tmp_path / "again")  # the dead service is not in the way of the next run
+    again.start({})
+    train(again, 1, 2)
+    again.finish()
+    assert [row["meta_step"] for row in history(records(run_file(tmp_path / "again"))) if "meta_loss" in row] == [1, 2]
+    assert len(reports(caplog)) == 1
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_training_and_its_exit_outlive_a_service_that_hangs(tmp_path: Path) -> None:
+    code = """
+import logging, os, signal, sys
+from pathlib import Path
+from learnedopt.wandb_tracker import WandbTracker
+from tests.test_wandb_tracker import service_of, train
+logging.basicConfig(format="reported: %(message)s")
+tracker = WandbTracker("offline", dir=Path(sys.argv[1]))
+tracker.start({})
+tracker._timeout = 0.3
+service = service_of(os.getpid())
+print("service", service, flush=True)
+os.kill(service, signal.SIGSTOP)
+for step in range(1, 200):  # until the socket is full
+    tracker.log({"inner_loss": [0.0] * 10000}, step)
+tracker.finish()
+print("trained")
+"""
+    out, err = tmp_path / "out", tmp_path / "err"  # not pipes: the stopped service would keep them open
+    with open(out, "w") as stdout, open(err, "w") as stderr:
+        try:
+            call = [sys.executable, "-c", code, str(tmp_path)]
+            done = subprocess.run(call, cwd=ROOT, stdout=stdout, stderr=stderr, timeout=60)
+        finally:
+            if named := re.match(r"service (\d+)", out.read_text("utf-8")):
+                os.kill(int(named[1]), signal.SIGKILL)
+    assert done.returncode == 0, err.read_text("utf-8")
+    assert out.read_text("utf-8").splitlines()[-1] == "trained"
+    assert err.read_text("utf-8").count("reported:") == 1
+    assert "no answer within 0.3 seconds" in err.read_text("utf-8")
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_rows_are_on_disk_soon_and_survive_a_kill(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from learnedopt.wandb_tracker import WandbTracker
+tracker = WandbTracker("offline", dir=Path(sys.argv[1]))
+tracker.start({})
+tracker.log({"meta_loss": 0.5}, 1)
+print("logged", flush=True)
+time.sleep(60)
+"""
+    call = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None and training.stdout.readline() == "logged\n"
+        give_up = time.monotonic() + 10  # W&B's own interval is 15 s
+        while not history(records(run_file(tmp_path))) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        training.kill()
+    assert [row["meta_loss"] for row in history(records(run_file(tmp_path)))] == [0.5]
+
+
+def raises(*args: object, **options: object) -> None:
+    raise RuntimeError("the upload broke")
+
+
+def failing_finish(tracker: WandbTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.start({})
+    monkeypatch.setattr(tracker._run, "finish", raises)
+
+
+def failing_folder(tracker: WandbTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.dir.parent.mkdir(parents=True)
+    tracker.dir.write_text("a file is in the way")
+    tracker.start({})
+
+
+def silent_fallback(tracker: WandbTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tracker.dir) and access(path, mode))
+    monkeypatch.setattr("tempfile.tempdir", str(tracker.dir.parent.parent))
+    tracker.start({})
+
+
+def no_account(tracker: WandbTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.mode = "online"
+    tracker.start({})
+
+
+def no_network(tracker: WandbTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    tracker.mode, tracker._timeout = "online", 6.0
+    tracker.start({})
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.delenv("WANDB_API_KEY")
+
+
+@pytest.mark.usefixtures("wandb_home")
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (failing_finish, "while finishing: RuntimeError: the upload broke"),
+        (failing_folder, "while starting: .*exists"),
+        (silent_fallback, "while starting: OSError: .* cannot be written, W&B went to "),
+        (no_account, "while starting: UsageError: No API key"),
+        (no_network, r"while starting: CommError: .*127\.0\.0\.1:9"),
+    ],
+)
+def test_a_failure_of_wandb_is_reported_once(
+    fail: Callable[[WandbTracker, pytest.MonkeyPatch], None],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tracker = WandbTracker("offline", dir=tmp_path / "runs" / "one")
+    fail(tracker, monkeypatch)
+    train(tracker, 1, 3)
+    tracker.artifact("theta", [Path(__file__)], {})
+    tracker.finish()
+    assert not tracker.active
+    (report,) = reports(caplog)
+    assert re.search(message, report, re.DOTALL)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_a_bad_artifact_ends_wandb_but_not_what_it_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = WandbTracker("offline", dir=tmp_path)
+    tracker.start({})
+    train(tracker, 1, 2)
+    tracker.artifact("theta", [tmp_path / "nowhere.safetensors"], {})
+    train(tracker, 3, 4)
+    tracker.finish()
+    (report,) = reports(caplog)
+    assert "while logging the artifact theta: ValueError: " in report
+    found = records(run_file(tmp_path))
+    assert [row["meta_step"] for row in history(found) if "meta_loss" in row] == [1, 2]
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [1]
