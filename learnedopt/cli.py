@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, a run's folder, or a packaged name")
     evaluate.add_argument("--family", required=True, metavar="NAME", help="task family; see learnedopt list")
     evaluate.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the family; may be repeated"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the family, repeatable"
     )
     evaluate.add_argument("--steps", type=int, default=100, metavar="N", help="inner steps (default 100)")
     evaluate.add_argument("--tasks", type=int, default=100, metavar="N", help="fresh tasks (default 100)")
@@ -113,6 +113,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from learnedopt import tasks
     from learnedopt.evaluate import compare
     from learnedopt.wandb_tracker import WandbTracker, resolve_mode
 
@@ -121,8 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     try:
         mode = resolve_mode(arguments.wandb)
         rule, theta = _load(arguments.checkpoint)
-        options = _settings(arguments.set)
-        fresh, others = _families(arguments.family, options)
+        fresh, others = _families(arguments.family, _settings(arguments.set))
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     except (ValueError, TypeError, OSError) as error:
         raise _Refusal(error) from error
@@ -134,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise _Refusal(error) from error
-    about = {"checkpoint": arguments.checkpoint, "family": arguments.family, "options": options}
+    about = {"checkpoint": arguments.checkpoint, "family": tasks.describe(fresh)}
     comparison = replace(comparison, settings={**about, **comparison.settings})
     print(f"\n{comparison.markdown()}", flush=True)
     paths = comparison.save(out)
@@ -187,5 +187,5 @@ def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path])
     tracker.start(comparison.settings)
     tracker.log(numbers, step=0)
     tracker.figure("loss_curves", paths["png"])
-    tracker.artifact(f"evaluation-{comparison.settings['family']}", [*paths.values()], comparison.settings)
+    tracker.artifact(f"evaluation-{comparison.settings['family']['name']}", [*paths.values()], comparison.settings)
     tracker.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective
+from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, no_path
 from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, require_count
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.objective import MetaObjective
-from learnedopt.systems import OptimalitySystem, StepMapSystem, System, require_solution_moves
+from learnedopt.systems import OptimalitySystem, StepMapSystem, System, does_not_move, require_solution_moves
 from learnedopt.tree import Theta
 
 InnerSolver = Callable[[InnerLoop, Theta, Carry, int], Carry]
@@ -70,8 +71,9 @@ class Implicit(MetaGradient):
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Solve the inner problem without a graph, then one linear system per task."""
-        leaves, fixed = as_leaves(theta), tree.detach(theta)
+        fixed = tree.detach(theta)
         begun = loop.begin(fixed, carry)
+        leaves = as_leaves(theta)
         system_type = OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
         require_solution_moves(loop, fixed, begun, system_type)
@@ -83,7 +85,7 @@ class Implicit(MetaGradient):
             end, losses = self._solve_inner(loop, fixed, chunk)
             system = system_type(loop, leaves, chunk, end)
             value, grads, solution = self._differentiate(loop, leaves, objective, chunk, losses, system)
-            system.refuse_noise(grads, solution.x)
+            self._refuse_vanishing(loop, system)
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
@@ -115,7 +117,12 @@ class Implicit(MetaGradient):
             end = system.end._replace(params=params)
             value, _ = call_objective(objective, loop, leaves, Rollout(start, end, losses))
             wanted = [*params.values(), *leaves.values()]
-            found = torch.autograd.grad(value, wanted, allow_unused=True)
+            found = [None] * len(wanted)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, wanted, allow_unused=True)
+        if all(g is None for g in found[: len(params)]):
+            name = getattr(objective, "__name__", type(objective).__name__)
+            raise ValueError(no_path(sorted(leaves), f"the solution, which the objective {name} does not read"))
         pulls = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         rhs = system.right_hand_side(pulls[: len(params)])
         if self.solver.needs_symmetry and "symmetric" not in loop.vetted:
@@ -125,7 +132,8 @@ class Implicit(MetaGradient):
                     f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and "
                     f"<b, M a> differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
                 )
-            loop.vetted["symmetric"] = True
+            if math.isfinite(skew):
+                loop.vetted["symmetric"] = True
         # The objective is a mean over the chunk's tasks, so the systems' right-hand sides carry that factor already.
         solution = self.solver.solve(system.operator, rhs)
         direct = pulls[len(params) :]
@@ -135,13 +143,23 @@ class Implicit(MetaGradient):
             solution,
         )
 
+    def _refuse_vanishing(self, loop: InnerLoop, system: System) -> None:
+        """Check once, at the first solution that has converged: of any other point nothing can be said."""
+        if "vanishing" in loop.vetted or not float(system.stationarity().max()) <= self.tolerance:
+            return
+        still = system.vanishing()
+        if still:
+            why = "its effect on a step vanishes with the step, within the stationarity error"
+            raise ValueError(does_not_move(still, why))
+        loop.vetted["vanishing"] = True
+
     def _warn(self, info: dict[str, Any]) -> None:
         if not info["stationarity"] <= self.tolerance:
             warnings.warn(
                 f"the inner problem has not converged after {self.num_steps} steps: stationarity "
-                f"{info['stationarity']:.1e} (tolerance {self.tolerance:.0e}), linear residual "
-                f"{info['residual']:.1e} after {info['iterations']} iterations; the implicit meta-gradient is inexact by about "
-                "as much. Take more steps",
+                f"{info['stationarity']:.1e} (tolerance {self.tolerance:.0e}), linear residual {info['residual']:.1e} "
+                f"after {info['iterations']} iterations; the implicit meta-gradient is inexact by about as much. Take "
+                "more steps, or smaller ones where it diverges",
                 ConvergenceWarning,
                 stacklevel=3,
             )

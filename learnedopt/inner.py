@@ -279,8 +279,8 @@ class InnerLoop:
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(
-                f"{type(self.family).__name__}.loss must return a scalar tensor for one task, got {got}; reduce it with "
-                "mean() or sum(), and keep it a tensor"
+                f"{type(self.family).__name__}.loss must return a scalar tensor for one task, got {got}; reduce it "
+                "with mean() or sum(), and keep it a tensor"
             )
         return loss
 

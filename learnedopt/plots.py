@@ -36,14 +36,19 @@ def plot_curves(
 
     Args:
         path: of the PNG file.
-        curves: label -> values; non-finite ones are left out.
+        curves: label -> values. Left out are non-finite ones, and those over 100 times the highest first value: a
+            curve that diverges ends there, instead of flattening the others.
         emphasis: labels drawn thick, in front, in the signal colour.
         logy: logarithmic y-axis; None means where every finite value is positive.
 
     Raises:
         ValueError: there is nothing finite to draw.
     """
-    series = {label: (list(range(len(values))), values) for label, values in curves.items()}
+    lines = {label: _floats(values) for label, values in curves.items()}
+    ceiling = 100 * max((y[0] for y in lines.values() if y and math.isfinite(y[0])), default=0)
+    if ceiling > 0:
+        lines = {label: [v if v <= ceiling else math.nan for v in y] for label, y in lines.items()}
+    series = {label: (range(len(y)), y) for label, y in lines.items()}
     return plot_lines(path, series, xlabel, ylabel, logy=logy, title=title, emphasis=emphasis)
 
 

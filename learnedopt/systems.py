@@ -41,8 +41,9 @@ class System(ABC):
     def stationarity(self) -> Tensor:
         """Return how far each task (num_tasks,) is from its solution; dimensionless, 0 at the solution."""
 
-    def refuse_noise(self, grads: Theta, solution: Tensor) -> None:  # noqa: B027 - most systems need not
-        """Raise ValueError for a meta-parameter whose gradient is within the stationarity error of zero."""
+    def vanishing(self) -> list[str]:
+        """Return the meta-parameters of which the solution does not depend, as far as the end shows; none by default."""
+        return []
 
 
 class OptimalitySystem(System):
@@ -126,14 +127,15 @@ class StepMapSystem(System):
         Their effect at the end, against that one step after the start, is no larger than the end's own step against
         the step there: the gradient is then within the stationarity error of zero, whatever theta's scale.
         """
-        begun, reference = _step(self.loop, self.theta, self.start, self.near)
+        near_start = self.loop.run(tree.detach(self.theta), self.start, 1, Tape.NONE).end
+        begun, reference = _step(self.loop, self.theta, self.start, near_start)
         length = (tree.ravel(reference) - tree.ravel(begun)).detach().norm()
         ratio = (self.last_step + self._round_off()).norm() / length
         near, here = self._effects(reference), self._effects(self.image)
         return sorted(k for k in self.theta if bool((here[k] <= 5 * ratio * near[k]) & (near[k] > 0)))
 
     def _effects(self, image: list[Tensor]) -> dict[str, Tensor]:
-        """Return each meta-parameter's effect on the step map's image, up to a common factor, by a few random probes."""
+        """Return each meta-parameter's effect on the step map's image, up to a common factor, by random probes."""
         squares = {k: torch.zeros(()) for k in self.theta}
         for probe in range(8):
             directions = _random_like(dict(enumerate(image)), probe)
@@ -189,7 +191,7 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
             found = (None,) * len(leaves)
     still = sorted(k for k, g in zip(leaves, found, strict=True) if g is None or not g.any())
     if still:
-        raise ValueError(_does_not_move(still, "the update at zero gradient does not depend on it"))
+        raise ValueError(does_not_move(still, "the update at zero gradient does not depend on it"))
     loop.vetted[key] = True
 
 
@@ -212,7 +214,8 @@ def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: t
             )
 
 
-def _does_not_move(names: Sequence[str], why: str) -> str:
+def does_not_move(names: Sequence[str], why: str) -> str:
+    """Return the message for meta-parameters of which the solution does not depend."""
     return (
         f"the meta-parameters {list(names)} do not move the solution of the inner problem ({why}), so an implicit "
         "meta-gradient of them is zero; fix them, or use an unrolled estimator, which sees the path"

@@ -101,7 +101,7 @@ class ModuleFamily(TaskFamily):
         self.module = self._build(seed=0)  # for its structure and constants: parameters are passed in
         _refuse_impure(self.module)
         if not _trained(self.module):
-            raise ValueError(f"{type(self.module).__name__} has no parameter that requires a gradient: nothing to train")
+            raise ValueError(f"no parameter of {type(self.module).__name__} requires a gradient: nothing to train")
         self.constants = _constants(self.module)
         _refuse_unequal(self.constants, _constants(self._build(seed=1)))
 
