@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import logging
 import sys
@@ -23,26 +22,42 @@ import torch
 
 import learnedopt
 from learnedopt import (
+    GMRES,
     BootstrappedTarget,
     ConjugateGradient,
     Execution,
     FinalLoss,
     Implicit,
     InnerLoop,
+    KLDivergence,
+    MeanLogLoss,
     MetaGradient,
+    Neumann,
+    SquaredDistance,
     SumOfLosses,
     Tape,
+    Theta,
     Truncated,
+    TruncatedBackprop,
     Unrolled,
+    UpdateRule,
 )
-from learnedopt.files import write_json
+from learnedopt.files import remove_partials, write_json
+from learnedopt.inner import require_count
 from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.overrides import Choice, override
-from learnedopt.tracker import ConsoleTracker, Tracker, Trackers
+from learnedopt.overrides import Choice, nearest, override
+from learnedopt.tracker import ConsoleTracker, Tracker, Trackers, plain_json
 from learnedopt.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
 from learnedopt.wandb_tracker import WandbTracker, resolve_mode
 
 ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
+INTERCHANGEABLE = (
+    (Unrolled, Truncated, TruncatedBackprop, Implicit),
+    (FinalLoss, SumOfLosses, MeanLogLoss, BootstrappedTarget),
+    (SquaredDistance, KLDivergence),
+    (ConjugateGradient, Neumann, GMRES),
+)
+"""What ``--set`` takes by name, as in ``--set estimator=Unrolled``: each may replace the others of its line."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,14 @@ class MetaLearning:
     lr: float = 1e-3
     final_lr_fraction: float = 1.0
     max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr!r} is a learning rate and must be positive")
+        if not self.final_lr_fraction >= 0:
+            raise ValueError(f"final_lr_fraction={self.final_lr_fraction!r} must not be negative; 1 keeps the rate")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be positive, or null for no clipping")
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,10 @@ class Recipe:
     seed: int = 0
     compare: bool = False
 
+    def __post_init__(self) -> None:
+        for count in ("num_meta_steps", "num_tasks", "checkpoint_every"):
+            require_count(count, getattr(self, count), least=1)
+
 
 def lstm_quadratic() -> Recipe:
     """LSTM on random 10-d quadratics, the first experiment of Andrychowicz et al. (2016)."""
@@ -89,12 +116,12 @@ def lstm_quadratic() -> Recipe:
         name="lstm-quadratic",
         family=Choice("quadratic", {"dim": 10}),
         rule=Choice("lstm", {"preprocess_factor": None}),
-        estimator=Truncated(20, horizon=100),
+        estimator=Truncated(20, horizon=100, tape=Tape.FULL),
         objective=SumOfLosses(),
         num_meta_steps=6000,
         num_tasks=128,
-        meta=MetaLearning(lr=3e-3, final_lr_fraction=0.01, max_grad_norm=10.0),
-        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=1000, every=100),
+        meta=MetaLearning(lr=5e-3, final_lr_fraction=0.01, max_grad_norm=10.0),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=2000, every=250),
         execution=Execution(chunk_size=ALL_TASKS),
     )
 
@@ -129,7 +156,7 @@ def meta_sgd_mnist() -> Recipe:
         objective=FinalLoss(),
         num_meta_steps=600,
         num_tasks=4,
-        meta=MetaLearning(lr=1e-2, final_lr_fraction=0.1, max_grad_norm=10.0),
+        meta=MetaLearning(lr=3e-3, final_lr_fraction=0.1, max_grad_norm=10.0),
         validation=HeldOut(FinalLoss(), num_steps=10, num_tasks=32, every=50),
     )
 
@@ -169,7 +196,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
-    """Return the training loop, and the validation on the families' held-out tasks."""
+    """Return the training loop, and the validation on the families' held-out tasks, once at least."""
+    require_device(recipe.execution)
     families = {
         split: learnedopt.tasks.make(recipe.family.name, **{**recipe.family.options, "meta_split": split})
         for split in ("train", "valid")
@@ -179,24 +207,34 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     rule = learnedopt.optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
     loops = {split: InnerLoop(family, rule, recipe.execution) for split, family in families.items()}
     held_out = recipe.validation
+    every = min(held_out.every, recipe.num_meta_steps)
     validation = Validation(
-        loops["valid"], held_out.objective, held_out.num_steps, held_out.num_tasks, held_out.every, seed=recipe.seed + 1
+        loops["valid"], held_out.objective, held_out.num_steps, held_out.num_tasks, every, seed=recipe.seed
     )
     return loops["train"], validation
+
+
+def require_device(execution: Execution) -> None:
+    """Raise ValueError where the execution's device is not to be had."""
+    try:
+        torch.empty(0, device=execution.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"execution.device={execution.device!r} cannot be used here: {reason}") from error
 
 
 def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> TrainingResult:
     """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one."""
     config = as_config(recipe)
     loop, validation = build(recipe)
-    claim(folder, config)
+    mode = resolve_mode(wandb_mode)
+    run_id = claim(folder, config)
     tracker = Trackers(
         [
             ConsoleTracker(total=recipe.num_meta_steps),
             JsonLinesTracker(folder / "metrics.jsonl"),
             WandbTracker(
-                resolve_mode(wandb_mode), group=recipe.name, job_type="meta-train", name=folder.name, dir=folder,
-                run_id=json.loads((folder / "config.json").read_text())["run_id"],
+                mode, group=recipe.name, job_type="meta-train", name=folder.name, dir=folder, run_id=run_id
             ),
         ]
     )  # fmt: skip
@@ -204,17 +242,16 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
     def report(result: TrainingResult, tracker: Tracker) -> None:
         from learnedopt import plots
 
-        metadata = {**config, "meta_step": result.meta_step, "best_validation": result.best_value}
+        metadata = plain_json({**config, "meta_step": result.meta_step, "best_validation": result.best_value})
         theta = learnedopt.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata)
         figure = folder / "training.png"
         plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
         tracker.figure("training", figure)
         tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata)
         if recipe.compare:
-            compare(recipe, folder, tracker)
+            compare(recipe, folder, (loop.rule, result.best_theta), tracker)
 
     meta = recipe.meta
-    total = max(1, recipe.num_meta_steps)
     trainer = MetaTrainer(
         loop,
         recipe.estimator,
@@ -225,7 +262,7 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
         seed=recipe.seed,
         max_grad_norm=meta.max_grad_norm,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, total, eta_min=meta.final_lr_fraction * meta.lr
+            optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
         ),
         validation=validation,
         checkpoint=folder / "checkpoint.pt",
@@ -236,11 +273,21 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
     return trainer.run(recipe.num_meta_steps)
 
 
-def compare(recipe: Recipe, folder: Path, tracker: Tracker) -> None:
+def compare(recipe: Recipe, folder: Path, learned: tuple[UpdateRule, Theta], tracker: Tracker) -> None:
     """Print the learned optimizer beside tuned hand-designed ones on fresh tasks, and draw their loss curves."""
-    from learnedopt.cli import evaluate_checkpoint
+    from learnedopt import evaluate
 
-    evaluate_checkpoint(folder, recipe.family, recipe.validation.num_steps, tracker)
+    options = recipe.family.options
+    fresh, others = (
+        learnedopt.tasks.make(recipe.family.name, **{**options, "meta_split": split}) for split in ("test", "train")
+    )
+    comparison = evaluate.compare(
+        {recipe.name: learned}, fresh, tuning_family=others, num_steps=recipe.validation.num_steps, num_tasks=500,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    paths = comparison.save(folder)
+    print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
+    tracker.figure("evaluation", paths["png"])
 
 
 def as_config(value: Any) -> Any:
@@ -255,24 +302,32 @@ def as_config(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration into a new run's folder; in an old one's, check that it is the same."""
-    path = folder / "config.json"
-    if not path.exists():
-        write_json(path, {"run_id": uuid.uuid4().hex[:8], "recipe": config})
-        return
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not readable ({error}); remove {folder}, or give this run a --name of its own"
-        ) from error
-    if saved != config:
-        changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k) != config.get(k))
-        raise ValueError(
-            f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
-            "--name of its own, or remove that folder"
-        )
+def claim(folder: Path, config: dict[str, Any]) -> str:
+    """Write the configuration into a new run's folder, or check that an old one's is the same; return the run's id.
+
+    A folder where not one meta-step was taken counts as new.
+    """
+    path, record = folder / "config.json", folder / "metrics.jsonl"
+    remove_partials(folder)
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            run_id, saved = str(found["run_id"]), dict(found["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
+            ) from error
+        if saved == config:
+            return run_id
+        if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):
+            changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k) != config.get(k))
+            raise ValueError(
+                f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
+                "--name of its own, or remove that folder"
+            )
+    run_id = uuid.uuid4().hex[:8]
+    write_json(path, {"run_id": run_id, "recipe": config})
+    return run_id
 
 
 class _Parser(argparse.ArgumentParser):
@@ -281,7 +336,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 for bad input, 130 after Ctrl-C, 1 when training diverged."""
+    """Run the command line; 0 when done, 1 when training diverged, 2 for bad input, 130 or 143 after a signal."""
     parser = _Parser(prog="train_meta.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe", nargs="?", help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
@@ -297,28 +352,19 @@ def main(argv: list[str] | None = None) -> int:
         for name, function in RECIPES.items():
             print(f"{name:20} {(function.__doc__ or '').partition(chr(10))[0]}")
         return 0
+    if args.recipe is None:
+        parser.error("name a recipe; --list shows all")
     if args.recipe not in RECIPES:
-        near = difflib.get_close_matches(args.recipe or "", RECIPES, n=1, cutoff=0.0)[0]
-        parser.error(
-            f"there is no recipe {args.recipe!r}; did you mean {near!r}? --list shows all"
-            if args.recipe
-            else "name a recipe; --list shows all"
-        )
+        parser.error(f"there is no recipe {args.recipe!r}{nearest(args.recipe, RECIPES)}; --list shows all")
     folder = args.runs / (args.name or args.recipe)
     try:
-        recipe = RECIPES[args.recipe]()
-        for assignment in args.set:
-            recipe = override(recipe, assignment)
-        result = train(recipe, folder, args.wandb)
-    except KeyboardInterrupt:
-        print(f"Stopped. The same command goes on from {folder / 'checkpoint.pt'}.", file=sys.stderr)
-        return 130
-    except TrainingDiverged as error:
-        print(f"train_meta.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"train_meta.py: {error}", file=sys.stderr)
-        return 2
+        result = train(override(RECIPES[args.recipe](), args.set, INTERCHANGEABLE), folder, args.wandb)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+    except (TrainingDiverged, ValueError, TypeError, OSError) as error:
+        print(f"train_meta.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingDiverged) else 2
     print(f"Best validation {result.best_value:.4g}; theta, configuration, metrics and figure are in {folder}.")
     return 0
 

@@ -134,11 +134,14 @@ def check_paths(
     """
     key = ("paths", carry.state is None, num_steps, tape, from_start)
     if key not in loop.vetted:
-        fresh = _reached(loop, theta, carry, num_steps, tape, through_start=from_start)
+        few = min(num_steps, 3)  # by the third update of most rules whatever enters a state has come out of it
+        fresh = _reached(loop, theta, carry, few, tape, through_start=from_start)
+        if theta.keys() - fresh and num_steps > few:
+            fresh = _reached(loop, theta, carry, num_steps, tape, through_start=from_start)
         lost = sorted(theta.keys() - fresh)
         if lost:
             raise ValueError(no_path(lost, f"{num_steps} recorded inner steps with the {tape.value} tape"))
-        begun = fresh if carry.state is None else _reached(loop, theta, carry, num_steps, tape, through_start=False)
+        begun = fresh if carry.state is None else _reached(loop, theta, carry, few, tape, through_start=False)
         loop.vetted[key] = sorted(fresh - begun)
     return loop.vetted[key]
 
@@ -160,7 +163,7 @@ def _reached(
         params, state = loop._init(leaves, tree.detach(lane.enter(tree.narrow(carry.params, 0, 1))))
         if not through_start:
             params, state = tree.detach(params), tree.detach(state)
-        for _ in range(min(num_steps, 3)):  # by the third update whatever enters a state has come out of it
+        for _ in range(num_steps):
             stand_in = {k: torch.ones_like(p) for k, p in params.items()}
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             if rule.has_regularizer and tape is Tape.FULL:

@@ -26,6 +26,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     _flush(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what writes that were killed have left in ``folder``, where nobody else may be writing."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"

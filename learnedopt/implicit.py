@@ -105,7 +105,13 @@ class Implicit(MetaGradient):
         if self.inner is None:
             rollout = loop.run(theta, chunk, self.num_steps, Tape.NONE)
             return rollout.end, rollout.losses
-        end = detach(self.inner(loop, theta, chunk, self.num_steps))
+        end = self.inner(loop, theta, chunk, self.num_steps)
+        if not isinstance(end, Carry) or end.state is None:
+            raise TypeError(
+                f"the inner solver {self.inner!r} must return a begun Carry, such as carry._replace(params=...), "
+                f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
+            )
+        end = detach(end)
         # The path is the solver's own affair: its curve is what can be seen from outside, the loss before and after.
         return end, torch.stack([loop.losses(c, "train").detach() for c in (chunk, end)])
 

@@ -141,39 +141,67 @@ class GMRES(LinearSolver):
             raise ValueError(f"tolerance={self.tolerance!r} is a relative residual and cannot be negative")
 
     def solve(self, operator: Operator, rhs: Tensor) -> Solution:
-        """Build one Arnoldi basis a task, and minimise the residual over it."""
+        """Build one Arnoldi basis a task, and minimise the residual over it by Givens rotations."""
         num_tasks, dim = rhs.shape
         norm = rhs.norm(dim=1)
         steps = min(self.num_iterations, dim)
-        basis = [_safe_divide(rhs, norm)]
-        hessenberg = rhs.new_zeros(num_tasks, steps + 1, steps)
-        x, residual, iterations = torch.zeros_like(rhs), torch.ones_like(norm), torch.zeros_like(norm)
+        basis, rotations = [_safe_divide(rhs, norm)], []
+        triangle, target = rhs.new_zeros(num_tasks, steps, steps), rhs.new_zeros(num_tasks, steps + 1)
+        target[:, 0] = norm
+        residual, iterations = torch.where(norm == 0, 0.0, torch.ones_like(norm)), torch.zeros_like(norm)
         for j in range(steps):
-            w = operator(basis[j])
-            for _ in range(2):  # a second pass keeps the basis orthogonal to round-off
-                for i, q in enumerate(basis):
-                    h = _dot(q, w)
-                    hessenberg[:, i, j] += h
-                    w = w - h[:, None] * q
-            length = w.norm(dim=1)
-            # Where the basis is complete, what is left is round-off: end it there instead of normalising noise.
-            length = torch.where(
-                length > 1e2 * torch.finfo(rhs.dtype).eps * hessenberg[:, :, j].norm(dim=1), length, 0.0
-            )
-            hessenberg[:, j + 1, j] = length
-            basis.append(_safe_divide(w, length))
-            target = rhs.new_zeros(num_tasks, j + 2)
-            target[:, 0] = norm
-            h_j = hessenberg[:, : j + 2, : j + 1]
-            # The decomposition raises on what is not finite: such a task gets zeros there, and NaN from its basis.
-            finite = h_j.isfinite().all(dim=(1, 2), keepdim=True)
-            y = (torch.linalg.pinv(torch.where(finite, h_j, 0.0)) @ target[:, :, None]).squeeze(-1)
-            left = _safe_scalar((target - (h_j @ y[:, :, None]).squeeze(-1)).norm(dim=1), norm)
+            column, direction = _orthogonalise(operator(basis[j]), basis)
+            basis.append(direction)
+            triangle[:, : j + 1, j], rotation = _rotate(column, rotations)
+            rotations.append(rotation)
+            cos, sin = rotation
+            target[:, j], target[:, j + 1] = cos * target[:, j], -sin * target[:, j]
             iterations = iterations + (residual > self.tolerance)
-            x, residual = torch.einsum("jnd,nj->nd", torch.stack(basis[: j + 1]), y), left
+            residual = _safe_scalar(target[:, j + 1].abs(), norm)
             if not (residual > self.tolerance).any():
                 break
+        used = len(rotations)
+        y = _back_substitute(triangle[:, :used, :used], target[:, :used])
+        x = torch.einsum("jnd,nj->nd", torch.stack(basis[:used]), y)
         return Solution(x, _relative(rhs - operator(x), rhs), iterations)
+
+
+def _orthogonalise(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the coefficients (num_tasks, len(basis) + 1) of ``w`` on the basis and beyond, and the new direction."""
+    total = w.new_zeros(w.shape[0], len(basis) + 1)
+    for _ in range(2):  # a second pass keeps the basis orthogonal to round-off
+        for i, q in enumerate(basis):
+            h = _dot(q, w)
+            total[:, i] += h
+            w = w - h[:, None] * q
+    length = w.norm(dim=1)
+    # Where the basis is complete, what is left is round-off: end it there instead of normalising noise.
+    noise = 1e2 * torch.finfo(w.dtype).eps * total.norm(dim=1)
+    total[:, -1] = torch.where(length <= noise, 0.0, length)
+    return total, torch.where((length <= noise)[:, None], 0.0, _safe_divide(w, length))
+
+
+def _rotate(column: Tensor, rotations: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Apply the earlier rotations to a column (num_tasks, n + 1), and the one that brings its last entry to zero.
+
+    Returns the first n entries, and the new rotation's cosine and sine.
+    """
+    entries = list(column.unbind(1))
+    for i, (cos, sin) in enumerate(rotations):
+        entries[i], entries[i + 1] = cos * entries[i] + sin * entries[i + 1], cos * entries[i + 1] - sin * entries[i]
+    length = torch.hypot(entries[-2], entries[-1])
+    cos = torch.where(length == 0, 1.0, entries[-2] / torch.where(length == 0, 1.0, length))
+    sin = _safe_scalar(entries[-1], length)
+    return torch.stack([*entries[:-2], length], dim=1), (cos, sin)
+
+
+def _back_substitute(triangle: Tensor, target: Tensor) -> Tensor:
+    """Solve upper triangular systems (num_tasks, n, n); a vanished pivot's unknown, which nothing fixes, is 0."""
+    pivots = triangle.diagonal(dim1=1, dim2=2).abs()
+    vanished = pivots <= 1e2 * torch.finfo(triangle.dtype).eps * pivots.amax(dim=1, keepdim=True)
+    safe = triangle + torch.diag_embed(vanished.to(triangle.dtype))
+    right = torch.where(vanished, 0.0, target)
+    return torch.linalg.solve_triangular(safe, right[:, :, None], upper=True).squeeze(-1)
 
 
 def asymmetry(operator: Operator, like: Tensor) -> Tensor:

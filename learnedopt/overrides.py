@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import enum
 import typing
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Kinds: TypeAlias = Sequence[Sequence[type]]
+"""Groups of dataclasses that may stand for one another."""
+_Change: TypeAlias = tuple[list[str], str]  # the keys that remain, and the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,24 +24,30 @@ class Choice:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def override(value: T, assignment: str) -> T:
-    """Return a copy of the dataclass ``value`` with one field replaced.
+def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
+    """Return a copy of the dataclass ``value`` with fields replaced, all at once: no order of them is invalid.
 
     Args:
         value: a frozen dataclass; fields may be dataclasses again, reached by dots.
-        assignment: ``path.to.field=text``; the text is read as the field's type. The options of a ``Choice`` are
-            reached like fields, and ``choice=name`` names another.
+        assignments: each ``path.to.field=text``; the text is read as the field's type, and of two for the same field
+            the later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another.
+        kinds: a field that holds a dataclass out of one of these groups takes the name of another class of the group;
+            the fields that the two have in common are kept.
 
     Raises:
-        ValueError: there is no such field, or the text is not of its type; the message names the nearest field.
+        ValueError: there is no such field, or the text is not of its type; the message names the nearest valid one.
+        Whatever a dataclass itself raises for values that it does not accept passes through.
 
     Example:
-        >>> override(recipe, "estimator.num_steps=10")
+        >>> override(recipe, ["estimator=Unrolled", "estimator.num_steps=10"], [(Unrolled, Truncated)])
     """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise ValueError(f"{assignment!r} is not of the form key=value, such as num_meta_steps=100")
-    return _replace(value, path.split("."), text, path)
+    changes = []
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ValueError(f"{assignment!r} is not of the form key=value, such as num_meta_steps=100")
+        changes.append((path.split("."), text))
+    return _changed(value, changes, "", kinds)
 
 
 def read_value(text: str) -> Any:
@@ -50,24 +61,72 @@ def read_value(text: str) -> Any:
         return text
 
 
-def _replace(value: Any, keys: list[str], text: str, path: str) -> Any:
-    if isinstance(value, Choice) and keys[0] not in ("name", "options"):
+def _changed(value: Any, changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
+    if not changes:
+        return value
+    if isinstance(value, Choice):
+        return _choice_changed(value, changes, prefix)
+    if not dataclasses.is_dataclass(value):
+        path = prefix + ".".join(changes[0][0])
+        raise ValueError(f"there is no setting {path!r}: {prefix[:-1]!r} is {value!r}, which has no fields")
+    return _made(type(value), _fields_of(value), changes, prefix, kinds)
+
+
+def _choice_changed(choice: Choice, changes: list[_Change], prefix: str) -> Choice:
+    options = dict(choice.options)
+    for keys, text in changes:
         if len(keys) > 1:
-            raise ValueError(f"{path!r} reaches into an option of {value.name!r}; set the option as a whole")
-        return dataclasses.replace(value, options={**value.options, keys[0]: read_value(text)})
-    names = [field.name for field in dataclasses.fields(value) if field.init]
-    if keys[0] not in names:
-        near = difflib.get_close_matches(keys[0], names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no setting {path!r}: {type(value).__name__} has no {keys[0]!r}{hint}")
-    inside = getattr(value, keys[0])
-    if len(keys) > 1:
-        if not dataclasses.is_dataclass(inside):
-            raise ValueError(f"there is no setting {path!r}: {keys[0]!r} is {inside!r}, which has no fields")
-        return dataclasses.replace(value, **{keys[0]: _replace(inside, keys[1:], text, path)})
-    if isinstance(inside, Choice):
-        return dataclasses.replace(value, **{keys[0]: Choice(text)})
-    return dataclasses.replace(value, **{keys[0]: _typed(text, typing.get_type_hints(type(value))[keys[0]], path)})
+            path = prefix + ".".join(keys)
+            raise ValueError(f"{path!r} reaches into an option of {choice.name!r}; set {prefix + keys[0]!r} as a whole")
+        options[keys[0]] = read_value(text)
+    return Choice(choice.name, options)
+
+
+def _made(kind: type, kept: dict[str, Any], changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
+    """Make a dataclass out of the values ``kept``, where ``kind`` has such a field, and the changes."""
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    hints = typing.get_type_hints(kind)
+    by_field: dict[str, list[_Change]] = {}
+    for keys, text in changes:
+        if keys[0] not in fields:
+            path = prefix + ".".join(keys)
+            raise ValueError(
+                f"there is no setting {path!r}: {kind.__name__} has no {keys[0]!r}{nearest(keys[0], fields)}"
+            )
+        by_field.setdefault(keys[0], []).append((keys[1:], text))
+    values = {name: value for name, value in kept.items() if name in fields}
+    for name, inner in by_field.items():
+        before = values[name] if name in values else _default(fields[name])
+        values[name] = _field_changed(before, inner, prefix + name, hints[name], kinds)
+    missing = [prefix + name for name, f in fields.items() if name not in values and _default(f) is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"{kind.__name__} needs {' and '.join(missing)}: set that too")
+    return kind(**values)
+
+
+def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, kinds: Kinds) -> Any:
+    below = [(keys, text) for keys, text in changes if keys]
+    whole = [text for keys, text in changes if not keys]
+    if not whole:
+        return _changed(before, below, f"{path}.", kinds)
+    text = whole[-1]
+    if isinstance(before, Choice):
+        return _changed(Choice(text), below, f"{path}.", kinds)
+    group = next((group for group in kinds if type(before) in group), None)
+    if group is None:
+        return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
+    by_name = {kind.__name__: kind for kind in group}
+    if text not in by_name:
+        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(text, by_name)}")
+    return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _typed(text: str, hint: Any, path: str) -> Any:
@@ -78,5 +137,14 @@ def _typed(text: str, hint: Any, path: str) -> Any:
     try:
         return parser.parse_args([f"--value={text}"]).value
     except ArgumentError as error:
-        name = getattr(hint, "__name__", None) or str(hint)
-        raise ValueError(f"{path}={text!r} is not of the setting's type {name}") from error
+        name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        near = nearest(text, hint.__members__) if isinstance(hint, enum.EnumMeta) else ""
+        raise ValueError(f"{path}={text!r} is not of the setting's type {name}{near}") from error
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return ``"; did you mean ...?"`` with the word of ``valid`` that is most like ``word``, or nothing for none."""
+    # Upper and lower case are one: a name in the wrong case is nearer than any other.
+    by_folded = {name.casefold(): name for name in valid}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.0)
+    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""

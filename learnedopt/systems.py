@@ -42,7 +42,7 @@ class System(ABC):
         """Return how far each task (num_tasks,) is from its solution; dimensionless, 0 at the solution."""
 
     def vanishing(self) -> list[str]:
-        """Return the meta-parameters of which the solution does not depend, as far as the end shows; none by default."""
+        """Return the meta-parameters that do not move the solution, as far as the end shows; none by default."""
         return []
 
 
@@ -155,6 +155,9 @@ class StepMapSystem(System):
 def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: type[System]) -> None:
     """Check once, before the inner run, that every meta-parameter can move the solution, and that there is one.
 
+    A step map that rests wherever the gradient is zero, as descent does, has the stationary points of the loss as its
+    fixed points: what does not move an update there moves no solution. Of other maps only a missing path is certain.
+
     Raises:
         ValueError: a meta-parameter structurally does not move the solution; the step map depends on a counter.
     """
@@ -170,29 +173,36 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
         moved = _random_like(params, 0)
         params = {k: (p + moved[k]).requires_grad_() for k, p in params.items()}
         if system is OptimalitySystem:
-            term = loop.rule.regularizer(leaves, params)
-            outputs = list(torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True))
+            outputs, rests = list(_pulls(loop, leaves, params).values()), True
         else:
-            zeros = {k: torch.zeros_like(p) for k, p in params.items()}
-            grads = zeros
-            if loop.rule.has_regularizer:
-                term = loop.rule.regularizer(leaves, params)
-                pulls = torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True)
-                grads = dict(zip(params, pulls, strict=True))
-            image = loop.move(lane, leaves, grads, state, params, next(iter(zeros.values())).new_zeros(()))
+            _, settled = tree.detach(_step_without_loss(loop, leaves, params, state))  # flags have settled there
+            image = _step_without_loss(loop, leaves, params, settled)
             outputs = [x for x in tree.leaves(image) if x.is_floating_point()]
-        directions = _random_like(dict(enumerate(outputs)), 1).values()
-        total = sum(
-            ((x * d).sum() for x, d in zip(outputs, directions, strict=True) if x.requires_grad), torch.zeros(())
-        )
-        if isinstance(total, Tensor) and total.requires_grad:
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        else:
-            found = (None,) * len(leaves)
-    still = sorted(k for k, g in zip(leaves, found, strict=True) if g is None or not g.any())
+            rests = all(map(torch.equal, tree.leaves(image), tree.leaves((params, settled))))
+        directions = _random_like(dict(enumerate(outputs)), 1)
+        terms = [(x * directions[i]).sum() for i, x in enumerate(outputs) if x.requires_grad]
+        found = torch.autograd.grad(terms, list(leaves.values()), allow_unused=True) if terms else [None] * len(leaves)
+    still = sorted(k for k, g in zip(leaves, found, strict=True) if g is None or (rests and not g.any()))
     if still:
         raise ValueError(does_not_move(still, "the update at zero gradient does not depend on it"))
     loop.vetted[key] = True
+
+
+def _step_without_loss(
+    loop: InnerLoop, theta: Theta, params: tree.Params, state: tree.Tree
+) -> tuple[tree.Params, tree.Tree]:
+    """Take one task's step as if the loss were flat: the regularizer alone pulls, where there is one."""
+    pulls = {k: torch.zeros_like(p) for k, p in params.items()}
+    if loop.rule.has_regularizer:
+        pulls = _pulls(loop, theta, params)
+    return loop.move(Lane(1), theta, pulls, state, params, next(iter(params.values())).new_zeros(()))
+
+
+def _pulls(loop: InnerLoop, theta: Theta, params: tree.Params) -> tree.Params:
+    """Return the gradient of one task's regularizer, with its graph."""
+    term = loop.rule.regularizer(theta, params)
+    found = torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True)
+    return dict(zip(params, found, strict=True))
 
 
 def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: tree.Tree) -> None:
@@ -215,7 +225,7 @@ def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: t
 
 
 def does_not_move(names: Sequence[str], why: str) -> str:
-    """Return the message for meta-parameters of which the solution does not depend."""
+    """Return the message for meta-parameters that do not move the solution."""
     return (
         f"the meta-parameters {list(names)} do not move the solution of the inner problem ({why}), so an implicit "
         "meta-gradient of them is zero; fix them, or use an unrolled estimator, which sees the path"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,21 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.estimator import MetaGrad, MetaGradient, call_objective
+from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective
 from learnedopt.inner import Carry, InnerLoop, Tape, require_count
 from learnedopt.objective import MetaObjective
-from learnedopt.progress import Progress, load_progress, save_progress
-from learnedopt.tracker import NullTracker, Rewindable, Tracker
+from learnedopt.progress import Progress, load_progress, require_loadable, save_progress
+from learnedopt.tracker import NullTracker, Tracker, Trackers
 from learnedopt.tree import Theta
+
+VALIDATION = -1
+"""The episode that validation tasks count as: none that training ever reaches."""
+
+
+def task_generator(seed: int, episode: int) -> torch.Generator:
+    """Return the generator that an episode's tasks are drawn with."""
+    # Torch's CPU generator reads the low 32 bits of a seed only: both numbers must be mixed into these.
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + episode) % 2**32)
 
 
 class TrainingDiverged(RuntimeError):
@@ -37,7 +47,7 @@ class Validation:
         num_steps: inner steps from a fresh start.
         num_tasks: how many tasks.
         every: meta-steps between two validations.
-        seed: which tasks.
+        seed: which tasks; not those of a training of the same seed.
     """
 
     loop: InnerLoop
@@ -50,10 +60,11 @@ class Validation:
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_tasks", "every"):
             require_count(name, getattr(self, name), least=0 if name == "num_steps" else 1)
+        _require_seed(self.seed)
 
     def measure(self, theta: Theta) -> float:
         """Return the objective on the held-out tasks, without a graph."""
-        tasks = self.loop.family.sample(self.num_tasks, torch.Generator().manual_seed(self.seed))
+        tasks = self.loop.family.sample(self.num_tasks, task_generator(self.seed, VALIDATION))
         rollout = self.loop.run(theta, self.loop.start(tasks), self.num_steps, Tape.NONE)
         return float(call_objective(self.objective, self.loop, theta, rollout)[0])
 
@@ -87,6 +98,7 @@ class _Options:
     def __post_init__(self) -> None:
         for name in ("num_tasks", "checkpoint_every", "max_skips_in_a_row"):
             require_count(name, getattr(self, name), least=1)
+        _require_seed(self.seed)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm!r} must be positive; None leaves gradients as they are"
@@ -105,12 +117,12 @@ class MetaTrainer:
         estimator: how the meta-gradient is found.
         objective: what is minimised.
         meta_optimizer: makes any ``torch.optim.Optimizer`` from a list of tensors; default Adam at 1e-3.
-        tracker: what is told about the run.
+        tracker: what is told about the run. A failure of it is reported by ``logging`` and stops nothing.
         num_tasks: tasks a meta-batch.
         seed: of theta's initialisation and of the tasks; the engine reads no global randomness.
         theta: where to start instead of the rule's own initialisation.
         max_grad_norm: the meta-gradient is scaled down to this norm where it is longer.
-        scheduler: makes a learning-rate scheduler from the meta-optimizer; stepped once a meta-step.
+        scheduler: makes a learning-rate scheduler from the meta-optimizer; stepped after each of its steps.
         validation: held-out tasks; the theta with the lowest value is kept.
         checkpoint: file of the training state. Where it exists, ``run`` goes on from it, bitwise as if it had never
             stopped (same machine and execution).
@@ -119,6 +131,10 @@ class MetaTrainer:
         config: what the tracker is told about the run at its start.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
+
+    Raises:
+        TypeError, ValueError: an option is out of its range; the rule has no meta-parameters; the meta-optimizer or the
+            scheduler needs more at a step than a step, as LBFGS does, or cannot be kept in a checkpoint.
 
     Example:
         >>> trainer = MetaTrainer(loop, Truncated(20, horizon=100), SumOfLosses(), num_tasks=128)
@@ -137,15 +153,21 @@ class MetaTrainer:
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.options = _Options(**options)
-        self.tracker = tracker or NullTracker()
-        theta = self.options.theta or loop.rule.init_theta(torch.Generator().manual_seed(self.options.seed))
-        self.theta: Theta = {
-            k: v.detach().clone().to(loop.execution.device or v.device).requires_grad_() for k, v in theta.items()
-        }
+        self.tracker = tracker if isinstance(tracker, Trackers) else Trackers([tracker or NullTracker()])
+        theta = self.options.theta
+        if theta is None:
+            theta = loop.rule.init_theta(torch.Generator().manual_seed(self.options.seed))
+        self.theta: Theta = as_leaves(
+            {k: v.detach().clone().to(loop.execution.device or v.device) for k, v in theta.items()}
+        )
         self.meta_optimizer = meta_optimizer(list(self.theta.values()))
+        _require_plain_step(self.meta_optimizer)
         self.scheduler = self.options.scheduler(self.meta_optimizer) if self.options.scheduler else None
+        if self.scheduler is not None:
+            _require_plain_step(self.scheduler)
+        if self.options.checkpoint is not None:
+            require_loadable(self.meta_optimizer, self.scheduler)
         self.progress = Progress()
-        self._stop_signal: int | None = None
 
     def run(self, num_meta_steps: int) -> TrainingResult:
         """Train until meta-step ``num_meta_steps`` of the run, counted from its very beginning.
@@ -159,25 +181,25 @@ class MetaTrainer:
         """
         require_count("num_meta_steps", num_meta_steps)
         self._resume()
-        self.tracker.start(self.options.config)
         exit_code = 1
-        try:
-            with self._signals():
-                while self.progress.meta_step < num_meta_steps:
+        with _Interrupts() as interrupts:
+            try:
+                self.tracker.start(self.options.config)
+                while interrupts.number is None and self.progress.meta_step < num_meta_steps:
                     self._meta_step()
-                    stopping = self._stop_signal is not None
-                    if stopping or self.progress.meta_step % self.options.checkpoint_every == 0:
+                    if self.progress.meta_step % self.options.checkpoint_every == 0:
                         self._save()
-                    if stopping:
-                        exit_code = 128 + int(self._stop_signal or 0)
-                        raise KeyboardInterrupt if self._stop_signal == signal.SIGINT else SystemExit(exit_code)
-            self._save()
-            result = self._result()
-            if self.options.report is not None:
-                self.options.report(result, self.tracker)
-            exit_code = 0
-        finally:
-            self.tracker.finish(exit_code)
+                self._save()
+                interrupts.deliver()
+                result = self._result()
+                if self.options.report is not None:
+                    self.options.report(result, self.tracker)
+                exit_code = 0
+            except (KeyboardInterrupt, SystemExit):
+                exit_code = 128 + (interrupts.number or signal.SIGINT)
+                raise
+            finally:
+                self.tracker.finish(exit_code)
         return result
 
     def _meta_step(self) -> None:
@@ -193,8 +215,6 @@ class MetaTrainer:
             progress.carry, progress.skips_in_a_row = estimate.carry, 0
         else:
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
-        if self.scheduler:
-            self.scheduler.step()
         metrics = {
             "meta_loss": float(estimate.loss),
             "grad_norm": norm,
@@ -208,7 +228,7 @@ class MetaTrainer:
 
     def _fresh_carry(self) -> Carry:
         # Every episode has a generator of its own, so that a resumed run needs no random state but this count.
-        generator = torch.Generator().manual_seed((self.options.seed << 32) + self.progress.episode)
+        generator = task_generator(self.options.seed, self.progress.episode)
         self.progress.episode += 1
         tasks = self.loop.family.sample(self.options.num_tasks, generator)
         return self.estimator.start(self.loop, tasks, generator)
@@ -219,6 +239,8 @@ class MetaTrainer:
         for k, p in self.theta.items():
             p.grad = estimate.grads[k] * scale
         self.meta_optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
 
     def _validate(self) -> dict[str, float]:
         validation, progress = self.options.validation, self.progress
@@ -248,37 +270,81 @@ class MetaTrainer:
         )
 
     def _save(self) -> None:
-        if self.options.checkpoint is not None:
-            save_progress(self.options.checkpoint, self.progress, self.theta, self.meta_optimizer, self.scheduler)
+        path = self.options.checkpoint
+        if path is not None:
+            save_progress(path, self.progress, self.theta, self.meta_optimizer, self.scheduler, self._identity())
 
     def _resume(self) -> None:
         path = self.options.checkpoint
         if path is not None and path.exists():
-            self.progress = load_progress(path, self.theta, self.meta_optimizer, self.scheduler, self._example_carry)
-        if isinstance(self.tracker, Rewindable):
-            # Also at step 0: a run may have been killed before its first checkpoint.
-            self.tracker.rewind(self.progress.meta_step)
+            self.progress = load_progress(
+                path, self.theta, self.meta_optimizer, self.scheduler, self._identity(), self._example_carry
+            )
+        # Also at step 0: a run may have been killed before its first checkpoint.
+        self.tracker.rewind(self.progress.meta_step)
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what tells a checkpoint of another training where no shape does."""
+        parts = {
+            "family": self.loop.family,
+            "rule": self.loop.rule,
+            "estimator": self.estimator,
+            "meta_optimizer": self.meta_optimizer,
+            "scheduler": self.scheduler,
+        }
+        names = {k: type(part).__name__ for k, part in parts.items()}
+        return {**names, "num_tasks": self.options.num_tasks, "seed": self.options.seed}
 
     def _example_carry(self) -> Carry:
         tasks = self.loop.family.sample(self.options.num_tasks, torch.Generator().manual_seed(0))
         return self.loop.begin(tree.detach(self.theta), self.estimator.start(self.loop, tasks))
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note Ctrl-C and SIGTERM instead of being torn out of a meta-step; only the main thread may do so."""
 
-        def note(number: int, frame: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
+class _Interrupts:
+    """Notes Ctrl-C and SIGTERM in ``number`` instead of tearing a meta-step; a second one is raised at once.
 
-        self._stop_signal = None
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread, which keeps its own handlers
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    Only the main thread may do so: elsewhere nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._waiting = True
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # None stands for a handler that was not installed by Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def deliver(self) -> None:
+        """Raise what has been noted, and whatever comes from now on at once."""
+        self._waiting = False
+        if self.number is not None:
+            raise KeyboardInterrupt if self.number == signal.SIGINT else SystemExit(128 + self.number)
+
+    def _note(self, number: int, frame: Any) -> None:
+        at_once = not self._waiting or self.number is not None
+        self.number = int(number)
+        if at_once:
+            self.deliver()
+
+
+def _require_seed(seed: int) -> None:
+    require_count("seed", seed)
+    if seed >= 2**32:
+        raise ValueError(f"seed={seed!r} is too large: of a seed torch's generators read 32 bits; pass one below 2**32")
+
+
+def _require_plain_step(thing: Any) -> None:
+    """Refuse what cannot be stepped by ``step()`` alone: closures and metrics are not at hand."""
+    needed = [k for k, p in inspect.signature(thing.step).parameters.items() if p.default is p.empty]
+    if needed:
+        raise ValueError(
+            f"{type(thing).__name__}.step needs {', '.join(needed)}, which meta-training cannot give; choose another, "
+            "such as torch.optim.Adam or CosineAnnealingLR"
+        )

@@ -1,0 +1,202 @@
+"""The command ``learnedopt``: what it writes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import learnedopt
+from learnedopt import cli, evaluate, optimizers, tasks
+from learnedopt.comparison import MEASURES
+from learnedopt.wandb_tracker import WandbTracker
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-c", "import sys; from learnedopt.cli import main; sys.exit(main())"]
+QUICK = ["--family", "quadratic", "--set", "dim=3", "--steps", "12", "--tasks", "5", "--tuning-tasks", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of a saved optimizer whose theta differs from its constructor's values."""
+    path = tmp_path_factory.mktemp("checkpoints") / "learned-sgd.safetensors"
+    return learnedopt.save(path, optimizers.make("sgd", lr=0.5), {"lr": torch.tensor(0.03)})
+
+
+@pytest.fixture
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command in this process; return its one line of complaint."""
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoint: Path, tmp_path: Path) -> None:
+    done = run("evaluate", str(checkpoint), *QUICK, "--seed", "4", "--out", str(tmp_path), "--wandb", "offline")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    table = (tmp_path / "evaluation.md").read_text("utf-8")
+    assert table in done.stdout and str(tmp_path / "evaluation.png") in done.stdout
+    saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    assert list(saved["optimizers"]) == ["learned-sgd", "SGD", "momentum", "Nesterov", "RMSprop", "Adam"]
+    assert (
+        saved["settings"]["family"]["options"] | {"dim": 3, "meta_split": "test"}
+        == saved["settings"]["family"]["options"]
+    )
+    family = tasks.make("quadratic", dim=3)
+    given = {"learned-sgd": (optimizers.make("sgd"), {"lr": torch.tensor(0.03)})}
+    here = evaluate.compare(given, family, num_steps=12, num_tasks=5, num_tuning_tasks=3, seed=4)
+    for label, outcome in here.outcomes.items():
+        for name in MEASURES:
+            measured = saved["optimizers"][label]["measures"][name]["mean"]
+            assert measured == pytest.approx(float(outcome.values[name].mean()), rel=1e-6)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "evaluation.png").convert("L")))) > 20
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"final_loss/Adam/median" in record.read_bytes()
+    assert list(record.parent.glob("files/media/images/loss_curves*.png"))
+
+
+def test_evaluate_tells_wandb_the_numbers_of_the_table(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[tuple[str, object]] = []
+    for name in ("start", "log", "figure", "artifact", "finish"):
+        monkeypatch.setattr(WandbTracker, name, lambda self, *given, name=name, **_: said.append((name, given)))
+    assert cli.main(["evaluate", str(checkpoint), *QUICK, "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert [name for name, _ in said] == ["start", "log", "figure", "artifact", "finish"]
+    saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    (config,), (numbers,), (_, figure), (name, paths, _), _ = (given for _, given in said)
+    assert config == saved["settings"] and config["num_tasks"] == 5
+    assert len(numbers) == 6 * 3 * 4
+    for label, entry in saved["optimizers"].items():
+        for measure, summary in entry["measures"].items():
+            assert {k: numbers[f"{measure}/{label}/{k}"] for k in summary} == summary
+    assert figure == tmp_path / "evaluation.png" and name == "evaluation-quadratic"
+    assert sorted(path.suffix for path in paths) == [".json", ".md", ".png"]
+
+
+def test_baselines_are_tuned_on_another_split(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wandb: None
+) -> None:
+    seen = []
+
+    def compare(given: object, family: object, **options: object) -> None:
+        seen.append((family, options["tuning_family"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "compare", compare)
+    folder = ["--out", str(tmp_path)]
+    assert cli.main(["evaluate", str(checkpoint), "--family", "image-mlp", "--set", "hidden=[8]", *folder]) == 130
+    assert cli.main(["evaluate", str(checkpoint), "--family", "image-mlp", "--set", "meta_split=valid", *folder]) == 130
+    make = tasks.make
+    assert seen == [
+        (make("image-mlp", hidden=(8,), meta_split="test"), make("image-mlp", hidden=(8,), meta_split="train")),
+        (make("image-mlp", meta_split="valid"), make("image-mlp", meta_split="train")),
+    ]
+
+
+def test_the_output_folder_is_named_after_the_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wandb: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", str(checkpoint), *QUICK, "--tune-for", "sum_of_losses"]) == 0
+    folder = tmp_path / "runs" / "evaluate-learned-sgd-quadratic"
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    assert "lowest mean sum of losses on 3 other tasks" in (folder / "evaluation.md").read_text("utf-8")
+
+
+def test_list_names_what_there_is() -> None:
+    done = run("list")
+    assert done.returncode == 0, done.stderr
+    rules, families, packaged = done.stdout.splitlines()
+    assert rules.split(": ")[1].split(", ") == optimizers.names()
+    assert families.split(": ")[1].split(", ") == tasks.names()
+    assert packaged.startswith("Packaged optimizers: ")
+
+
+def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:
+    done = run("evaluate", str(checkpoint), "--family", "quadratik")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("learnedopt evaluate: ") and done.stderr.count("\n") == 1
+    assert "did you mean 'quadratic'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "quadratic", "--set", "dims=3"], "did you mean 'dim'?"),
+        (["--family", "quadratic", "--set", "dim=three"], "dim='three' (str) is not of the option's type"),
+        (["--family", "quadratic", "--set", "dim=0"], "dim=0 is not a count"),
+        (["--family", "quadratic", "--set", "distribution=gausian"], "did you mean 'gaussian'?"),
+        (["--family", "quadratic", "--set", "dim"], "--set 'dim' is not of the form KEY=VALUE"),
+        (["--family", "quadratic", "--steps", "0"], "num_steps=0 is not a count"),
+        (["--family", "quadratic", "--tasks", "1"], "at least 2"),
+        (["--family", "quadratic", "--tasks", "many"], "invalid int value: 'many'"),
+        (["--family", "quadratic", "--tune-for", "loss"], "use one of final_loss, sum_of_losses, last_ten"),
+        (["--family", "quadratic", "--wandb", "of"], "use 'online', 'offline' or 'disabled'"),
+        (["--family", "quadratic", "--step", "5"], "did you mean --steps?"),
+        ([], "the following arguments are required: --family"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, "evaluate", str(checkpoint), "--out", str(tmp_path), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["evalute"], "did you mean evaluate?"), (["list", "--al"], "unrecognized arguments: --al"), ([], "COMMAND")],
+)
+def test_bad_commands_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+def test_checkpoints_that_cannot_be_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = checkpoint.read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(content[: len(content) - 2])
+    (tmp_path / "foreign.safetensors").write_bytes(b"PK\x03\x04 not a checkpoint")
+    where = ["--family", "quadratic", "--out", str(tmp_path / "out")]
+    for name in ("short", "foreign"):
+        assert "is corrupt or cut short" in refusal(capsys, "evaluate", str(tmp_path / f"{name}.safetensors"), *where)
+    assert "neither a checkpoint file" in refusal(capsys, "evaluate", str(tmp_path / "missing"), *where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_packaged_name_is_answered_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("learnedopt.checkpoint.packaged", lambda: ["lstm-mnist", "lstm-quadratic"])
+    assert "did you mean 'lstm-mnist'?" in refusal(capsys, "evaluate", "lstm-mnits", "--family", "quadratic")
+
+
+def test_an_optimizer_of_other_shapes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], no_wandb: None
+) -> None:
+    rule = optimizers.make("meta-sgd", template={"x": torch.zeros(7)})
+    path = learnedopt.save(tmp_path / "seven", rule, rule.init_theta(torch.Generator().manual_seed(0)))
+    assert cli.main(["evaluate", str(path), *QUICK, "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "template" in err and err.count("\n") == 1
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--help"]) == 0
+    assert "--tuning-tasks" in capsys.readouterr().out
