@@ -103,6 +103,7 @@ class Recipe:
     execution: Execution = field(default_factory=Execution)
     checkpoint_every: int = 100
     seed: int = 0
+    num_threads: int = 1  # inner problems are small: more threads mostly wait for one another
     compare: bool = False
 
     def __post_init__(self) -> None:
@@ -225,6 +226,7 @@ def require_device(execution: Execution) -> None:
 
 def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> TrainingResult:
     """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one."""
+    torch.set_num_threads(recipe.num_threads)
     config = as_config(recipe)
     loop, validation = build(recipe)
     mode = resolve_mode(wandb_mode)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import (
+    Carry,
     ConjugateGradient,
     ConvergenceWarning,
     FinalLoss,
@@ -22,9 +23,11 @@ from learnedopt import (
     LinearSolver,
     MetaGradient,
     Solution,
+    Tape,
     TaskFamily,
     Unrolled,
     optimizers,
+    tree,
 )
 
 DIM, NUM_POINTS, NUM_PROBLEMS = 10, 50, 200
@@ -71,36 +74,45 @@ class Direct(LinearSolver):
         return Solution(x, (rhs - operator(x)).norm(dim=1) / rhs.norm(dim=1), zero)
 
 
-def methods(num_steps: int) -> dict[str, MetaGradient]:
-    """Return the estimators that are compared, by their label."""
-    solvers = {f"iMAML, {n} CG steps": ConjugateGradient(n) for n in (2, 5, DIM)}
-    implicit = {**solvers, "iMAML, exact solve": Direct()}
-    return {"MAML": Unrolled(num_steps), **{k: Implicit(num_steps, solver) for k, solver in implicit.items()}}
+def methods(num_steps: int, end: Carry) -> dict[str, MetaGradient]:
+    """Return the estimators that are compared, by their label; the implicit ones share the solution ``end``."""
+    labels = {2: "2 CG steps", 5: "5 CG steps", DIM: f"{DIM} CG steps (dimension)"}
+    solvers: dict[str, LinearSolver] = {label: ConjugateGradient(n) for n, label in labels.items()}
+    solvers["exact solve"] = Direct()
+    implicit = {f"iMAML, {label}": Implicit(num_steps, s, inner=lambda *_: end) for label, s in solvers.items()}
+    return {"MAML": Unrolled(num_steps), **implicit}
 
 
 def measure(steps: tuple[int, ...] = STEPS, num_problems: int = NUM_PROBLEMS) -> dict[str, list[float]]:
     """Return each method's mean relative error of the meta-gradient over problems, for each number of inner steps."""
-    family, init = Regressions(), {"x": torch.ones(DIM, dtype=torch.float64)}
-    rule = optimizers.make("imaml", template=init, lr=RATE, strength=STRENGTH)
-    loop = InnerLoop(family, rule)
-    theta = {"init/x": init["x"]}
+    family, start = Regressions(), torch.ones(DIM, dtype=torch.float64)
+    loop = InnerLoop(family, optimizers.make("imaml", template={"x": start}, lr=RATE, strength=STRENGTH))
     tasks = family.sample(num_problems, torch.Generator().manual_seed(0))
-    exact = closed_form(tasks, init["x"])
-    errors: dict[str, list[float]] = {}
+    exact = closed_form(tasks, start)
+    sums: dict[str, list[float]] = {}
+    for i in range(num_problems):
+        found = estimates(loop, {"init/x": start}, tree.narrow(tasks, i, i + 1), steps)
+        for label, grads in found.items():
+            errors = [float((grad - exact[i]).norm() / exact[i].norm()) for grad in grads]
+            sums[label] = [a + b for a, b in zip(sums.get(label, [0.0] * len(steps)), errors, strict=True)]
+    return {label: [total / num_problems for total in row] for label, row in sums.items()}
+
+
+def estimates(
+    loop: InnerLoop, theta: dict[str, Tensor], problem: dict[str, Tensor], steps: tuple[int, ...]
+) -> dict[str, list[Tensor]]:
+    """Return one problem's meta-gradients (DIM,), by label and then for each of the rising ``steps``."""
+    fresh = loop.start(problem)
+    found: dict[str, list[Tensor]] = {}
+    end = loop.begin(theta, fresh)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # what happens before convergence is the question here
         for num_steps in steps:
-            for label, estimator in methods(num_steps).items():
-                found = per_problem(loop, theta, estimator, tasks)
-                errors.setdefault(label, []).append(float(((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()))
-    return errors
-
-
-def per_problem(loop: InnerLoop, theta: dict[str, Tensor], estimator: MetaGradient, tasks: dict[str, Tensor]) -> Tensor:
-    """Return one meta-gradient per problem (num_problems, DIM)."""
-    problems = ({k: v[i : i + 1] for k, v in tasks.items()} for i in range(len(tasks["inputs"])))
-    estimates = (estimator.estimate(loop, theta, FinalLoss(), loop.start(problem)) for problem in problems)
-    return torch.stack([estimate.grads["init/x"] for estimate in estimates])
+            end = loop.run(theta, end, num_steps - end.step, Tape.NONE).end
+            for label, estimator in methods(num_steps, end).items():
+                grads = estimator.estimate(loop, theta, FinalLoss(), fresh).grads
+                found.setdefault(label, []).append(grads["init/x"])
+    return found
 
 
 def closed_form(tasks: dict[str, Tensor], start: Tensor) -> Tensor:
@@ -117,11 +129,18 @@ def main() -> None:
     from learnedopt.plots import plot_lines
 
     errors = measure()
-    print("inner steps".ljust(20) + "".join(f"{n:>10}" for n in STEPS))
+    print("inner steps".ljust(32) + "".join(f"{n:>10}" for n in STEPS))
     for label, row in errors.items():
-        print(label.ljust(20) + "".join(f"{e:10.1e}" for e in row))
-    series = {label: (STEPS, row) for label, row in errors.items()}
-    plot_lines(FIGURE, series, xlabel="inner steps", ylabel="relative error of the meta-gradient", logx=True, logy=True)
+        print(label.ljust(32) + "".join(f"{e:10.1e}" for e in row))
+    plot_lines(
+        FIGURE,
+        {label: (STEPS, row) for label, row in errors.items()},
+        xlabel="inner steps",
+        ylabel="relative error of the meta-gradient",
+        logx=True,
+        logy=True,
+        title=f"{DIM}-d linear regressions, mean over {NUM_PROBLEMS} problems",
+    )
     print(f"drew {FIGURE}")
 
 

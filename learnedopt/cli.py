@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-for", default="final_loss", metavar="MEASURE", help="final_loss (default), sum_of_losses or last_ten"
     )
     evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="of the tasks (default 0)")
+    evaluate.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default 1: tasks are small)")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default runs/evaluate-CHECKPOINT-FAMILY")
     evaluate.add_argument(
         "--wandb", metavar="MODE", help="online, offline or disabled (default: what WANDB_MODE says, else offline)"
@@ -113,10 +114,13 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
     from learnedopt import tasks
     from learnedopt.evaluate import compare
     from learnedopt.wandb_tracker import WandbTracker, resolve_mode
 
+    torch.set_num_threads(arguments.threads)
     label = Path(arguments.checkpoint).name.removesuffix(".safetensors") or "learned"
     out = arguments.out or Path("runs") / f"evaluate-{label}-{arguments.family}"
     try:

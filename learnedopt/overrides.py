@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import enum
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[type]]
@@ -137,8 +136,10 @@ def _typed(text: str, hint: Any, path: str) -> Any:
     try:
         return parser.parse_args([f"--value={text}"]).value
     except ArgumentError as error:
-        name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        near = nearest(text, hint.__members__) if isinstance(hint, enum.EnumMeta) else ""
+        args = typing.get_args(hint)
+        name = str(hint).replace("typing.", "") if args else getattr(hint, "__name__", str(hint))
+        words = args if typing.get_origin(hint) is Literal else getattr(hint, "__members__", ())  # those of an Enum
+        near = nearest(text, words)
         raise ValueError(f"{path}={text!r} is not of the setting's type {name}{near}") from error
 
 

@@ -5,7 +5,7 @@ Nothing here comes from the engine: the inner loop, the objectives and the solve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -188,7 +188,7 @@ def difference_error(fn: Callable[[Theta], float], theta: Theta, grads: Theta, *
     Each entry of theta is moved along its gradient plus a random direction of the same length, so that neither a wrong
     length nor a wrong direction can hide; Richardson's extrapolation cancels the error of order step^2.
     """
-    worst, generator = 0.0, torch.Generator().manual_seed(1)
+    errors, generator = [], torch.Generator().manual_seed(1)
     for key, grad in grads.items():
         assert grad.shape == theta[key].shape and grad.isfinite().all() and grad.any(), f"no gradient of {key}"
         noise = torch.randn(grad.shape, generator=generator, dtype=FLOAT)
@@ -199,15 +199,21 @@ def difference_error(fn: Callable[[Theta], float], theta: Theta, grads: Theta, *
             return (ends[0] - ends[1]) / (2 * h)
 
         expected = (4 * slope(step / 2) - slope(step)) / 3
-        worst = max(worst, abs(float((grad * direction).sum()) - expected) / float(grad.norm()))
-    return worst
+        errors.append(abs(float((grad * direction).sum()) - expected) / float(grad.norm()))
+    return worst(errors)
 
 
 def relative_error(found: Theta, expected: Theta) -> float:
     """Return the worst error over the entries, relative to the norm of each one expected."""
     assert found.keys() == expected.keys()
-    errors = [float((found[k] - e).norm() / e.norm()) if e.any() else float(found[k].norm()) for k, e in expected.items()]
-    return max(errors)
+    return worst(
+        float((found[k] - e).norm() / e.norm()) if e.any() else float(found[k].norm()) for k, e in expected.items()
+    )
+
+
+def worst(errors: Iterable[float]) -> float:
+    """Return the largest; NaN, which no comparison of Python's ``max`` would notice, where there is one."""
+    return float(torch.tensor(list(errors), dtype=FLOAT).max())
 
 
 def implicit_gradient(
@@ -235,7 +241,9 @@ def implicit_gradient(
         target = target_of(objective, loop.family, loop.rule, theta, task, path)
         end = pytree.tree_map(lambda x: x.detach(), path.points[-1])
         params = {k: p.requires_grad_() for k, p in end[0].items()}
-        value = value_of(objective, loop.family, loop.rule, theta, task, path._replace(points=[(params, end[1])]), target)
+        value = value_of(
+            objective, loop.family, loop.rule, theta, task, path._replace(points=[(params, end[1])]), target
+        )
         cotangents = torch.autograd.grad(value, list(params.values()))
         batch = data(loop.family, task, max(num_steps - 1, 0), "train")
         system = _step_map_system if step_map else _optimality_system

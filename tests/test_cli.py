@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoi
 def test_evaluate_tells_wandb_the_numbers_of_the_table(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[tuple[str, object]] = []
+    said: list[tuple[str, Any]] = []
     for name in ("start", "log", "figure", "artifact", "finish"):
         monkeypatch.setattr(WandbTracker, name, lambda self, *given, name=name, **_: said.append((name, given)))
     assert cli.main(["evaluate", str(checkpoint), *QUICK, "--out", str(tmp_path)]) == 0

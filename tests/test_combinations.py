@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import Reference, implicit_gradient, relative_error
+from oracles import Reference, implicit_gradient, relative_error, worst
 from problems import FLOAT, Quadratic, generic_theta, sample, template
 
 import learnedopt
@@ -110,8 +110,10 @@ def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
         ahead = problem.objective.num_target_steps - 1 if isinstance(problem.objective, BootstrappedTarget) else 0
         for i, estimate in enumerate(found):
             start = i * (num_steps + ahead)
-            errors.append(relative_error(estimate.grads, problem.reference(num_steps, full=full, skip=start).gradient()))
-        return max(errors)
+            errors.append(
+                relative_error(estimate.grads, problem.reference(num_steps, full=full, skip=start).gradient())
+            )
+        return worst(errors)
 
     return oracle
 
@@ -136,9 +138,7 @@ ESTIMATORS = {
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
-    "implicit neumann": Entry(
-        Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12
-    ),
+    "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
 }
 
@@ -169,7 +169,17 @@ REFUSED = [
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
-        ("sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", *STARTS_ONLY, *STARTS_AND_MORE),
+        (
+            "sgd",
+            "momentum",
+            "nesterov",
+            "rmsprop",
+            "learned-rates",
+            "clip",
+            "partition",
+            *STARTS_ONLY,
+            *STARTS_AND_MORE,
+        ),
         None,
         "do not move the solution",
     ),

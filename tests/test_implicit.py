@@ -76,14 +76,14 @@ def closed_form(theta: Theta, tasks: dict[str, Tensor], damping: float = 0.0) ->
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 @pytest.mark.parametrize(
     "solver",
-    [ConjugateGradient(5), GMRES(), Neumann(400), Neumann(400, step_size=0.2), ConjugateGradient(5, damping=0.6)],
+    [ConjugateGradient(5), GMRES(), Neumann(120), Neumann(120, step_size=0.3), ConjugateGradient(5, damping=0.6)],
     ids=str,
 )
 def test_quadratics_match_the_closed_form(solver: LinearSolver, chunk_size: int) -> None:
     tasks = sample(STILL, 3)
     loop = InnerLoop(STILL, imaml(STILL, learn_strength=True, lr=0.3), Execution(chunk_size))
     theta = generic_theta(loop.rule)
-    found = Implicit(200, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+    found = Implicit(120, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     expected = closed_form(theta, tasks, damping=getattr(solver, "damping", 0.0))
     assert relative_error(found.grads, expected) < 1e-10
     assert found.info["residual"] < 1e-12 and found.info["stationarity"] < 1e-12
@@ -101,7 +101,7 @@ def test_conjugate_gradient_needs_as_many_iterations_as_there_are_distinct_eigen
     expected = closed_form(theta, tasks)
 
     def estimate(num_iterations: int):
-        return Implicit(200, ConjugateGradient(num_iterations)).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+        return Implicit(120, ConjugateGradient(num_iterations)).estimate(loop, theta, FinalLoss(), loop.start(tasks))
 
     enough = estimate(distinct)
     assert relative_error(enough.grads, expected) < 1e-10
@@ -137,7 +137,7 @@ def test_regularised_logistic_regression_matches_differences_of_converged_soluti
             losses.append(family.loss({"w": w}, {"x": x[1], "y": y[1]}))
         return float(torch.stack(losses).mean())
 
-    found = Implicit(300, ConjugateGradient(3)).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+    found = Implicit(200, ConjugateGradient(3)).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     assert abs(float(found.loss) - value(theta)) < 1e-12
     assert difference_error(value, theta, found.grads) < 1e-6
 
@@ -198,7 +198,7 @@ def test_any_inner_solver_will_do(inner: InnerSolver, chunk_size: int) -> None:
     family = Logistic()
     loop = InnerLoop(family, imaml(family, learn_strength=True, lr=0.3), Execution(chunk_size))
     theta, carry = generic_theta(loop.rule), loop.start(sample(family, 3))
-    own = Implicit(500, ConjugateGradient(3)).estimate(loop, theta, FinalLoss(), carry)
+    own = Implicit(200, ConjugateGradient(3)).estimate(loop, theta, FinalLoss(), carry)
     other = Implicit(60, ConjugateGradient(3), inner=inner).estimate(loop, theta, FinalLoss(), carry)
     assert relative_error(other.grads, own.grads) < 1e-7
     assert other.info["losses"].shape == (2,)
@@ -232,27 +232,34 @@ MAPS = {
         "clip", rule=optimizers.make("sgd", lr=0.2, weight_decay=0.3, learn=("weight_decay",)), max_norm=50.0
     ),
     "partition": lambda family: optimizers.make(
-        "partition",
-        groups={
-            "w": ("w", momentum_with_decay()),
-            "b": ("b", optimizers.make("imaml", template={"b": template(family)["b"]}, lr=0.2)),
-        },
+        "partition", groups={"w": ("w", momentum_with_decay()), "b": ("b", DecoupledMomentum())}
     ),
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
-@pytest.mark.parametrize("solver", [GMRES(), Neumann(400)], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 2])
 @pytest.mark.parametrize("name", MAPS)
-def test_fixed_points_match_a_long_unroll(name: str, solver: LinearSolver, chunk_size: int) -> None:
+def test_fixed_points_match_a_long_unroll(name: str, chunk_size: int) -> None:
     loop = InnerLoop(STILL, MAPS[name](STILL), Execution(chunk_size))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 3))
-    if name == "partition" and isinstance(solver, GMRES):
-        pytest.skip("a regularizer on part of the tensors: the optimality condition is not what moves the others")
-    path = Unrolled(400).estimate(loop, theta, FinalLoss(), carry)
-    found = Implicit(400, solver).estimate(loop, theta, FinalLoss(), carry)
-    assert relative_error(found.grads, path.grads) < 1e-10
-    assert found.info["residual"] < 1e-11 and found.info["stationarity"] < 1e-11
+    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 2))
+    path = Unrolled(200).estimate(loop, theta, FinalLoss(), carry)
+    for solver in (GMRES(), Neumann(200)):
+        found = Implicit(200, solver).estimate(loop, theta, FinalLoss(), carry)
+        assert relative_error(found.grads, path.grads) < 1e-9
+        assert found.info["residual"] < 1e-11 and found.info["stationarity"] < 1e-11
+
+
+def test_a_pull_outside_the_regularizer_shows_as_an_unsolved_problem() -> None:
+    """The optimality condition is that of loss + regularizer: weight decay in the update alone solves another one."""
+    decayed = optimizers.make("sgd", lr=0.2, weight_decay=0.5, learn=())
+    proximal = optimizers.make("imaml", template={"b": template(STILL)["b"]}, lr=0.2)
+    loop = InnerLoop(STILL, optimizers.make("partition", groups={"w": ("w", decayed), "b": ("b", proximal)}))
+    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 2))
+    with pytest.warns(ConvergenceWarning, match="not converged"):
+        Implicit(200, ConjugateGradient(5)).estimate(loop, theta, FinalLoss(), carry)
+    path = Unrolled(200).estimate(loop, theta, FinalLoss(), carry)
+    found = Implicit(200, Neumann(200)).estimate(loop, theta, FinalLoss(), carry)  # the rule's own step map
+    assert relative_error(found.grads, path.grads) < 1e-9
 
 
 def test_the_bootstrapped_target_is_an_objective_of_the_end() -> None:
@@ -299,23 +306,36 @@ def hessian_products(family: TaskFamily, kind: str) -> tuple[Tensor, Tensor]:
     return flat(product), (4 * slopes[1] - slopes[0]) / 3
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("kind", ["forward over reverse", "reverse over reverse"])
 def test_second_derivatives_of_layer_normalisation_are_right_in_the_modes_that_may_be_used(kind: str) -> None:
     product, expected = hessian_products(LayerNormMLP(), kind)
     assert (product - expected).norm() / expected.norm() < 1e-9
 
 
-@pytest.mark.parametrize("family", [LayerNormMLP(), TanhMLP()], ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("chunk_size", [1, 2])
-def test_networks_match_the_dense_solve(family: TaskFamily, chunk_size: int) -> None:
+def test_a_network_with_layer_normalisation_matches_the_dense_solve_and_a_long_unroll(chunk_size: int) -> None:
+    family = LayerNormMLP()
+    loop = InnerLoop(family, Proximal(template(family), lr=0.15), Execution(chunk_size))
+    theta, tasks = generic_theta(loop.rule), sample(family)
+    path = Unrolled(250).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+    expected = implicit_gradient(loop, theta, FinalLoss(), tasks, 250, step_map=False)
+    for solver in (ConjugateGradient(20), GMRES(), Neumann(250)):
+        found = Implicit(250, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+        assert relative_error(found.grads, expected) < 1e-10
+        assert relative_error(found.grads, path.grads) < 1e-8
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_mini_batches_differentiate_the_last_one_met(chunk_size: int) -> None:
+    family = TanhMLP()
     loop = InnerLoop(family, Proximal(template(family)), Execution(chunk_size))
     theta, tasks = generic_theta(loop.rule), sample(family)
-    for solver, step_map in ((ConjugateGradient(60), False), (GMRES(), False), (Neumann(300), True)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the mini-batches of the second family move on
-            found = Implicit(40, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
-        expected = implicit_gradient(loop, theta, FinalLoss(), tasks, 40, step_map=step_map)
-        assert relative_error(found.grads, expected) < 1e-9
+    for solver, step_map in ((ConjugateGradient(60), False), (GMRES(), False), (Neumann(250), True)):
+        with pytest.warns(ConvergenceWarning):  # each batch has a solution of its own
+            found = Implicit(20, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+        expected = implicit_gradient(loop, theta, FinalLoss(), tasks, 20, step_map=step_map)
+        assert relative_error(found.grads, expected) < 1e-10
 
 
 def test_an_unsolved_inner_problem_is_a_warning_with_the_residual() -> None:
@@ -341,7 +361,7 @@ def test_a_diverged_inner_problem_is_a_warning_and_no_zero(solver: LinearSolver)
     assert not found.info["residual"] <= 1
 
 
-@pytest.mark.parametrize("num_steps", [80, 600])
+@pytest.mark.parametrize("num_steps", [80, 400])
 @pytest.mark.parametrize(
     "make",
     [

@@ -679,8 +679,8 @@ def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatc
     register("seven", lambda: 7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="returned a int"):
         make("seven")
-    for value in (torch.ones(2), float("inf"), object()):
-        with pytest.raises(TypeError, match=r"bowl\.center is"):
+    for value, where in ((torch.ones(2), ""), (float("inf"), ""), ((1.0, (2.0, object())), r"\[1\]\[1\]")):
+        with pytest.raises(TypeError, match=rf"bowl\.center{where} is"):
             describe(Bowl(value))
 
 

@@ -1,0 +1,385 @@
+"""The plug-in: a learned update rule as a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.utils import _pytree as pytree
+
+from learnedopt import tree
+from learnedopt.checkpoint import check_theta, load
+from learnedopt.rule import State, UpdateRule
+from learnedopt.tree import Params, Theta
+
+FOREIGN_OPTIONS = frozenset(
+    ("amsgrad", "betas", "capturable", "dampening", "differentiable", "eps", "foreach", "fused", "maximize")
+) | {"momentum", "momentum_decay", "nesterov", "weight_decay"}
+"""Options of other optimizers that would change a step, and that a learned rule does not have."""
+
+
+class Member(NamedTuple):
+    """A parameter, the name by which the rule knows it, and the group whose ``lr`` applies to it."""
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """How a rule's state lies in ``Optimizer.state``: the key of each leaf, and what makes a tree of the leaves."""
+
+    keys: tuple[str, ...]
+    rebuild: Callable[[Sequence[Any]], State]
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """Moves a model's parameters by a learned update rule, as the engine's inner step does, to the same bits.
+
+        deltas, state = rule.update(theta, grads, state, params, loss),    param += lr * delta
+
+    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left plus
+    the gradient of the rule's regularizer, if it has one. A parameter whose ``grad`` is None is not moved: the rule
+    sees a zero gradient there, so that the memory it keeps for the other coordinates stays theirs. Without any gradient
+    at all nothing happens. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was, then
+    load. The rule's memory keeps its own dtype, whatever the parameters' is.
+
+    Args:
+        params: parameters, ``model.named_parameters()``, or groups of them, each with an ``lr`` of its own if it
+            likes. Rules that tell tensors apart (a learned start, rates per coordinate, a partition) need the names;
+            without names a parameter is called by its number, from "0" on.
+        rule: the name of a packaged optimizer, the path of a checkpoint, or ``(rule, theta)``; theta is copied.
+        lr: factor on the whole update. 1 is what the rule was trained with, 0 moves nothing; schedulers may change it.
+        adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
+            as when training is resumed, are loaded after this.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint and no such packaged name.
+        TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three.
+        ValueError: theta belongs to another rule or shape; ``lr`` is negative; a parameter is not real and floating; a
+            name occurs twice; the rule does not know the parameters, or would change them without ``adopt_start``.
+
+    Example:
+        >>> optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist")
+        >>> loss = loss_fn(model(x), y)
+        >>> optimizer.zero_grad()
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: str | Path | tuple[UpdateRule, Theta],
+        *,
+        lr: float | Tensor = 1.0,
+        adopt_start: bool = False,
+        **foreign: Any,
+    ) -> None:
+        if foreign:
+            raise TypeError(
+                f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
+                "theta; its options are lr and adopt_start"
+            )
+        self.rule, self.theta = _resolve(rule)
+        self.adopt_start = adopt_start
+        self._layout: Layout | None = None
+        self._settled = False
+        super().__init__(params, {"lr": lr})
+        self._settle()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group before the first step; a rule's memory cannot grow afterwards.
+
+        Raises:
+            TypeError: the group sets an option that a learned rule does not have.
+            ValueError: a step has been taken; or as the constructor.
+        """
+        if self._begun():
+            raise ValueError(
+                "a parameter group can be added before the first step only: the rule's memory belongs to the "
+                "parameters that it began with; make a new optimizer with all of them"
+            )
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1], [m.name for m in self._members()])
+            if self._settled:  # the constructor settles when all its groups are there
+                self._settle()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
+        self, closure: Callable[[], Any] | None = None, *, loss: Any = None
+    ) -> Any:
+        """Move every parameter that has a gradient, once.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
+            loss: the loss at the present parameters, a scalar, where there is no closure. Most rules do not read it.
+
+        Returns:
+            The loss, as it was given or as ``closure`` returned it; None without either.
+
+        Raises:
+            ValueError: the rule reads the loss and got none; both are given; a gradient is sparse; the loss is not a
+                scalar; the parameters lie on several devices; the rule does not know them by name.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise ValueError("step got a closure and a loss; pass one of them: the closure returns the loss")
+            with torch.enable_grad():
+                loss = closure()
+        members = self._members()
+        if any(m.param.grad is not None for m in members):
+            with torch.no_grad():
+                self._move(members, loss)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
+
+        Raises:
+            ValueError: the memory is of another rule or of other parameters, or the groups differ.
+        """
+        given: dict[str, Any] = {}
+
+        def note(_: Any, final: dict[str, Any]) -> None:
+            self._check_state(final)
+            given.update(final)
+
+        def restore(_: Any) -> None:
+            # torch has cast the memory to the parameters' dtype: put the saved tensors in their place.
+            indices = [i for group in given["param_groups"] for i in group["params"]]
+            for index, member in zip(indices, self._members(), strict=True):
+                if index in given["state"]:
+                    self.state[member.param] = dict(given["state"][index])
+
+        # Hooks of the user's may change what is loaded: note it after them, and restore it before theirs see it.
+        hooks = [
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"rule": self.rule, "theta": self.theta, "adopt_start": self.adopt_start, "_settled": self._settled}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._layout = None  # a function cannot be pickled; it is made again at the next step
+
+    def _members(self) -> list[Member]:
+        members: list[Member] = []
+        for group in self.param_groups:
+            names = group.get("param_names") or map(str, range(len(members), len(members) + len(group["params"])))
+            members += [Member(name, p, group) for name, p in zip(names, group["params"], strict=True)]
+        return members
+
+    def _begun(self) -> bool:
+        return any("step" in memory for memory in self.state.values())
+
+    def _settle(self) -> None:
+        """See that the rule takes these parameters, and put its start into them if that was allowed."""
+        self._settled = True
+        members = self._members()
+        if not members:
+            return
+        params = _values(members)
+        start, _ = self._init(params)
+        changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
+        if changed and not self.adopt_start:
+            raise ValueError(
+                f"{_name(self.rule)} has a start of its own, which would overwrite the parameters {changed}; pass "
+                "adopt_start=True to let it, or use a rule without a learned start to train on from the present values"
+            )
+        for name in changed:
+            params[name].copy_(start[name])
+
+    def _init(self, params: Params) -> tuple[Params, State]:
+        device = _common_device(params)
+        self.theta = tree.to(self.theta, device, None)
+        try:
+            with torch.no_grad():
+                start, state = self.rule.init(self.theta, params)
+        except KeyError as error:
+            raise ValueError(_unknown(self.rule, params, error)) from error
+        if {k: x.shape for k, x in start.items()} != {k: p.shape for k, p in params.items()}:
+            raise ValueError(
+                f"{_name(self.rule)} starts from parameters {_shapes(start)}, the optimizer's are {_shapes(params)}; "
+                "pass model.named_parameters() of a model like the one that the rule was made for"
+            )
+        return start, () if state is None else state
+
+    def _move(self, members: list[Member], loss: Any) -> None:
+        params = _values(members)
+        self.theta = tree.to(self.theta, _common_device(params), None)
+        state, count = self._read_state(members, params)
+        grads = self._gradients(members, params)
+        deltas, new_state = self._update(grads, state, params, loss)
+        memory = _leaves(new_state)
+        layout = self._layout
+        assert layout is not None  # _read_state has made it
+        if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
+            raise ValueError(
+                f"{_name(self.rule)}.update must return a state of the same structure as it was given, with tensors "
+                f"as leaves: expected {list(layout.keys)}, got { {k: type(x).__name__ for k, x in memory.items()} }"
+            )
+        # What is written in place from here on, or by the next backward(), must not be part of the memory.
+        written = {x.untyped_storage().data_ptr() for x in (*params.values(), *grads.values())}
+        memory = {k: x.clone() if x.untyped_storage().data_ptr() in written else x for k, x in memory.items()}
+        for name, param, group in members:
+            lr = float(group["lr"])
+            if param.grad is not None and lr != 0:  # 0 times an infinite update would not be nothing
+                param.add_(deltas[name], alpha=lr)
+            # An entry for every parameter: tools that save by parameter look for one.
+            self.state[param] = {"step": count + 1}
+        # A new dict each time, so that an earlier state_dict() keeps what it held.
+        self.state[members[0].param] = {"step": count + 1, **memory}
+
+    def _read_state(self, members: list[Member], params: Params) -> tuple[State, int]:
+        memory = self.state.get(members[0].param, {})
+        if self._layout is None or "step" not in memory:
+            _, state = self._init(params)
+            self._layout = _layout(state)
+            if "step" not in memory:
+                return state, 0
+        state = self._layout.rebuild([memory[k] for k in self._layout.keys])
+        return tree.to(state, _common_device(params), None), memory["step"]
+
+    def _gradients(self, members: list[Member], params: Params) -> Params:
+        grads = {}
+        for name, param, _ in members:
+            grad = param.grad
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse ({grad.layout}), and a learned rule moves every coordinate; "
+                    "build the layer with sparse=False, or give its parameters another optimizer"
+                )
+            grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
+        if not self.rule.has_regularizer:
+            return grads
+        with torch.enable_grad():
+            at = {k: p.detach().requires_grad_() for k, p in params.items()}
+            pulls = torch.autograd.grad(self.rule.regularizer(self.theta, at), tuple(at.values()), allow_unused=True)
+        return {k: g if pull is None else g + pull for (k, g), pull in zip(grads.items(), pulls, strict=True)}
+
+    def _update(self, grads: Params, state: State, params: Params, loss: Any) -> tuple[Params, State]:
+        if loss is not None:
+            loss = torch.as_tensor(loss).detach().to(_common_device(params))
+            if loss.numel() != 1:
+                raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it")
+            loss = loss.reshape(())
+        try:
+            # A rule that reads no loss does not mind None; one that does must not be given an invented number.
+            deltas, new_state = self.rule.update(self.theta, grads, state, params, loss)
+        except KeyError as error:
+            raise ValueError(_unknown(self.rule, params, error)) from error
+        except (TypeError, AttributeError) as error:
+            if loss is not None:
+                raise
+            raise ValueError(
+                f"{_name(self.rule)}.update failed without the loss ({type(error).__name__}: {error}); a rule that "
+                "reads the loss needs step(loss=loss) or step(closure)"
+            ) from error
+        if {k: d.shape for k, d in deltas.items()} != {k: p.shape for k, p in params.items()}:
+            raise ValueError(
+                f"{_name(self.rule)}.update must return one delta of the same shape per parameter: expected "
+                f"{_shapes(params)}, got {_shapes(deltas)}"
+            )
+        return deltas, () if new_state is None else new_state
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError where a rule's memory that is to be loaded does not fit; a fresh optimizer has none."""
+        members = self._members()
+        first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
+        memory = state_dict["state"].get(first, {})
+        if not members or "step" not in memory:
+            return
+        _, state = self._init(_values(members))
+        expected = {k: tuple(x.shape) for k, x in _leaves(state).items()}
+        got = {k: tuple(x.shape) for k, x in memory.items() if k != "step"}
+        if expected != got:
+            raise ValueError(
+                f"this state is not of {_name(self.rule)} with these parameters: expected {expected}, got {got}; make "
+                "the optimizer with the rule and the parameters, in the order, that it was saved with"
+            )
+
+
+def _resolve(rule: Any) -> tuple[UpdateRule, Theta]:
+    if isinstance(rule, str | Path):
+        return load(rule)
+    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
+        found, theta = rule
+        check_theta(found, theta, "LearnedOptimizer")
+        return found, {k: v.detach().clone() for k, v in theta.items()}
+    raise TypeError(
+        f"a {type(rule).__name__} is no learned optimizer; pass the name of a packaged one, the path of a checkpoint, "
+        "or (rule, theta), where theta is the rule's own, from init_theta or a MetaTrainer"
+    )
+
+
+def _check_group(group: dict[str, Any], names: list[str]) -> None:
+    foreign = sorted(k for k in FOREIGN_OPTIONS & group.keys() if group[k])
+    if foreign:
+        raise TypeError(f"a parameter group sets {foreign}, which a learned rule does not have; drop them, or set lr")
+    if not float(group["lr"]) >= 0:
+        raise ValueError(f"lr={group['lr']!r} must not be negative: it is a factor on an update that is learned")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is {param.dtype}; learned rules move real floating-point "
+                "numbers: represent complex ones by torch.view_as_real"
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"the parameter names {twice} occur more than once; give each parameter a name of its own, such as "
+            "named_parameters() of one module that holds all of them"
+        )
+
+
+def _values(members: list[Member]) -> Params:
+    return {m.name: m.param.detach() for m in members}
+
+
+def _common_device(params: Params) -> torch.device:
+    devices = {p.device for p in params.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the parameters lie on {sorted(map(str, devices))}, but a rule sees all of them at once; move them to one "
+            "device, or make an optimizer for each"
+        )
+    return devices.pop()
+
+
+def _leaves(state: State) -> dict[str, Any]:
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(state)[0]}
+
+
+def _layout(state: State) -> Layout:
+    return Layout(tuple(_leaves(state)), tree.flatten(state)[1])
+
+
+def _name(rule: UpdateRule) -> str:
+    return type(rule).__name__
+
+
+def _unknown(rule: UpdateRule, params: Params, error: KeyError) -> str:
+    return (
+        f"{_name(rule)} has nothing under {error}; the parameters are called {list(params)}: pass "
+        "model.named_parameters() of a model with the names that the rule was made for"
+    )
+
+
+def _shapes(tensors: Params) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(x.shape) for k, x in tensors.items()}

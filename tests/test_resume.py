@@ -1,0 +1,451 @@
+"""Exact resume: a training that was killed anywhere ends bitwise where an uninterrupted one does; bad checkpoints."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_wandb_tracker import records, run_file
+from torch import Tensor, nn
+
+import train_meta
+from learnedopt import (
+    BootstrappedTarget,
+    ConjugateGradient,
+    Execution,
+    FinalLoss,
+    Implicit,
+    InnerLoop,
+    MetaTrainer,
+    ModuleFamily,
+    SumOfLosses,
+    TaskFamily,
+    Truncated,
+    Unrolled,
+    Validation,
+)
+from learnedopt import optimizers as rules
+from learnedopt import tasks as families
+from learnedopt.inner import Rollout
+from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.objective import TaskMean
+from learnedopt.task import Split
+from learnedopt.tracker import Metrics, NullTracker, Trackers
+from learnedopt.trainer import TrainingResult
+from learnedopt.tree import Theta
+
+ROOT = Path(__file__).resolve().parent.parent
+Make = Callable[..., MetaTrainer]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two nested values are equal, tensors bitwise."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b and type(a) is type(b)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the record's metrics without the only ones that no second run repeats."""
+    found = read_metrics(folder / "metrics.jsonl")
+    assert all(row.pop("step_ms") > 0 for row in found)
+    return found
+
+
+# Killed between any two meta-steps, in one process: many trainings, quickly
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ordinary errors sees it."""
+
+
+class Killer(NullTracker):
+    """Kills the training after meta-step ``at``, before anything can be saved."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        if step == self.at:
+            raise Killed
+
+
+def step_dependent() -> TaskFamily:
+    """Return linear regressions whose batches differ at every inner step, so that a lost position would show."""
+
+    def data(seed: int, step: int, split: Split) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed((seed + 1000 * step + (split == "valid")) % 2**32)
+        x = torch.randn(4, 2, generator=generator)
+        return x, x.sum(1, keepdim=True)
+
+    return ModuleFamily(lambda: nn.Linear(2, 1), nn.functional.mse_loss, data)
+
+
+class Spiky(TaskMean):
+    """The final loss, but NaN at about every third state: a deterministic function, so a resumed run agrees."""
+
+    def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
+        value = FinalLoss()(loop, theta, rollout)
+        return torch.where((1e4 * value).floor() % 3 == 0, torch.nan, value)
+
+
+def trainer(family: TaskFamily, rule: str, estimator: Any, objective: Any, **options: Any) -> Make:
+    """Return a function that makes the trainer anew, as a new process would."""
+    rule_options = options.pop("rule_options", {})
+
+    def make(folder: Path, kill_at: int | None = None, **changed: Any) -> MetaTrainer:
+        sample = family.sample(1, torch.Generator().manual_seed(0))
+        template = {k: p[0] for k, p in family.init_params(sample).items()}
+        loop = InnerLoop(family, rules.make(rule, template=template, **rule_options), Execution(chunk_size=8))
+        settings: dict[str, Any] = {
+            "meta_optimizer": lambda params: torch.optim.Adam(params, 1e-2),
+            "num_tasks": 2,
+            "validation": Validation(loop, FinalLoss(), num_steps=3, num_tasks=2, every=3),
+            "checkpoint": folder / "checkpoint.pt",
+            "checkpoint_every": 2,
+        }
+        tracker = Trackers([JsonLinesTracker(folder / "metrics.jsonl"), Killer(kill_at)])
+        return MetaTrainer(loop, estimator, objective, tracker=tracker, **{**settings, **options, **changed})
+
+    return make
+
+
+LSTM = {"name": "lstm", "options": {"hidden_size": 2}}
+CASES: dict[str, Make] = {
+    "a learned start and a stateful rule in windows": trainer(
+        step_dependent(), "learned-init", Truncated(2, horizon=6), SumOfLosses(), rule_options={"rule": LSTM}
+    ),
+    "bootstrapped, going on from the objective's carry in windows": trainer(
+        step_dependent(), "lstm", Truncated(2, horizon=12), BootstrappedTarget(3, 0.05), rule_options=LSTM["options"]
+    ),
+    "bootstrapped, an episode without end": trainer(
+        step_dependent(), "lstm", Unrolled(2), BootstrappedTarget(2, 0.05), rule_options=LSTM["options"]
+    ),
+    "skipped steps, clipping and a schedule": trainer(
+        step_dependent(),
+        "momentum",
+        Truncated(1, horizon=8),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
+        max_grad_norm=0.1,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
+    ),
+    "implicit": trainer(
+        families.make("linear-regression", dim=3, condition_number=2.0),
+        "imaml",
+        Implicit(40, ConjugateGradient(3), tolerance=0.1),
+        FinalLoss(),
+    ),
+}
+LAST = 9
+
+
+def killed_and_resumed(make: Make, folder: Path, kills: Sequence[int]) -> TrainingResult:
+    for kill_at in kills:
+        with pytest.raises(Killed):
+            make(folder, kill_at).run(LAST)
+    return make(folder).run(LAST)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(case: str, tmp_path: Path) -> None:
+    make = CASES[case]
+    expected = make(tmp_path / "whole").run(LAST)
+    for kills in [*([k] for k in range(1, LAST + 1)), [3, 3, 6, 7]]:
+        folder = tmp_path / f"killed-{kills}"
+        assert same(killed_and_resumed(make, folder, kills), expected)
+        assert rows(folder) == rows(tmp_path / "whole")
+        states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, tmp_path / "whole")]
+        assert same(*states)
+        again = make(folder).run(LAST)  # finished: nothing is left to do
+        assert same(again, expected) and rows(folder) == rows(tmp_path / "whole")
+    assert (expected.num_skipped > 1) == ("skipped" in case)
+    assert len(rows(tmp_path / "whole")) == expected.meta_step == LAST
+
+
+OPTIMIZERS = "SGD Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop ASGD Rprop".split()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_any_meta_optimizer_goes_on_exactly(optimizer: str, tmp_path: Path) -> None:
+    # Theta in another dtype than the default, in which some optimizers keep part of their state.
+    theta = {"lr": torch.tensor(0.01, dtype=torch.float64), "momentum": torch.tensor(0.5, dtype=torch.float64)}
+    make = trainer(
+        families.make("quadratic", dim=3, dtype="float64"),
+        "momentum",
+        Truncated(2, horizon=6),
+        FinalLoss(),
+        rule_options={"learn": ("lr", "momentum")},
+        theta=theta,
+        validation=None,
+        meta_optimizer=lambda params: getattr(torch.optim, optimizer)(params, lr=1e-4),
+        scheduler=lambda outer: torch.optim.lr_scheduler.OneCycleLR(outer, 1e-3, 20, cycle_momentum=False),
+    )
+    expected = make(tmp_path / "whole").run(LAST)
+    assert same(killed_and_resumed(make, tmp_path / "killed", [5]), expected)
+    assert not same(expected.theta, theta)
+
+
+def test_a_training_that_is_extended_goes_on(tmp_path: Path) -> None:
+    make = CASES["a learned start and a stateful rule in windows"]
+    expected = make(tmp_path / "whole").run(7)
+    make(tmp_path / "parts").run(3)
+    assert same(make(tmp_path / "parts").run(7), expected)
+    continued = make(tmp_path / "object")
+    continued.run(4)
+    assert same(continued.run(7), expected)
+
+
+# A real process, killed by a real signal
+
+TINY = ["family.dim=3", "num_meta_steps=60", "num_tasks=2", "checkpoint_every=4", "validation.num_tasks=3"]
+TINY += ["validation.num_steps=6", "validation.every=7", "estimator.num_steps=2", "meta.lr=0.01"]
+COMMANDS: dict[str, list[str]] = {
+    "learned start": [
+        *TINY, "estimator.horizon=6", "rule=learned-init",
+        'rule.rule={"name": "lstm", "options": {"hidden_size": 3}}',
+    ],
+    "bootstrapped": [
+        *TINY, "estimator.horizon=12", "rule.hidden_size=3", "objective=BootstrappedTarget",
+        "objective.num_target_steps=3", "objective.step_size=0.01",
+    ],
+}  # fmt: skip
+
+
+def arguments(case: str, runs: Path, wandb: str = "disabled") -> list[str]:
+    sets = [word for assignment in COMMANDS[case] for word in ("--set", assignment)]
+    return ["lstm-quadratic", "--runs", str(runs), "--wandb", wandb, *sets]
+
+
+def started(arguments: list[str], home: Path) -> subprocess.Popen[str]:
+    """Start ``train_meta.py`` in a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return subprocess.Popen(
+        [sys.executable, "train_meta.py", *arguments],
+        cwd=ROOT,
+        env={**kept, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], record: Path, step: int) -> None:
+    """Wait until the process has recorded meta-step ``step``."""
+    while process.poll() is None:
+        steps = re.findall(rb'^\{"step": (\d+)', record.read_bytes(), re.MULTILINE) if record.exists() else []
+        if steps and int(steps[-1]) >= step:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"ended with code {process.returncode} before meta-step {step}: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of the uninterrupted run of a command."""
+    done: dict[str, Path] = {}
+
+    def run(case: str) -> Path:
+        if case not in done:
+            runs = tmp_path_factory.mktemp("whole")
+            assert train_meta.main(arguments(case, runs)) == 0
+            done[case] = runs / "lstm-quadratic"
+        return done[case]
+
+    return run
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert (folder / "theta.safetensors").read_bytes() == (expected / "theta.safetensors").read_bytes()
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
+    assert same(*states) and states[0]["best_theta"] is not None
+    assert rows(folder) == rows(expected) and len(rows(folder)) == 60
+    assert not [*folder.glob(".*")]
+
+
+@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2)])
+def test_a_process_killed_at_random_moments_ends_where_it_would_have(
+    case: str, num_kills: int, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    moments = random.Random(0)
+    folder, in_episode = tmp_path / "lstm-quadratic", 0
+    for i in range(num_kills):
+        process = started(arguments(case, tmp_path), tmp_path)
+        wait_for_step(process, folder / "metrics.jsonl", 2 + 12 * i + moments.randrange(8))
+        time.sleep(moments.uniform(0, 0.03))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        if (folder / "checkpoint.pt").exists():
+            in_episode += torch.load(folder / "checkpoint.pt", weights_only=True)["carry"] is not None
+    assert in_episode > 0
+    assert train_meta.main(arguments(case, tmp_path)) == 0
+    assert_same_run(folder, whole(case))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_a_finished_wandb_run(
+    number: signal.Signals, code: int, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case, folder = "learned start", tmp_path / "lstm-quadratic"
+    process = started(arguments(case, tmp_path, "offline"), tmp_path)
+    wait_for_step(process, folder / "metrics.jsonl", 5)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == code
+    assert said == f"Stopped. The same command goes on from {folder}.\n"
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["meta_step"]
+    assert step == rows(folder)[-1]["step"] < 60  # the last meta-step was saved
+    ends = [r.exit.exit_code for r in records(run_file(folder)) if r.WhichOneof("record_type") == "exit"]
+    assert ends == [code]
+    assert train_meta.main(arguments(case, tmp_path)) == 0
+    assert_same_run(folder, whole(case))
+
+
+# Checkpoints that cannot be gone on from
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the runs folder of a training whose checkpoint lies in the middle of an episode."""
+    runs = tmp_path_factory.mktemp("stopped")
+    assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 0
+    return runs
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.path), "w"))
+
+
+def damaged(data: bytes, path: Path) -> bytes:
+    """Return the archive with one bit flipped in its largest entry, which holds numbers that no parser looks at."""
+    with zipfile.ZipFile(path) as archive:
+        entry = max((e for e in archive.infolist() if "/data/" in e.filename), key=lambda e: e.file_size)
+        content = archive.read(entry)
+    at = data.index(content) + len(content) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def trapped(data: bytes, path: Path) -> bytes:
+    torch.save({"format": "learnedopt-training-1", "theta": Trap(path.parent / "sprung")}, path)
+    return path.read_bytes()
+
+
+def foreign(content: Any) -> Callable[[bytes, Path], bytes]:
+    def write(data: bytes, path: Path) -> bytes:
+        torch.save(content, path)
+        return path.read_bytes()
+
+    return write
+
+
+BAD: dict[str, Callable[[bytes, Path], bytes]] = {
+    "empty": lambda data, path: b"",
+    "first kilobyte": lambda data, path: data[:1024],
+    "half": lambda data, path: data[: len(data) // 2],
+    "all but a byte": lambda data, path: data[:-1],
+    "one bit": damaged,
+    "text": lambda data, path: b"theta\n",
+    "plain pickle that runs code": lambda data, path: pickle.dumps(Trap(path.parent / "sprung")),
+    "archive whose pickle runs code": trapped,
+    "foreign state dict": foreign({"weight": torch.ones(3)}),
+    "foreign list": foreign([1, 2]),
+    "other format": foreign({"format": "learnedopt-training-0"}),
+    "nothing but the format": foreign({"format": "learnedopt-training-1"}),
+    "theta": lambda data, path: (path.parent / "theta.safetensors").read_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_checkpoint_is_refused_in_one_line_and_nothing_is_touched(
+    kind: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    path = runs / "lstm-quadratic" / "checkpoint.pt"
+    path.write_bytes(BAD[kind](path.read_bytes(), path))
+    before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+    assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        r"train_meta\.py: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n", told
+    )
+    assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before  # the trap has not sprung either
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (["rule=lstm", "rule.hidden_size=4"], "written for another rule: its theta is"),
+        (["num_tasks=3"], "written for another training, with num_tasks 2 instead of 3"),
+        (["seed=1"], "written for another training, with seed 0 instead of 1"),
+        (["family=linear-regression", "family.dim=3"], "another rule: its theta is"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_in_one_line(
+    other: list[str], told: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lstm-quadratic"
+    folder.mkdir()
+    shutil.copy(stopped / "lstm-quadratic" / "checkpoint.pt", folder)
+    before = (folder / "checkpoint.pt").read_bytes()
+    changes = [word for assignment in ("num_meta_steps=2", *other) for word in ("--set", assignment)]
+    assert train_meta.main([*arguments("learned start", tmp_path), *changes]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1
+    assert (folder / "checkpoint.pt").read_bytes() == before and not (folder / "theta.safetensors").exists()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"num_tasks": 3}, "num_tasks 2 instead of 3"),
+        ({"seed": 5}, "seed 0 instead of 5"),
+        ({"meta_optimizer": lambda params: torch.optim.SGD(params, 1e-2)}, "meta_optimizer 'Adam' instead of 'SGD'"),
+        ({"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 3)}, "scheduler 'NoneType' instead of 'StepLR'"),
+    ],
+)
+@pytest.mark.parametrize("meta_step", [2, 3])  # in the middle of an episode, where shapes tell, and at its end
+def test_what_no_shape_tells_is_compared(meta_step: int, changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    make = CASES["a learned start and a stateful rule in windows"]
+    make(tmp_path).run(meta_step)
+    other = make(tmp_path, **changed)
+    start = {k: v.detach().clone() for k, v in other.theta.items()}
+    with pytest.raises(ValueError, match=told):
+        other.run(4)
+    assert same({k: v.detach() for k, v in other.theta.items()}, start)
+    make(tmp_path).run(4)  # the refused training has not touched the checkpoint
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_inner_state_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    small, large = (
+        trainer(families.make("quadratic", dim=dim), "momentum", Truncated(2, horizon=6), FinalLoss()) for dim in (2, 3)
+    )
+    small(tmp_path).run(2)
+    with pytest.raises(ValueError, match="written for other tasks: shapes or types of its inner state differ"):
+        large(tmp_path).run(3)
