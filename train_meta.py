@@ -103,6 +103,7 @@ class Recipe:
     execution: Execution = field(default_factory=Execution)
     checkpoint_every: int = 100
     seed: int = 0
+    start: str | None = None  # a run's folder, a checkpoint or a packaged name: where theta starts
     num_threads: int = 1  # inner problems are small: more threads mostly wait for one another
     compare: bool = False
 
@@ -162,12 +163,19 @@ def meta_sgd_mnist() -> Recipe:
     )
 
 
+def lstm_mnist_long() -> Recipe:
+    """The LSTM of lstm-mnist, meta-trained further on the images' central 20x20 pixels, which costs half."""
+    recipe = lstm_mnist()
+    cropped = Choice("image-mlp", {**recipe.family.options, "crop": 20})
+    return replace(recipe, name="lstm-mnist-long", family=cropped, start="runs/lstm-mnist", num_meta_steps=9000)
+
+
 def bootstrapped_mnist() -> Recipe:
     """Learned rates for the MNIST MLP, meta-trained towards a bootstrapped target (Flennerhag et al. 2022)."""
     return replace(
         meta_sgd_mnist(),
         name="bootstrapped-mnist",
-        rule=Choice("learned-rates", {"rates": "coordinate", "lr": 1.0}),
+        rule=Choice("learned-rates", {"rates": "coordinate", "lr": 3.0}),
         estimator=Truncated(5, horizon=100, tape=Tape.FULL),
         objective=BootstrappedTarget(num_target_steps=6, step_size=1.0),
         validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=32, every=50),
@@ -192,7 +200,15 @@ def imaml_regression() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     function().name: function
-    for function in (demo, lstm_quadratic, lstm_mnist, meta_sgd_mnist, bootstrapped_mnist, imaml_regression)
+    for function in (
+        demo,
+        lstm_quadratic,
+        lstm_mnist,
+        lstm_mnist_long,
+        meta_sgd_mnist,
+        bootstrapped_mnist,
+        imaml_regression,
+    )
 }
 
 
@@ -262,6 +278,7 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
         tracker,
         num_tasks=recipe.num_tasks,
         seed=recipe.seed,
+        theta=learnedopt.load(recipe.start)[1] if recipe.start else None,
         max_grad_norm=meta.max_grad_norm,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr

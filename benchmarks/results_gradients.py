@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def pairs() -> Iterable[tuple[str, float]]:
     mlp, quadratic = tanh_mlp(), tasks.make("quadratic", dim=4)
     lstm = setting(make_rule("lstm", mlp), mlp)
 
-    def grads(estimator: MetaGradient, where=lstm, objective=SumOfLosses()) -> Theta:  # noqa: B008 - frozen
+    def grads(estimator: MetaGradient, where: Any = lstm, objective: Any = SumOfLosses()) -> Theta:  # noqa: B008 - frozen
         return estimator.estimate(where[0], where[1], objective, where[2]).grads
 
     yield "segments of 3 against the plain unroll, 10 steps", error(grads(Unrolled(10, segment=3)), grads(Unrolled(10)))

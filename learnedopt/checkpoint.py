@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from learnedopt.files import write_atomically, write_json
 from learnedopt.rule import UpdateRule
@@ -39,7 +40,7 @@ def save(path: str | Path, rule: UpdateRule, theta: Theta, metadata: dict[str, A
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    _check_theta(rule, theta, str(path))
+    check_theta(rule, theta, str(path))
     config = {"format": FORMAT, "rule": optimizers.describe(rule), "metadata": metadata or {}}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in theta.items()}
     # The description inside the file is what load reads: one file cannot disagree with itself.
@@ -87,7 +88,7 @@ def load_with_metadata(path_or_name: str | Path) -> tuple[UpdateRule, Theta, dic
             f"{path} is a safetensors file, but learnedopt.save did not write it (its header has no {FORMAT!r})"
         ) from error
     rule = optimizers.build(described)
-    _check_theta(rule, theta, str(path))
+    check_theta(rule, theta, str(path))
     return rule, {k: theta[k] for k in _expected(rule)}, config.get("metadata", {})
 
 
@@ -115,10 +116,12 @@ def _expected(rule: UpdateRule) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
 
 
-def _check_theta(rule: UpdateRule, theta: Theta, where: str) -> None:
-    expected, got = _expected(rule), {k: v.shape for k, v in theta.items()}
-    if expected != got:
+def check_theta(rule: UpdateRule, theta: Theta, where: str) -> None:
+    """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the rule's own."""
+    expected = {k: tuple(v) for k, v in _expected(rule).items()}
+    got = {k: tuple(v.shape) for k, v in theta.items() if isinstance(v, Tensor)} if isinstance(theta, dict) else None
+    if expected != got or len(theta) != len(expected):
         raise ValueError(
-            f"{where}: theta does not fit the rule {type(rule).__name__}: expected "
-            f"{ {k: tuple(v) for k, v in expected.items()} }, got { {k: tuple(v) for k, v in got.items()} }"
+            f"{where}: theta does not fit the rule {type(rule).__name__}: expected tensors of shapes {expected}, got "
+            f"{type(theta).__name__ if got is None else got}"
         )

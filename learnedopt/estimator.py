@@ -86,24 +86,27 @@ def check_objective(
     begun = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
     start_losses = loop.losses(begun, "train").detach()
     fall = torch.linspace(1.0, 0.5, num_steps, dtype=start_losses.dtype, device=start_losses.device)
-    losses = (fall[:, None] * start_losses).requires_grad_()
+    spread = torch.linspace(1.0, 2.0, len(start_losses), dtype=fall.dtype, device=fall.device)  # starts may be alike
+    losses = (fall[:, None] * start_losses * spread).requires_grad_()
     first, last = (0, 1), (tree.size(begun.params) - 1, tree.size(begun.params))
-    value_of = {}
+    values = []
     with torch.enable_grad():
         for picks in ([first, last], [first], [last]):
             part = tree.concatenate([tree.narrow((begun.tasks, begun.params, begun.state), *pick) for pick in picks])
             part_losses = torch.cat([losses[:, slice(*pick)] for pick in picks], dim=1)
             stand_in = Carry(part[0], part[1], part[2], begun.step)
             rollout = Rollout(stand_in, stand_in._replace(step=begun.step + num_steps), part_losses)
-            value_of[len(value_of)] = call_objective(objective, loop, theta, rollout)[0]
-    both, mean = value_of[0].detach(), 0.5 * (value_of[1] + value_of[2]).detach()
-    if not torch.allclose(both, mean, rtol=1e-3, atol=0.0, equal_nan=True):
+            values.append(call_objective(objective, loop, theta, rollout)[0])
+    both, *alone = torch.stack([value.detach() for value in values]).tolist()
+    eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
+    tolerance = eps**0.5 * max(map(abs, (both, *alone)))
+    if abs(both - sum(alone) / 2) > tolerance:  # False for what is not finite, of which nothing can be said
         raise ValueError(
-            f"the objective {name} is not a mean over tasks: on two tasks it gives {float(both):.6g}, on each alone "
-            f"{float(value_of[1]):.6g} and {float(value_of[2]):.6g}; take the mean over the tasks' dimension"
+            f"the objective {name} is not a mean over tasks: on two tasks it gives {both:.6g}, on each alone "
+            f"{alone[0]:.6g} and {alone[1]:.6g}; take the mean over the tasks' dimension"
         )
-    if end_only and value_of[0].requires_grad:
-        along = torch.autograd.grad(value_of[0], losses, allow_unused=True)[0]
+    if end_only and values[0].requires_grad:
+        along = torch.autograd.grad(values[0], losses, allow_unused=True)[0]
         if along is not None:
             raise ValueError(_reads_path(name))
     loop.vetted[key] = objective  # held, so that its id stays its own

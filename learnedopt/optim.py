@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,8 @@ from learnedopt.checkpoint import check_theta, load
 from learnedopt.rule import State, UpdateRule
 from learnedopt.tree import Params, Theta
 
-FOREIGN_OPTIONS = frozenset(
-    ("amsgrad", "betas", "capturable", "dampening", "differentiable", "eps", "foreach", "fused", "maximize")
-) | {"momentum", "momentum_decay", "nesterov", "weight_decay"}
-"""Options of other optimizers that would change a step, and that a learned rule does not have."""
+FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
+"""Options that groups of other optimizers have, and that a learned rule could only ignore."""
 
 
 class Member(NamedTuple):
@@ -114,7 +113,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
-        self, closure: Callable[[], Any] | None = None, *, loss: Any = None
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
     ) -> Any:
         """Move every parameter that has a gradient, once.
 
@@ -222,13 +221,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _move(self, members: list[Member], loss: Any) -> None:
         params = _values(members)
-        self.theta = tree.to(self.theta, _common_device(params), None)
-        state, count = self._read_state(members, params)
+        layout, state, count = self._recall(members, params)
         grads = self._gradients(members, params)
         deltas, new_state = self._update(grads, state, params, loss)
         memory = _leaves(new_state)
-        layout = self._layout
-        assert layout is not None  # _read_state has made it
         if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
             raise ValueError(
                 f"{_name(self.rule)}.update must return a state of the same structure as it was given, with tensors "
@@ -237,6 +233,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
         written = {x.untyped_storage().data_ptr() for x in (*params.values(), *grads.values())}
         memory = {k: x.clone() if x.untyped_storage().data_ptr() in written else x for k, x in memory.items()}
+        memory = {k: memory[k] for k in layout.keys}
         for name, param, group in members:
             lr = float(group["lr"])
             if param.grad is not None and lr != 0:  # 0 times an infinite update would not be nothing
@@ -246,15 +243,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # A new dict each time, so that an earlier state_dict() keeps what it held.
         self.state[members[0].param] = {"step": count + 1, **memory}
 
-    def _read_state(self, members: list[Member], params: Params) -> tuple[State, int]:
-        memory = self.state.get(members[0].param, {})
+    def _recall(self, members: list[Member], params: Params) -> tuple[Layout, State, int]:
+        """Return how the rule's memory is laid out, the memory, or a new one, and the number of steps so far."""
+        device, memory = _common_device(params), self.state.get(members[0].param, {})
+        self.theta = tree.to(self.theta, device, None)
         if self._layout is None or "step" not in memory:
             _, state = self._init(params)
-            self._layout = _layout(state)
+            self._layout = Layout(tuple(_leaves(state)), tree.flatten(state)[1])
             if "step" not in memory:
-                return state, 0
+                return self._layout, state, 0
         state = self._layout.rebuild([memory[k] for k in self._layout.keys])
-        return tree.to(state, _common_device(params), None), memory["step"]
+        return self._layout, tree.to(state, device, None), memory["step"]
 
     def _gradients(self, members: list[Member], params: Params) -> Params:
         grads = {}
@@ -274,14 +273,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {k: g if pull is None else g + pull for (k, g), pull in zip(grads.items(), pulls, strict=True)}
 
     def _update(self, grads: Params, state: State, params: Params, loss: Any) -> tuple[Params, State]:
-        if loss is not None:
-            loss = torch.as_tensor(loss).detach().to(_common_device(params))
-            if loss.numel() != 1:
-                raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it")
-            loss = loss.reshape(())
+        # A rule that reads no loss does not mind None; one that does must not be given an invented number.
+        scalar: Any = None if loss is None else _scalar(loss, _common_device(params))
         try:
-            # A rule that reads no loss does not mind None; one that does must not be given an invented number.
-            deltas, new_state = self.rule.update(self.theta, grads, state, params, loss)
+            deltas, new_state = self.rule.update(self.theta, grads, state, params, scalar)
         except KeyError as error:
             raise ValueError(_unknown(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:
@@ -300,14 +295,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError where a rule's memory that is to be loaded does not fit; a fresh optimizer has none."""
-        members = self._members()
-        first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
-        memory = state_dict["state"].get(first, {})
-        if not members or "step" not in memory:
+        members, memories = self._members(), state_dict["state"]
+        if not members or not any(memories.values()):
             return
         _, state = self._init(_values(members))
-        expected = {k: tuple(x.shape) for k, x in _leaves(state).items()}
-        got = {k: tuple(x.shape) for k, x in memory.items() if k != "step"}
+        first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
+        got = _shapes(memories.get(first, {}))
+        expected = {"step": (), **_shapes(_leaves(state))}
         if expected != got:
             raise ValueError(
                 f"this state is not of {_name(self.rule)} with these parameters: expected {expected}, got {got}; make "
@@ -329,7 +323,7 @@ def _resolve(rule: Any) -> tuple[UpdateRule, Theta]:
 
 
 def _check_group(group: dict[str, Any], names: list[str]) -> None:
-    foreign = sorted(k for k in FOREIGN_OPTIONS & group.keys() if group[k])
+    foreign = sorted(k for k in FOREIGN & group.keys() if group[k])
     if foreign:
         raise TypeError(f"a parameter group sets {foreign}, which a learned rule does not have; drop them, or set lr")
     if not float(group["lr"]) >= 0:
@@ -340,7 +334,7 @@ def _check_group(group: dict[str, Any], names: list[str]) -> None:
                 f"a parameter of shape {tuple(param.shape)} is {param.dtype}; learned rules move real floating-point "
                 "numbers: represent complex ones by torch.view_as_real"
             )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(
             f"the parameter names {twice} occur more than once; give each parameter a name of its own, such as "
@@ -362,12 +356,15 @@ def _common_device(params: Params) -> torch.device:
     return devices.pop()
 
 
+def _scalar(loss: Any, device: torch.device) -> Tensor:
+    loss = torch.as_tensor(loss).detach()
+    if loss.numel() != 1:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it with mean()")
+    return loss.reshape(()).to(device)
+
+
 def _leaves(state: State) -> dict[str, Any]:
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(state)[0]}
-
-
-def _layout(state: State) -> Layout:
-    return Layout(tuple(_leaves(state)), tree.flatten(state)[1])
 
 
 def _name(rule: UpdateRule) -> str:
@@ -381,5 +378,5 @@ def _unknown(rule: UpdateRule, params: Params, error: KeyError) -> str:
     )
 
 
-def _shapes(tensors: Params) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(x.shape) for k, x in tensors.items()}
+def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(getattr(x, "shape", ())) for k, x in values.items()}

@@ -50,6 +50,8 @@ class ImageMLP(TaskFamily):
         std: of "normal"; 0.01 by default.
         dtype: "float32" or "float64"; by default torch's default dtype.
         meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images.
+        crop: the side of the central square that the network sees, even: a smaller one leaves out the border, which is
+            black in MNIST, and with it weights that never move. Their start is that of the whole network's part.
 
     Raises:
         ValueError: an option is out of its range.
@@ -70,6 +72,7 @@ class ImageMLP(TaskFamily):
     std: float | None = None
     dtype: options.DType | None = None
     meta_split: options.MetaSplit = "train"
+    crop: int = images.SIDE
 
     def __post_init__(self) -> None:
         options.require_choice("dataset", self.dataset, images.Dataset)
@@ -85,6 +88,9 @@ class ImageMLP(TaskFamily):
             if self.init != "normal":
                 raise ValueError(f"std={self.std!r} has no effect with init={self.init!r}; pass init='normal' as well")
         options.require_common(self.dtype, self.meta_split)
+        options.require_count("crop", self.crop)
+        if self.crop > images.SIDE or self.crop % 2:
+            raise ValueError(f"crop={self.crop!r} cannot be centred; pass an even number of at most {images.SIDE}")
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw one seed a task."""
@@ -98,12 +104,12 @@ class ImageMLP(TaskFamily):
 
     def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw one task's parameters in float64, so that float32 ones are the same but for rounding."""
-        widths = (images.NUM_PIXELS, *self.hidden, images.NUM_CLASSES)
+        widths = (self.crop**2, *self.hidden, images.NUM_CLASSES)
         params = {}
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             for name, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
                 if self.init == "linear":
-                    bound = 1 / math.sqrt(fan_in)
+                    bound = 1 / math.sqrt(fan_in if i else images.SIDE**2)  # a crop starts as its part of the whole
                     params[f"layer{i}.{name}"] = random.uniform(-bound, bound, shape)
                 else:
                     params[f"layer{i}.{name}"] = random.normal(0.0, 0.01 if self.std is None else self.std, shape)
@@ -115,7 +121,10 @@ class ImageMLP(TaskFamily):
         seeds = tasks["seed"].tolist()
         drawn = [streams.stream(seed, split, step).integers(len(labels), size=self.batch_size) for seed in seeds]
         index = torch.from_numpy(np.concatenate(drawn))
-        inputs = pixels.index_select(0, index).to(options.resolve_dtype(self.dtype)).div_(255)
+        margin = (images.SIDE - self.crop) // 2
+        inner = slice(margin, images.SIDE - margin)
+        chosen = pixels.index_select(0, index).reshape(-1, images.SIDE, images.SIDE)[:, inner, inner]
+        inputs = chosen.to(options.resolve_dtype(self.dtype)).div_(255)
         shape = (len(seeds), self.batch_size)
         return {"inputs": inputs.reshape(*shape, -1), "targets": labels.index_select(0, index).reshape(shape)}
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from learnedopt.tasks.options import MetaSplit, require_choice
 
 Dataset: TypeAlias = Literal["mnist", "fashion-mnist"]
-NUM_PIXELS = 28 * 28
+SIDE = 28
+NUM_PIXELS = SIDE**2
 NUM_CLASSES = 10
 NUM_TRAIN = 50_000
 """Images 1 to 50,000 of the 60,000 are meta-trained on, the other 10,000 are validated on."""

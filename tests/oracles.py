@@ -206,6 +206,7 @@ def difference_error(fn: Callable[[Theta], float], theta: Theta, grads: Theta, *
 def relative_error(found: Theta, expected: Theta) -> float:
     """Return the worst error over the entries, relative to the norm of each one expected."""
     assert found.keys() == expected.keys()
+    found, expected = ({k: v.detach() for k, v in tree.items()} for tree in (found, expected))
     return worst(
         float((found[k] - e).norm() / e.norm()) if e.any() else float(found[k].norm()) for k, e in expected.items()
     )

@@ -270,7 +270,7 @@ def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -
     objectives = {x for x in classes if issubclass(x, TaskMean)}
     assert estimators == {type(entry.estimator) for entry in ESTIMATORS.values()}
     assert objectives == {type(objective) for objective in OBJECTIVES.values()}
-    used = {id(row) for row in map(lambda case: refusal(*case), cases()) if row is not None}
+    used = {id(row) for row in (refusal(*case) for case in cases()) if row is not None}
     assert used == {id(row) for row in REFUSED}
     named = {name for row in REFUSED for name in row.rules or ()}
     assert named <= set(optimizers.names())

