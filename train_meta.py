@@ -166,8 +166,14 @@ def meta_sgd_mnist() -> Recipe:
 def lstm_mnist_long() -> Recipe:
     """The LSTM of lstm-mnist, meta-trained further on the images' central 20x20 pixels, which costs half."""
     recipe = lstm_mnist()
-    cropped = Choice("image-mlp", {**recipe.family.options, "crop": 20})
-    return replace(recipe, name="lstm-mnist-long", family=cropped, start="runs/lstm-mnist", num_meta_steps=9000)
+    return replace(
+        recipe,
+        name="lstm-mnist-long",
+        family=Choice("image-mlp", {**recipe.family.options, "crop": 20}),
+        start="runs/lstm-mnist",
+        num_meta_steps=6000,
+        meta=replace(recipe.meta, lr=3e-3),
+    )
 
 
 def bootstrapped_mnist() -> Recipe:
@@ -339,7 +345,7 @@ def claim(folder: Path, config: dict[str, Any]) -> str:
         if saved == config:
             return run_id
         if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):
-            changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k) != config.get(k))
+            changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
             raise ValueError(
                 f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
                 "--name of its own, or remove that folder"
@@ -374,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.recipe is None:
         parser.error("name a recipe; --list shows all")
     if args.recipe not in RECIPES:
-        parser.error(f"there is no recipe {args.recipe!r}{nearest(args.recipe, RECIPES)}; --list shows all")
+        parser.error(f"there is no recipe {args.recipe!r}{nearest(args.recipe, RECIPES)} (--list shows all)")
     folder = args.runs / (args.name or args.recipe)
     try:
         result = train(override(RECIPES[args.recipe](), args.set, INTERCHANGEABLE), folder, args.wandb)

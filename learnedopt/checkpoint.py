@@ -87,7 +87,10 @@ def load_with_metadata(path_or_name: str | Path) -> tuple[UpdateRule, Theta, dic
         raise ValueError(
             f"{path} is a safetensors file, but learnedopt.save did not write it (its header has no {FORMAT!r})"
         ) from error
-    rule = optimizers.build(described)
+    try:
+        rule = optimizers.build(described)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a rule that cannot be built: {error}") from error
     check_theta(rule, theta, str(path))
     return rule, {k: theta[k] for k in _expected(rule)}, config.get("metadata", {})
 

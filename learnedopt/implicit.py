@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class ConvergenceWarning(UserWarning):
     """The inner problem was not solved, so its implicit gradient is that of another point."""
 
 
+@final
 @dataclass(frozen=True)
 class Implicit(MetaGradient):
     """The gradient of the inner problem's solution (iMAML, Rajeswaran et al. 2019; Bai et al. 2019 for fixed points).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Tape(Enum):
     FULL = "full"
 
 
+@final
 @dataclass(frozen=True)
 class Execution:
     """How tasks are run; it changes speed and memory, never the result.

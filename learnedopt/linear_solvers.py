@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class LinearSolver(ABC):
         """Return the solution for the right-hand sides ``rhs`` (num_tasks, dim)."""
 
 
+@final
 @dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
     """Conjugate gradient (Hestenes and Stiefel 1952) from zero, for symmetric positive definite operators.
@@ -85,6 +86,7 @@ class ConjugateGradient(LinearSolver):
         return Solution(x, _relative(rhs - damped, rhs), iterations)
 
 
+@final
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     """Truncated Neumann series ``sum_{k<K} M^k b`` for ``(I - M) x = b`` (Lorraine et al. 2020, with M the step map).
@@ -123,6 +125,7 @@ class Neumann(LinearSolver):
         return Solution(total, _relative(rhs - operator(total), rhs), iterations)
 
 
+@final
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Generalised minimal residual (Saad and Schultz 1986) without restarts, for any non-singular operator.

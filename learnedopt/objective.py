@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class TaskMean:
     """A function of the state at the end alone, as an implicit meta-gradient needs it."""
 
 
+@final
 @dataclass(frozen=True)
 class FinalLoss(TaskMean):
     """Loss on the valid split at the end, as in MAML (Finn et al. 2017)."""
@@ -41,6 +42,7 @@ class FinalLoss(TaskMean):
         return loop.losses(rollout.end, "valid").mean()
 
 
+@final
 @dataclass(frozen=True)
 class SumOfLosses(TaskMean):
     """Sum of the train losses after steps 1..K (Andrychowicz et al. 2016, equation 3 with all weights 1)."""
@@ -50,6 +52,7 @@ class SumOfLosses(TaskMean):
         return _losses_after_steps(loop, rollout).sum(0).mean()
 
 
+@final
 @dataclass(frozen=True)
 class MeanLogLoss(TaskMean):
     """Mean over steps 1..K of the logarithm of the train loss: every decade of progress counts the same.
@@ -67,6 +70,7 @@ def _losses_after_steps(loop: InnerLoop, rollout: Rollout) -> Tensor:
     return torch.cat([rollout.losses[1:], loop.losses(rollout.end, "train").unsqueeze(0)])
 
 
+@final
 @dataclass(frozen=True)
 class SquaredDistance:
     """Half the squared Euclidean distance, summed over all parameters of a task."""
@@ -77,6 +81,7 @@ class SquaredDistance:
         return 0.5 * (a - b).square().sum(1)
 
 
+@final
 @dataclass(frozen=True)
 class KLDivergence:
     """KL(target || end) between the two models' categorical outputs on the batch of ``split`` at the end's step.
@@ -92,6 +97,7 @@ class KLDivergence:
         return divergence.reshape(divergence.shape[0], -1).mean(1)
 
 
+@final
 @dataclass(frozen=True)
 class BootstrappedTarget(TaskMean):
     """Distance from the rollout's end to a target that the rule itself, run further, provides (Flennerhag et al. 2022).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -64,6 +64,7 @@ def _gradient(value: torch.Tensor, leaves: Theta, objective: MetaObjective, zero
     return {k: torch.zeros_like(x) if g is None else g for (k, x), g in zip(leaves.items(), found, strict=True)}
 
 
+@final
 @dataclass(frozen=True)
 class Unrolled(MetaGradient):
     """The exact gradient through ``num_steps`` inner steps (Maclaurin et al. 2015; MAML, Finn et al. 2017).
@@ -110,6 +111,7 @@ def FirstOrder(num_steps: int) -> Unrolled:
     return Unrolled(num_steps, tape=Tape.FIRST_ORDER)
 
 
+@final
 @dataclass(frozen=True)
 class Truncated(MetaGradient):
     """Back-propagation in windows of an episode (Andrychowicz et al. 2016, section 2.1; Werbos 1990).
@@ -154,6 +156,7 @@ class Truncated(MetaGradient):
         return estimate._replace(carry=None) if over else estimate
 
 
+@final
 @dataclass(frozen=True)
 class TruncatedBackprop(MetaGradient):
     """K-RMD: run ``num_steps`` steps, back-propagate through the last ``num_backward_steps`` (Shaban et al. 2019).

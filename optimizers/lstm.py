@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from learnedopt.tree import Params, Theta
 State = dict[str, Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class LSTM(UpdateRule):
     """An LSTM that sees one coordinate's gradient and returns that coordinate's update.

@@ -287,6 +287,13 @@ def test_a_group_that_is_refused_leaves_no_trace() -> None:
             optimizer.add_param_group(wrong)
         assert len(optimizer.param_groups) == 1
     train(model, optimizer, range(1))
+    rule = LearnedInit(SGD(lr=0.1), {"scale": torch.tensor(2.0)})
+    groups = [{"params": [(k, p)]} for k, p in model.named_parameters()]
+    optimizer = LearnedOptimizer(groups[:1], (rule, rule.init_theta(torch.Generator())), adopt_start=True)
+    assert model.scale == 2
+    with pytest.raises(ValueError, match="the learned start is one of parameters"):
+        optimizer.add_param_group(groups[1])
+    assert len(optimizer.param_groups) == 1
 
 
 # Names.
@@ -657,6 +664,7 @@ def test_hooks_of_the_users_change_what_is_loaded() -> None:
     optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(memory(o)))
     for _ in range(2):  # hooks of a load are gone after it
         optimizer.load_state_dict(optimizer.state_dict())
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
     assert equal(memory(optimizer), [4 * x for x in kept])
     assert equal(seen, [2 * x for x in kept] + [4 * x for x in kept])
 
