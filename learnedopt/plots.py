@@ -19,6 +19,7 @@ Values: TypeAlias = "Sequence[float] | Any"
 _EMPHASIS = "#D55E00"
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 _DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (1, 1))
+_PLAIN_DECADES = 2.5
 _MARKED = 30  # a line of at most so many points shows each of them
 
 
@@ -139,10 +140,24 @@ def _draw(
             *shown, label=label, color=colour, linewidth=width, zorder=order, dashes=_DASHES[index % len(_DASHES)],
             marker="o" if sum(map(math.isfinite, shown[1])) <= _MARKED else None, markersize=3.5,
         )  # fmt: skip
-    axes.set_xscale("log" if logx else "linear")
-    axes.set_yscale("log" if logy else "linear")
+    for name, logarithmic in (("x", logx), ("y", logy)):
+        if logarithmic:
+            _scale(axes, name)
     # Outside, so that it hides no line.
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
+
+
+def _scale(axes: Any, name: str) -> None:
+    """Make an axis logarithmic; over a few decades 1, 2 and 5 are marked as plain numbers, not as powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    low, high = axis.get_view_interval()
+    if high / low < 10**_PLAIN_DECADES:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _drawable(x: list[float], y: list[float], logx: bool, logy: bool) -> tuple[list[float], list[float]]:

@@ -138,6 +138,20 @@ class Skewed(UpdateRule):
         return {"w": delta[:4].reshape(2, 2), "b": delta[4:]}, None
 
 
+class Sensitive(UpdateRule):
+    """Descent at a rate that reads the loss: what a tape says about losses shows in it."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"rate": torch.tensor(0.05, dtype=FLOAT), "gain": torch.tensor(0.4, dtype=FLOAT)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, {"last": torch.ones((), dtype=FLOAT)}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        rate = theta["rate"] * (1 + theta["gain"] * (loss / state["last"]).log())
+        return {k: -rate * g for k, g in grads.items()}, {"last": loss}
+
+
 class Proximal(UpdateRule):
     """Descent on loss + ``strength/2 |x - start|^2`` for any family, with both learned."""
 

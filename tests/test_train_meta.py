@@ -99,8 +99,8 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
 
 
 def test_the_best_theta_is_what_is_saved(tmp_path: Path) -> None:
-    # So large a rate that no later theta is as good as the first.
-    sets = [*TINY_WINDOWS, "num_meta_steps=4", "rule=sgd", "rule.lr=0.01", "meta.lr=0.05"]
+    # Every meta-step lowers the learning rate by 0.03: past the best one, and below 0.
+    sets = [*TINY_WINDOWS, "num_meta_steps=4", "rule=sgd", "rule.lr=0.1", "meta.lr=0.03", "meta.final_lr_fraction=1"]
     assert train_meta.main(command("lstm-quadratic", tmp_path, *sets)) == 0
     folder = tmp_path / "lstm-quadratic"
     validations = [row["validation"] for row in read_metrics(folder / "metrics.jsonl")]
