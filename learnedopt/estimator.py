@@ -75,6 +75,10 @@ def check_objective(
         ValueError: it is no mean over tasks, or it reads the losses along the way under ``end_only``.
     """
     name = getattr(objective, "__name__", type(objective).__name__)
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"the objective {objective!r} cannot be called on rollouts; pass an instance, such as FinalLoss()"
+        )
     if isinstance(objective, TaskMean):
         if end_only and not objective.end_only:
             raise ValueError(_reads_path(name))

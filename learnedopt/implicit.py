@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,15 +131,13 @@ class Implicit(MetaGradient):
             raise ValueError(no_path(sorted(leaves), f"the solution, which the objective {name} does not read"))
         pulls = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         rhs = system.right_hand_side(pulls[: len(params)])
-        if self.solver.needs_symmetry and "symmetric" not in loop.vetted:
+        if self.solver.needs_symmetry and not system.symmetric:  # each time: it depends on theta
             skew = float(asymmetry(system.operator, rhs).max())
             if skew > torch.finfo(rhs.dtype).eps ** 0.5:
                 raise ValueError(
                     f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and "
                     f"<b, M a> differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
                 )
-            if math.isfinite(skew):
-                loop.vetted["symmetric"] = True
         # The objective is a mean over the chunk's tasks, so the systems' right-hand sides carry that factor already.
         solution = self.solver.solve(system.operator, rhs)
         direct = pulls[len(params) :]

@@ -47,10 +47,8 @@ class Execution:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and (not isinstance(self.chunk_size, int) or self.chunk_size < 1):
-            raise ValueError(
-                f"chunk_size={self.chunk_size!r} is not a positive number of tasks; use 1 for one at a time"
-            )
+        if self.chunk_size is not None:
+            require_count("chunk_size", self.chunk_size, least=1)
 
 
 class Carry(NamedTuple):
@@ -114,9 +112,13 @@ class InnerLoop:
 
     def __init__(self, family: TaskFamily, rule: UpdateRule, execution: Execution = Execution()) -> None:
         self.family, self.rule, self.execution = family, rule, execution
-        self.vetted: dict[
-            Any, Any
-        ] = {}  # what was already checked once, so that checks cost nothing after the first run
+        if not hasattr(family, "loss") or not hasattr(rule, "update"):
+            raise TypeError(
+                f"InnerLoop takes a TaskFamily and an UpdateRule, got {type(family).__name__}, {type(rule).__name__}; "
+                "make them by name with learnedopt.tasks.make(name) and learnedopt.optimizers.make(name)"
+            )
+        # What was already checked once, so that checks cost nothing after the first run.
+        self.vetted: dict[Any, Any] = {}
 
     def start(self, tasks: Tasks) -> Carry:
         """Return a fresh carry at the family's own starting points."""
@@ -145,6 +147,12 @@ class InnerLoop:
             raise ValueError(
                 f"the rule starts from parameters {_shapes(params)}, the family's are {_shapes(carry.params)} (leading "
                 "dimension: tasks); build the rule with a template of this family"
+            )
+        other = sorted(k for k, p in carry.params.items() if params[k].dtype != p.dtype)
+        if other:
+            raise ValueError(
+                f"the rule starts the parameters {other} as {params[other[0]].dtype}, the inner loop's are "
+                f"{carry.params[other[0]].dtype}; convert theta, or build the rule with a template of that dtype"
             )
         begun = carry._replace(params=params, state=state)
         self._vet_family(begun)
@@ -200,13 +208,35 @@ class InnerLoop:
 
     def _init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         params, state = self.rule.init(theta, params)
-        return params, () if state is None else state  # None marks a carry that has not begun
+        state = () if state is None else state  # None marks a carry that has not begun
+        strange = sorted({type(x).__name__ for x in tree.leaves(state) if not isinstance(x, Tensor)})
+        if strange:
+            raise ValueError(
+                f"{type(self.rule).__name__}.init returned a state with {strange} as leaves; a state holds tensors, "
+                "counters too: torch.zeros((), dtype=torch.int64)"
+            )
+        return params, state
 
     def _update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        deltas, state = self.rule.update(theta, grads, state, params, loss)
-        return deltas, () if state is None else state
+        result = self.rule.update(theta, grads, state, params, loss)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], dict):
+            raise ValueError(
+                f"{type(self.rule).__name__}.update must return (deltas, state), got {type(result).__name__}"
+            )
+        deltas, state = result
+        if deltas.keys() != params.keys() or any(deltas[k].shape != p.shape for k, p in params.items()):
+            raise ValueError(
+                f"{type(self.rule).__name__}.update must return one delta of the same shape per parameter: expected "
+                f"{_shapes(params)}, got {_shapes(deltas)}"
+            )
+        # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
+        return {k: deltas[k].to(p.dtype) for k, p in params.items()}, () if state is None else state
 
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
+        if split not in ("train", "valid"):
+            raise ValueError(
+                f"split={split!r} is neither 'train' nor 'valid'; other tasks are another family's meta_split"
+            )
         if carry.state is None:
             raise ValueError(
                 "the carry has not begun: pass it through loop.begin(theta, carry), which applies the rule's init"
@@ -243,29 +273,28 @@ class InnerLoop:
         with torch.enable_grad():
             # Parameters without a graph become leaves: the gradient is taken with respect to what the loss has read.
             params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
-            loss = total = lane.call(self.family.loss, (), params, batch)
+            loss = lane.call(self.family.loss, (), params, batch)
+            grads = self._gradient_of(loss, params, tape)
             if self.rule.has_regularizer:
-                total = total + lane.call(self.rule.regularizer, (theta,), params)
-            # Tasks do not interact, so the gradient of the sum holds each task's own gradient.
-            grads = torch.autograd.grad(
-                total.sum(),
-                tuple(params.values()),
-                create_graph=tape is Tape.FULL,
-                retain_graph=tape is not Tape.NONE,
-                materialize_grads=True,
-            )
+                # Taken apart and then added, as LearnedOptimizer must: the same sums in the same order, the same bits.
+                pulls = self._gradient_of(lane.call(self.rule.regularizer, (theta,), params), params, tape)
+                grads = [g + pull for g, pull in zip(grads, pulls, strict=True)]
         return loss if tape is not Tape.NONE else loss.detach(), dict(zip(params, grads, strict=True)), params
+
+    def _gradient_of(self, values: Tensor, params: Params, tape: Tape) -> list[Tensor]:
+        # Tasks do not interact, so the gradient of the sum holds each task's own gradient.
+        return list(
+            torch.autograd.grad(
+                values.sum(), tuple(params.values()), create_graph=tape is Tape.FULL,
+                retain_graph=tape is not Tape.NONE, materialize_grads=True,
+            )
+        )  # fmt: skip
 
     def move(
         self, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state."""
         deltas, new_state = lane.call(self._update, (theta,), grads, state, params, loss)
-        if deltas.keys() != params.keys():
-            raise ValueError(
-                f"{type(self.rule).__name__}.update must return one delta per parameter: expected {sorted(params)}, "
-                f"got {sorted(deltas)}"
-            )
         try:
             # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
             new_state = tree.arrange(new_state, state)
@@ -287,14 +316,21 @@ class InnerLoop:
 
     def _vet_theta(self, theta: Theta) -> None:
         if "theta" not in self.vetted:
-            self.vetted["theta"] = {
-                k: v.shape for k, v in self.rule.init_theta(torch.Generator().manual_seed(0)).items()
-            }
+            example = self.rule.init_theta(torch.Generator().manual_seed(0))
+            if not all(isinstance(v, Tensor) for v in example.values()):
+                kinds = {k: type(v).__name__ for k, v in example.items()}
+                raise ValueError(f"{type(self.rule).__name__}.init_theta must return a dict of tensors, got {kinds}")
+            self.vetted["theta"] = {k: v.shape for k, v in example.items()}
         expected = self.vetted["theta"]
         if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
             raise ValueError(
                 f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got "
                 f"{_shapes(theta)}; take it from the rule's init_theta, or load it together with its rule"
+            )
+        whole = sorted(k for k, v in theta.items() if not v.is_floating_point())
+        if whole:
+            raise ValueError(
+                f"the meta-parameters {whole} are not floating-point, so they have no gradient; use float()"
             )
 
     def _vet_family(self, begun: Carry) -> None:
@@ -328,7 +364,9 @@ class InnerLoop:
 
 def narrow(carry: Carry, start: int, stop: int) -> Carry:
     """Return tasks ``start`` to ``stop - 1`` of a carry."""
-    tasks, params, state = tree.narrow((carry.tasks, carry.params, carry.state or ()), start, stop)
+    tasks, params, state = tree.narrow(
+        (carry.tasks, carry.params, () if carry.state is None else carry.state), start, stop
+    )
     return Carry(tasks, params, None if carry.state is None else state, carry.step)
 
 

@@ -237,7 +237,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for name, param, group in members:
             lr = float(group["lr"])
             if param.grad is not None and lr != 0:  # 0 times an infinite update would not be nothing
-                param.add_(deltas[name], alpha=lr)
+                param.add_(deltas[name].to(param.dtype), alpha=lr)
             # An entry for every parameter: tools that save by parameter look for one.
             self.state[param] = {"step": count + 1}
         # A new dict each time, so that an earlier state_dict() keeps what it held.

@@ -20,6 +20,8 @@ class System(ABC):
     """``A u = rhs`` at a chunk's inner solution ``end``, and the way from ``u`` to a gradient of theta."""
 
     end: Carry
+    symmetric: bool = False
+    """Whether the operator is symmetric whatever the problem."""
 
     @abstractmethod
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
@@ -48,6 +50,8 @@ class System(ABC):
 
 class OptimalitySystem(System):
     """``grad(loss + regularizer) = 0``: the operator is the Hessian, symmetric."""
+
+    symmetric = True
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record the gradient's graph."""
@@ -130,6 +134,8 @@ class StepMapSystem(System):
         near_start = self.loop.run(tree.detach(self.theta), self.start, 1, Tape.NONE).end
         begun, reference = _step(self.loop, self.theta, self.start, near_start)
         length = (tree.ravel(reference) - tree.ravel(begun)).detach().norm()
+        if not length > self._round_off().norm():
+            return []  # one step solves the problem: there is no step to compare with
         ratio = (self.last_step + self._round_off()).norm() / length
         near, here = self._effects(reference), self._effects(self.image)
         return sorted(k for k in self.theta if bool((here[k] <= 5 * ratio * near[k]) & (near[k] > 0)))

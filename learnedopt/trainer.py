@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ class _Options:
     max_grad_norm: float | None = None
     scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None
     validation: Validation | None = None
-    checkpoint: Path | None = None
+    checkpoint: Path | str | None = None
     checkpoint_every: int = 100
     max_skips_in_a_row: int = 10
     config: dict[str, Any] = field(default_factory=dict)
@@ -152,7 +152,13 @@ class MetaTrainer:
         **options: Any,
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
+        unknown = sorted(options.keys() - {f.name for f in fields(_Options)})
+        if unknown:
+            raise TypeError(
+                f"MetaTrainer has no option {unknown}; its options are {[f.name for f in fields(_Options)]}"
+            )
         self.options = _Options(**options)
+        self._checkpoint = None if self.options.checkpoint is None else Path(self.options.checkpoint)
         self.tracker = tracker if isinstance(tracker, Trackers) else Trackers([tracker or NullTracker()])
         theta = self.options.theta
         if theta is None:
@@ -270,12 +276,12 @@ class MetaTrainer:
         )
 
     def _save(self) -> None:
-        path = self.options.checkpoint
+        path = self._checkpoint
         if path is not None:
             save_progress(path, self.progress, self.theta, self.meta_optimizer, self.scheduler, self._identity())
 
     def _resume(self) -> None:
-        path = self.options.checkpoint
+        path = self._checkpoint
         if path is not None and path.exists():
             self.progress = load_progress(
                 path, self.theta, self.meta_optimizer, self.scheduler, self._identity(), self._example_carry

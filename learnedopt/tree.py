@@ -60,6 +60,8 @@ def size(tree: Tree) -> int:
             "describe each task by at least one tensor (its seed, say) with a leading dimension of num_tasks"
         )
     sizes = {x.shape[0] if x.ndim else None for x in found}
+    if 0 in sizes:
+        raise ValueError("a batched tree of no tasks; sample at least one")
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
             f"the leaves of a batched tree must share one leading dimension, got {[tuple(x.shape) for x in found]}"

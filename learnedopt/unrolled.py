@@ -120,7 +120,8 @@ class Truncated(MetaGradient):
 
     Args:
         num_steps: length of a window.
-        horizon: length of an episode, a multiple of ``num_steps``; the carry is None when it is reached.
+        horizon: length of an episode, a multiple of ``num_steps``; the carry is None once it is reached, or passed by
+            an objective that goes on from further ahead.
         tape: what is recorded.
     """
 

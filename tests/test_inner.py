@@ -223,7 +223,7 @@ def test_an_update_that_forgets_a_parameter_is_refused() -> None:
             return {"w": -grads["w"]}, state
 
     loop = InnerLoop(FAMILY, Forgetful())
-    with pytest.raises(ValueError, match=r"one delta per parameter: expected \['b', 'w'\], got \['w'\]"):
+    with pytest.raises(ValueError, match=r"one delta of the same shape per parameter: .*got \{'w': \(2, 2\)\}"):
         loop.run(generic_theta(loop.rule), loop.start(sample(FAMILY)), 1, Tape.NONE)
 
 

@@ -154,6 +154,8 @@ def test_what_is_not_finite_is_not_solved_by_zero_and_spares_the_others(solver: 
     b[1, 2] = value
     solution = solver.solve(operator_of(a), b)
     assert not solution.x[1].isfinite().all() and not solution.residual[1] <= 1
+    alone = solver.solve(operator_of(a[1:2]), b[1:2])
+    assert not alone.x.isfinite().all() and not alone.residual[0] <= 1
     assert errors(solution.x[::2], expected[::2]).max() < 1e-12
 
 

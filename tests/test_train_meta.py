@@ -306,7 +306,9 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(
     other = [*command(RUN, tmp_path, *TINY_WINDOWS, "num_tasks=3"), "--name", "other"]
     assert train_meta.main(other) == 0
     assert (tmp_path / "other" / "theta.safetensors").exists()
+    (tmp_path / RUN / ".checkpoint.pt.killed.partial").write_bytes(b"half")
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0  # the same configuration goes on
+    assert not [*(tmp_path / RUN).glob(".*")]
     assert (tmp_path / RUN / "theta.safetensors").read_bytes() == before[tmp_path / RUN / "theta.safetensors"]
 
 
