@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint bench results wheel-check clean
+.PHONY: help install demo test test-long lint results wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +38,6 @@ test-long: $(STAMP)  ## run the tests that take longer
 lint: $(STAMP)  ## check style (ruff) and types (pyright)
 	$(BIN)/ruff check --quiet
 	$(BIN)/pyright --level error
-
-bench: $(STAMP)  ## measure time and memory (benchmarks/bench_*.py)
-	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

@@ -257,6 +257,8 @@ class InnerLoop:
         for step in range(carry.step, carry.step + num_steps):
             batch = lane.enter(self.batch(carry.tasks, step, "train"))
             loss, grads, params = self.gradient(lane, theta, params, batch, tape)
+            if tape is Tape.NONE:
+                params = tree.detach(params)  # a rule may keep them in its state
             with torch.set_grad_enabled(tape is not Tape.NONE):
                 params, state = self.move(
                     lane, theta, grads, state, params, loss.detach() if tape is Tape.FIRST_ORDER else loss

@@ -71,7 +71,7 @@ class ConjugateGradient(LinearSolver):
         floor = (torch.finfo(rhs.dtype).eps ** 2) * rr
         iterations = torch.zeros_like(rr)
         for _ in range(self.num_iterations):
-            active = ~(rr <= floor)  # a task that is no longer finite stays active: its solution is NaN, not 0
+            active = ~((rr <= floor) & rr.isfinite())  # what is not finite stays active: its solution is NaN, not 0
             if not active.any():
                 break
             ap = operator(p) + self.damping * p

@@ -353,7 +353,7 @@ NEGATIVE: list[tuple[Callable[[], Any], str]] = [
     (lambda: BootstrappedTarget(2, -0.1), "step_size=-0.1 must be positive"),
     (lambda: BootstrappedTarget(2, math.nan), "step_size=nan must be positive"),
     (lambda: BootstrappedTarget(2, 0.1, "test"), "split='test' is neither"),  # type: ignore[arg-type]
-    (lambda: Execution(0), "chunk_size=0 is not a positive number of tasks"),
+    (lambda: Execution(0), "chunk_size=0 is not a count; pass an integer of at least 1"),
     (lambda: Execution(-2), "chunk_size=-2"),
     (lambda: Execution(2.0), "chunk_size=2.0"),  # type: ignore[arg-type]
 ]
@@ -405,6 +405,17 @@ def test_an_objective_that_is_no_mean_over_tasks(estimator: MetaGradient, object
     # Whether it is a mean shows in its value on two tasks and on each alone: forward passes, all at the start.
     message = rf"the objective {objective.__name__} is not a mean over tasks: on two tasks it gives"
     refuses(message, rule, estimator, objective, num_passes=4)
+
+
+def path_of_the_worst_task(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
+    return rollout.losses.mean(0).max()
+
+
+def test_an_objective_that_is_no_mean_is_noticed_on_tasks_that_start_alike() -> None:
+    loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
+    twins = {k: v.expand(2, *v.shape[1:]) for k, v in sample(loop.family, 1).items()}
+    with pytest.raises(ValueError, match="path_of_the_worst_task is not a mean over tasks"):
+        Unrolled(2).estimate(loop, generic_theta(loop.rule), path_of_the_worst_task, loop.start(twins))
 
 
 def test_a_sum_over_a_single_task_is_still_a_sum() -> None:

@@ -377,6 +377,14 @@ def test_a_rate_with_weight_decay_is_refused_at_the_solution(make: Callable[[], 
         Implicit(num_steps, GMRES()).estimate(loop, theta, FinalLoss(), loop.start(sample(STILL)))
 
 
+def test_nothing_is_refused_for_a_problem_that_has_not_been_solved() -> None:
+    """Far from the solution every effect is of the order of a step: that is a warning, and no reason to stop."""
+    loop = InnerLoop(STILL, optimizers.make("sgd", lr=0.3, weight_decay=0.5))
+    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL))
+    with pytest.warns(ConvergenceWarning, match="not converged after 6 steps"):
+        Implicit(6, GMRES()).estimate(loop, theta, FinalLoss(), carry)
+
+
 def test_a_momentum_is_refused_at_the_solution_only_where_it_does_not_move_it() -> None:
     coupled = optimizers.make("momentum", lr=0.1, momentum=0.5, weight_decay=0.3, learn=("momentum", "weight_decay"))
     for rule, refused in ((coupled, True), (DecoupledMomentum(), False)):
