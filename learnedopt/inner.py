@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from learnedopt import tree
+from learnedopt import checks, tree
 from learnedopt.rule import State, UpdateRule
 from learnedopt.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.tree import Params, Theta
@@ -128,7 +128,7 @@ class InnerLoop:
         if not isinstance(params, dict) or not params or tree.size(params) != num_tasks:
             raise ValueError(
                 f"{type(self.family).__name__}.init_params must return a dict of tensors with a leading dimension of "
-                f"{num_tasks} tasks, got {_shapes(params)}"
+                f"{num_tasks} tasks, got {checks.shapes(params)}"
             )
         return Carry(tasks, params)
 
@@ -143,17 +143,7 @@ class InnerLoop:
         if carry.state is not None:
             return carry
         params, state = self.over_tasks(self._init, (theta,), carry.params)
-        if params.keys() != carry.params.keys() or any(params[k].shape != p.shape for k, p in carry.params.items()):
-            raise ValueError(
-                f"the rule starts from parameters {_shapes(params)}, the family's are {_shapes(carry.params)} (leading "
-                "dimension: tasks); build the rule with a template of this family"
-            )
-        other = sorted(k for k, p in carry.params.items() if params[k].dtype != p.dtype)
-        if other:
-            raise ValueError(
-                f"the rule starts the parameters {other} as {params[other[0]].dtype}, the inner loop's are "
-                f"{carry.params[other[0]].dtype}; convert theta, or build the rule with a template of that dtype"
-            )
+        checks.require_like(params, carry.params)
         begun = carry._replace(params=params, state=state)
         self._vet_family(begun)
         return begun
@@ -209,26 +199,12 @@ class InnerLoop:
     def _init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         params, state = self.rule.init(theta, params)
         state = () if state is None else state  # None marks a carry that has not begun
-        strange = sorted({type(x).__name__ for x in tree.leaves(state) if not isinstance(x, Tensor)})
-        if strange:
-            raise ValueError(
-                f"{type(self.rule).__name__}.init returned a state with {strange} as leaves; a state holds tensors, "
-                "counters too: torch.zeros((), dtype=torch.int64)"
-            )
+        checks.require_tensors(self.rule, state)
         return params, state
 
     def _update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         result = self.rule.update(theta, grads, state, params, loss)
-        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], dict):
-            raise ValueError(
-                f"{type(self.rule).__name__}.update must return (deltas, state), got {type(result).__name__}"
-            )
-        deltas, state = result
-        if deltas.keys() != params.keys() or any(deltas[k].shape != p.shape for k, p in params.items()):
-            raise ValueError(
-                f"{type(self.rule).__name__}.update must return one delta of the same shape per parameter: expected "
-                f"{_shapes(params)}, got {_shapes(deltas)}"
-            )
+        deltas, state = checks.deltas_and_state(self.rule, result, params)
         # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
         return {k: deltas[k].to(p.dtype) for k, p in params.items()}, () if state is None else state
 
@@ -306,61 +282,21 @@ class InnerLoop:
             ) from error
         return {k: p + deltas[k] for k, p in params.items()}, new_state
 
-    def _scalar_loss(self, params: Params, batch: Batch) -> Tensor:
-        loss = self.family.loss(params, batch)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(
-                f"{type(self.family).__name__}.loss must return a scalar tensor for one task, got {got}; reduce it "
-                "with mean() or sum(), and keep it a tensor"
-            )
-        return loss
-
     def _vet_theta(self, theta: Theta) -> None:
         if "theta" not in self.vetted:
-            example = self.rule.init_theta(torch.Generator().manual_seed(0))
-            if not all(isinstance(v, Tensor) for v in example.values()):
-                kinds = {k: type(v).__name__ for k, v in example.items()}
-                raise ValueError(f"{type(self.rule).__name__}.init_theta must return a dict of tensors, got {kinds}")
-            self.vetted["theta"] = {k: v.shape for k, v in example.items()}
-        expected = self.vetted["theta"]
-        if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
-            raise ValueError(
-                f"this theta is not one of {type(self.rule).__name__}: expected {_shapes(expected)}, got "
-                f"{_shapes(theta)}; take it from the rule's init_theta, or load it together with its rule"
-            )
-        whole = sorted(k for k, v in theta.items() if not v.is_floating_point())
-        if whole:
-            raise ValueError(
-                f"the meta-parameters {whole} are not floating-point, so they have no gradient; use float()"
-            )
+            self.vetted["theta"] = checks.theta_shapes(self.rule)
+        checks.require_theta(self.rule, theta, self.vetted["theta"])
 
     def _vet_family(self, begun: Carry) -> None:
         """Check the loss once, by one forward pass, before the first inner step."""
         if "family" in self.vetted:
             return
-        name, num_tasks = type(self.family).__name__, tree.size(begun.params)
         batch = self.batch(begun.tasks, begun.step, "train")
-        if tree.size(batch) != num_tasks:
-            raise ValueError(
-                f"{name}.batch must return a leading dimension of {num_tasks} tasks, got {tree.size(batch)}"
-            )
+        checks.require_num_tasks(self.family, batch, tree.size(begun.params))
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
-            losses = self.over_tasks(self._scalar_loss, (), params, batch)
-        if not losses.isfinite().all():
-            raise ValueError(
-                f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check data and initialisation"
-            )
-        found = (
-            [None]
-            if not losses.requires_grad
-            else torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
-        )
-        if all(g is None for g in found):
-            raise ValueError(
-                f"{name}.loss does not depend on the parameters {sorted(params)}: there is nothing to train"
-            )
+            losses = self.over_tasks(checks.scalar_loss(self.family), (), params, batch)
+        checks.require_trainable(self.family, losses, params)
         self.vetted["family"] = True
 
 
@@ -388,9 +324,3 @@ def require_count(name: str, value: int, least: int = 0) -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is not a count; pass an integer of at least {least}")
-
-
-def _shapes(tensors: Any) -> Any:
-    if not isinstance(tensors, dict):
-        return type(tensors).__name__
-    return {k: tuple(getattr(v, "shape", v)) if not isinstance(v, (int, float)) else v for k, v in tensors.items()}

@@ -21,7 +21,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tree": (),
     "task": ("tree",),
     "rule": ("tree",),
-    "inner": ("tree", "task", "rule"),
+    "checks": ("tree", "task", "rule"),
+    "inner": ("tree", "task", "rule", "checks"),
     "objective": ("tree", "task", "rule", "inner"),
     "estimator": ("tree", "task", "rule", "inner", "objective"),
     # meta-gradients and their solvers
