@@ -1,13 +1,13 @@
 """Peak memory of a meta-gradient against inner steps: recorded whole, recomputed in segments, and implicit.
 
-One task: an MLP 784-256-128-64-5 (242,629 parameters) under the proximal rule of implicit MAML, on random inputs, since
+One task: an MLP 784-256-128-64-5 (242,437 parameters) under the proximal rule of implicit MAML, on random inputs, since
 memory does not depend on values. Run ``python benchmarks/results_memory.py``.
 
 Every point is a process of its own. It takes one estimate of a single inner step, so that what is set up once is
 there, and then two of the number asked for. Under torch's profiler one gives the most bytes that torch's CPU allocator
 held at a time, of those that the estimate asked for: exact, and drawn. The other gives the growth of the process's peak
 resident memory as the kernel counts it (Linux), as a check. For the check, glibc is told to give every tensor of 64 KiB
-or more pages of its own: left to itself it keeps them in a heap with holes, which counts several times the tape.
+or more pages of its own: left to itself it keeps freed ones in its heap, which then counts more than is held.
 """
 
 from __future__ import annotations
