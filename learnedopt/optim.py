@@ -88,6 +88,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.adopt_start = adopt_start
         self._layout: Layout | None = None
         self._settled = False
+        self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
         super().__init__(params, {"lr": lr})
         self._settle()
 
@@ -139,6 +140,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._move(members, loss)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rule's memory, the step count and the groups; later steps leave what was returned as it is."""
+        self._owned = False
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
 
@@ -146,6 +152,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: the memory is of another rule or of other parameters, or the groups differ.
         """
         given: dict[str, Any] = {}
+        self._owned = False
 
         def note(_: Any, final: dict[str, Any]) -> None:
             self._check_state(final)
@@ -170,12 +177,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._owned = False
         own = {"rule": self.rule, "theta": self.theta, "adopt_start": self.adopt_start, "_settled": self._settled}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._layout = None  # a function cannot be pickled; it is made again at the next step
+        self._owned = False
 
     def _members(self) -> list[Member]:
         members: list[Member] = []
@@ -242,6 +251,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self.state[param] = {"step": count + 1}
         # A new dict each time, so that an earlier state_dict() keeps what it held.
         self.state[members[0].param] = {"step": count + 1, **memory}
+        self._owned = True
 
     def _recall(self, members: list[Member], params: Params) -> tuple[Layout, State, int]:
         """Return how the rule's memory is laid out, the memory, or a new one, and the number of steps so far."""
@@ -276,7 +286,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else _scalar(loss, _common_device(params))
         try:
-            deltas, new_state = self.rule.update(self.theta, grads, state, params, scalar)
+            deltas = self.rule.update_in_place(self.theta, grads, state, params, scalar) if self._owned else None
+            if deltas is None:
+                deltas, state = self.rule.update(self.theta, grads, state, params, scalar)
         except KeyError as error:
             raise ValueError(_unknown(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:
@@ -291,7 +303,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{_name(self.rule)}.update must return one delta of the same shape per parameter: expected "
                 f"{_shapes(params)}, got {_shapes(deltas)}"
             )
-        return deltas, () if new_state is None else new_state
+        return deltas, () if state is None else state
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError where a rule's memory that is to be loaded does not fit; a fresh optimizer has none."""

@@ -58,3 +58,28 @@ class UpdateRule(ABC):
     def has_regularizer(self) -> bool:
         """Whether ``regularizer`` is defined; a wrapper answers for the rule that it wraps."""
         return type(self).regularizer is not UpdateRule.regularizer
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Optional: ``update`` that writes the new state over ``state``, without a graph, to the same bits.
+
+        Returns the deltas; None, with nothing written, where it does not serve, as by default.
+        """
+        return None
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None
+    ) -> tuple[Theta, State] | None:
+        """Optional, of coordinatewise rules that read neither ``params`` nor ``loss``: back-propagate a window at once.
+
+        Args:
+            theta: the meta-parameters, without a graph.
+            grads: of all steps, (num_steps, num_tasks, num_coordinates), as one flat parameter.
+            state: batched, before the first step, as ``init`` returns it for that parameter.
+            cotangents: of the deltas, of the same shape as ``grads``.
+            end: cotangents of the last state, structured as ``state``; None for zeros.
+
+        Returns:
+            The cotangents of theta and of ``state``; None where it does not serve, as by default: the engine then
+            back-propagates through ``update`` over pieces of the coordinates.
+        """
+        return None

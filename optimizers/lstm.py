@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from learnedopt.optimizers import lstm_kernel
 from learnedopt.rule import UpdateRule
 from learnedopt.tree import Params, Theta
 
@@ -71,36 +72,90 @@ class LSTM(UpdateRule):
         """Start where the parameters are, with zero states in theta's dtype."""
         num_coordinates = sum(p.numel() for p in params.values())
         weight, device = theta["readout/weight"], next(iter(params.values())).device
-        names = [f"{kind}{layer}" for layer in range(1, self.num_layers + 1) for kind in "hc"]
         zeros = torch.zeros(self.hidden_size, num_coordinates, dtype=weight.dtype, device=device)
-        return params, {name: zeros.clone() for name in names}
+        return params, {name: zeros.clone() for name in self._state_names}
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Apply the network to all coordinates at once."""
         flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
-        signal = flat.unsqueeze(0) if self.preprocess_factor is None else preprocess(flat, self.preprocess_factor)
-        new_state = {}
+        out, new_state = self._network(theta, self._inputs(flat), state)
+        return self._deltas(out, grads), new_state
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Write the new state over the old, to the same bits; None where no compiled step serves."""
+        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
+        if lstm_kernel.computed_dtype(flat) != flat.dtype or not all(h.is_contiguous() for h in state.values()):
+            return None
+        weights, states = [theta[k] for k in self._theta_names], [state[k] for k in self._state_names]
+        out = lstm_kernel.step_in_place(weights, self._inputs(flat), states)
+        return self._deltas(out, grads)
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None
+    ) -> tuple[Theta, State] | None:
+        """Back-propagate through a window of steps, a block of coordinates at a time."""
+        dtype = lstm_kernel.computed_dtype(grads.to(theta["readout/weight"].dtype))
+        if dtype is None:
+            return None
+        num_steps, num_tasks, num_coordinates = grads.shape
+        x = self._inputs(grads.to(dtype).reshape(num_steps, -1))
+        d_out = self.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
+        weights, states = [theta[k].to(dtype) for k in self._theta_names], self._side_by_side(state, dtype)
+        d_end = None if end is None else self._side_by_side(end, dtype)
+        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end)
+        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
+        return (
+            {k: d.to(theta[k].dtype) for k, d in zip(self._theta_names, d_theta, strict=True)},
+            {k: d.to(state[k].dtype) for k, d in zip(self._state_names, d_states, strict=True)},
+        )
+
+    @property
+    def _theta_names(self) -> list[str]:
+        layers = range(1, self.num_layers + 1)
+        return [*(f"lstm{i}/{kind}" for i in layers for kind in ("weight", "bias")), "readout/weight", "readout/bias"]
+
+    @property
+    def _state_names(self) -> list[str]:
+        return [f"{kind}{i}" for i in range(1, self.num_layers + 1) for kind in "hc"]
+
+    def _side_by_side(self, state: State, dtype: torch.dtype) -> list[Tensor]:
+        """Return batched states as (hidden_size, num_tasks * num_coordinates): coordinates do not interact."""
+        return [state[k].to(dtype).movedim(1, 0).reshape(self.hidden_size, -1) for k in self._state_names]
+
+    def _inputs(self, flat: Tensor) -> Tensor:
+        """Return (..., inputs, num_coordinates) for gradients (..., num_coordinates)."""
+        return flat.unsqueeze(-2) if self.preprocess_factor is None else preprocess(flat, self.preprocess_factor)
+
+    def _network(self, theta: Theta, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return the read-out (num_coordinates,) and the new state."""
+        dtype = lstm_kernel.computed_dtype(inputs)
+        if dtype is not None:
+            weights = [theta[k].to(dtype) for k in self._theta_names]
+            out, new = lstm_kernel.step(weights, inputs.to(dtype), [state[k].to(dtype) for k in self._state_names])
+            return out.to(inputs.dtype), {k: h.to(inputs.dtype) for k, h in zip(self._state_names, new, strict=True)}
+        new_state, signal = {}, inputs
         for layer in range(1, self.num_layers + 1):
             h, c = _cell(
                 theta[f"lstm{layer}/weight"], theta[f"lstm{layer}/bias"], signal, state[f"h{layer}"], state[f"c{layer}"]
             )
             new_state[f"h{layer}"], new_state[f"c{layer}"] = h, c
             signal = h
-        out = torch.addmm(theta["readout/bias"][:, None], theta["readout/weight"], signal).squeeze(0)
+        return torch.addmm(theta["readout/bias"][:, None], theta["readout/weight"], signal).squeeze(0), new_state
+
+    def _deltas(self, out: Tensor, grads: Params) -> Params:
         pieces = (self.output_scale * out).split([g.numel() for g in grads.values()])
-        deltas = {k: piece.reshape(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
-        return deltas, new_state
+        return {k: piece.reshape(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
 
 
 def preprocess(grads: Tensor, factor: float) -> Tensor:
-    """Return the two inputs (2, num_coordinates) for gradients (num_coordinates,): scale and direction, both O(1)."""
+    """Return the two inputs (..., 2, num_coordinates) for gradients (..., num_coordinates): scale and direction."""
     magnitude = grads.abs()
     large = magnitude >= math.exp(-factor)
     # The logarithm's derivative is infinite at 0, so it only ever sees magnitudes that it is used for.
     log = torch.where(large, magnitude, 1.0).log() / factor
     first = torch.where(large, log, -1.0)
     second = torch.where(large, grads.sign(), math.exp(factor) * grads)
-    return torch.stack([first, second])
+    return torch.stack([first, second], dim=-2)
 
 
 def _cell(weight: Tensor, bias: Tensor, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
