@@ -45,6 +45,7 @@ from learnedopt import (
 from learnedopt.files import remove_partials, write_json
 from learnedopt.inner import require_count
 from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.memory import predict_peak
 from learnedopt.overrides import Choice, nearest, override
 from learnedopt.tracker import ConsoleTracker, Tracker, Trackers, plain_json
 from learnedopt.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
@@ -297,6 +298,11 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
         config=config,
         report=report,
     )
+    tasks = loop.family.sample(recipe.num_tasks, torch.Generator().manual_seed(recipe.seed))
+    carry = recipe.estimator.start(loop, tasks, torch.Generator().manual_seed(recipe.seed))
+    peak = predict_peak(loop, trainer.theta, recipe.estimator, carry, recipe.objective)
+    if peak is not None:
+        print(f"One estimate of the meta-gradient takes about {peak / 1e6:.3g} MB.", flush=True)
     return trainer.run(recipe.num_meta_steps)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, final
@@ -40,15 +41,23 @@ class Execution:
             many sets of weights fall out of the cache, and all at once on a GPU, where small tasks are launch-bound.
         device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
         dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
+        compile: compile the meta-gradient of a chunk as a whole: its forward steps, their gradients and the way back.
+            It pays where theta is trained for long, since compiling takes from seconds to minutes, the longer the more
+            inner steps; torch keeps what it compiled on disk, so that the next process takes seconds. Estimators that
+            back-propagate through whole unrolls do so; where they cannot, or compiling fails, the run goes on
+            uncompiled, with a warning that says why. The coordinatewise adjoint, where it applies, comes first.
     """
 
     chunk_size: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             require_count("chunk_size", self.chunk_size, least=1)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r} is neither True nor False")
 
 
 class Carry(NamedTuple):
@@ -119,6 +128,9 @@ class InnerLoop:
             )
         # What was already checked once, so that checks cost nothing after the first run.
         self.vetted: dict[Any, Any] = {}
+        # What was compiled, or could not be, by signature.
+        self.programs: dict[Any, Any] = {}
+        self._source: Callable[[Tasks, int, Split], Batch] | None = None
 
     def start(self, tasks: Tasks) -> Carry:
         """Return a fresh carry at the family's own starting points."""
@@ -147,6 +159,12 @@ class InnerLoop:
         begun = carry._replace(params=params, state=state)
         self._vet_family(begun)
         return begun
+
+    def vet(self, theta: Theta, carry: Carry) -> None:
+        """Raise what ``begin`` raises; that costs nothing once the family has been seen."""
+        self._vet_theta(theta)
+        if "family" not in self.vetted:
+            self.begin(theta, carry)
 
     def run(self, theta: Theta, carry: Carry, num_steps: int, tape: Tape = Tape.FULL) -> Rollout:
         """Take ``num_steps`` inner steps and return the rollout, recorded as ``tape`` says.
@@ -194,7 +212,17 @@ class InnerLoop:
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
         """Return the family's batch on the execution's device and in its dtype."""
-        return tree.to(self.family.batch(tasks, step, split), self.execution.device, self.execution.dtype)
+        source = self._source or self.family.batch
+        return tree.to(source(tasks, step, split), self.execution.device, self.execution.dtype)
+
+    @contextmanager
+    def batches_from(self, source: Callable[[Tasks, int, Split], Batch]) -> Iterator[None]:
+        """Ask ``source`` for batches in place of the family, until the context ends."""
+        before, self._source = self._source, source
+        try:
+            yield
+        finally:
+            self._source = before
 
     def _init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         params, state = self.rule.init(theta, params)

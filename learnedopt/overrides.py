@@ -76,6 +76,9 @@ def _choice_changed(choice: Choice, changes: list[_Change], prefix: str) -> Choi
     for keys, text in changes:
         if len(keys) > 1:
             path = prefix + ".".join(keys)
+            if keys[0] == "options":
+                own = prefix + ".".join(keys[1:])
+                raise ValueError(f"{path!r} names the options of {choice.name!r}, which are set directly: {own!r}")
             raise ValueError(f"{path!r} reaches into an option of {choice.name!r}; set {prefix + keys[0]!r} as a whole")
         options[keys[0]] = read_value(text)
     return Choice(choice.name, options)

@@ -103,6 +103,8 @@ class ModuleFamily(TaskFamily):
         if not _trained(self.module):
             raise ValueError(f"no parameter of {type(self.module).__name__} requires a gradient: nothing to train")
         self.constants = _constants(self.module)
+        everything = [p for _, p in self.module.named_parameters(remove_duplicate=False)]
+        self._tied = len(everything) > len({id(p) for p in everything})
         _refuse_unequal(self.constants, _constants(self._build(seed=1)))
 
     def _build(self, seed: int) -> nn.Module:
@@ -136,7 +138,9 @@ class ModuleFamily(TaskFamily):
         """Call the module with ``params`` on the inputs."""
         like = next(iter(params.values()))
         constants = tree.to(self.constants, like.device, like.dtype)
-        return torch.func.functional_call(self.module, (params, constants), (batch["inputs"],))
+        values = {**params, **constants} if constants else params
+        # Looking for shared parameters at every call costs as much as a small layer.
+        return torch.func.functional_call(self.module, values, (batch["inputs"],), tie_weights=self._tied)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Apply ``loss_fn`` to the outputs and the targets."""

@@ -22,12 +22,33 @@ Tree: TypeAlias = Any
 
 
 def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Apply ``fn`` to corresponding leaves and return a tree of the same structure."""
+    """Apply ``fn`` to corresponding leaves and return a tree of the same structure.
+
+    Raises:
+        ValueError: the structures of the others differ from ``tree``'s; dicts may differ in order.
+    """
+    # What flows is mostly tensors in dicts and tuples, and for small tasks walking them is much of a step's time.
+    if isinstance(tree, Tensor):
+        return fn(tree, *rest)
+    if type(tree) is dict:
+        if any(type(other) is not dict or other.keys() != tree.keys() for other in rest):
+            raise ValueError(f"expected a dict with the keys {list(tree)}, got {_others(rest)}")
+        return {k: tree_map(fn, x, *(other[k] for other in rest)) for k, x in tree.items()}
+    if type(tree) is tuple:
+        if any(type(other) is not tuple or len(other) != len(tree) for other in rest):
+            raise ValueError(f"expected a tuple of {len(tree)}, got {_others(rest)}")
+        return tuple(tree_map(fn, *each) for each in zip(tree, *rest, strict=True))
     return pytree.tree_map(fn, tree, *rest)
+
+
+def _others(trees: Sequence[Tree]) -> str:
+    return ", ".join(f"{type(x).__name__} {list(x) if isinstance(x, dict) else ''}".strip() for x in trees)
 
 
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in a fixed order (dicts in insertion order)."""
+    if type(tree) is dict and all(isinstance(x, Tensor) for x in tree.values()):
+        return list(tree.values())
     return pytree.tree_leaves(tree)
 
 
@@ -71,7 +92,8 @@ def size(tree: Tree) -> int:
 
 def narrow(tree: Tree, start: int, stop: int) -> Tree:
     """Return tasks ``start`` to ``stop - 1`` of a batched tree (views)."""
-    return tree_map(lambda x: x[start:stop], tree)
+    # A slice of everything would cost a copy on the way back.
+    return tree_map(lambda x: x if (start, stop) == (0, x.shape[0]) else x[start:stop], tree)
 
 
 def concatenate(trees: Sequence[Tree]) -> Tree:

@@ -27,7 +27,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "estimator": ("tree", "task", "rule", "inner", "objective"),
     # meta-gradients and their solvers
     "linear_solvers": ("tree", "inner"),
-    "unrolled": CORE,
+    "coordinatewise": CORE,
+    "compiled": CORE,
+    "unrolled": (*CORE, "coordinatewise", "compiled"),
+    "memory": (*CORE, "coordinatewise", "unrolled"),
     "systems": (*CORE, "linear_solvers"),
     "implicit": (*CORE, "linear_solvers", "systems"),
     # the outer loop and what surrounds it

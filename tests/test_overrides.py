@@ -117,6 +117,7 @@ def test_a_required_field_of_another_class_can_be_given_or_is_asked_for() -> Non
         ("cuont=1", r"no setting 'cuont': Settings has no 'cuont'; did you mean 'count'\?"),
         ("shape.heigth=1", r"no setting 'shape\.heigth': Box has no 'heigth'; did you mean 'height'\?"),
         ("shape.side.deep=1", r"no setting 'shape\.side\.deep': 'shape\.side' is 2, which has no fields"),
+        ("family.options.dim=3", r"'family\.options\.dim' names the options of 'quadratic', .*directly: 'family\.dim'"),
         ("family.dim.deep=1", r"'family\.dim\.deep' reaches into an option of 'quadratic'; set 'family\.dim'"),
         ("count", r"'count' is not of the form key=value"),
         ("=1", r"'=1' is not of the form key=value"),

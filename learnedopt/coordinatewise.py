@@ -1,0 +1,299 @@
+"""The adjoint of coordinatewise rules with detached gradients: without a graph, and a few coordinates at a time.
+
+Under ``Tape.FIRST_ORDER`` the parameters move by ``x_{t+1} = x_t + d_t``, where ``d_t`` is the rule's answer to the
+numbers ``g_0 .. g_t``. An objective of the losses ``l_t`` and of the end then has the cotangents
+
+    dF/dd_t = dF/dx_K + sum over s > t of dF/dl_s * g_s
+
+which need the gradients of the forward pass and nothing else. With these fixed, coordinates no longer interact: the
+rule is back-propagated over a few of them at a time, and memory is that of the gradients and of one such piece.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt import inner, tree
+from learnedopt.estimator import call_objective
+from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape
+from learnedopt.objective import MetaObjective
+from learnedopt.rule import State, UpdateRule
+from learnedopt.tree import Params, Theta
+
+logger = logging.getLogger("learnedopt")
+
+PIECE = 16384  # coordinates, of all tasks together, whose graph is held at a time
+_FLAT = "x"
+
+
+class Window(NamedTuple):
+    """A window that was run without a graph: ``grads`` (num_steps, num_tasks, num_coordinates)."""
+
+    start: Carry
+    end: Carry
+    losses: Tensor
+    grads: Tensor
+
+
+def reason_against(loop: InnerLoop, theta: Theta, params: Params, tape: Tape) -> str | None:
+    """Return why the coordinatewise adjoint does not apply to this loop, or None where it does; found out once."""
+    if tape is not Tape.FIRST_ORDER:
+        return "the tape is not FIRST_ORDER"
+    if "coordinatewise" not in loop.vetted:
+        loop.vetted["coordinatewise"] = _reason(loop.rule, tree.detach(theta), params)
+        found = loop.vetted["coordinatewise"]
+        logger.info(
+            "meta-gradients of %s by %s",
+            type(loop.rule).__name__,
+            "the coordinatewise adjoint" if found is None else f"the plain unroll, because {found}",
+        )
+    return loop.vetted["coordinatewise"]
+
+
+def _reason(rule: UpdateRule, theta: Theta, params: Params) -> str | None:
+    if not rule.coordinatewise:
+        return "the rule is not coordinatewise"
+    if rule.has_regularizer:
+        return "the rule has a regularizer, whose pull depends on the parameters"
+    first = next(iter(params.values()))
+    if any(p.dtype != first.dtype for p in params.values()):
+        return "the parameters are of several dtypes"
+    if any(p is not params[k] for k, p in rule.init(theta, params)[0].items()):
+        return "the rule has a start of its own"
+    like = first.new_zeros(())
+    with torch.enable_grad():
+        at, loss = {_FLAT: like.new_tensor([0.3, -0.2, 0.1]).requires_grad_()}, like.new_tensor(0.7).requires_grad_()
+        _, state = rule.init(theta, at)
+        grads = {_FLAT: like.new_tensor([0.4, -0.03, 1.2])}
+        deltas, new_state = rule.update(theta, grads, state, at, loss)
+        outputs = [x for x in (*deltas.values(), *tree.leaves(new_state)) if x.requires_grad]
+        if outputs and any(
+            g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[_FLAT], loss], allow_unused=True)
+        ):
+            return "its update reads the parameters or the loss"
+    return None if _separable(rule, theta, grads, at) else "its coordinates interact"
+
+
+def _separable(rule: UpdateRule, theta: Theta, grads: Params, at: Params) -> bool:
+    """Whether two coordinates move alone as they move beside a third: a clipped norm, for one, is not so."""
+
+    def moved(keep: slice) -> Tensor:
+        params = {_FLAT: at[_FLAT].detach()[keep]}
+        _, state = rule.init(theta, params)
+        total = torch.zeros_like(params[_FLAT])
+        for factor in (1.0, -0.5, 2.0):
+            deltas, state = rule.update(theta, {_FLAT: factor * grads[_FLAT][keep]}, state, params, total.new_ones(()))
+            total = total + deltas[_FLAT]
+        return total
+
+    with torch.no_grad():
+        whole, part = moved(slice(None))[:2], moved(slice(2))
+    return bool(torch.allclose(whole, part, rtol=1e-4, atol=0, equal_nan=True))
+
+
+def back_propagate(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, chunk: Carry, num_steps: int, weight: float
+) -> tuple[Tensor, list[Tensor | None], Carry, bool, Tensor]:
+    """Return ``weight`` times the objective of a chunk of tasks, and its gradient, without a graph of the inner loop.
+
+    Args:
+        loop: whose rule has no ``reason_against``.
+        theta: leaves.
+        objective: of the losses and the end.
+        chunk: begun or fresh.
+        num_steps: of the window.
+        weight: the chunk's share of all tasks.
+
+    Returns:
+        The value; one gradient for each of theta's leaves, None where nothing reaches it; the carry to go on from;
+        whether the objective named that carry itself; the losses (num_steps, num_tasks).
+    """
+    with torch.enable_grad():
+        begun = loop.begin(theta, chunk)  # a first state may depend on theta
+    window = _run(loop, tree.detach(theta), inner.detach(begun), num_steps)
+    leaves = list(theta.values())
+
+    with torch.enable_grad():
+        losses = window.losses.clone().requires_grad_()
+        params, state = (_leaves_of(x) for x in (window.end.params, window.end.state))
+        end = window.end._replace(params=params, state=state)
+        value, onward = call_objective(objective, loop, theta, Rollout(window.start, end, losses))
+        value = value * weight
+    wanted = [losses, *tree.leaves(params), *(x for x in tree.leaves(state) if x.requires_grad), *leaves]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, wanted, allow_unused=True)
+    d_losses, d_params, d_state, direct = _split(found, len(params), len(wanted) - len(params) - len(leaves) - 1)
+
+    reached = any(g is not None for g in (d_losses, *d_params, *d_state)) and num_steps > 0
+    grads = list(direct)
+    if reached:
+        cotangents = _cotangents(window, d_losses, d_params)
+        d_theta = _pull_back(loop.rule, theta, window, begun, cotangents, _like(state, d_state))
+        grads = [d if g is None else g if d is None else g + d for g, d in zip(direct, d_theta, strict=True)]
+    carry = inner.detach(onward if onward is not None else window.end)
+    return value.detach(), grads, carry, onward is not None, window.losses
+
+
+def _run(loop: InnerLoop, theta: Theta, start: Carry, num_steps: int) -> Window:
+    lane = Lane(tree.size(start.params))
+    params, state = lane.enter(start.params), tree.tree_map(torch.clone, lane.enter(start.state))
+    losses, grads = [], []
+    for step in range(start.step, start.step + num_steps):
+        batch = lane.enter(loop.batch(start.tasks, step, "train"))
+        loss, slopes, params = loop.gradient(lane, theta, params, batch, Tape.NONE)
+        params = tree.detach(params)
+        grads.append(tree.ravel(list(lane.leave(slopes).values())))
+        losses.append(lane.leave(loss))
+        with torch.no_grad():
+            params, state = _moved(loop, lane, theta, slopes, state, params, loss)
+    first = tree.leaves(start.params)[0]
+    end = Carry(start.tasks, lane.leave(params), lane.leave(state), start.step + num_steps)
+    if not losses:
+        return Window(start, end, first.new_empty(0, first.shape[0]), first.new_empty(0, first.shape[0], 0))
+    return Window(start, end, torch.stack(losses), torch.stack(grads))
+
+
+def _moved(
+    loop: InnerLoop, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+) -> tuple[Params, State]:
+    """Apply one update, over the old state where the rule can: fresh memory for it costs as much as the arithmetic."""
+    deltas = loop.rule.update_in_place(theta, grads, state, params, loss) if lane.num_tasks == 1 else None
+    if deltas is None:
+        return loop.move(lane, theta, grads, state, params, loss)
+    return {k: p + deltas[k].to(p.dtype) for k, p in params.items()}, state
+
+
+def _leaves_of(values: tree.Tree) -> tree.Tree:
+    """Return leaves of a new graph, where they are floating-point."""
+    return tree.tree_map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, values)
+
+
+def _split(found: Sequence[Any], num_params: int, num_states: int) -> tuple[Any, ...]:
+    at, to = 1 + num_params, 1 + num_params + num_states
+    return found[0], found[1:at], found[at:to], found[to:]
+
+
+def _like(state: State, d_state: Sequence[Tensor | None]) -> State | None:
+    """Return the cotangents in the structure of ``state``, zeros where nothing came; None where nothing came at all."""
+    if all(g is None for g in d_state):
+        return None
+    given = iter(d_state)
+
+    def pick(x: Tensor) -> Tensor:
+        found = next(given) if x.requires_grad else None
+        return torch.zeros_like(x) if found is None else found
+
+    return tree.tree_map(pick, state)
+
+
+def _cotangents(window: Window, d_losses: Tensor | None, d_params: Sequence[Tensor | None]) -> Tensor:
+    """Return the cotangents of the deltas (num_steps, num_tasks, num_coordinates)."""
+    ends = [torch.zeros_like(p) if d is None else d for p, d in zip(window.end.params.values(), d_params, strict=True)]
+    total = tree.ravel(ends)
+    out = torch.empty_like(window.grads)
+    for t in range(len(out) - 1, -1, -1):
+        out[t] = total
+        if d_losses is not None:
+            total = torch.addcmul(total, d_losses[t].unsqueeze(1), window.grads[t])
+    return out
+
+
+def _pull_back(
+    rule: UpdateRule, theta: Theta, window: Window, begun: Carry, cotangents: Tensor, d_end: State | None
+) -> list[Tensor | None]:
+    """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
+    with torch.enable_grad():
+        first, axes = flat_state(rule, theta, begun.params, begun.state)
+    end = None if d_end is None else flat_state(rule, theta, begun.params, d_end)[0]
+    fixed, start = tree.detach(theta), tree.detach(first)
+    served = rule.adjoint(fixed, window.grads, start, cotangents, end)
+    d_theta, d_start = served or _by_pieces(rule, fixed, window.grads, start, cotangents, end, axes)
+    grads: list[Tensor | None] = [d_theta[k] for k in theta]
+    roots = [(x, d) for x, d in zip(tree.leaves(first), tree.leaves(d_start), strict=True) if x.requires_grad]
+    if roots:
+        outputs, pulls = zip(*roots, strict=True)
+        through = torch.autograd.grad(outputs, list(theta.values()), pulls, allow_unused=True)
+        grads = [g if s is None else s if g is None else g + s for g, s in zip(grads, through, strict=True)]
+    return grads
+
+
+def _by_pieces(
+    rule: UpdateRule, theta: Theta, grads: Tensor, start: State, cotangents: Tensor, end: State | None, axes: list
+) -> tuple[dict[str, Tensor | None], State]:
+    """Back-propagate through ``rule.update`` over pieces of the coordinates."""
+    num_tasks, num_coordinates = grads.shape[1:]
+    leaves = {k: v.requires_grad_() for k, v in tree.detach(theta).items()}
+    totals: dict[str, Tensor | None] = dict.fromkeys(theta)
+    d_start = tree.tree_map(torch.zeros_like, start)
+    lane, size = Lane(num_tasks), max(1, PIECE // num_tasks)
+    for low in range(0, num_coordinates, size):
+        piece = slice(low, low + size)
+        with torch.enable_grad():
+            begun = _leaves_of(_piece(start, axes, piece))
+            state, params = lane.enter(begun), lane.enter({_FLAT: torch.zeros_like(grads[0, :, piece])})
+            loss, total = lane.enter(grads.new_ones(num_tasks)), grads.new_zeros(())
+            for g, cotangent in zip(grads[:, :, piece], cotangents[:, :, piece], strict=True):
+                deltas, state = lane.call(rule.update, (leaves,), lane.enter({_FLAT: g}), state, params, loss)
+                total = total + (lane.leave(deltas)[_FLAT] * cotangent).sum()
+            if end is not None:
+                total = total + _paired(lane.leave(state), _piece(end, axes, piece), axes, first=low == 0)
+        sources = [x for x in tree.leaves(begun) if x.requires_grad]
+        found: Sequence[Tensor | None] = [None] * (len(leaves) + len(sources))
+        if total.requires_grad:
+            found = torch.autograd.grad(total, [*leaves.values(), *sources], allow_unused=True)
+        for k, g in zip(leaves, found, strict=False):
+            before = totals[k]
+            totals[k] = g if before is None else before if g is None else before + g
+        pulls = iter(found[len(leaves) :])
+        for x, target in zip(tree.leaves(begun), tree.leaves(_piece(d_start, axes, piece)), strict=True):
+            pull = next(pulls) if x.requires_grad else None
+            if pull is not None:
+                target.add_(pull)
+    return totals, d_start
+
+
+def _paired(state: State, cotangents: State, axes: list, *, first: bool) -> Tensor:
+    """Return the sum of products; leaves that belong to no coordinate count in the first piece alone."""
+    pairs = zip(tree.leaves(state), tree.leaves(cotangents), axes, strict=True)
+    terms = [(x * d).sum() for x, d, axis in pairs if x.is_floating_point() and (axis is not None or first)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _piece(state: State, axes: list, piece: slice) -> State:
+    """Return some coordinates of a batched flat state (views); what belongs to no coordinate stays whole."""
+    flat, rebuild = tree.flatten(state)
+    return rebuild(
+        [x if axis is None else x[(slice(None),) * (axis + 1) + (piece,)] for x, axis in zip(flat, axes, strict=True)]
+    )
+
+
+def flat_state(rule: UpdateRule, theta: Theta, params: Params, state: State) -> tuple[State, list]:
+    """Return a batched state as it would be for one flat parameter, and each leaf's axis of coordinates, or None.
+
+    Where the axis lies is seen in the rule's first states for two and for three coordinates; a dict in them that is
+    keyed by the flat parameter's name is keyed by the parameters' names in ``state``.
+    """
+    first = next(iter(params.values()))
+    two, three = (rule.init(tree.detach(theta), {_FLAT: first.new_zeros(n)})[1] for n in (2, 3))
+    two, three = (() if x is None else x for x in (two, three))
+    shapes = zip(tree.leaves(two), tree.leaves(three), strict=True)
+    axes = [next((i for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b), None) for x, y in shapes]
+    return _flattened(two, state, list(params)), axes
+
+
+def _flattened(pattern: tree.Tree, state: tree.Tree, names: list[str]) -> tree.Tree:
+    if isinstance(pattern, dict):
+        if list(pattern) == [_FLAT] and set(state) == set(names):
+            return {_FLAT: tree.ravel([state[k] for k in names])}
+        return {k: _flattened(x, state[k], names) for k, x in pattern.items()}
+    if isinstance(pattern, tuple) and hasattr(pattern, "_fields"):
+        return type(pattern)(*(_flattened(x, y, names) for x, y in zip(pattern, state, strict=True)))
+    if isinstance(pattern, list | tuple):
+        return type(pattern)(_flattened(x, y, names) for x, y in zip(pattern, state, strict=True))
+    return state

@@ -1,0 +1,209 @@
+"""How tasks are run changes no number: chunks and compiled programs against the plain loop over tasks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import TanhMLP, generic_theta, sample, template
+from torch import Tensor
+
+from learnedopt import (
+    BootstrappedTarget,
+    Execution,
+    FinalLoss,
+    InnerLoop,
+    MeanLogLoss,
+    MetaGrad,
+    MetaGradient,
+    SumOfLosses,
+    Tape,
+    Theta,
+    Truncated,
+    TruncatedBackprop,
+    Unrolled,
+    UpdateRule,
+    optimizers,
+)
+from learnedopt.compiled import CompileWarning
+from learnedopt.objective import MetaObjective
+from learnedopt.tree import Params
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # Torch's own compiler imports what torch has deprecated.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
+
+NUM_TASKS = 3
+CASES: dict[str, tuple[str, MetaGradient, MetaObjective]] = {
+    "maml": ("maml", Unrolled(2), FinalLoss()),
+    "adam": ("adam", Truncated(2, horizon=4, tape=Tape.FULL), SumOfLosses()),
+    "first order": ("meta-sgd", Unrolled(2, tape=Tape.FIRST_ORDER), MeanLogLoss()),
+    "bootstrapped": ("meta-sgd", Unrolled(1), BootstrappedTarget(2, 0.2)),
+    "last steps": ("learned-rates", TruncatedBackprop(3, 1), FinalLoss()),
+}
+CHUNKS = {"one by one": 1, "two and one": 2, "all": NUM_TASKS}
+
+
+def episode(name: str, execution: Execution) -> list[MetaGrad]:
+    """Return the estimates of one episode, at most two."""
+    rule_name, estimator, objective = CASES[name]
+    family = TanhMLP()
+    rule = optimizers.example(rule_name, template(family))
+    loop, theta = InnerLoop(family, rule, execution), generic_theta(rule)
+    carry, found = loop.start(sample(family, NUM_TASKS)), []
+    while carry is not None and len(found) < 2:
+        found.append(estimator.estimate(loop, theta, objective, carry))
+        carry = found[-1].carry
+    return found
+
+
+def assert_same(found: list[MetaGrad], expected: list[MetaGrad]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.grads.keys() == b.grads.keys() and (a.carry is None) == (b.carry is None)
+        pairs = [(a.loss, b.loss), (a.info["losses"], b.info["losses"]), *((a.grads[k], b.grads[k]) for k in b.grads)]
+        if a.carry is not None and b.carry is not None:
+            assert a.carry.step == b.carry.step
+            pairs += [(a.carry.params[k], b.carry.params[k]) for k in b.carry.params]
+        for x, y in pairs:
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+        assert all(g.abs().max() > 1e-6 for g in b.grads.values())
+
+
+@pytest.fixture
+def uncompiled_programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Run what is recorded as it is, without a compiler, which is quick; return the list of the records."""
+    records = []
+    monkeypatch.setattr(torch, "compile", lambda record, **options: records.append(record) or record)
+    return records
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk_size", CHUNKS.values(), ids=CHUNKS)
+def test_chunks_give_the_same_meta_gradient(name: str, chunk_size: int) -> None:
+    assert_same(episode(name, Execution(chunk_size)), episode(name, Execution(1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk_size", CHUNKS.values(), ids=CHUNKS)
+def test_the_record_of_a_meta_gradient_gives_the_same(
+    name: str, chunk_size: int, uncompiled_programs: list[Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    found = episode(name, Execution(chunk_size, compile=True))
+    assert_same(found, episode(name, Execution(1)))
+    sizes = len({min(chunk_size, NUM_TASKS - i) for i in range(0, NUM_TASKS, chunk_size)})
+    assert len(uncompiled_programs) == sizes * len(found)  # one program serves all chunks of a size
+    assert all(estimate.info["compile_seconds"] > 0 for estimate in found)
+    assert not any(warning.category is CompileWarning for warning in recwarn)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["maml", "bootstrapped"])
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_compiled_meta_gradient_is_the_same(
+    name: str, chunk_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    assert_same(episode(name, Execution(chunk_size, compile=True)), episode(name, Execution(1)))
+    assert not any(warning.category is CompileWarning for warning in recwarn)
+    assert list(tmp_path.rglob("*.so"))  # kept for the next process
+
+
+def estimate_twice(
+    estimator: MetaGradient, objective: MetaObjective, *, compile: bool, rule: UpdateRule | None = None
+) -> list[MetaGrad]:
+    """Return two estimates of a loop from the same carry."""
+    family = TanhMLP()
+    rule = rule or optimizers.example("meta-sgd", template(family))
+    loop, theta = InnerLoop(family, rule, Execution(1, compile=compile)), generic_theta(rule)
+    carry = loop.start(sample(family, NUM_TASKS))
+    return [estimator.estimate(loop, theta, objective, carry) for _ in range(2)]
+
+
+def test_a_program_serves_every_window_and_its_compilation_is_told_once(
+    uncompiled_programs: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = optimizers.example("adam", template(TanhMLP()))
+    loop, theta = InnerLoop(TanhMLP(), rule, Execution(compile=True)), generic_theta(rule)
+    plain = InnerLoop(TanhMLP(), rule)
+    estimator, carry = Truncated(2, horizon=8, tape=Tape.FULL), loop.start(sample(TanhMLP()))
+    told = []
+    with caplog.at_level(logging.INFO, "learnedopt"):
+        for _ in range(4):
+            expected = estimator.estimate(plain, theta, SumOfLosses(), carry)
+            found = estimator.estimate(loop, theta, SumOfLosses(), carry)
+            assert_same([found], [expected])
+            told.append("compile_seconds" in found.info)
+            carry = found.carry or carry
+    assert told == [True, True, False, False]  # the first window begins the rule's state as well
+    assert len(uncompiled_programs) == 2
+    assert [record.message[:8] for record in caplog.records] == ["compiled"] * 2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "objective", "reason"),
+    [
+        (Unrolled(2, segment=1), FinalLoss(), "segment= recomputes its steps"),
+        (Unrolled(2), lambda loop, theta, rollout: rollout.losses.sum(0).mean(), "is no TaskMean"),
+    ],
+    ids=["segments", "an objective of the user"],
+)
+def test_what_is_not_compiled_says_why_and_runs(
+    estimator: MetaGradient, objective: MetaObjective, reason: str, uncompiled_programs: list[Any]
+) -> None:
+    with pytest.warns(CompileWarning, match=f"because .*{reason}") as caught:
+        found = estimate_twice(estimator, objective, compile=True)
+    assert len(caught) == 1 and not uncompiled_programs
+    assert_same(found, estimate_twice(estimator, objective, compile=False))
+
+
+def failing(record: Any, **options: Any) -> Any:
+    raise RuntimeError("no compiler here:\nthe second line\nthe third line")
+
+
+def wrong(record: Any, **options: Any) -> Any:
+    return lambda *inputs: [1.001 * x if x.is_floating_point() else x for x in record(*inputs)]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (failing, "RuntimeError: no compiler here: the second line$"),
+        (wrong, "ArithmeticError: the compiled objective differs by .* from the uncompiled"),
+    ],
+)
+def test_a_compiler_that_fails_or_errs_is_told_of_and_not_used(
+    compiler: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda record, **options: calls.append(1) or compiler(record))
+    with pytest.warns(CompileWarning, match=reason) as caught:
+        found = estimate_twice(Unrolled(2), FinalLoss(), compile=True)
+    assert len(caught) == len(calls) == 1
+    assert_same(found, estimate_twice(Unrolled(2), FinalLoss(), compile=False))
+
+
+class OutsideTorch(UpdateRule):
+    """Descent at a rate that numpy computes: nothing that a record of torch's operations could hold."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"lr": torch.tensor(0.1)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, ()
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        scale = {k: float(abs(g.detach().numpy()).max()) for k, g in grads.items()}
+        return {k: -theta["lr"] * g / scale[k] for k, g in grads.items()}, state
+
+
+def test_what_leaves_torch_is_not_recorded_as_a_constant() -> None:
+    with pytest.warns(CompileWarning, match="because .*Error"):
+        found = estimate_twice(Unrolled(2), FinalLoss(), compile=True, rule=OutsideTorch())
+    assert_same(found, estimate_twice(Unrolled(2), FinalLoss(), compile=False, rule=OutsideTorch()))
