@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from learnedopt.compiled import CompileWarning
 from learnedopt.estimator import MetaGrad, MetaGradient
 from learnedopt.implicit import ConvergenceWarning, Implicit
 from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, Tape
@@ -31,6 +32,7 @@ _LAZY = {
     "MetaTrainer": "learnedopt.trainer",
     "Validation": "learnedopt.trainer",
     "load": "learnedopt.checkpoint",
+    "predict_peak": "learnedopt.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluate",
     "optimizers": "",
@@ -40,6 +42,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from learnedopt import evaluate, optimizers, tasks
     from learnedopt.checkpoint import load, save
+    from learnedopt.memory import predict_peak
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.trainer import MetaTrainer, Validation
 
@@ -59,6 +62,7 @@ __all__ = [
     "Batch",
     "BootstrappedTarget",
     "Carry",
+    "CompileWarning",
     "ConjugateGradient",
     "ConvergenceWarning",
     "Execution",
@@ -94,6 +98,7 @@ __all__ = [
     "evaluate",
     "load",
     "optimizers",
+    "predict_peak",
     "save",
     "tasks",
 ]

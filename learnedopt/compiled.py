@@ -92,7 +92,7 @@ def differentiate(
     """
     reason = reason_against(*what)
     if reason is not None:
-        _warn(loop, reason)
+        say_why_not(loop, reason)
         return eager(theta, chunk, weight), 0.0
     expected = None
     given, structure = _inspected((theta, *_trees(chunk)))
@@ -117,7 +117,7 @@ def differentiate(
     except Exception as error:  # a compiler may fail in any way; what is wrong with the run itself, eager has raised
         logger.debug("compiling failed", exc_info=True)
         lines = str(error).strip().splitlines()
-        _warn(loop, f"{type(error).__name__}: {' '.join(lines[: 2 if lines and lines[0].endswith(':') else 1])}")
+        say_why_not(loop, f"{type(error).__name__}: {' '.join(lines[: 2 if lines and lines[0].endswith(':') else 1])}")
         program, piece = None, expected
     seconds = time.perf_counter() - began
     loop.programs[key] = program
@@ -126,7 +126,8 @@ def differentiate(
     return piece, seconds
 
 
-def _warn(loop: InnerLoop, reason: str) -> None:
+def say_why_not(loop: InnerLoop, reason: str) -> None:
+    """Warn, once a loop and reason, that ``Execution(compile=True)`` is not followed."""
     if ("warned", reason) not in loop.programs:
         loop.programs["warned", reason] = True
         message = f"Execution(compile=True): the meta-gradient is computed uncompiled, because {reason}"

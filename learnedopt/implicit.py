@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from learnedopt import tree
+from learnedopt import compiled, tree
 from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, no_path
 from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, require_count
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
@@ -71,6 +71,8 @@ class Implicit(MetaGradient):
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Solve the inner problem without a graph, then one linear system per task."""
+        if loop.execution.compile:
+            compiled.say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
         fixed = tree.detach(theta)
         begun = loop.begin(fixed, carry)
         leaves = as_leaves(theta)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import TanhMLP, generic_theta, sample, template
+from problems import Quadratic, TanhMLP, generic_theta, sample, template
 from torch import Tensor
 
 from learnedopt import (
     BootstrappedTarget,
+    CompileWarning,
+    ConjugateGradient,
     Execution,
     FinalLoss,
+    Implicit,
     InnerLoop,
     MeanLogLoss,
     MetaGrad,
@@ -28,7 +33,6 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.compiled import CompileWarning
 from learnedopt.objective import MetaObjective
 from learnedopt.tree import Params
 
@@ -207,3 +211,20 @@ def test_what_leaves_torch_is_not_recorded_as_a_constant() -> None:
     with pytest.warns(CompileWarning, match="because .*Error"):
         found = estimate_twice(Unrolled(2), FinalLoss(), compile=True, rule=OutsideTorch())
     assert_same(found, estimate_twice(Unrolled(2), FinalLoss(), compile=False, rule=OutsideTorch()))
+
+
+def test_an_implicit_meta_gradient_says_once_that_it_is_not_compiled() -> None:
+    family = Quadratic()
+    rule = optimizers.example("imaml", template(family))
+    estimator, theta = Implicit(4, ConjugateGradient(5), tolerance=math.inf), generic_theta(rule)
+    results = []
+    for execution in (Execution(compile=True), Execution()):
+        loop = InnerLoop(family, rule, execution)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                results.append(estimator.estimate(loop, theta, FinalLoss(), loop.start(sample(family, 2))))
+        said = [str(w.message) for w in caught if issubclass(w.category, CompileWarning)]
+        assert len(said) == int(execution.compile) and all("linear solve" in text for text in said)
+    for result in results[1:]:
+        assert all(torch.equal(result.grads[k], g) for k, g in results[0].grads.items())

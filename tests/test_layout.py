@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "unrolled": (*CORE, "coordinatewise", "compiled"),
     "memory": (*CORE, "coordinatewise", "unrolled"),
     "systems": (*CORE, "linear_solvers"),
-    "implicit": (*CORE, "linear_solvers", "systems"),
+    "implicit": (*CORE, "compiled", "linear_solvers", "systems"),
     # the outer loop and what surrounds it
     "files": (),
     "tracker": ("files",),
