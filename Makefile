@@ -6,13 +6,14 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint results wheel-check clean
+.PHONY: help install demo test test-long lint results bench bench-scaling wheel-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install everything into it (the other targets do this by themselves)
 
@@ -41,6 +42,16 @@ lint: $(STAMP)  ## check style (ruff) and types (pyright)
 
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (12 minutes)
+	$(BIN)/python benchmarks/bench.py
+
+bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)
+	$(BIN)/python benchmarks/bench.py --scaling
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
 
 wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment and inspect it there
 	$(BIN)/python .ci/check_wheel.py '$(TORCH)'

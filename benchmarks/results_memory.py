@@ -145,9 +145,9 @@ def main() -> None:
     peaks = {label: [point.allocated for point in row] for label, row in points.items()}
     grows, flat = exponent(STEPS, peaks[SEGMENTS]), max(peaks[IMPLICIT]) / min(peaks[IMPLICIT])
     print(f"unrolled: {(peaks[WHOLE][-1] - peaks[WHOLE][0]) / (STEPS[-1] - STEPS[0]) / MB:.2f} MB a step")
-    print(f"segments: exponent {grows:.2f} (asked: below 0.8); implicit: largest / smallest {flat:.4f} (below 1.1)")
+    print(f"segments: exponent {grows:.2f} (goal: below 0.8); implicit: largest / smallest {flat:.4f} (below 1.1)")
     if grows >= 0.8 or flat >= 1.1:
-        raise SystemExit("the shapes are not the ones asked for")
+        raise SystemExit("the shapes are not what theory says")
     plot_lines(
         FIGURE,
         {label: (STEPS, [v / MB for v in row]) for label, row in peaks.items()},

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt import inner, tree
+from learnedopt import flat_state, inner, tree
 from learnedopt.estimator import call_objective
+from learnedopt.flat_state import NAME, Axes
 from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape
 from learnedopt.objective import MetaObjective
 from learnedopt.rule import State, UpdateRule
@@ -28,7 +29,6 @@ from learnedopt.tree import Params, Theta
 logger = logging.getLogger("learnedopt")
 
 PIECE = 16384  # coordinates, of all tasks together, whose graph is held at a time
-_FLAT = "x"
 
 
 class Window(NamedTuple):
@@ -67,13 +67,13 @@ def _reason(rule: UpdateRule, theta: Theta, params: Params) -> str | None:
         return "the rule has a start of its own"
     like = first.new_zeros(())
     with torch.enable_grad():
-        at, loss = {_FLAT: like.new_tensor([0.3, -0.2, 0.1]).requires_grad_()}, like.new_tensor(0.7).requires_grad_()
+        at, loss = {NAME: like.new_tensor([0.3, -0.2, 0.1]).requires_grad_()}, like.new_tensor(0.7).requires_grad_()
         _, state = rule.init(theta, at)
-        grads = {_FLAT: like.new_tensor([0.4, -0.03, 1.2])}
+        grads = {NAME: like.new_tensor([0.4, -0.03, 1.2])}
         deltas, new_state = rule.update(theta, grads, state, at, loss)
         outputs = [x for x in (*deltas.values(), *tree.leaves(new_state)) if x.requires_grad]
         if outputs and any(
-            g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[_FLAT], loss], allow_unused=True)
+            g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[NAME], loss], allow_unused=True)
         ):
             return "its update reads the parameters or the loss"
     return None if _separable(rule, theta, grads, at) else "its coordinates interact"
@@ -83,12 +83,12 @@ def _separable(rule: UpdateRule, theta: Theta, grads: Params, at: Params) -> boo
     """Whether two coordinates move alone as they move beside a third: a clipped norm, for one, is not so."""
 
     def moved(keep: slice) -> Tensor:
-        params = {_FLAT: at[_FLAT].detach()[keep]}
+        params = {NAME: at[NAME].detach()[keep]}
         _, state = rule.init(theta, params)
-        total = torch.zeros_like(params[_FLAT])
+        total = torch.zeros_like(params[NAME])
         for factor in (1.0, -0.5, 2.0):
-            deltas, state = rule.update(theta, {_FLAT: factor * grads[_FLAT][keep]}, state, params, total.new_ones(()))
-            total = total + deltas[_FLAT]
+            deltas, state = rule.update(theta, {NAME: factor * grads[NAME][keep]}, state, params, total.new_ones(()))
+            total = total + deltas[NAME]
         return total
 
     with torch.no_grad():
@@ -113,9 +113,13 @@ def back_propagate(
         The value; one gradient for each of theta's leaves, None where nothing reaches it; the carry to go on from;
         whether the objective named that carry itself; the losses (num_steps, num_tasks).
     """
+    rule, fixed = loop.rule, tree.detach(theta)
     with torch.enable_grad():
         begun = loop.begin(theta, chunk)  # a first state may depend on theta
-    window = _run(loop, tree.detach(theta), inner.detach(begun), num_steps)
+        like, axes = flat_state.pattern(rule, fixed, next(iter(begun.params.values())))
+        memory = Memory(like, axes, begun)
+        first = memory.enter(begun.state)
+    window = _run(loop, fixed, inner.detach(begun), tree.detach(first), memory, num_steps)
     leaves = list(theta.values())
 
     with torch.enable_grad():
@@ -134,39 +138,72 @@ def back_propagate(
     grads = list(direct)
     if reached:
         cotangents = _cotangents(window, d_losses, d_params)
-        d_theta = _pull_back(loop.rule, theta, window, begun, cotangents, _like(state, d_state))
+        if memory.joined:
+            window = window._replace(grads=window.grads.flatten(1).unsqueeze(1))
+            cotangents = cotangents.flatten(1).unsqueeze(1)
+        cotangent_state = _like(state, d_state)
+        d_end = None if cotangent_state is None else memory.enter(cotangent_state)
+        d_theta = _pull_back(rule, theta, window.grads, first, cotangents, d_end, axes)
         grads = [d if g is None else g if d is None else g + d for g, d in zip(direct, d_theta, strict=True)]
     carry = inner.detach(onward if onward is not None else window.end)
     return value.detach(), grads, carry, onward is not None, window.losses
 
 
-def _run(loop: InnerLoop, theta: Theta, start: Carry, num_steps: int) -> Window:
-    lane = Lane(tree.size(start.params))
-    params, state = lane.enter(start.params), tree.tree_map(torch.clone, lane.enter(start.state))
-    losses, grads = [], []
+class Memory:
+    """How a rule's state is held during a window: flat, and of all tasks as one where no part of it is a task's own."""
+
+    def __init__(self, like: State, axes: Axes, begun: Carry) -> None:
+        self.like, self.axes, self.begun = like, axes, begun
+        self.num_tasks = tree.size(begun.params)
+        self.joined = None not in axes
+        self.lane = Lane(1 if self.joined else self.num_tasks)
+
+    def enter(self, state: State) -> State:
+        """Return a batched state as it is held."""
+        flat = flat_state.flatten(self.like, state, self.begun.params)
+        return flat_state.join_tasks(flat, self.axes) if self.joined else flat
+
+    def leave(self, held: State) -> State:
+        """Return what is held as the batched state of the carry."""
+        flat = flat_state.part_tasks(held, self.axes, self.num_tasks) if self.joined else held
+        return flat_state.restore(self.like, flat, self.begun.state, self.begun.params)
+
+
+def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Memory, num_steps: int) -> Window:
+    lane, like = Lane(memory.num_tasks), list(start.params.values())
+    params, state = lane.enter(start.params), tree.tree_map(torch.clone, memory.lane.enter(first))
+    x, losses, grads = tree.ravel(like), [], []
     for step in range(start.step, start.step + num_steps):
         batch = lane.enter(loop.batch(start.tasks, step, "train"))
-        loss, slopes, params = loop.gradient(lane, theta, params, batch, Tape.NONE)
-        params = tree.detach(params)
+        loss, slopes, _ = loop.gradient(lane, theta, params, batch, Tape.NONE)
         grads.append(tree.ravel(list(lane.leave(slopes).values())))
         losses.append(lane.leave(loss))
         with torch.no_grad():
-            params, state = _moved(loop, lane, theta, slopes, state, params, loss)
-    first = tree.leaves(start.params)[0]
-    end = Carry(start.tasks, lane.leave(params), lane.leave(state), start.step + num_steps)
+            delta, state = _moved(loop.rule, memory.lane, theta, grads[-1].reshape(-1, *_shape(memory, x)), state)
+            x = x + delta.reshape(x.shape).to(x.dtype)
+        params = lane.enter(dict(zip(start.params, tree.unravel(x, like), strict=True)))
+    end = Carry(start.tasks, lane.leave(params), memory.leave(memory.lane.leave(state)), start.step + num_steps)
     if not losses:
-        return Window(start, end, first.new_empty(0, first.shape[0]), first.new_empty(0, first.shape[0], 0))
+        return Window(start, end, x.new_empty(0, len(x)), x.new_empty(0, len(x), 0))
     return Window(start, end, torch.stack(losses), torch.stack(grads))
 
 
-def _moved(
-    loop: InnerLoop, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
-) -> tuple[Params, State]:
-    """Apply one update, over the old state where the rule can: fresh memory for it costs as much as the arithmetic."""
-    deltas = loop.rule.update_in_place(theta, grads, state, params, loss) if lane.num_tasks == 1 else None
+def _shape(memory: Memory, x: Tensor) -> tuple[int, ...]:
+    return (x.numel(),) if memory.joined else (x.shape[1],)
+
+
+def _moved(rule: UpdateRule, lane: Lane, theta: Theta, grads: Tensor, state: State) -> tuple[Tensor, State]:
+    """Return the deltas of flat gradients (lanes, num_coordinates), and the new state.
+
+    It goes over the old one where the rule can: fresh memory for it costs as much as the arithmetic. Parameters and
+    loss are stand-ins, as the rule does not read them.
+    """
+    flat = lane.enter({NAME: grads})
+    loss = lane.enter(grads.new_ones(len(grads)))
+    deltas = rule.update_in_place(theta, flat, state, flat, loss) if lane.num_tasks == 1 else None
     if deltas is None:
-        return loop.move(lane, theta, grads, state, params, loss)
-    return {k: p + deltas[k].to(p.dtype) for k, p in params.items()}, state
+        deltas, state = lane.call(rule.update, (theta,), flat, state, flat, loss)
+    return deltas[NAME], () if state is None else state
 
 
 def _leaves_of(values: tree.Tree) -> tree.Tree:
@@ -205,26 +242,23 @@ def _cotangents(window: Window, d_losses: Tensor | None, d_params: Sequence[Tens
 
 
 def _pull_back(
-    rule: UpdateRule, theta: Theta, window: Window, begun: Carry, cotangents: Tensor, d_end: State | None
+    rule: UpdateRule, theta: Theta, grads: Tensor, first: State, cotangents: Tensor, end: State | None, axes: Axes
 ) -> list[Tensor | None]:
     """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
-    with torch.enable_grad():
-        first, axes = flat_state(rule, theta, begun.params, begun.state)
-    end = None if d_end is None else flat_state(rule, theta, begun.params, d_end)[0]
     fixed, start = tree.detach(theta), tree.detach(first)
-    served = rule.adjoint(fixed, window.grads, start, cotangents, end)
-    d_theta, d_start = served or _by_pieces(rule, fixed, window.grads, start, cotangents, end, axes)
-    grads: list[Tensor | None] = [d_theta[k] for k in theta]
+    served = rule.adjoint(fixed, grads, start, cotangents, end)
+    d_theta, d_start = served or _by_pieces(rule, fixed, grads, start, cotangents, end, axes)
+    pulled: list[Tensor | None] = [d_theta[k] for k in theta]
     roots = [(x, d) for x, d in zip(tree.leaves(first), tree.leaves(d_start), strict=True) if x.requires_grad]
     if roots:
         outputs, pulls = zip(*roots, strict=True)
         through = torch.autograd.grad(outputs, list(theta.values()), pulls, allow_unused=True)
-        grads = [g if s is None else s if g is None else g + s for g, s in zip(grads, through, strict=True)]
-    return grads
+        pulled = [g if s is None else s if g is None else g + s for g, s in zip(pulled, through, strict=True)]
+    return pulled
 
 
 def _by_pieces(
-    rule: UpdateRule, theta: Theta, grads: Tensor, start: State, cotangents: Tensor, end: State | None, axes: list
+    rule: UpdateRule, theta: Theta, grads: Tensor, start: State, cotangents: Tensor, end: State | None, axes: Axes
 ) -> tuple[dict[str, Tensor | None], State]:
     """Back-propagate through ``rule.update`` over pieces of the coordinates."""
     num_tasks, num_coordinates = grads.shape[1:]
@@ -235,14 +269,14 @@ def _by_pieces(
     for low in range(0, num_coordinates, size):
         piece = slice(low, low + size)
         with torch.enable_grad():
-            begun = _leaves_of(_piece(start, axes, piece))
-            state, params = lane.enter(begun), lane.enter({_FLAT: torch.zeros_like(grads[0, :, piece])})
+            begun = _leaves_of(flat_state.piece(start, axes, piece))
+            state, params = lane.enter(begun), lane.enter({NAME: torch.zeros_like(grads[0, :, piece])})
             loss, total = lane.enter(grads.new_ones(num_tasks)), grads.new_zeros(())
             for g, cotangent in zip(grads[:, :, piece], cotangents[:, :, piece], strict=True):
-                deltas, state = lane.call(rule.update, (leaves,), lane.enter({_FLAT: g}), state, params, loss)
-                total = total + (lane.leave(deltas)[_FLAT] * cotangent).sum()
+                deltas, state = lane.call(rule.update, (leaves,), lane.enter({NAME: g}), state, params, loss)
+                total = total + (lane.leave(deltas)[NAME] * cotangent).sum()
             if end is not None:
-                total = total + _paired(lane.leave(state), _piece(end, axes, piece), axes, first=low == 0)
+                total = total + _paired(lane.leave(state), flat_state.piece(end, axes, piece), axes, first=low == 0)
         sources = [x for x in tree.leaves(begun) if x.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(leaves) + len(sources))
         if total.requires_grad:
@@ -251,49 +285,15 @@ def _by_pieces(
             before = totals[k]
             totals[k] = g if before is None else before if g is None else before + g
         pulls = iter(found[len(leaves) :])
-        for x, target in zip(tree.leaves(begun), tree.leaves(_piece(d_start, axes, piece)), strict=True):
+        for x, target in zip(tree.leaves(begun), tree.leaves(flat_state.piece(d_start, axes, piece)), strict=True):
             pull = next(pulls) if x.requires_grad else None
             if pull is not None:
                 target.add_(pull)
     return totals, d_start
 
 
-def _paired(state: State, cotangents: State, axes: list, *, first: bool) -> Tensor:
+def _paired(state: State, cotangents: State, axes: Axes, *, first: bool) -> Tensor:
     """Return the sum of products; leaves that belong to no coordinate count in the first piece alone."""
     pairs = zip(tree.leaves(state), tree.leaves(cotangents), axes, strict=True)
     terms = [(x * d).sum() for x, d, axis in pairs if x.is_floating_point() and (axis is not None or first)]
     return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def _piece(state: State, axes: list, piece: slice) -> State:
-    """Return some coordinates of a batched flat state (views); what belongs to no coordinate stays whole."""
-    flat, rebuild = tree.flatten(state)
-    return rebuild(
-        [x if axis is None else x[(slice(None),) * (axis + 1) + (piece,)] for x, axis in zip(flat, axes, strict=True)]
-    )
-
-
-def flat_state(rule: UpdateRule, theta: Theta, params: Params, state: State) -> tuple[State, list]:
-    """Return a batched state as it would be for one flat parameter, and each leaf's axis of coordinates, or None.
-
-    Where the axis lies is seen in the rule's first states for two and for three coordinates; a dict in them that is
-    keyed by the flat parameter's name is keyed by the parameters' names in ``state``.
-    """
-    first = next(iter(params.values()))
-    two, three = (rule.init(tree.detach(theta), {_FLAT: first.new_zeros(n)})[1] for n in (2, 3))
-    two, three = (() if x is None else x for x in (two, three))
-    shapes = zip(tree.leaves(two), tree.leaves(three), strict=True)
-    axes = [next((i for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b), None) for x, y in shapes]
-    return _flattened(two, state, list(params)), axes
-
-
-def _flattened(pattern: tree.Tree, state: tree.Tree, names: list[str]) -> tree.Tree:
-    if isinstance(pattern, dict):
-        if list(pattern) == [_FLAT] and set(state) == set(names):
-            return {_FLAT: tree.ravel([state[k] for k in names])}
-        return {k: _flattened(x, state[k], names) for k, x in pattern.items()}
-    if isinstance(pattern, tuple) and hasattr(pattern, "_fields"):
-        return type(pattern)(*(_flattened(x, y, names) for x, y in zip(pattern, state, strict=True)))
-    if isinstance(pattern, list | tuple):
-        return type(pattern)(_flattened(x, y, names) for x, y in zip(pattern, state, strict=True))
-    return state

@@ -94,10 +94,22 @@ def _complete(found: Sequence[torch.Tensor | None], leaves: Theta, objective: Me
     return {k: torch.zeros_like(x) if g is None else g for (k, x), g in zip(leaves.items(), found, strict=True)}
 
 
-def _window(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> int | None:
-    """Return ``num_steps`` where the coordinatewise adjoint serves, which is exact, faster and leaner; else None."""
+def _checked(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, num_steps: int, tape: Tape
+) -> tuple[list[str], int | None]:
+    """Ask what must hold before the first step.
+
+    Returns the names whose gradient is known to be zero in this window, and ``num_steps`` where the coordinatewise
+    adjoint serves, which is exact, faster and leaner; else None.
+    """
+    loop.vet(tree.detach(theta), carry)
+    check_objective(loop, theta, objective, carry, num_steps)
     params = tree.squeeze(tree.narrow(carry.params, 0, 1))
-    return num_steps if coordinatewise.reason_against(loop, theta, params, tape) is None else None
+    if coordinatewise.reason_against(loop, theta, params, tape) is not None:
+        return check_paths(loop, theta, carry, num_steps, tape), None
+    # All coordinates go the same ways: two of them show which there are.
+    two = carry._replace(params={"x": next(iter(params.values())).new_zeros(1, 2)})
+    return check_paths(loop, theta, two, num_steps, tape), num_steps
 
 
 @final
@@ -128,16 +140,13 @@ class Unrolled(MetaGradient):
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Run ``num_steps`` steps, and back-propagate through all of them."""
-        loop.vet(tree.detach(theta), carry)
-        check_objective(loop, theta, objective, carry, self.num_steps)
-        zero = check_paths(loop, theta, carry, self.num_steps, self.tape)
+        zero, window = _checked(loop, theta, objective, carry, self.num_steps, self.tape)
 
         def unroll(leaves: Theta, chunk: Carry) -> Rollout:
             if self.segment is None:
                 return loop.run(leaves, chunk, self.num_steps, self.tape)
             return run_in_segments(loop, leaves, chunk, self.num_steps, self.tape, self.segment)
 
-        window = _window(loop, theta, carry, self.num_steps, self.tape)
         estimate, named = back_propagate(
             loop, theta, objective, carry, unroll, zero, estimator=self, goes_on=False, by_coordinates=window
         )
@@ -181,9 +190,7 @@ class Truncated(MetaGradient):
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Run one window from where the carry stands."""
-        loop.vet(tree.detach(theta), carry)
-        check_objective(loop, theta, objective, carry, self.num_steps)
-        zero = check_paths(loop, theta, carry, self.num_steps, self.tape)
+        zero, window = _checked(loop, theta, objective, carry, self.num_steps, self.tape)
         estimate, _ = back_propagate(
             loop,
             theta,
@@ -193,7 +200,7 @@ class Truncated(MetaGradient):
             zero,
             estimator=self,
             goes_on=True,
-            by_coordinates=_window(loop, theta, carry, self.num_steps, self.tape),
+            by_coordinates=window,
         )
         over = estimate.carry is None or estimate.carry.step >= self.horizon
         return estimate._replace(carry=None) if over else estimate

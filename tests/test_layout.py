@@ -27,7 +27,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "estimator": ("tree", "task", "rule", "inner", "objective"),
     # meta-gradients and their solvers
     "linear_solvers": ("tree", "inner"),
-    "coordinatewise": CORE,
+    "flat_state": ("tree", "rule"),
+    "coordinatewise": (*CORE, "flat_state"),
     "compiled": CORE,
     "unrolled": (*CORE, "coordinatewise", "compiled"),
     "memory": (*CORE, "coordinatewise", "unrolled"),

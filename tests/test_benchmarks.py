@@ -1,0 +1,79 @@
+"""The benchmarks: what competes computes the same, and what does not is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import bench, report, scaling, suite
+from benchmarks.suite import Competitor, Size, difference
+
+# The peers import what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+SMALL = {
+    "maml-mlp": Size(steps=2, tasks=2),
+    "imaml-mlp": Size(steps=2, tasks=2),
+    "lstm-mlp": Size(steps=3),
+    "lstm-quadratics": Size(steps=3, tasks=2),
+    "lstm-step": Size(units=100),
+    "adam-1000": Size(steps=4),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_competitors_compute_the_same(name: str) -> None:
+    found = bench.check(bench.WORKLOADS[name], SMALL[name])
+    numbers = {k: d for k, d in found.items() if isinstance(d, float)}
+    assert len(numbers) >= 2 and all(d <= bench.AGREE for d in numbers.values()), found
+
+
+def test_a_wrong_gradient_and_an_absent_package_are_said() -> None:
+    workload = bench.WORKLOADS["lstm-quadratics"]
+    right = workload.competitors["learnedopt"]
+
+    def wrong(size: Size) -> suite.Call:
+        return lambda: [1.01 * x for x in right.build(size)()]
+
+    others = {"wrong": Competitor(wrong), "absent": Competitor(wrong, needs="no_such_package")}
+    changed = dataclasses.replace(workload, competitors={**workload.competitors, **others})
+    found = bench.check(changed, SMALL["lstm-quadratics"])
+    assert found["wrong"] == pytest.approx(0.01, rel=1e-6) and found["absent"] == "not installed"
+
+
+def test_the_difference_sees_small_tensors_and_forgives_round_off() -> None:
+    large, small, noise = torch.full((3,), 1e3), torch.tensor([1.0]), torch.tensor([1e-13])
+    expected = [large, small, noise]
+    assert difference([large, 1.5 * small, noise], expected) == pytest.approx(0.5)
+    assert difference([large, small, -noise], expected) < 1e-6
+    with pytest.raises(ValueError, match="cannot be compared"):
+        difference([large, small], expected)
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    workload = bench.WORKLOADS["lstm-mlp"]
+    times = {"learnedopt": [1.0, 10.0, 2.0], "higher": [3.0, 30.0, 4.0]}
+    measured = {
+        k: report.Measured(cpu_ms=x, wall_ms=x, peak=peak, first_s=[0.1], difference=1e-15)
+        for (k, x), peak in zip(times.items(), (2e6, 8e6), strict=True)
+    }
+    excluded = {"nn.LSTMCell loop": "not installed"}
+    text = report.section(report.Results(workload, measured, excluded, None, 1.0))
+    assert "| learnedopt | 2 | 2 | 2 | 1e-15 | 3.00 × speed, 0.25 × memory |" in text
+    assert "| nn.LSTMCell loop | not installed |" in text
+
+
+def test_the_page_keeps_its_other_part(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    report.write_part("scaling", "# Scaling")
+    report.write_part("benchmarks", "# Benchmarks")
+    report.write_part("benchmarks", "# Benchmarks again")
+    text = report.PAGE.read_text("utf-8")
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Benchmarks again", "# Scaling"]
+
+
+def test_exponents_are_slopes_of_the_last_points() -> None:
+    sizes = [1.0, 10.0, 100.0, 1e3, 1e4]
+    assert scaling.exponent(sizes, [50.0, *(3 * x**1.5 for x in sizes[1:])]) == pytest.approx(1.5)
