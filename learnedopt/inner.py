@@ -161,10 +161,10 @@ class InnerLoop:
         return begun
 
     def vet(self, theta: Theta, carry: Carry) -> None:
-        """Raise what ``begin`` raises; that costs nothing once the family has been seen."""
+        """Raise what ``begin`` raises on the first two tasks; that costs nothing once the family has been seen."""
         self._vet_theta(theta)
         if "family" not in self.vetted:
-            self.begin(theta, carry)
+            self.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
 
     def run(self, theta: Theta, carry: Carry, num_steps: int, tape: Tape = Tape.FULL) -> Rollout:
         """Take ``num_steps`` inner steps and return the rollout, recorded as ``tape`` says.

@@ -1,4 +1,4 @@
-"""The LSTM's step and its adjoint as one compiled function each, for tensors on a CPU.
+"""The LSTM's step and its adjoint as one compiled function each: C for tensors on a CPU, Triton for those on a GPU.
 
 Everywhere ``theta`` is the list weight, bias of each layer, then those of the read-out; ``states`` the list h1, c1, h2,
 c2, ..., each (hidden_size, num_coordinates); ``x`` the inputs (num_inputs, num_coordinates); all of one dtype.
@@ -6,30 +6,29 @@ c2, ..., each (hidden_size, num_coordinates); ``x`` the inputs (num_inputs, num_
 
 from __future__ import annotations
 
-import ctypes
+import functools
+import logging
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers import native
+from learnedopt.optimizers import lstm_native, native
 
-_SOURCE = Path(__file__).with_suffix(".c")
-_NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
+logger = logging.getLogger("learnedopt")
+
 # bfloat16 is computed in float32: the sums over units would lose most of its eight bits.
 _COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
-_SHARE = 16384  # coordinates below which another thread costs more than it brings
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype in which the kernel would compute, or None where it cannot serve."""
     dtype = _COMPUTED.get(tensor.dtype)
-    if dtype is None or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if dtype is None or torch.compiler.is_compiling():
         return None
-    return dtype if native.library(_SOURCE, *_NAMES[dtype]) is not None else None
+    return dtype if _kernels(tensor.device.type, dtype) is not None else None
 
 
 def step(theta: Sequence[Tensor], x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -65,25 +64,9 @@ def adjoint(
     Returns:
         The cotangents of theta, of the first states, and of the inputs (None if not wanted).
     """
-    theta, x, d_out = _packed(theta), x.contiguous(), d_out.contiguous()
-    states = [h.contiguous() for h in states]
-    d_end = None if d_end is None else [d.contiguous() for d in d_end]
-    num_steps, num_inputs, n = x.shape
-    hidden = states[0].shape[0]
-    d_states, d_x = [torch.empty_like(h) for h in states], torch.empty_like(x) if with_inputs else None
-    call = _function("adjoint", x.dtype)
-
-    def share(first: int, last: int) -> tuple[int, list[Tensor]]:
-        d_theta = [torch.zeros_like(w) for w in theta]
-        failed = call(
-            *map(ctypes.c_long, (first, last, n)), num_steps, num_inputs, hidden, len(states) // 2, _pointers(theta),
-            _pointer(x), _pointers(states), _pointer(d_out), None if d_end is None else _pointers(d_end),
-            _pointers(d_theta), _pointers(d_states), None if d_x is None else _pointer(d_x),
-        )  # fmt: skip
-        return failed, d_theta
-
-    shares = _shared(share, n)
-    return [torch.stack(parts).sum(0) for parts in zip(*shares, strict=True)], d_states, d_x
+    d_end = None if d_end is None else _packed(d_end)
+    kernels = _kernels(x.device.type, x.dtype)
+    return kernels.adjoint(_packed(theta), x.contiguous(), _packed(states), d_out.contiguous(), d_end, with_inputs)
 
 
 class _Step(torch.autograd.Function):
@@ -163,47 +146,28 @@ def _side_by_side(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _forward(theta: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], new_states: Sequence[Tensor]) -> Tensor:
-    num_inputs, n = x.shape
-    out = x.new_empty(n)
-    call = _function("forward", x.dtype)
-
-    def share(first: int, last: int) -> tuple[int, None]:
-        failed = call(
-            *map(ctypes.c_long, (first, last, n)), num_inputs, states[0].shape[0], len(states) // 2, _pointers(theta),
-            _pointer(x), _pointers(states), _pointers(new_states), _pointer(out),
-        )  # fmt: skip
-        return failed, None
-
-    _shared(share, n)
-    return out
+    return _kernels(x.device.type, x.dtype).forward(theta, x, states, new_states)
 
 
-def _shared(share: Callable[[int, int], tuple[int, Any]], n: int) -> list[Any]:
-    """Call ``share(first, last)`` on as many pieces of n coordinates as there are threads and work for them."""
-    count = max(1, min(torch.get_num_threads(), n // _SHARE))
-    size = -(-n // count // 64) * 64 or 64  # whole blocks
-    bounds = [(first, min(first + size, n)) for first in range(0, n, size)] or [(0, 0)]
-    if len(bounds) == 1:
-        results = [share(*pair) for pair in bounds]
-    else:
-        with ThreadPoolExecutor(len(bounds)) as pool:
-            results = list(pool.map(lambda pair: share(*pair), bounds))
-    if any(failed for failed, _ in results):
-        raise MemoryError("the LSTM's kernel found no memory for its scratch space; take shorter windows")
-    return [found for _, found in results]
+def _kernels(device_type: str, dtype: torch.dtype) -> Any:
+    """Return the module with ``forward`` and ``adjoint`` for such tensors, or None."""
+    if device_type == "cpu":
+        return lstm_native if lstm_native.is_there(dtype) else None
+    return _triton_kernels() if device_type == "cuda" else None
 
 
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(native.library(_SOURCE, *_NAMES[dtype]), name)
+@functools.cache
+def _triton_kernels() -> Any:
+    if os.environ.get(native.SWITCH) == "0":
+        logger.info("%s=0: the LSTM on GPUs is left to pure torch", native.SWITCH)
+        return None
+    try:
+        from learnedopt.optimizers import lstm_triton
+    except ImportError as error:
+        logger.warning("the LSTM runs on GPUs in pure torch, slower: %s. Install triton 3.5 or newer", error)
+        return None
+    return lstm_triton
 
 
-def _packed(theta: Sequence[Tensor]) -> list[Tensor]:
-    return [w.contiguous() for w in theta]
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import Theta, optimizers
-from learnedopt.optimizers import lstm_kernel, native
+from learnedopt.optimizers import lstm_kernel, lstm_native, native
 from learnedopt.optimizers.lstm import LSTM
 
 # hidden, layers, preprocessing, coordinates: whole and broken blocks, one coordinate, widths that fill no vector
@@ -134,7 +134,7 @@ def test_in_place_step_has_the_same_bits() -> None:
 def test_threads_share_the_work_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     rule, theta, grads, state = problem((5, 2, None, 1000), torch.float64)
     alone = values_and_gradients(rule, theta, grads, state)
-    monkeypatch.setattr(lstm_kernel, "_SHARE", 100)
+    monkeypatch.setattr(lstm_native, "_SHARE", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     shared = values_and_gradients(rule, theta, grads, state)
     assert all(torch.equal(shared[k], alone[k]) for k in ("deltas", "h1", "c2", "d h1", "d grads"))
