@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learnedopt import compiled, tree
 from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, no_path
-from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, require_count
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, narrow, require_count
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.objective import MetaObjective
 from learnedopt.systems import OptimalitySystem, StepMapSystem, System, does_not_move, require_solution_moves
@@ -74,15 +74,17 @@ class Implicit(MetaGradient):
         if loop.execution.compile:
             compiled.say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
         fixed = tree.detach(theta)
-        begun = loop.begin(fixed, carry)
+        loop.vet(fixed, carry)
+        one = loop.begin(fixed, narrow(carry, 0, 1))
         leaves = as_leaves(theta)
         system_type = OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
-        require_solution_moves(loop, fixed, begun, system_type)
+        require_solution_moves(loop, fixed, one, system_type)
 
-        num_tasks = tree.size(begun.params)
+        num_tasks = tree.size(carry.params)
         total, sums, reports, curves = torch.zeros(()), {}, [], []
-        for chunk in loop.split(detach(begun)):
+        for fresh in loop.split(carry):
+            chunk = detach(loop.begin(fixed, fresh))
             weight = tree.size(chunk.params) / num_tasks
             end, losses = self._solve_inner(loop, fixed, chunk)
             system = system_type(loop, leaves, chunk, end)
