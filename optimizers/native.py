@@ -35,7 +35,7 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(source, definitions)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # RuntimeError: no home folder
         detail = getattr(error, "stderr", None) or str(error)
         _warn_once(source.stem, detail.strip().partition("\n")[0])
         return None

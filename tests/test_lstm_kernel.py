@@ -219,3 +219,24 @@ def _only_version(run: Any) -> Any:
         return run(command, **options)
 
     return guarded
+
+
+@pytest.mark.parametrize("fault", ["no home", "not a folder"])
+def test_without_a_place_to_keep_it_pure_torch_serves(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / f"{fault.replace(' ', '_')}.c"
+    source.write_text("int three(void) { return 3; }\n")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if fault == "no home":
+        monkeypatch.delenv("LEARNEDOPT_CACHE", raising=False)
+
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(native.Path, "home", homeless)
+    else:
+        monkeypatch.setenv("LEARNEDOPT_CACHE", str(source))  # a file
+    with caplog.at_level(logging.WARNING, logger="learnedopt"):
+        assert native.library(source) is None
+    assert len(caplog.records) == 1 and "slower" in caplog.text
