@@ -284,11 +284,12 @@ WORKLOADS = {
     ),
     "maml-conv-16": Workload(
         "MAML, convolutions, 2 tasks, 16 steps, memory",
-        _CONV_TEXT + " Segments recompute their steps on the way back.",
+        _CONV_TEXT + " Segments run their steps again on the way back, mixed mode the gradients.",
         Size(steps=16, tasks=2),
         Size(steps=5, tasks=1),
         {
             **_segments(conv_problem, 1, 4),
+            "learnedopt, mixed mode": Competitor(ours(conv_problem, execution=Execution(mixed_mode=True))),
             "learnedopt": Competitor(ours(conv_problem)),
             "learnedopt, pooled first, segments of 1": Competitor(
                 ours(pooled_first_problem, lambda steps: Unrolled(steps, segment=1))

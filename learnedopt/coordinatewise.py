@@ -246,12 +246,13 @@ def _pull_back(
 ) -> list[Tensor | None]:
     """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
     fixed, start = tree.detach(theta), tree.detach(first)
-    served = rule.adjoint(fixed, grads, start, cotangents, end)
+    learned = any(x.requires_grad for x in tree.leaves(first))
+    served = rule.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
     d_theta, d_start = served or _by_pieces(rule, fixed, grads, start, cotangents, end, axes)
     pulled: list[Tensor | None] = [d_theta[k] for k in theta]
-    roots = [(x, d) for x, d in zip(tree.leaves(first), tree.leaves(d_start), strict=True) if x.requires_grad]
-    if roots:
-        outputs, pulls = zip(*roots, strict=True)
+    if learned:
+        pairs = zip(tree.leaves(first), tree.leaves(d_start), strict=True)
+        outputs, pulls = zip(*[(x, d) for x, d in pairs if x.requires_grad], strict=True)
         through = torch.autograd.grad(outputs, list(theta.values()), pulls, allow_unused=True)
         pulled = [g if s is None else s if g is None else g + s for g, s in zip(pulled, through, strict=True)]
     return pulled

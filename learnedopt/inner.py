@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from learnedopt import checks, tree
+from learnedopt import checks, mixed_mode, tree
 from learnedopt.rule import State, UpdateRule
 from learnedopt.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.tree import Params, Theta
@@ -46,18 +46,27 @@ class Execution:
             inner steps; torch keeps what it compiled on disk, so that the next process takes seconds. Estimators that
             back-propagate through whole unrolls do so; where they cannot, or compiling fails, the run goes on
             uncompiled, with a warning that says why. The coordinatewise adjoint, where it applies, comes first.
+        mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
+            take second derivatives by forward mode over reverse mode, which runs the gradient a second time.
     """
 
     chunk_size: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     compile: bool = False
+    mixed_mode: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             require_count("chunk_size", self.chunk_size, least=1)
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile={self.compile!r} is neither True nor False")
+        for choice in ("compile", "mixed_mode"):
+            if not isinstance(getattr(self, choice), bool):
+                raise TypeError(f"{choice}={getattr(self, choice)!r} is neither True nor False")
+        if self.compile and self.mixed_mode:
+            raise ValueError(
+                "compile=True and mixed_mode=True exclude each other: what a compiled program keeps or computes again "
+                "is for the compiler to choose; leave one out"
+            )
 
 
 class Carry(NamedTuple):
@@ -279,8 +288,13 @@ class InnerLoop:
         with torch.enable_grad():
             # Parameters without a graph become leaves: the gradient is taken with respect to what the loss has read.
             params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
-            loss = lane.call(self.family.loss, (), params, batch)
-            grads = self._gradient_of(loss, params, tape)
+            if self.execution.mixed_mode and tape is Tape.FULL:
+                loss, grads = mixed_mode.value_and_gradient(
+                    lambda params: lane.call(self.family.loss, (), params, batch), params
+                )
+            else:
+                loss = lane.call(self.family.loss, (), params, batch)
+                grads = self._gradient_of(loss, params, tape)
             if self.rule.has_regularizer:
                 # Taken apart and then added, as LearnedOptimizer must: the same sums in the same order, the same bits.
                 pulls = self._gradient_of(lane.call(self.rule.regularizer, (theta,), params), params, tape)

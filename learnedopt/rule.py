@@ -67,8 +67,8 @@ class UpdateRule(ABC):
         return None
 
     def adjoint(
-        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None
-    ) -> tuple[Theta, State] | None:
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
         """Optional, of coordinatewise rules that read neither ``params`` nor ``loss``: back-propagate a window at once.
 
         Args:
@@ -77,9 +77,10 @@ class UpdateRule(ABC):
             state: batched, before the first step, as ``init`` returns it for that parameter.
             cotangents: of the deltas, of the same shape as ``grads``.
             end: cotangents of the last state, structured as ``state``; None for zeros.
+            with_state: whether the cotangents of ``state`` are wanted.
 
         Returns:
-            The cotangents of theta and of ``state``; None where it does not serve, as by default: the engine then
-            back-propagates through ``update`` over pieces of the coordinates.
+            The cotangents of theta, and of ``state`` or None if not wanted; None in place of both where it does not
+            serve, as by default: the engine then back-propagates through ``update`` over pieces of the coordinates.
         """
         return None

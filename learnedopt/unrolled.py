@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -120,9 +121,10 @@ class Unrolled(MetaGradient):
     Args:
         num_steps: inner steps; 0 leaves the start alone.
         tape: what is recorded; ``Tape.FIRST_ORDER`` drops the optimizee's second derivatives.
-        segment: recompute in pieces of so many steps: only the pieces' ends are stored, and each piece is run again
+        segment: recompute in pieces of so many steps: only the pieces' starts are stored, and each piece is run again
             on the way back (Chen et al. 2016). Memory grows with num_steps / segment states and segment steps of graph;
-            segment = sqrt(num_steps) is the least. None stores everything.
+            segment = sqrt(num_steps) is the least, 1 stores the iterates only. None stores everything.
+        offload: keep the starts of segments in the CPU's memory until they are gone back through; for tasks on a GPU.
 
     The carry is None after the estimate, for the episode is over, unless the objective names one that training goes on
     from. A learned start always begins a new episode, since going on would leave it without a gradient.
@@ -131,12 +133,15 @@ class Unrolled(MetaGradient):
     num_steps: int
     tape: Tape = Tape.FULL
     segment: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps)
         require_recording(self.tape)
         if self.segment is not None:
             require_count("segment", self.segment, least=1)
+        elif self.offload:
+            raise ValueError("offload=True moves the starts of segments, and there are none; pass segment= as well")
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Run ``num_steps`` steps, and back-propagate through all of them."""
@@ -145,7 +150,7 @@ class Unrolled(MetaGradient):
         def unroll(leaves: Theta, chunk: Carry) -> Rollout:
             if self.segment is None:
                 return loop.run(leaves, chunk, self.num_steps, self.tape)
-            return run_in_segments(loop, leaves, chunk, self.num_steps, self.tape, self.segment)
+            return run_in_segments(loop, leaves, chunk, self.num_steps, self.tape, self.segment, offload=self.offload)
 
         estimate, named = back_propagate(
             loop, theta, objective, carry, unroll, zero, estimator=self, goes_on=False, by_coordinates=window
@@ -245,15 +250,23 @@ class TruncatedBackprop(MetaGradient):
         return estimate if goes_on else estimate._replace(carry=None)
 
 
-def run_in_segments(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int) -> Rollout:
+def run_in_segments(
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int, *, offload: bool = False
+) -> Rollout:
     """Equal ``loop.run`` in values and gradients, but store only where each segment begins."""
     start = here = loop.begin(theta, carry)
     losses = []
     for taken in range(0, num_steps, segment):
-        piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape)
+        with _saved_on_cpu(here) if offload else nullcontext():
+            piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape)
         here = piece.end
         losses.append(piece.losses)
     return Rollout(start, here, torch.cat(losses) if losses else loop.run(theta, start, 0, tape).losses)
+
+
+def _saved_on_cpu(carry: Carry) -> AbstractContextManager[Any]:
+    # What is copied from pinned memory does not make the GPU wait.
+    return torch.autograd.graph.save_on_cpu(pin_memory=next(iter(carry.params.values())).is_cuda)
 
 
 def _recomputed(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:

@@ -91,8 +91,8 @@ class LSTM(UpdateRule):
         return self._deltas(out, grads)
 
     def adjoint(
-        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None
-    ) -> tuple[Theta, State] | None:
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
         """Back-propagate through a window of steps, a block of coordinates at a time."""
         dtype = lstm_kernel.computed_dtype(grads.to(theta["readout/weight"].dtype))
         if dtype is None:
@@ -102,12 +102,12 @@ class LSTM(UpdateRule):
         d_out = self.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
         weights, states = [theta[k].to(dtype) for k in self._theta_names], self._side_by_side(state, dtype)
         d_end = None if end is None else self._side_by_side(end, dtype)
-        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end)
+        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end, with_states=with_state)
+        of_theta = {k: d.to(theta[k].dtype) for k, d in zip(self._theta_names, d_theta, strict=True)}
+        if d_states is None:
+            return of_theta, None
         d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
-        return (
-            {k: d.to(theta[k].dtype) for k, d in zip(self._theta_names, d_theta, strict=True)},
-            {k: d.to(state[k].dtype) for k, d in zip(self._state_names, d_states, strict=True)},
-        )
+        return of_theta, {k: d.to(state[k].dtype) for k, d in zip(self._state_names, d_states, strict=True)}
 
     @property
     def _theta_names(self) -> list[str]:

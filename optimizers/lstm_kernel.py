@@ -50,7 +50,8 @@ def adjoint(
     d_end: Sequence[Tensor] | None,
     *,
     with_inputs: bool = False,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    with_states: bool = True,
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor | None]:
     """Back-propagate through a window of steps from ``states``; the forward pass is recomputed block by block.
 
     Args:
@@ -60,13 +61,16 @@ def adjoint(
         d_out: cotangents of the read-outs (num_steps, num_coordinates).
         d_end: cotangents of the last states; None for zeros.
         with_inputs: whether the inputs' cotangents are wanted.
+        with_states: whether the first states' cotangents are wanted.
 
     Returns:
-        The cotangents of theta, of the first states, and of the inputs (None if not wanted).
+        The cotangents of theta, of the first states, and of the inputs (None for what is not wanted).
     """
     d_end = None if d_end is None else _packed(d_end)
     kernels = _kernels(x.device.type, x.dtype)
-    return kernels.adjoint(_packed(theta), x.contiguous(), _packed(states), d_out.contiguous(), d_end, with_inputs)
+    return kernels.adjoint(
+        _packed(theta), x.contiguous(), _packed(states), d_out.contiguous(), d_end, with_inputs, with_states
+    )
 
 
 class _Step(torch.autograd.Function):
@@ -111,7 +115,7 @@ class _StepAdjoint(torch.autograd.Function):
         d_theta, d_states, d_x = adjoint(
             theta, x.unsqueeze(0), states, d_out.unsqueeze(0), d_new, with_inputs=with_inputs
         )
-        return x.new_zeros(0) if d_x is None else d_x.squeeze(0), *d_states, *d_theta
+        return x.new_zeros(0) if d_x is None else d_x.squeeze(0), *(d_states or ()), *d_theta
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -53,14 +53,16 @@ def adjoint(
     d_out: Tensor,
     d_end: Sequence[Tensor] | None,
     with_inputs: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    with_states: bool,
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor | None]:
     """Back-propagate through a window of steps; arguments and results are those of ``lstm_kernel.adjoint``.
 
     Every tensor is contiguous, all are float32 or all float64.
     """
     num_steps, num_inputs, n = x.shape
     hidden = states[0].shape[0]
-    d_states, d_x = [torch.empty_like(h) for h in states], torch.empty_like(x) if with_inputs else None
+    d_states = [torch.empty_like(h) for h in states] if with_states else None
+    d_x = torch.empty_like(x) if with_inputs else None
     call = _function("adjoint", x.dtype)
 
     def share(first: int, last: int) -> tuple[int, list[Tensor]]:
@@ -68,7 +70,8 @@ def adjoint(
         failed = call(
             *map(ctypes.c_long, (first, last, n)), num_steps, num_inputs, hidden, len(states) // 2, _pointers(theta),
             _pointer(x), _pointers(states), _pointer(d_out), None if d_end is None else _pointers(d_end),
-            _pointers(d_theta), _pointers(d_states), None if d_x is None else _pointer(d_x),
+            _pointers(d_theta), None if d_states is None else _pointers(d_states),
+            None if d_x is None else _pointer(d_x),
         )  # fmt: skip
         return failed, d_theta
 

@@ -52,7 +52,8 @@ def adjoint(
     d_out: Tensor,
     d_end: Sequence[Tensor] | None,
     with_inputs: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    with_states: bool,
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor | None]:
     """Back-propagate through a window of steps; arguments and results are those of ``lstm_kernel.adjoint``.
 
     Every tensor is contiguous, all are float32 or all float64.
@@ -77,7 +78,9 @@ def adjoint(
                 d_states[1, ..., here], None if d_x is None else d_x[..., here], n, m, num_steps, **options,
             )  # fmt: skip
         _add_weights(d_theta, x[..., here], d_out[:, here], tape[0], gates)
-    return d_theta, [d_states[kind, layer] for layer in range(layers) for kind in range(2)], d_x
+    # The kernel needs the room in any case.
+    found = [d_states[kind, layer] for layer in range(layers) for kind in range(2)] if with_states else None
+    return d_theta, found, d_x
 
 
 def _options(states: Sequence[Tensor], num_inputs: int, tile_bytes: int) -> dict[str, Any]:

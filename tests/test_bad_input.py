@@ -331,6 +331,8 @@ NEGATIVE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Unrolled(2.5), "num_steps=2.5 is not a count"),  # type: ignore[arg-type]
     (lambda: Unrolled(True), "num_steps=True is not a count"),
     (lambda: Unrolled(4, segment=0), "segment=0 is not a count; pass an integer of at least 1"),
+    (lambda: Unrolled(4, offload=True), "offload=True moves the starts of segments, and there are none; pass segment="),
+    (lambda: Execution(compile=True, mixed_mode=True), "compile=True and mixed_mode=True exclude each other"),
     (lambda: Unrolled(4, Tape.NONE), "records nothing"),
     (lambda: FirstOrder(-3), "num_steps=-3"),
     (lambda: Truncated(0, 4), "num_steps=0 is not a count; pass an integer of at least 1"),

@@ -26,6 +26,7 @@ from learnedopt import (
     MetaGradient,
     SumOfLosses,
     Tape,
+    Tasks,
     Theta,
     Truncated,
     TruncatedBackprop,
@@ -33,6 +34,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
+from learnedopt.memory import peak_of
 from learnedopt.objective import MetaObjective
 from learnedopt.tree import Params
 
@@ -51,6 +53,14 @@ CASES: dict[str, tuple[str, MetaGradient, MetaObjective]] = {
     "last steps": ("learned-rates", TruncatedBackprop(3, 1), FinalLoss()),
 }
 CHUNKS = {"one by one": 1, "two and one": 2, "all": NUM_TASKS}
+
+
+class Wide(TanhMLP):
+    """On so many points that what a gradient reads is larger than the parameters."""
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        batch = super().batch(tasks, step, split)
+        return {"x": batch["x"].repeat(1, 50, 1), "y": batch["y"].repeat(1, 50)}
 
 
 def episode(name: str, execution: Execution) -> list[MetaGrad]:
@@ -91,6 +101,27 @@ def uncompiled_programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("chunk_size", CHUNKS.values(), ids=CHUNKS)
 def test_chunks_give_the_same_meta_gradient(name: str, chunk_size: int) -> None:
     assert_same(episode(name, Execution(chunk_size)), episode(name, Execution(1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk_size", CHUNKS.values(), ids=CHUNKS)
+def test_mixed_mode_gives_the_same_meta_gradient(name: str, chunk_size: int) -> None:
+    assert_same(episode(name, Execution(chunk_size, mixed_mode=True)), episode(name, Execution(1)))
+
+
+def test_mixed_mode_keeps_parameters_in_place_of_graphs() -> None:
+    rule = optimizers.example("maml", template(Wide()))
+
+    def peak(num_steps: int, execution: Execution) -> int:
+        loop, theta = InnerLoop(Wide(), rule, execution), generic_theta(rule)
+        carry = loop.start(sample(Wide(), 1))
+        return peak_of(lambda: Unrolled(num_steps).estimate(loop, theta, FinalLoss(), carry))
+
+    plain, mixed = (peak(9, x) - peak(4, x) for x in (Execution(), Execution(mixed_mode=True)))
+    batch = Wide().batch(sample(Wide(), 1), 0, "train")
+    params, batch = (sum(x.numel() * x.element_size() for x in y.values()) for y in (template(Wide()), batch))
+    assert plain > 5 * (batch + 50 * params)
+    assert mixed <= 5 * (batch + 2 * params)
 
 
 @pytest.mark.parametrize("name", CASES)

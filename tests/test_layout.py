@@ -22,7 +22,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "task": ("tree",),
     "rule": ("tree",),
     "checks": ("tree", "task", "rule"),
-    "inner": ("tree", "task", "rule", "checks"),
+    "mixed_mode": ("tree",),
+    "inner": ("tree", "task", "rule", "checks", "mixed_mode"),
     "objective": ("tree", "task", "rule", "inner"),
     "estimator": ("tree", "task", "rule", "inner", "objective"),
     # meta-gradients and their solvers

@@ -118,6 +118,19 @@ def test_segments_match_the_plain_unroll(name: str, tape: Tape) -> None:
             assert relative_error(found.grads, plain.grads) < 1e-12
 
 
+def test_offloaded_segments_are_put_aside_and_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = TanhMLP()
+    rule = optimizers.example("adam", template(family))
+    loop, theta = InnerLoop(family, rule), generic_theta(rule)
+    carry, kept = loop.start(sample(family, 2)), []
+    expected = Unrolled(5).estimate(loop, theta, SumOfLosses(), carry)
+    on_cpu = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **how: kept.append(how) or on_cpu(**how))
+    found = Unrolled(5, segment=2, offload=True).estimate(loop, theta, SumOfLosses(), carry)
+    assert relative_error(found.grads, expected.grads) < 1e-12
+    assert kept == 6 * [{"pin_memory": False}]  # two tasks, three segments
+
+
 def test_segments_go_on_from_a_begun_carry() -> None:
     family = TanhMLP()
     loop = InnerLoop(family, rule_of("lstm", family))
