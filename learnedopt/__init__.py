@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from learnedopt.compiled import CompileWarning
 from learnedopt.estimator import MetaGrad, MetaGradient
+from learnedopt.hessian_free import HessianFree
 from learnedopt.implicit import ConvergenceWarning, Implicit
 from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, Tape
-from learnedopt.linear_solvers import GMRES, ConjugateGradient, LinearSolver, Neumann, Solution
+from learnedopt.linear_solvers import (
+    GMRES,
+    ConjugateGradient,
+    LinearSolver,
+    Neumann,
+    Solution,
+)
 from learnedopt.objective import (
     BootstrappedTarget,
     FinalLoss,
@@ -68,6 +75,7 @@ __all__ = [
     "Execution",
     "FinalLoss",
     "FirstOrder",
+    "HessianFree",
     "Implicit",
     "InnerLoop",
     "KLDivergence",

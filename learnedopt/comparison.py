@@ -147,27 +147,33 @@ class Comparison:
         text = (
             f"{about['num_tasks']} fresh tasks, {about['num_steps']} steps each: mean ± 95 % interval, and median. "
             f"Learning rates are tuned for the lowest mean {about['tune_for'].replace('_', ' ')} on "
-            f"{about['num_tuning_tasks']} other tasks.\n\n" + _align([head, *rows])
+            f"{about['num_tuning_tasks']} other tasks.\n\n" + align([head, *rows])
         )
         if paired:
-            text += "\n" + _align([["optimizer", "minus the best baseline", "in", "mean", "95 % interval"], *paired])
+            text += "\n" + align([["optimizer", "minus the best baseline", "in", "mean", "95 % interval"], *paired])
         return text
 
     def save(self, folder: str | Path) -> dict[str, Path]:
         """Write evaluation.json, .md and .png (the loss curves) into ``folder``; return the paths by suffix."""
         paths = {suffix: Path(folder) / f"evaluation.{suffix}" for suffix in ("json", "md", "png")}
         write_json(paths["json"], self.describe())
-        write_atomically(paths["md"], lambda partial: _write(partial, self.markdown()))
+        write_text(paths["md"], self.markdown())
         curves = {label: outcome.curve for label, outcome in self.outcomes.items()}
         title = f"Training loss before each update, mean over {self.settings['num_tasks']} tasks"
         plot_curves(paths["png"], curves, emphasis=self.candidates, title=title)
         return paths
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
+    """Return rows of cells, the heading first, as a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|-" + "-|-".join("-" * w for w in widths) + "-|", *lines[1:]]) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, atomically."""
+    write_atomically(path, lambda partial: _write(partial, text))
 
 
 def _write(path: Path, text: str) -> None:

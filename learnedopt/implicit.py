@@ -42,7 +42,7 @@ class Implicit(MetaGradient):
         num_steps: inner steps.
         solver: ``ConjugateGradient``, ``Neumann`` or ``GMRES``; conjugate gradient refuses a non-symmetric system.
         inner: solves the inner problem, ``(loop, theta, carry, num_steps) -> Carry``; it need not be differentiable.
-            By default the rule's own steps.
+            By default the rule's own steps. ``HessianFree`` is one.
         tolerance: relative stationarity above which a ``ConvergenceWarning`` is given.
 
     ``info`` holds the worst over tasks of ``residual`` (of the linear system, relative), ``iterations`` and

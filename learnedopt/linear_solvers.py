@@ -52,10 +52,13 @@ class ConjugateGradient(LinearSolver):
         num_iterations: at most so many; a task stops earlier where its residual reaches round-off.
         damping: solves ``(A + damping I) x = b``, which trades bias for conditioning. The residual reported is that of
             the damped system.
+        truncate: for an operator that may be indefinite: a task stops before the first direction p along which
+            ``p^T A p`` is not positive, with its x of then, or with ``b`` where that is the first (Steihaug 1983).
     """
 
     num_iterations: int
     damping: float = 0.0
+    truncate: bool = False
 
     needs_symmetry = True
 
@@ -69,13 +72,18 @@ class ConjugateGradient(LinearSolver):
         x, r, p = torch.zeros_like(rhs), rhs, rhs
         rr = _dot(r, r)
         floor = (torch.finfo(rhs.dtype).eps ** 2) * rr
-        iterations = torch.zeros_like(rr)
-        for _ in range(self.num_iterations):
-            active = ~((rr <= floor) & rr.isfinite())  # what is not finite stays active: its solution is NaN, not 0
+        iterations, stopped = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.bool)
+        for i in range(self.num_iterations):
+            # What is not finite stays active: its solution is NaN, not 0.
+            active = ~((rr <= floor) & rr.isfinite()) & ~stopped
             if not active.any():
                 break
             ap = operator(p) + self.damping * p
             pap = _dot(p, ap)
+            if self.truncate:
+                level = active & (pap <= torch.finfo(pap.dtype).eps * p.norm(dim=1) * ap.norm(dim=1))
+                x = torch.where(level[:, None], rhs, x) if i == 0 else x
+                active, stopped = active & ~level, stopped | level
             # Finished tasks divide by one instead of by a vanished number, and do not move.
             alpha = torch.where(active, rr / torch.where(active, pap, 1.0), 0.0)
             x, r = x + alpha[:, None] * p, r - alpha[:, None] * ap

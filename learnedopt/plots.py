@@ -115,6 +115,38 @@ def plot_training(path: str | Path, rows: Iterable[Mapping[str, Any]], *, title:
     return _save(figure, axes, path)
 
 
+def plot_adaptation(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[int], Sequence[tuple[float, float, float]]]],
+    *,
+    ylabel: str,
+    logy: bool = False,
+    title: str = "",
+) -> Path:
+    """Draw what methods reach after each number of adaptation steps, with bands, and return the path written.
+
+    Args:
+        path: of the PNG file.
+        curves: label -> the numbers of steps, and for each of them (value, low, high).
+        ylabel: what the values are.
+        logy: logarithmic y-axis; a band ends where it is not positive.
+        title: of the figure.
+
+    Raises:
+        ValueError: there is nothing finite to draw.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure("adaptation steps", ylabel, title)
+    lines = {label: (_floats(steps), [value for value, _, _ in points]) for label, (steps, points) in curves.items()}
+    _draw(axes, lines, (), False, logy)
+    for line, (steps, points) in zip(axes.get_lines(), curves.values(), strict=True):
+        low, high = (_drawable(line.get_xdata(), [point[i] for point in points], False, logy)[1] for i in (1, 2))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, axes, path)
+
+
 def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
     # Not pyplot: it would keep the figure alive and choose a window system.
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
+    from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.imaml import IMAML
     from learnedopt.optimizers.learned_init import LearnedInit
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.sgd import SGD
 
 _LAZY = {
+    "ANIL": "anil",
     "Adam": "adam",
     "Clip": "clip",
     "IMAML": "imaml",
@@ -48,6 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ANIL",
     "IMAML",
     "LSTM",
     "SGD",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import final
+from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
 from learnedopt.optimizers.hand_designed import check_number
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
+from learnedopt.optimizers.wrapper import prefixed
 from learnedopt.rule import UpdateRule
 from learnedopt.tree import Params, Theta
+
+Strengths: TypeAlias = Literal["scalar", "tensor", "coordinate"]
 
 
 @final
@@ -28,19 +31,22 @@ class IMAML(UpdateRule):
         lr: the inner learning rate, not in theta.
         strength: the weight of the proximal term, positive; lambda in the paper.
         learn_strength: whether ``strength`` is in theta.
+        strengths: "scalar": one for all, "tensor": one for each tensor, "coordinate": each has the shape of its
+            parameter; they differ once they are learned.
 
-    Theta: ``init/<param>``; ``strength`` (scalar), raw, where it is learned.
+    Theta: ``init/<param>``; where it is learned, raw, ``strength`` (scalar), or ``strength/<param>``.
 
     Raises:
         TypeError: ``lr`` or ``strength`` is not a number.
-        ValueError: ``lr`` is negative or ``strength`` not positive; the template holds no floating-point tensors; at
-            ``init``, the task's parameters are not like the template.
+        ValueError: ``lr`` is negative or ``strength`` not positive; ``strengths`` is no such choice; the template holds
+            no floating-point tensors; at ``init``, the task's parameters are not like the template.
     """
 
     template: Params = field(repr=False)
     lr: float = 0.1
     strength: float = 1.0
     learn_strength: bool = False
+    strengths: Strengths = "scalar"
 
     coordinatewise = True
 
@@ -52,12 +58,17 @@ class IMAML(UpdateRule):
             raise ValueError(
                 "IMAML: strength=0 leaves nothing that ties solutions to the start; pass a positive one, or use maml"
             )
+        if self.strengths not in get_args(Strengths):
+            raise ValueError(f"IMAML: strengths={self.strengths!r} is none of {', '.join(get_args(Strengths))}")
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Return copies of the template, and the strength where it is learned."""
+        """Return copies of the template, and the strength or strengths where they are learned."""
         theta = initial_start(self.template)
-        if self.learn_strength:
+        if self.learn_strength and self.strengths == "scalar":
             theta["strength"] = torch.tensor(float(self.strength), device=generator.device)
+        elif self.learn_strength:
+            shapes = {k: p.shape if self.strengths == "coordinate" else () for k, p in self.template.items()}
+            theta |= prefixed("strength", {k: p.new_full(shapes[k], self.strength) for k, p in self.template.items()})
         return theta
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, tuple[()]]:
@@ -71,8 +82,12 @@ class IMAML(UpdateRule):
         return {name: -self.lr * grad for name, grad in grads.items()}, state
 
     def regularizer(self, theta: Theta, params: Params) -> Tensor:
-        """Return the proximal term ``strength / 2 * |params - start|^2``."""
+        """Return the proximal term ``strength / 2 * |params - start|^2``, each one's where there are more."""
         start = learned_start(theta, params)
-        distance = torch.stack([(p - start[name]).square().sum() for name, p in params.items()]).sum()
+        squares = {name: (p - start[name]).square() for name, p in params.items()}
+        if self.learn_strength and self.strengths != "scalar":
+            squares = {name: theta[f"strength/{name}"].to(square.dtype) * square for name, square in squares.items()}
+            return 0.5 * torch.stack([square.sum() for square in squares.values()]).sum()
+        distance = torch.stack([square.sum() for square in squares.values()]).sum()
         strength = theta["strength"].to(distance.dtype) if self.learn_strength else self.strength
         return 0.5 * strength * distance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from learnedopt.optimizers.hand_designed import check_number
 from learnedopt.optimizers.learned_init import LearnedInit, check_template
 from learnedopt.optimizers.sgd import SGD
 from learnedopt.optimizers.wrapper import prefixed
-from learnedopt.rule import UpdateRule
+from learnedopt.rule import State, UpdateRule
 from learnedopt.tree import Params, Theta
+
+Rates: TypeAlias = Literal["coordinate", "tensor", "step"]
 
 
 @final
@@ -24,24 +26,35 @@ class LearnedRates(UpdateRule):
 
     Args:
         template: one task's parameters, for names, shapes and dtypes.
-        rates: "coordinate": each rate has the shape of its parameter; "tensor": one rate for each tensor.
+        rates: "coordinate": each rate has the shape of its parameter; "tensor": one rate for each tensor; "step": one
+            for each tensor and inner step, shape (num_steps,), the last of them for all later steps (MAML++, Antoniou
+            et al. 2019, section 4).
         lr: where all rates start. None draws one value from U[0.005, 0.1], as the paper does.
+        num_steps: of "step", and needed there.
 
-    Theta: ``lr/<param>``, raw: meta-training may turn rates negative.
+    Theta: ``lr/<param>``, raw: meta-training may turn rates negative. State: with "step" the count of steps.
 
     Raises:
         TypeError: ``lr`` is not a number.
-        ValueError: ``lr`` is negative, ``rates`` is no such choice, or the template holds no floating-point tensors.
+        ValueError: ``lr`` is negative, ``rates`` is no such choice, ``num_steps`` is no count or comes without "step",
+            or the template holds no floating-point tensors.
     """
 
     template: Params = field(repr=False)
-    rates: Literal["coordinate", "tensor"] = "coordinate"
+    rates: Rates = "coordinate"
     lr: float | None = None
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_template(type(self).__name__, self.template)
-        if self.rates not in ("coordinate", "tensor"):
-            raise ValueError(f'LearnedRates: rates={self.rates!r} is not a choice; pass "coordinate" or "tensor"')
+        if self.rates not in get_args(Rates):
+            raise ValueError(f"LearnedRates: rates={self.rates!r} is none of {', '.join(get_args(Rates))}")
+        counted = isinstance(self.num_steps, int) and not isinstance(self.num_steps, bool) and self.num_steps >= 1
+        if counted != (self.rates == "step") or (self.num_steps is not None and not counted):
+            raise ValueError(
+                f'LearnedRates: num_steps={self.num_steps!r} with rates={self.rates!r}; rates="step" needs the number '
+                "of inner steps that have a rate of their own, at least 1, the others take none"
+            )
         if self.lr is not None:
             check_number(type(self).__name__, "lr", self.lr, 0.0, math.inf)
 
@@ -50,33 +63,42 @@ class LearnedRates(UpdateRule):
         lr = self.lr
         if lr is None:
             lr = float(torch.empty((), device=generator.device).uniform_(0.005, 0.1, generator=generator))
-        rates = {k: p.new_full(() if self.rates == "tensor" else p.shape, lr) for k, p in self.template.items()}
-        return prefixed("lr", rates)
+        shapes = {
+            k: {"coordinate": p.shape, "tensor": (), "step": (self.num_steps,)}[self.rates]
+            for k, p in self.template.items()
+        }
+        return prefixed("lr", {k: p.new_full(shapes[k], lr) for k, p in self.template.items()})
 
-    def init(self, theta: Theta, params: Params) -> tuple[Params, tuple[()]]:
-        """Start where the parameters are; there is no memory."""
-        return params, ()
+    def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
+        """Start where the parameters are; there is no memory, but with "step" a count of 0."""
+        if self.rates != "step":
+            return params, ()
+        return params, {"step": torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)}
 
-    def update(
-        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
-    ) -> tuple[Params, tuple[()]]:
+    def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Step against the gradient at each one's rate."""
-        return {name: -theta[f"lr/{name}"].to(grad.dtype) * grad for name, grad in grads.items()}, state
+        rates = {name: theta[f"lr/{name}"].to(grad.dtype) for name, grad in grads.items()}
+        if self.num_steps is not None:
+            now = state["step"].clamp(max=self.num_steps - 1).reshape(1)
+            rates = {name: rate.index_select(0, now).squeeze(0) for name, rate in rates.items()}
+            state = {"step": state["step"] + 1}
+        return {name: -rates[name] * grad for name, grad in grads.items()}, state
 
 
 def meta_sgd(
-    template: Params, rates: Literal["coordinate", "tensor"] = "coordinate", lr: float | None = None
+    template: Params, rates: Rates = "coordinate", lr: float | None = None, num_steps: int | None = None
 ) -> LearnedInit:
     """Make Meta-SGD (Li et al. 2017): a learned start and learned rates.
 
     Args:
         template: one task's parameters; the start is initialised to their values.
-        rates: "coordinate", as in the paper, or "tensor".
+        rates: "coordinate", as in the paper, "tensor" or "step"; see ``LearnedRates``.
         lr: where all rates start. None draws one value from U[0.005, 0.1].
+        num_steps: of "step".
 
     Theta: ``init/<param>`` and ``rule/lr/<param>``.
     """
-    return LearnedInit(LearnedRates(template, rates, lr), template)
+    return LearnedInit(LearnedRates(template, rates, lr, num_steps), template)
 
 
 def maml(template: Params, lr: float = 0.01) -> LearnedInit:

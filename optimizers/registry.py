@@ -28,6 +28,7 @@ _TABLE = {
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
+    "anil": "anil:ANIL",
     "imaml": "imaml:IMAML",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
@@ -103,6 +104,7 @@ def example(name: str, template: Params) -> UpdateRule:
     options: dict[str, dict[str, Any]] = {
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
+        "anil": {"head": glob.escape([*template][-1])},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

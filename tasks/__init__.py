@@ -11,16 +11,27 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.tasks.few_shot import FewShotImages, ModuleOnImages
+    from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
+    from learnedopt.tasks.mini_imagenet import MiniImageNet
+    from learnedopt.tasks.omniglot import Omniglot
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
+    from learnedopt.tasks.sine import Sine
 
 _LAZY = {
+    "FewShotImages": "few_shot",
+    "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
     "LinearRegression": "regression",
     "LogisticRegression": "logistic",
+    "MiniImageNet": "mini_imagenet",
+    "ModuleOnImages": "few_shot",
+    "Omniglot": "omniglot",
     "Quadratic": "quadratic",
+    "Sine": "sine",
 }
 
 
@@ -33,10 +44,16 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "FewShotImages",
+    "ImageFolder",
     "ImageMLP",
     "LinearRegression",
     "LogisticRegression",
+    "MiniImageNet",
+    "ModuleOnImages",
+    "Omniglot",
     "Quadratic",
+    "Sine",
     "build",
     "describe",
     "make",

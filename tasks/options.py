@@ -40,6 +40,12 @@ def require_number(option: str, value: Any, least: float = -math.inf) -> None:
         raise ValueError(f"{option}={value!r} cannot be used; pass a finite number{bound}")
 
 
+def require_seed(option: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is None or an integer from 0 on."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63):
+        raise ValueError(f"{option}={value!r} is not a seed; pass an integer of at least 0, or None")
+
+
 def require_common(dtype: Any, meta_split: Any) -> None:
     """Check the options that every family has."""
     require_choice("meta_split", meta_split, MetaSplit)

@@ -18,6 +18,10 @@ _TABLE = {
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
+    "sine": "sine:Sine",
+    "omniglot": "omniglot:Omniglot",
+    "image-folder": "image_folder:ImageFolder",
+    "mini-imagenet": "mini_imagenet:MiniImageNet",
 }
 """name -> module in this package:class; imported when first made."""
 _registered: dict[str, Callable[..., TaskFamily]] = {}

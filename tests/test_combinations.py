@@ -155,7 +155,7 @@ class Refusal(NamedTuple):
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
 WITHOUT_START = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition")
 """Rules that start where the task does."""
-STARTS_ONLY = ("maml",)
+STARTS_ONLY = ("maml", "anil")
 """Rules whose theta is nothing but a start, through which alone it moves anything."""
 STARTS_AND_MORE = ("meta-sgd", "learned-init")
 

@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "unrolled": (*CORE, "coordinatewise", "compiled"),
     "memory": (*CORE, "coordinatewise", "unrolled"),
     "systems": (*CORE, "linear_solvers"),
+    "hessian_free": (*CORE, "linear_solvers", "systems"),
     "implicit": (*CORE, "compiled", "linear_solvers", "systems"),
     # the outer loop and what surrounds it
     "files": (),
@@ -46,6 +47,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "overrides": (),
     "plots": ("files",),
     "comparison": ("files", "tracker", "plots"),
+    "few_shot": (*CORE, "implicit", "files", "tracker", "plots", "comparison"),
     # the folders: update rules and task families, neither the other
     "optimizers": ("tree", "rule"),
     "tasks": ("tree", "task"),

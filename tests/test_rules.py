@@ -14,6 +14,7 @@ from torch import Tensor
 
 from learnedopt import tree
 from learnedopt.optimizers import (
+    ANIL,
     IMAML,
     LSTM,
     SGD,
@@ -94,6 +95,10 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, fast": lambda t: Adam(lr=0.05, beta1=0.8, beta2=0.9, eps=1e-2, weight_decay=0.02),
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
+    "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
+    "imaml, strength per tensor": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="tensor"),
+    "imaml, strength per coordinate": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="coordinate"),
     "imaml, learned strength": lambda t: IMAML(t, lr=0.1, strength=0.7, learn_strength=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
     "clip around a regularizer": lambda t: Clip(IMAML(t, lr=0.1), max_value=1.5),
@@ -230,13 +235,14 @@ def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str)
 
 
 NOT_COORDINATEWISE = (
-    "learned-rates", "meta-sgd", "clip", "partition", "an lstm per tensor", "partition with regularizer",
+    "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
+    "partition with regularizer",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "partition"}
+    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition"}
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -416,7 +422,7 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: Adam(beta2=1.0), ValueError, "beta2=1.0 .* below 1"),
         (lambda: Adam(eps=-1e-8), ValueError, "eps=-1e-08"),
         (lambda: LearnedRates(template(), lr=-1.0), ValueError, "lr=-1.0"),
-        (lambda: LearnedRates(template(), rates="row"), ValueError, '"coordinate" or "tensor"'),  # pyright: ignore[reportArgumentType]
+        (lambda: LearnedRates(template(), rates="row"), ValueError, "none of coordinate, tensor, step"),  # pyright: ignore[reportArgumentType]
         (lambda: LearnedRates({}), ValueError, "an empty one"),
         (lambda: LearnedInit(SGD(), {"n": torch.tensor(1)}), ValueError, r"\['n'\] are no floating-point"),
         (lambda: LearnedInit(template(), template()), TypeError, "not an update rule"),  # pyright: ignore[reportArgumentType]
@@ -554,7 +560,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "imaml", "partition", "clip",
-        "learned-init", "learned-rates",
+        "learned-init", "learned-rates", "anil",
     } <= set(names())  # fmt: skip
 
 

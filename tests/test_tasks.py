@@ -29,9 +29,13 @@ from learnedopt.tasks import (
     Quadratic,
     build,
     describe,
+    image_array,
+    image_folder,
     images,
     make,
+    mini_imagenet,
     names,
+    omniglot,
     register,
     registry,
     streams,
@@ -52,6 +56,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"batch_size": 6, "hidden": (4, 3), "activation": "tanh", "init": "normal", "std": 0.3},
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
     ],
+    "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,)}],
+    "omniglot": [
+        {"ways": 3, "shots": 2, "queries": 3, "width": 4, "init_seed": None},
+        {"ways": 3, "shots": 2, "queries": 3, "width": 4, "batch_norm": "support", "split": "seeded"},
+        {"ways": 3, "shots": 2, "queries": 3, "width": 4, "model": "conv-pool"},
+        {"ways": 3, "shots": 2, "queries": 3, "width": 2, "model": "mlp", "batch_norm": "support"},
+    ],
+    "image-folder": [{"root": "none", "size": 20, "channels": 1, "ways": 2, "shots": 3, "queries": 1, "width": 3}],
+    "mini-imagenet": [{"ways": 2, "shots": 2, "queries": 3, "width": 3, "model": "conv-pool"}],
 }
 
 
@@ -81,10 +94,20 @@ def indices(inputs: Tensor) -> Tensor:
     return 256 * first[..., 0] + first[..., 1]
 
 
+def made_classes(side: int, channels: int) -> image_array.ClassImages:
+    """Seven classes of noise, with 6 to 12 images."""
+    counts = torch.arange(6, 13)
+    pixels = np.random.default_rng(side).integers(256, size=(int(counts.sum()), side, side, channels), dtype=np.uint8)
+    return image_array.ClassImages(torch.from_numpy(pixels), counts.cumsum(0) - counts, counts)
+
+
 @pytest.fixture
 def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the data sets by ``made_images``."""
+    """Replace the data sets by ``made_images`` and ``made_classes``."""
     monkeypatch.setattr(images, "load", made_images)
+    monkeypatch.setattr(omniglot, "load", lambda *_: made_classes(28, 1))
+    monkeypatch.setattr(image_folder, "_load", lambda *args: made_classes(*args[-2:]))
+    monkeypatch.setattr(mini_imagenet, "_load", lambda *_: made_classes(84, 3))
 
 
 @pytest.fixture
@@ -124,8 +147,10 @@ def test_sampling_depends_on_the_generator_alone(name: str, options: dict[str, A
     assert_equal(family.sample(4, seeded()), tasks)
     others = tree.leaves(family.sample(4, seeded(1)))
     assert not all(torch.equal(a, b) for a, b in zip(tree.leaves(tasks), others, strict=True))
+    shared = getattr(family, "init_seed", None) is not None  # asked to start all tasks at one point
     for leaf in tree.leaves(family.init_params(tasks)):
-        assert not torch.equal(leaf[0], leaf[1])
+        constant = bool((leaf == leaf.flatten()[0]).all())  # as scales and shifts of a normalisation start
+        assert torch.equal(leaf[0], leaf[1]) == (shared or constant)
 
 
 @every_family
@@ -575,12 +600,14 @@ def test_one_data_set_is_not_taken_for_another(
 
 
 def test_names_are_those_that_the_documentation_names() -> None:
-    assert {"quadratic", "logistic", "linear-regression", "image-mlp"} <= set(names())
+    assert {
+        "quadratic", "logistic", "linear-regression", "image-mlp", "sine", "omniglot", "image-folder", "mini-imagenet"
+    } <= set(names())  # fmt: skip
     classes = [Quadratic, LogisticRegression, LinearRegression, ImageMLP]
-    assert [type(make(name)) for name in names()][:4] == classes
-    assert set(families.__all__) <= set(dir(families))
-    with pytest.raises(AttributeError, match="no attribute 'Sine'"):
-        families.Sine  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    assert [type(make(name)) for name in names()[:4]] == classes
+    assert all(hasattr(families, name) for name in families.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Sines'"):
+        families.Sines  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(

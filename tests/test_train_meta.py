@@ -71,8 +71,13 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
         sets += ["family.batch_size=4", "family.hidden=[3]"]
     if isinstance(recipe.estimator, Truncated):
         sets += ["estimator.num_steps=2", "estimator.horizon=4"]
-    if isinstance(recipe.estimator, Unrolled):
+    if recipe.family.name == "omniglot":
+        request.getfixturevalue("data_root")
+        sets += ["family.width=2", "family.queries=2"]
+    if isinstance(recipe.estimator, Unrolled) and recipe.estimator.num_steps > 0:
         sets += ["estimator.num_steps=2"]
+    if recipe.execution.compile:  # what a compiler takes a minute for is tested elsewhere
+        sets += ["execution.compile=false"]
     if recipe.start is not None:  # goes on from another run: here from that run's recipe, just as tiny
         first = next(n for n in RECIPES if recipe.start == f"runs/{n}")
         assert train_meta.main(command(first, tmp_path, *sets)) == 0

@@ -1,0 +1,190 @@
+"""Few-shot classification of images in folders, one folder a class."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias, final
+
+import numpy as np
+import torch
+
+from learnedopt.tasks import image_array, options
+from learnedopt.tasks.few_shot import FewShotImages
+from learnedopt.tasks.image_array import ClassImages
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+FILES: Mapping[str, str] = {"train": "train", "valid": "val", "test": "test"}
+"""meta_split -> the name of its folder or list."""
+Classes: TypeAlias = dict[str, list[Path]]
+"""Class -> its images."""
+_PIECE = 256
+
+
+@final
+@dataclass(frozen=True)
+class ImageFolder(FewShotImages):
+    """N-way K-shot classification of the images below a folder; see ``FewShotImages`` for the rest.
+
+    Every folder below ``root`` that holds images is a class, named by its path from there. Which classes are trained,
+    validated and tested on is read from ``lists`` where given, else from folders train, val and test where those three
+    and no others are in ``root`` (classes are then named by their path from these), else drawn at random. Images are
+    resized to ``size`` by Lanczos' filter without regard to their proportions, decoded once, and kept in
+    ``$LEARNEDOPT_CACHE``, by default the user's cache folder: (num_images, size, size, channels) bytes.
+
+    Args:
+        root: the folder.
+        size: the side of the images that the network sees, in pixels.
+        channels: 3 reads colour images, and grey ones as colours; 1 reads grey ones.
+        lists: a folder with train.txt, val.txt and test.txt, which name one class a line.
+        fractions: of the classes that are trained, validated and tested on, where they are drawn.
+        split_seed: of that draw.
+
+    Raises:
+        FileNotFoundError: from ``sample``: the folder or a list is not there.
+        ValueError: an option is out of its range; from ``sample``: there are no images, one cannot be read, a list
+            names a class that is not there, or a class is in two parts.
+
+    Example:
+        >>> family = ImageFolder(root="~/data/birds", size=84, model="conv-pool", width=32)
+    """
+
+    root: str = field(kw_only=True)
+    size: int = 84
+    channels: int = 3
+    lists: str | None = None
+    fractions: tuple[float, ...] = (0.64, 0.16, 0.2)
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.require_count("size", self.size)
+        if self.channels not in image_array.MODES:
+            raise ValueError(f"channels={self.channels!r} is neither 1 (grey) nor 3 (colours)")
+        for i, fraction in enumerate(self.fractions):
+            options.require_number(f"fractions[{i}]", fraction, least=0)
+        if len(self.fractions) != len(FILES) or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions={self.fractions!r} are not three numbers for train, valid and test of sum 1")
+        if self.split_seed is None:
+            raise ValueError("split_seed=None: the split must be the same in every process; pass an integer")
+        options.require_seed("split_seed", self.split_seed)
+
+    def images(self) -> ClassImages:
+        """Return the images of the meta-split's classes."""
+        where = (os.environ.get("LEARNEDOPT_CACHE"), self.root, self.lists, self.fractions, self.split_seed)
+        return _load(*where, self.meta_split, self.size, self.channels)
+
+    def image_shape(self) -> tuple[int, int]:
+        """Return ``size`` and ``channels``."""
+        return self.size, self.channels
+
+
+@functools.cache
+def _load(
+    cache: str | None,
+    root: str,
+    lists: str | None,
+    fractions: tuple[float, ...],
+    seed: int,
+    meta_split: options.MetaSplit,
+    size: int,
+    channels: int,
+) -> ClassImages:
+    folder = Path(root).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root={root!r} is not a folder; pass one that holds a folder of images for each class")
+    if lists is not None:
+        parts = _listed(find_classes(folder), Path(lists).expanduser())
+    elif {path.name for path in folder.iterdir() if path.is_dir()} == set(FILES.values()):
+        parts = {part: find_classes(folder / name) for part, name in FILES.items()}
+    else:
+        parts = _drawn(find_classes(folder), fractions, seed)
+    require_apart(parts, str(folder) if lists is None else lists)
+    return read(parts[meta_split], size, channels, f"{folder} ({meta_split})")
+
+
+def find_classes(folder: Path) -> Classes:
+    """Return the classes below a folder and their images, both sorted.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    classes: Classes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.parent != folder:
+            classes.setdefault(path.parent.relative_to(folder).as_posix(), []).append(path)
+    if not classes:
+        endings = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"{folder} has no folders with images ({endings}) in them; put each class into one of its own")
+    return classes
+
+
+def require_apart(parts: Mapping[str, Iterable[str]], where: str) -> None:
+    """Raise ValueError where a class is in two parts."""
+    owner: dict[str, str] = {}
+    for part, names in parts.items():
+        for name in names:
+            if owner.setdefault(name, part) != part:
+                raise ValueError(
+                    f"{where}: class {name!r} is in both {FILES[owner[name]]!r} and {FILES[part]!r}; what is tested on "
+                    "must not be trained on: remove it from one of them"
+                )
+
+
+def read(classes: Classes, size: int, channels: int, where: str) -> ClassImages:
+    """Return the images of the classes, decoded once.
+
+    Args:
+        classes: see ``Classes``.
+        size: their side, in pixels.
+        channels: 1 or 3.
+        where: names them in errors.
+
+    Raises:
+        ValueError: there are no classes, or an image cannot be read.
+    """
+    if not classes:
+        raise ValueError(f"{where} has no classes; put some into this part of the split")
+    paths = [path for images in classes.values() for path in images]
+
+    def fill() -> Iterator[np.ndarray]:
+        for start in range(0, len(paths), _PIECE):
+            some = paths[start : start + _PIECE]
+            yield np.stack([image_array.decode(path.read_bytes(), str(path), size, channels) for path in some])
+
+    # Names, sizes and dates tell whether files are the same, and are read much faster than the files.
+    facts = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in paths]
+    pixels = image_array.cached(["folder, lanczos", *facts], (len(paths), size, size, channels), fill)
+    counts = torch.tensor([len(images) for images in classes.values()])
+    return ClassImages(pixels, counts.cumsum(0) - counts, counts)
+
+
+def _listed(classes: Classes, folder: Path) -> dict[str, Classes]:
+    parts: dict[str, Classes] = {}
+    for part, name in FILES.items():
+        path = folder / f"{name}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}; lists={str(folder)!r} must hold train.txt, val.txt, test.txt")
+        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if missing := [name for name in names if name not in classes]:
+            raise ValueError(
+                f"{path} names the class {missing[0]!r} ({len(missing)} such), but there is no folder of that name "
+                "with images; correct the list, or add the folder"
+            )
+        parts[part] = {name: classes[name] for name in names}
+    return parts
+
+
+def _drawn(classes: Classes, fractions: Sequence[float], seed: int) -> dict[str, Classes]:
+    # By hashes: the same on every machine, and a class that is added moves few of the others.
+    order = sorted(classes, key=lambda name: hashlib.sha256(f"seed {seed} {name}".encode()).digest())
+    stops = [round(len(order) * sum(fractions[: i + 1])) for i in range(len(FILES))]
+    starts = [0, *stops]
+    return {
+        part: {name: classes[name] for name in sorted(order[start:stop])}
+        for part, start, stop in zip(FILES, starts, stops, strict=False)
+    }
