@@ -32,9 +32,8 @@ class HessianFree:
 
     Args:
         num_cg_iterations: of a Newton step, at most.
-        damping: added to the Hessian's diagonal; shortens directions where there is little curvature.
-        max_halvings: of a step's length, at most.
-        decrease: the share of the slope's decrease that is enough, in (0, 1/2); above that Newton steps are refused.
+        max_backtracks: halvings of a step's length, at most.
+        decrease: what part of the promised decrease is enough, in (0, 1/2); above that Newton steps are refused.
 
     The rule gives the start and the regularizer; its ``update`` is not called, and its state stays as it begun.
 
@@ -47,23 +46,22 @@ class HessianFree:
     """
 
     num_cg_iterations: int = 10
-    damping: float = 0.0
-    max_halvings: int = 10
+    max_backtracks: int = 10
     decrease: float = 1e-4
 
     def __post_init__(self) -> None:
-        self._solver()
-        require_count("max_halvings", self.max_halvings)
+        require_count("num_cg_iterations", self.num_cg_iterations, least=1)
+        require_count("max_backtracks", self.max_backtracks)
         if not 0 < self.decrease < 0.5:
-            raise ValueError(f"decrease={self.decrease!r} is a share of the slope's decrease; pass one in (0, 0.5)")
+            raise ValueError(f"decrease={self.decrease!r} is a part of the promised decrease; pass one in (0, 0.5)")
 
     def __call__(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
         """Return the carry after ``num_steps`` Newton steps, without a graph; a fresh carry is begun first."""
         require_count("num_steps", num_steps)
         if not loop.rule.has_regularizer:
             raise ValueError(
-                f"HessianFree minimises the loss plus the rule's regularizer, and {type(loop.rule).__name__} has none; "
-                "use a rule that has one, such as imaml, or the rule's own steps"
+                f"HessianFree minimises loss + regularizer, but {type(loop.rule).__name__} has no regularizer; use a "
+                "rule that has one, such as imaml, or the rule's own steps"
             )
         theta = tree.detach(theta)
         chunks = []
@@ -74,15 +72,13 @@ class HessianFree:
             chunks.append(chunk)
         return join(chunks)
 
-    def _solver(self) -> ConjugateGradient:
-        return ConjugateGradient(self.num_cg_iterations, self.damping, truncate=True)
-
     def _step(self, loop: InnerLoop, theta: Theta, start: Carry, at: Carry) -> Carry:
         # At the next step's count, so that the system is that of this step's batch.
         at = at._replace(step=at.step + 1)
         system = OptimalitySystem(loop, theta, start, at)
         downhill = -tree.ravel(system.grads).detach()
-        direction = self._solver().solve(system.operator, downhill).x
+        solver = ConjugateGradient(self.num_cg_iterations, truncate=True)
+        direction = solver.solve(system.operator, downhill).x
         # Round-off may turn a direction that is all but level: such a task descends along its gradient.
         direction = torch.where(((direction * downhill).sum(1) < 0)[:, None], downhill, direction)
         return at._replace(params=self._search(loop, theta, at, direction, downhill))
@@ -96,7 +92,7 @@ class HessianFree:
         # Close to a minimum the decrease is lost in the objective's round-off, while the step is still right.
         noise = torch.finfo(before.dtype).eps * before.abs()
         length, accepted = torch.ones_like(before), torch.zeros_like(before, dtype=torch.bool)
-        for _ in range(self.max_halvings + 1):
+        for _ in range(self.max_backtracks + 1):
             trial = {k: p + _each(length, p) * ways[k] for k, p in at.params.items()}
             enough = _objective(loop, theta, trial, batch) <= before - self.decrease * length * promised + noise
             accepted = accepted | enough  # what is not finite is never enough

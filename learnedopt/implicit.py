@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objecti
 from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, narrow, require_count
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.objective import MetaObjective
-from learnedopt.systems import OptimalitySystem, StepMapSystem, System, does_not_move, require_solution_moves
+from learnedopt.systems import (
+    OptimalitySystem,
+    PublishedSystem,
+    StepMapSystem,
+    System,
+    does_not_move,
+    require_solution_moves,
+)
 from learnedopt.tree import Theta
 
 InnerSolver = Callable[[InnerLoop, Theta, Carry, int], Carry]
@@ -44,6 +51,8 @@ class Implicit(MetaGradient):
         inner: solves the inner problem, ``(loop, theta, carry, num_steps) -> Carry``; it need not be differentiable.
             By default the rule's own steps. ``HessianFree`` is one.
         tolerance: relative stationarity above which a ``ConvergenceWarning`` is given.
+        operator: "exact", or "published": that of iMAML's published code, ``2 u + H_loss u / (strength + 10)`` where
+            the start's gradient has ``u + H_loss u / strength``; a biased gradient, for rules with one strength.
 
     ``info`` holds the worst over tasks of ``residual`` (of the linear system, relative), ``iterations`` and
     ``stationarity``: the norm of grad(loss + regularizer) against its two terms', or the last step's length against the
@@ -52,13 +61,14 @@ class Implicit(MetaGradient):
     Raises:
         ValueError: the objective reads the losses along the way; a meta-parameter does not move the solution, as a
             learning rate does not; the step map counts its steps and so has no fixed point; the system is not symmetric
-            under conjugate gradient.
+            under conjugate gradient; the published operator is asked for without a proximal term of one strength.
     """
 
     num_steps: int
     solver: LinearSolver = field(default_factory=lambda: ConjugateGradient(10))
     inner: InnerSolver | None = None
     tolerance: float = 1e-3
+    operator: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps)
@@ -68,6 +78,13 @@ class Implicit(MetaGradient):
             )
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance!r} is a relative stationarity and must be positive")
+        if self.operator not in ("exact", "published"):
+            raise ValueError(f'operator={self.operator!r} is neither "exact" nor "published"')
+        if self.operator == "published" and self.solver.on_step_map:
+            raise ValueError(
+                f'operator="published" takes the place of a Hessian, but {self.solver!r} works on the step map; pass '
+                "ConjugateGradient(5)"
+            )
 
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
         """Solve the inner problem without a graph, then one linear system per task."""
@@ -77,7 +94,7 @@ class Implicit(MetaGradient):
         loop.vet(fixed, carry)
         one = loop.begin(fixed, narrow(carry, 0, 1))
         leaves = as_leaves(theta)
-        system_type = OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
+        system_type = self._system_type(loop)
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
         require_solution_moves(loop, fixed, one, system_type)
 
@@ -104,6 +121,16 @@ class Implicit(MetaGradient):
         }
         self._warn(info)
         return MetaGrad(total, sums, None, info)
+
+    def _system_type(self, loop: InnerLoop) -> type[System]:
+        if self.operator == "published":
+            if not loop.rule.has_regularizer:
+                raise ValueError(
+                    f'operator="published" is that of a proximal term, but {type(loop.rule).__name__} has no '
+                    "regularizer; use imaml"
+                )
+            return PublishedSystem
+        return OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
 
     def _solve_inner(self, loop: InnerLoop, theta: Theta, chunk: Carry) -> tuple[Carry, Tensor]:
         if self.inner is None:

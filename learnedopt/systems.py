@@ -90,6 +90,42 @@ class OptimalitySystem(System):
         return torch.where(total == 0, 0.0, total / torch.where(total == 0, 1.0, loss + term))
 
 
+class PublishedSystem(OptimalitySystem):
+    """``OptimalitySystem`` with the operator of iMAML's published code in place of the Hessian.
+
+    With H the Hessian of the loss alone and lambda the regularizer's weight, the exact gradient of the start is
+    ``(I + H/lambda)^-1 v``, ``v = d objective/d params``; the code solves ``(1 + 1) I + H/(lambda + 10)`` instead.
+
+    Raises:
+        ValueError: the regularizer is not ``lambda/2 |params - start|^2`` with one lambda for all coordinates.
+    """
+
+    damping = 1.0
+    offset = 10.0
+
+    def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
+        """Record the gradient's graph, and read lambda off the regularizer."""
+        super().__init__(loop, theta, start, end)
+        # Different numbers, so that a curvature that mixes coordinates shows as one that varies.
+        flat = tree.ravel(self.params).detach()
+        probe = torch.linspace(1.0, 2.0, flat.shape[1], dtype=flat.dtype, device=flat.device).expand_as(flat)
+        cotangents = tree.unravel(probe, self.params)
+        found = torch.autograd.grad(self.term_grads, self.params, cotangents, retain_graph=True, materialize_grads=True)
+        ratios = tree.ravel(found) / probe
+        self.strength = ratios.mean(1, keepdim=True)
+        if not torch.allclose(ratios, self.strength, rtol=torch.finfo(ratios.dtype).eps ** 0.5, atol=0.0):
+            raise ValueError(
+                "the published operator is for a proximal term with one strength, but this regularizer's curvature "
+                f"goes from {float(ratios.min()):.3g} to {float(ratios.max()):.3g} over the coordinates; use "
+                'operator="exact"'
+            )
+
+    def operator(self, rows: Tensor) -> Tensor:
+        """Return the code's products, times lambda, which ``pull_back`` multiplies in again."""
+        of_loss = super().operator(rows) - self.strength * rows
+        return self.strength * ((1 + self.damping) * rows + of_loss / (self.strength + self.offset))
+
+
 class StepMapSystem(System):
     """``z = Phi(z, theta)`` on ``z = (params, floating-point state)``: the operator is ``(I - dPhi/dz)^T``."""
 
@@ -178,7 +214,7 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
     with torch.enable_grad():
         moved = _random_like(params, 0)
         params = {k: (p + moved[k]).requires_grad_() for k, p in params.items()}
-        if system is OptimalitySystem:
+        if issubclass(system, OptimalitySystem):
             outputs, rests = list(_pulls(loop, leaves, params).values()), True
         else:
             _, settled = tree.detach(_step_without_loss(loop, leaves, params, state))  # flags have settled there

@@ -38,7 +38,8 @@ class IMAML(UpdateRule):
 
     Raises:
         TypeError: ``lr`` or ``strength`` is not a number.
-        ValueError: ``lr`` is negative or ``strength`` not positive; ``strengths`` is no such choice; the template holds
+        ValueError: ``lr`` is negative or ``strength`` not positive; ``strengths`` is no such choice, or several are
+            fixed; the template holds
             no floating-point tensors; at ``init``, the task's parameters are not like the template.
     """
 
@@ -60,6 +61,11 @@ class IMAML(UpdateRule):
             )
         if self.strengths not in get_args(Strengths):
             raise ValueError(f"IMAML: strengths={self.strengths!r} is none of {', '.join(get_args(Strengths))}")
+        if self.strengths != "scalar" and not self.learn_strength:
+            raise ValueError(
+                f"IMAML: strengths={self.strengths!r} are all the same unless they are learned; pass "
+                'learn_strength=True, or leave them at "scalar"'
+            )
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return copies of the template, and the strength or strengths where they are learned."""
@@ -85,7 +91,7 @@ class IMAML(UpdateRule):
         """Return the proximal term ``strength / 2 * |params - start|^2``, each one's where there are more."""
         start = learned_start(theta, params)
         squares = {name: (p - start[name]).square() for name, p in params.items()}
-        if self.learn_strength and self.strengths != "scalar":
+        if self.strengths != "scalar":
             squares = {name: theta[f"strength/{name}"].to(square.dtype) * square for name, square in squares.items()}
             return 0.5 * torch.stack([square.sum() for square in squares.values()]).sum()
         distance = torch.stack([square.sum() for square in squares.values()]).sum()

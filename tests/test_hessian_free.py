@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from oracles import relative_error
-from problems import Quadratic, TanhMLP, generic_theta, sample, template
-from torch import Tensor
+from oracles import difference_error, relative_error
+from problems import Logistic, Quadratic, TanhMLP, generic_theta, join, sample, template
+from torch import Tensor, nn
 
 from learnedopt import (
     ConjugateGradient,
@@ -15,6 +17,7 @@ from learnedopt import (
     HessianFree,
     Implicit,
     InnerLoop,
+    ModuleFamily,
     Neumann,
     Tape,
     TaskFamily,
@@ -145,12 +148,121 @@ def test_learned_strengths_equal_a_long_unroll(strengths: str) -> None:
     assert relative_error(found.grads, long.grads) < 1e-6
 
 
+@pytest.mark.parametrize("strengths", ["tensor", "coordinate"])
+def test_learned_strengths_have_their_closed_form(strengths: str) -> None:
+    still = Quadratic(drift=0.0)
+    rule = optimizers.make("imaml", template=template(still), strength=0.6, learn_strength=True, strengths=strengths)
+    loop, theta, drawn = InnerLoop(still, rule), generic_theta(rule), sample(still, 2)
+    found = Implicit(2, ConjugateGradient(10), inner=HessianFree(10)).estimate(
+        loop, theta, FinalLoss(), loop.start(drawn)
+    )
+    weights = {k: theta[f"strength/{k}"] * torch.ones_like(theta[f"init/{k}"]) for k in ("w", "b")}
+    diagonal, start = join(weights), join({k: theta[f"init/{k}"] for k in ("w", "b")})
+    of_start, of_strength = torch.zeros(5), torch.zeros(5)
+    for hessian, c in zip(drawn["hessian"], drawn["c"], strict=True):
+        p = hessian + torch.diag(diagonal)
+        x = torch.linalg.solve(p, c[0] + diagonal * start)
+        v = torch.linalg.solve(p, hessian @ x - c[1])
+        of_start += diagonal * v / 2
+        of_strength += v * (start - x) / 2
+    expected = {"init/w": of_start[:4].reshape(2, 2), "init/b": of_start[4:]}
+    parts = {"w": of_strength[:4].reshape(2, 2), "b": of_strength[4:]}
+    expected |= {f"strength/{k}": x.sum() if strengths == "tensor" else x for k, x in parts.items()}
+    assert relative_error(found.grads, expected) < 1e-10
+
+
+@pytest.mark.parametrize("strengths", ["scalar", "tensor", "coordinate"])
+def test_learned_strengths_equal_differences_of_the_solution(strengths: str) -> None:
+    family, solve = Logistic(), HessianFree(10)
+    rule = optimizers.make("imaml", template=template(family), strength=0.6, learn_strength=True, strengths=strengths)
+    loop, theta = InnerLoop(family, rule), generic_theta(rule)
+    carry = loop.start(sample(family, 2))
+    found = Implicit(8, ConjugateGradient(10), inner=solve).estimate(loop, theta, FinalLoss(), carry)
+
+    def final(at: Theta) -> float:
+        return float(loop.losses(solve(loop, at, carry, 8), "valid").mean())
+
+    assert len(found.grads) == 2
+    assert difference_error(final, theta, found.grads) < 1e-7
+
+
+def test_the_published_operator_follows_a_learned_strength_and_knows_no_other() -> None:
+    still = Quadratic(drift=0.0)
+    rule = optimizers.make("imaml", template=template(still), strength=0.6, learn_strength=True)
+    loop, drawn = InnerLoop(still, rule), sample(still, 1)
+    estimator = Implicit(2, ConjugateGradient(10), inner=HessianFree(10), operator="published")
+    for strength in (0.4, 2.5):
+        theta = {**generic_theta(rule), "strength": torch.tensor(strength)}
+        found = estimator.estimate(loop, theta, FinalLoss(), loop.start(drawn)).grads
+        hessian, c = drawn["hessian"][0], drawn["c"][0]
+        start = join({k: theta[f"init/{k}"] for k in ("w", "b")})
+        x = torch.linalg.solve(hessian + strength * torch.eye(5), c[0] + strength * start)
+        expected = torch.linalg.solve(2 * torch.eye(5) + hessian / (strength + 10), hessian @ x - c[1])
+        assert relative_error({"x": join({k: found[f"init/{k}"] for k in ("w", "b")})}, {"x": expected}) < 1e-10
+    several = optimizers.make("imaml", template=template(still), learn_strength=True, strengths="coordinate")
+    for other, message in ((several, "one strength, but"), (optimizers.make("sgd", lr=0.1), "SGD has no regularizer")):
+        with pytest.raises(ValueError, match=message):
+            estimator.estimate(InnerLoop(still, other), generic_theta(other), FinalLoss(), loop.start(drawn))
+
+
+def test_it_converges_quadratically_on_logistic_regression() -> None:
+    loop, theta = posed(Logistic())
+    carry = loop.start(sample(Logistic(), 3))
+    solution = HessianFree(20)(loop, theta, carry, 12).params["w"]
+    errors = [(HessianFree(20)(loop, theta, carry, n).params["w"] - solution).norm(dim=1) for n in range(4)]
+    assert (errors[0] > 0.4).all()
+    for before, after in itertools.pairwise(errors):
+        assert (after < 0.2 * before.square() + 1e-14).all()
+    here = loop.begin(theta, carry)._replace(params={"w": solution.clone().requires_grad_()})
+    (pull,) = torch.autograd.grad(value(loop, theta, here, here).sum(), [here.params["w"]])
+    assert pull.norm() < 1e-12
+
+
+def test_conjugate_gradient_stops_before_what_does_not_curve_upwards() -> None:
+    # Task by task: positive; negative from the first direction on; positive first, then not.
+    matrices = torch.stack([torch.diag(torch.tensor(d)) for d in ([2.0, 3.0], [-1.0, -2.0], [4.0, -1.0])])
+    rhs = torch.tensor([[1.0, 2.0], [1.0, 1.0], [2.0, 1.0]])
+
+    def operator(rows: Tensor) -> Tensor:
+        return (matrices @ rows.unsqueeze(-1)).squeeze(-1)
+
+    found = ConjugateGradient(5, truncate=True).solve(operator, rhs)
+    first = 5.0 / 15.0 * rhs[2]  # |b|^2 / b^T A b times b
+    torch.testing.assert_close(found.x, torch.stack([rhs[0] / matrices[0].diagonal(), rhs[1], first]))
+    assert found.iterations.tolist() == [2.0, 0.0, 1.0]
+
+
+def test_float32_convolutions_with_batch_statistics_are_descended_too() -> None:
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            norm = nn.BatchNorm2d(4, track_running_stats=False)
+            super().__init__(nn.Conv2d(1, 4, 3, stride=2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+
+    def draw(seed: int, step: int, split: str) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(5, 1, 8, 8, generator=generator, dtype=torch.float32), torch.arange(5)
+
+    family = ModuleFamily(lambda: Net().float(), nn.functional.cross_entropy, draw)
+    rule = optimizers.make("imaml", template=template(family), strength=0.5)
+    for chunk_size in (1, 2):
+        loop = InnerLoop(family, rule, Execution(chunk_size))
+        theta = rule.init_theta(torch.Generator())
+        carry = loop.begin(theta, loop.start(sample(family, 2)))
+        end = HessianFree(5)(loop, theta, carry, 3)
+        assert all(p.dtype is torch.float32 and p.isfinite().all() for p in end.params.values())
+        assert (value(loop, theta, carry, end) < 0.8 * value(loop, theta, carry, carry)).all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: HessianFree(0), "num_cg_iterations=0 is not a count"),
         (lambda: HessianFree(max_backtracks=-1), "max_backtracks=-1 is not a count"),
         (lambda: HessianFree(decrease=0.5), "decrease=0.5 is a part of the promised decrease"),
+        (
+            lambda: optimizers.make("imaml", template=template(Quadratic()), strengths="tensor"),
+            "all the same unless they are learned",
+        ),
         (lambda: Implicit(3, operator="code"), "operator='code' is neither"),
         (lambda: Implicit(3, Neumann(3), operator="published"), "works on the step map"),
     ],
