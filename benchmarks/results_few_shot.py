@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import learnedopt
-from learnedopt import checkpoint
+from learnedopt import HessianFree, checkpoint
 from learnedopt.comparison import align
 from learnedopt.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
 from learnedopt.implicit import InnerSolver
@@ -37,9 +37,14 @@ METHODS = {
     "maml-omniglot": Method("MAML", 3, "98.7 (Finn et al. 2017)"),
     "meta-sgd-omniglot": Method("Meta-SGD", 3, "99.53 (Li et al. 2017)"),
     "reptile-omniglot": Method("Reptile", 50, "97.68 (Nichol et al. 2018)"),
-    "imaml-omniglot": Method("iMAML, gradient descent", 16, "99.16 (Rajeswaran et al. 2019)"),
+    "imaml-omniglot": Method("iMAML, gradient descent", 8, "99.16 (Rajeswaran et al. 2019)"),
+    "imaml-hf-omniglot": Method("iMAML, Hessian-free", 3, "99.50 (Rajeswaran et al. 2019)", HessianFree(5)),
 }
-RECIPES = {name + suffix: method for suffix in ("", "-paper") for name, method in METHODS.items()}
+PAPER_STEPS = {"imaml-omniglot": 16, "imaml-hf-omniglot": 5}
+RECIPES = METHODS | {
+    f"{name}-paper": method._replace(num_steps=PAPER_STEPS.get(name, method.num_steps))
+    for name, method in METHODS.items()
+}
 
 
 def measure(run: Path, method: Method, device: str | None = None) -> Adaptation:
