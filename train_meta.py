@@ -220,7 +220,7 @@ def maml_sine() -> Recipe:
         estimator=Unrolled(1),
         objective=FinalLoss(),
         num_meta_steps=60_000,
-        num_tasks=25,
+        num_tasks=4,
         meta=MetaLearning(lr=1e-3),
         validation=HeldOut(FinalLoss(), num_steps=1, num_tasks=1000, every=1000),
         execution=Execution(chunk_size=ALL_TASKS),
