@@ -104,7 +104,7 @@ def example(name: str, template: Params) -> UpdateRule:
     options: dict[str, dict[str, Any]] = {
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
-        "anil": {"head": glob.escape([*template][-1])},
+        "anil": {"head": glob.escape(next(reversed(template), ""))},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))
