@@ -39,8 +39,7 @@ class IMAML(UpdateRule):
     Raises:
         TypeError: ``lr`` or ``strength`` is not a number.
         ValueError: ``lr`` is negative or ``strength`` not positive; ``strengths`` is no such choice, or several are
-            fixed; the template holds
-            no floating-point tensors; at ``init``, the task's parameters are not like the template.
+            fixed; the template holds no floating-point tensors; at ``init``, the task's parameters are not like it.
     """
 
     template: Params = field(repr=False)
