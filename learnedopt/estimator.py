@@ -174,9 +174,7 @@ def _reached(
             stand_in = {k: torch.ones_like(p) for k, p in params.items()}
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             if rule.has_regularizer and tape is Tape.FULL:
-                term = rule.regularizer(leaves, params)
-                pulls = torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True)
-                stand_in = {k: 1.0 + pull for k, pull in zip(params, pulls, strict=True)}
+                stand_in = {k: 1.0 + pull for k, pull in rule.regularizer_gradient(leaves, params).items()}
             loss = next(iter(params.values())).new_ones(())
             params, state = loop.move(lane, leaves, stand_in, state, params, loss)
         total = sum((p.sum() for p in params.values()), torch.zeros(()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import checks, mixed_mode, tree
+from learnedopt.allocator import keep_freed_memory
 from learnedopt.rule import State, UpdateRule
 from learnedopt.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.tree import Params, Theta
@@ -135,6 +136,7 @@ class InnerLoop:
                 f"InnerLoop takes a TaskFamily and an UpdateRule, got {type(family).__name__}, {type(rule).__name__}; "
                 "make them by name with learnedopt.tasks.make(name) and learnedopt.optimizers.make(name)"
             )
+        keep_freed_memory()
         # What was already checked once, so that checks cost nothing after the first run.
         self.vetted: dict[Any, Any] = {}
         # What was compiled, or could not be, by signature.
@@ -243,7 +245,10 @@ class InnerLoop:
         result = self.rule.update(theta, grads, state, params, loss)
         deltas, state = checks.deltas_and_state(self.rule, result, params)
         # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
-        return {k: deltas[k].to(p.dtype) for k, p in params.items()}, () if state is None else state
+        for k, p in params.items():
+            if deltas[k].dtype is not p.dtype:
+                deltas = {**deltas, k: deltas[k].to(p.dtype)}
+        return deltas, () if state is None else state
 
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
         if split not in ("train", "valid"):
@@ -276,10 +281,11 @@ class InnerLoop:
                 params, state = self.move(
                     lane, theta, grads, state, params, loss.detach() if tape is Tape.FIRST_ORDER else loss
                 )
-            losses.append(lane.leave(loss))
+            losses.append(loss)
+        num_tasks = tree.size(carry.params)
         like = tree.leaves(carry.params)[0]
-        stacked = torch.stack(losses) if losses else like.new_empty(0, like.shape[0])
-        return lane.leave(params), lane.leave(state), stacked
+        stacked = torch.stack(losses) if losses else like.new_empty(0)
+        return lane.leave(params), lane.leave(state), stacked.reshape(len(losses), num_tasks)
 
     def gradient(
         self, lane: Lane, theta: Theta, params: Params, batch: Batch, tape: Tape
@@ -297,15 +303,16 @@ class InnerLoop:
                 grads = self._gradient_of(loss, params, tape)
             if self.rule.has_regularizer:
                 # Taken apart and then added, as LearnedOptimizer must: the same sums in the same order, the same bits.
-                pulls = self._gradient_of(lane.call(self.rule.regularizer, (theta,), params), params, tape)
-                grads = [g + pull for g, pull in zip(grads, pulls, strict=True)]
+                with torch.set_grad_enabled(tape is Tape.FULL):
+                    pulls = lane.call(self.rule.regularizer_gradient, (theta,), params)
+                    grads = [g + pulls[k] for g, k in zip(grads, params, strict=True)]
         return loss if tape is not Tape.NONE else loss.detach(), dict(zip(params, grads, strict=True)), params
 
     def _gradient_of(self, values: Tensor, params: Params, tape: Tape) -> list[Tensor]:
         # Tasks do not interact, so the gradient of the sum holds each task's own gradient.
         return list(
             torch.autograd.grad(
-                values.sum(), tuple(params.values()), create_graph=tape is Tape.FULL,
+                values.sum() if values.ndim else values, tuple(params.values()), create_graph=tape is Tape.FULL,
                 retain_graph=tape is not Tape.NONE, materialize_grads=True,
             )
         )  # fmt: skip
@@ -317,7 +324,7 @@ class InnerLoop:
         deltas, new_state = lane.call(self._update, (theta,), grads, state, params, loss)
         try:
             # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
-            new_state = tree.arrange(new_state, state)
+            new_state = tree.arrange(new_state, state) if new_state is not state else state
         except ValueError as error:
             raise ValueError(
                 f"{type(self.rule).__name__}.update must return a state of the same structure as it was given: {error}"

@@ -46,7 +46,8 @@ class LinearSolver(ABC):
 class ConjugateGradient(LinearSolver):
     """Conjugate gradient (Hestenes and Stiefel 1952) from zero, for symmetric positive definite operators.
 
-    In exact arithmetic it ends after as many iterations as the operator has distinct eigenvalues.
+    In exact arithmetic it ends after as many iterations as the operator has distinct eigenvalues. The residual reported
+    is the one that the iteration carries along; computing it anew would cost one more product.
 
     Args:
         num_iterations: at most so many; a task stops earlier where its residual reaches round-off.
@@ -78,20 +79,21 @@ class ConjugateGradient(LinearSolver):
             active = ~((rr <= floor) & rr.isfinite()) & ~stopped
             if not active.any():
                 break
-            ap = operator(p) + self.damping * p
+            ap = torch.add(operator(p), p, alpha=self.damping)
             pap = _dot(p, ap)
             if self.truncate:
                 level = active & (pap <= torch.finfo(pap.dtype).eps * p.norm(dim=1) * ap.norm(dim=1))
-                x = torch.where(level[:, None], rhs, x) if i == 0 else x
+                if i == 0:
+                    x, r = torch.where(level[:, None], rhs, x), torch.where(level[:, None], rhs - ap, r)
                 active, stopped = active & ~level, stopped | level
             # Finished tasks divide by one instead of by a vanished number, and do not move.
             alpha = torch.where(active, rr / torch.where(active, pap, 1.0), 0.0)
-            x, r = x + alpha[:, None] * p, r - alpha[:, None] * ap
+            x, r = torch.addcmul(x, alpha[:, None], p), torch.addcmul(r, alpha[:, None], ap, value=-1)
             new_rr = _dot(r, r)
-            p = r + torch.where(active, new_rr / torch.where(active, rr, 1.0), 0.0)[:, None] * p
+            beta = torch.where(active, new_rr / torch.where(active, rr, 1.0), 0.0)
+            p = torch.addcmul(r, beta[:, None], p)
             rr, iterations = new_rr, iterations + active
-        damped = operator(x) + self.damping * x
-        return Solution(x, _relative(rhs - damped, rhs), iterations)
+        return Solution(x, _relative(r, rhs), iterations)
 
 
 @final
@@ -224,7 +226,7 @@ def asymmetry(operator: Operator, like: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)
+    return torch.linalg.vecdot(a, b)
 
 
 def _relative(residual: Tensor, rhs: Tensor) -> Tensor:

@@ -277,10 +277,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
         if not self.rule.has_regularizer:
             return grads
-        with torch.enable_grad():
-            at = {k: p.detach().requires_grad_() for k, p in params.items()}
-            pulls = torch.autograd.grad(self.rule.regularizer(self.theta, at), tuple(at.values()), allow_unused=True)
-        return {k: g if pull is None else g + pull for (k, g), pull in zip(grads.items(), pulls, strict=True)}
+        pulls = self.rule.regularizer_gradient(self.theta, params)
+        return {k: g + pulls[k] for k, g in grads.items()}
 
     def _update(self, grads: Params, state: State, params: Params, loss: Any) -> tuple[Params, State]:
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.

@@ -54,6 +54,13 @@ class UpdateRule(ABC):
         """Return a scalar, such as a proximal term, whose gradient is added to the loss's."""
         raise NotImplementedError(f"{type(self).__name__} has no regularizer")
 
+    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
+        """Return the gradient of ``regularizer`` with respect to ``params``, differentiable once more.
+
+        A rule that knows it in closed form spares each inner step a second back-propagation.
+        """
+        return torch.func.grad(lambda at: self.regularizer(theta, at))(params)
+
     @property
     def has_regularizer(self) -> bool:
         """Whether ``regularizer`` is defined; a wrapper answers for the rule that it wraps."""

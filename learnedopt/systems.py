@@ -62,9 +62,9 @@ class OptimalitySystem(System):
             self.params = [p.detach().requires_grad_() for p in end.params.values()]
             params = lane.enter(dict(zip(end.params, self.params, strict=True)))
             loss = lane.call(loop.family.loss, (), params, batch).sum()
-            term = lane.call(loop.rule.regularizer, (theta,), params).sum()
+            pulls = lane.leave(lane.call(loop.rule.regularizer_gradient, (theta,), params))
             self.loss_grads = torch.autograd.grad(loss, self.params, create_graph=True, materialize_grads=True)
-            self.term_grads = torch.autograd.grad(term, self.params, create_graph=True, materialize_grads=True)
+            self.term_grads = [pulls[k] for k in end.params]
             self.grads = [a + b for a, b in zip(self.loss_grads, self.term_grads, strict=True)]
 
     def right_hand_side(self, cotangents: Sequence[Tensor]) -> Tensor:
@@ -215,7 +215,7 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
         moved = _random_like(params, 0)
         params = {k: (p + moved[k]).requires_grad_() for k, p in params.items()}
         if issubclass(system, OptimalitySystem):
-            outputs, rests = list(_pulls(loop, leaves, params).values()), True
+            outputs, rests = list(loop.rule.regularizer_gradient(leaves, params).values()), True
         else:
             _, settled = tree.detach(_step_without_loss(loop, leaves, params, state))  # flags have settled there
             image = _step_without_loss(loop, leaves, params, settled)
@@ -234,17 +234,11 @@ def _step_without_loss(
     loop: InnerLoop, theta: Theta, params: tree.Params, state: tree.Tree
 ) -> tuple[tree.Params, tree.Tree]:
     """Take one task's step as if the loss were flat: the regularizer alone pulls, where there is one."""
-    pulls = {k: torch.zeros_like(p) for k, p in params.items()}
     if loop.rule.has_regularizer:
-        pulls = _pulls(loop, theta, params)
+        pulls = loop.rule.regularizer_gradient(theta, params)
+    else:
+        pulls = {k: torch.zeros_like(p) for k, p in params.items()}
     return loop.move(Lane(1), theta, pulls, state, params, next(iter(params.values())).new_zeros(()))
-
-
-def _pulls(loop: InnerLoop, theta: Theta, params: tree.Params) -> tree.Params:
-    """Return the gradient of one task's regularizer, with its graph."""
-    term = loop.rule.regularizer(theta, params)
-    found = torch.autograd.grad(term, [*params.values()], create_graph=True, materialize_grads=True)
-    return dict(zip(params, found, strict=True))
 
 
 def _refuse_counter(loop: InnerLoop, theta: Theta, params: tree.Params, state: tree.Tree) -> None:

@@ -96,3 +96,12 @@ class IMAML(UpdateRule):
         distance = torch.stack([square.sum() for square in squares.values()]).sum()
         strength = theta["strength"].to(distance.dtype) if self.learn_strength else self.strength
         return 0.5 * strength * distance
+
+    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
+        """Return ``strength * (params - start)``."""
+        start = learned_start(theta, params)
+        if not self.learn_strength:
+            return {name: self.strength * (p - start[name]) for name, p in params.items()}
+        own = self.strengths != "scalar"
+        strength = {name: theta[f"strength/{name}" if own else "strength"].to(p.dtype) for name, p in params.items()}
+        return {name: strength[name] * (p - start[name]) for name, p in params.items()}

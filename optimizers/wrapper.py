@@ -57,6 +57,10 @@ class Wrapper(UpdateRule):
         """Return the wrapped rule's regularizer."""
         return self.rule.regularizer(unprefixed("rule", theta), params)
 
+    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
+        """Return the gradient of the wrapped rule's regularizer."""
+        return self.rule.regularizer_gradient(unprefixed("rule", theta), params)
+
 
 def prefixed(prefix: str, theta: Theta) -> Theta:
     """Return ``theta`` with every name ``x`` as ``<prefix>/x``."""

@@ -79,6 +79,15 @@ def test_damping_solves_the_damped_system_and_reports_its_residual() -> None:
     assert solution.residual.max() < 1e-13
 
 
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_a_truncated_solution_is_reported_with_its_own_residual(num_iterations: int) -> None:
+    a, b = with_eigenvalues([[-3.0, -2, -1, 1, 2, 3], [1.0, 2, 3, 4, 5, 6], [-1.0] * 6]), normal(3, DIM)
+    solution = ConjugateGradient(num_iterations, truncate=True).solve(operator_of(a), b)
+    true = (b - operator_of(a)(solution.x)).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(solution.residual, true, rtol=1e-12, atol=1e-16)
+    assert torch.equal(solution.x[2], b[2]) and solution.iterations[2] == 0
+
+
 def test_gmres_solves_what_is_not_symmetric() -> None:
     a = normal(4, DIM, DIM, seed=2) + 4 * torch.eye(DIM, dtype=FLOAT)
     a[1] = torch.eye(DIM, dtype=FLOAT).roll(1, 0)  # a cyclic shift: no progress at all before the last iteration

@@ -207,6 +207,26 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
 
 
 @every_rule
+def test_the_gradient_of_a_regularizer_is_that_and_has_its_derivatives(kind: str) -> None:
+    rule, theta = prepared(kind)
+    params, along = template(seed=2), random_like(template(), 3)
+    if not rule.has_regularizer:
+        return
+
+    def slope(gradient: Callable[[Theta, Params], Params]) -> Callable[[Theta, Params], Tensor]:
+        return lambda *at: torch.stack([(g * along[k]).sum() for k, g in gradient(*at).items()]).sum()
+
+    expected = torch.func.grad(rule.regularizer, argnums=1)
+    assert_close(rule.regularizer_gradient(theta, params), expected(theta, params))
+    first, second = (torch.func.grad(slope(f), argnums=(0, 1)) for f in (rule.regularizer_gradient, expected))
+    assert_close(first(theta, params), second(theta, params))
+    assert any(g.any() for g in first(theta, params)[0].values())
+    both = tree.tree_map(lambda a, b: torch.stack([a, b]), params, template(seed=4))
+    batched = torch.func.vmap(rule.regularizer_gradient, in_dims=(None, 0))(theta, both)
+    assert_close({k: g[0] for k, g in batched.items()}, expected(theta, params))
+
+
+@every_rule
 def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str) -> None:
     rule, theta = prepared(kind)
     if not rule.coordinatewise:

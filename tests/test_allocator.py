@@ -1,0 +1,58 @@
+"""Freed memory that stays with the process, each case in a process of its own: malloc is set up once for all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Five rounds of what a task's graph does to the heap; the last round's page faults are printed.
+ROUNDS = """
+import resource, torch, learnedopt
+loop = learnedopt.InnerLoop(learnedopt.tasks.make("quadratic"), learnedopt.optimizers.make("sgd"))
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**18) for _ in range(40)]  # 1 MiB each
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, learnedopt.allocator.keep_freed_memory())
+"""
+
+
+def gnu() -> bool:
+    try:
+        return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+    except (OSError, TypeError):
+        return False
+
+
+needs_gnu = pytest.mark.skipif(not gnu(), reason="this C library's malloc is not the GNU one, and is left alone")
+
+
+def faults(**environment: str) -> tuple[int, bool]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    done = subprocess.run(
+        [sys.executable, "-c", ROUNDS], env={**inherited, **environment}, capture_output=True, text=True, check=True
+    )
+    count, kept = done.stdout.split()
+    return int(count), kept == "True"
+
+
+@needs_gnu
+def test_a_loop_makes_freed_memory_stay() -> None:
+    count, kept = faults()
+    assert kept and count < 200
+    count, kept = faults(LEARNEDOPT_KEEP_MEMORY="0")
+    assert not kept and count > 5_000  # 10,240 pages of 4 KiB
+
+
+@needs_gnu
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")],
+)
+def test_malloc_is_left_as_the_user_has_set_it_up(name: str, value: str) -> None:
+    count, kept = faults(**{name: value})
+    assert not kept and count > 5_000
