@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FirstOrder, InnerLoop, SumOfLosses, Theta
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
+from learnedopt.compiled import CompileWarning
 
 HIDDEN, FACTOR, SCALE = 20, 10.0, 0.1
 BATCH, DIM = 128, 10
@@ -83,20 +85,25 @@ def zeros(num_coordinates: int, like: Tensor) -> States:
     return [(zero, zero), (zero, zero)]
 
 
-def ours_mlp(size: Size) -> Call:
+def ours_mlp(size: Size, *, compile: bool = False) -> Call:
     """Return how this library computes the meta-training step on the MLP."""
     family = Stored(mlp_problem(size), fresh=True)
-    return _ours(InnerLoop(family, rules.make("lstm")), family.sample(size.tasks, torch.Generator()), size)
+    return _ours(
+        InnerLoop(family, rules.make("lstm"), Execution(compile=compile)),
+        family.sample(size.tasks, torch.Generator()),
+        size,
+    )
 
 
-def ours_quadratics(size: Size) -> Call:
+def ours_quadratics(size: Size, *, compile: bool = False) -> Call:
     """Return the same on quadratics, all tasks at once."""
     family, tasks = _quadratics(size)
-    return _ours(InnerLoop(family, rules.make("lstm"), Execution(chunk_size=size.tasks)), tasks, size)
+    return _ours(InnerLoop(family, rules.make("lstm"), Execution(chunk_size=size.tasks, compile=compile)), tasks, size)
 
 
 def _ours(loop: InnerLoop, tasks: Any, size: Size) -> Call:
     theta = trained(size)
+    warnings.simplefilter("error", CompileWarning)  # what falls back to the plain gradient is not to pass for compiled
 
     def call() -> list[Tensor]:
         estimate = FirstOrder(size.steps).estimate(loop, theta, SumOfLosses(), loop.start(tasks))
@@ -218,15 +225,19 @@ def _weights(cells: Cells) -> list[Tensor]:
     return [p for cell in cells for p in cell.parameters()]
 
 
-def _training(ours: Callable[[Size], Call], pose: Callable[[Size], Posed]) -> dict[str, Competitor]:
+def _training(ours: Callable[..., Call], pose: Callable[[Size], Posed]) -> dict[str, Competitor]:
     return {
         "learnedopt": Competitor(ours),
+        "learnedopt, compiled": Competitor(lambda size: ours(size, compile=True), warm_at_size=True),
         "higher": Competitor(higher(pose), "higher"),
         "nn.LSTMCell loop": Competitor(plain(pose)),
     }
 
 
-_TEXT = f"Two layers of {HIDDEN} units, gradients detached, the sum of the losses after each of the steps."
+_TEXT = (
+    f"Two layers of {HIDDEN} units, gradients detached, the sum of the losses after each of the steps. *Compiled*: the "
+    "gradient of an inner step, by `Execution(compile=True)`."
+)
 WORKLOADS = {
     "lstm-mlp": Workload(
         "LSTM meta-training step, MLP 784-20-10, 20 steps", _TEXT + f" Batches of {BATCH} random images.",

@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from learnedopt import tree
 from learnedopt.estimator import as_leaves
-from learnedopt.inner import Carry, InnerLoop
+from learnedopt.inner import Carry, InnerLoop, Lane, Tape
 from learnedopt.objective import MetaObjective, TaskMean
 from learnedopt.task import Batch, Split, Tasks
-from learnedopt.tree import Theta
+from learnedopt.tree import Params, Theta
 
 logger = logging.getLogger("learnedopt")
 
@@ -76,8 +76,8 @@ def reason_against(estimator: Any, objective: MetaObjective) -> str | None:
 
 def differentiate(
     loop: InnerLoop, eager: Differentiate, theta: Theta, chunk: Carry, weight: float, what: tuple[Any, MetaObjective]
-) -> tuple[Piece, float]:
-    """Return what ``eager`` returns, by a compiled program where that can be; and the seconds spent on compiling.
+) -> Piece:
+    """Return what ``eager`` returns, by a compiled program where that can be.
 
     Args:
         loop: whose ``programs`` keep what was compiled; ``eager`` draws its batches from it.
@@ -93,7 +93,7 @@ def differentiate(
     reason = reason_against(*what)
     if reason is not None:
         say_why_not(loop, reason)
-        return eager(theta, chunk, weight), 0.0
+        return eager(theta, chunk, weight)
     expected = None
     given, structure = _inspected((theta, *_trees(chunk)))
     kind = ("reads", *what, chunk.state is None, structure)
@@ -104,26 +104,75 @@ def differentiate(
     drawn, structure = _inspected(batches)
     # Detached: some may be one tensor, and for a program they are different ones.
     inputs, key = [x.detach() for x in (*given, *drawn)], ("program", kind, structure)
-    if key in loop.programs:
-        program = loop.programs[key]
-        return (eager(theta, chunk, weight) if program is None else _call(program, inputs, chunk, weight)), 0.0
+    if key not in loop.programs:
+        right = eager(theta, chunk, weight) if expected is None else expected
 
-    expected = eager(theta, chunk, weight) if expected is None else expected
+        def build() -> _Program:
+            program = _compile(loop, eager, reads, (theta, chunk, batches), right.value.dtype)
+            _require_equal(_call(program, inputs, chunk, weight), right)
+            return program
+
+        loop.programs[key] = _built(loop, f"the meta-gradient of {type(what[0]).__name__}", build)
+    program = loop.programs[key]
+    return eager(theta, chunk, weight) if program is None else _call(program, inputs, chunk, weight)
+
+
+def gradient(loop: InnerLoop, lane: Lane, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+    """Return a train loss and its gradient, as ``loop.gradient`` does, by a compiled program where that can be.
+
+    The rule has no regularizer. The first is computed both ways, as in ``differentiate``.
+    """
+
+    def eager(params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        loss, grads, _ = loop.gradient(lane, {}, params, batch, Tape.NONE)
+        return loss, grads
+
+    inputs, structure = _inspected((params, batch))
+    key = ("gradient", lane.num_tasks, structure)
+    if key not in loop.programs:
+        _, restore = tree.flatten((params, batch))
+
+        def record(*tensors: Tensor) -> list[Tensor]:
+            loss, grads = eager(*restore(tensors))
+            return [loss, *grads.values()]
+
+        def build() -> Callable[..., Sequence[Tensor]]:
+            program = _compiled(record, inputs)
+            with torch.no_grad():
+                loss, *grads = program(*inputs)
+            right_loss, right = eager(params, batch)
+            _require_close({"loss": ([loss], [right_loss]), "gradient": (grads, list(right.values()))})
+            return program
+
+        loop.programs[key] = _built(loop, "the gradient of an inner step", build)
+    program = loop.programs[key]
+    if program is None:
+        return eager(params, batch)
+    with torch.no_grad():
+        loss, *grads = program(*inputs)
+    return loss, dict(zip(params, grads, strict=True))
+
+
+def seconds_spent(loop: InnerLoop) -> float:
+    """Return the seconds that compiling has taken since this was last asked."""
+    return loop.programs.pop("seconds", 0.0)
+
+
+def _built(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
+    """Return the program, or None and a warning where it cannot be built."""
     began = time.perf_counter()
     try:
-        program = _compile(loop, eager, reads, (theta, chunk, batches), expected.value.dtype)
-        piece = _call(program, inputs, chunk, weight)
-        _require_equal(piece, expected)
+        program = build()
     except Exception as error:  # a compiler may fail in any way; what is wrong with the run itself, eager has raised
         logger.debug("compiling failed", exc_info=True)
         lines = str(error).strip().splitlines()
         say_why_not(loop, f"{type(error).__name__}: {' '.join(lines[: 2 if lines and lines[0].endswith(':') else 1])}")
-        program, piece = None, expected
+        program = None
     seconds = time.perf_counter() - began
-    loop.programs[key] = program
+    loop.programs["seconds"] = loop.programs.get("seconds", 0.0) + seconds
     if program is not None:
-        logger.info("compiled the meta-gradient of %s in %.1f s", type(what[0]).__name__, seconds)
-    return piece, seconds
+        logger.info("compiled %s in %.1f s", name, seconds)
+    return program
 
 
 def say_why_not(loop: InnerLoop, reason: str) -> None:
@@ -164,8 +213,6 @@ def _compile(
     dtype: torch.dtype,
 ) -> _Program:  # fmt: skip
     """Record ``eager`` on stand-ins of the example's theta, chunk and batches, and compile the record."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     theta, chunk, batches = example
     flat, restore = tree.flatten((theta, *_trees(chunk), batches))
     rebuild: Callable[[Sequence[Any]], Piece] | None = None
@@ -184,20 +231,24 @@ def _compile(
         rest[:] = [_HOLE if isinstance(x, Tensor) else x for x in leaves]
         return [x for x in leaves if isinstance(x, Tensor)]
 
-    # Each input is a tensor of its own, even where a family returns one tensor as several batches: it need not always.
-    # Stand-ins have no memory, so that code which bypasses torch's operations raises in place of recording nonsense.
-    graph = make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(
-        torch.zeros((), dtype=dtype), *[x.detach().clone() for x in flat]
-    )
-
     def fill(tensors: Sequence[Tensor]) -> Piece:
         assert rebuild is not None
         found = iter(tensors)
         return rebuild([next(found) if x is _HOLE else x for x in rest])
 
+    return _Program(_compiled(record, [torch.zeros((), dtype=dtype), *flat]), fill, dtype)
+
+
+def _compiled(record: Callable[..., list[Tensor]], example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Record a function of tensors that returns tensors, and compile the record."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # Each input is a tensor of its own, even where a family returns one tensor as several batches: it need not always.
+    # Stand-ins have no memory, so that code which bypasses torch's operations raises in place of recording nonsense.
+    graph = make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(*[x.detach().clone() for x in example])
     # On a CPU the many small kernels are called from C++ too: it is faster, and sooner ready when found on disk.
-    options: dict[str, Any] | None = {"cpp_wrapper": True} if all(x.device.type == "cpu" for x in flat) else None
-    return _Program(torch.compile(graph, fullgraph=True, dynamic=False, options=options), fill, dtype)
+    options: dict[str, Any] | None = {"cpp_wrapper": True} if all(x.device.type == "cpu" for x in example) else None
+    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
 
 def _call(program: _Program, inputs: Sequence[Tensor], chunk: Carry, weight: float) -> Piece:
@@ -207,12 +258,18 @@ def _call(program: _Program, inputs: Sequence[Tensor], chunk: Carry, weight: flo
 
 
 def _require_equal(piece: Piece, expected: Piece) -> None:
+    _require_close(
+        {
+            "objective": ([piece.value], [expected.value]),
+            "gradient": (piece.grads, expected.grads),
+            "end": (list(piece.end.params.values()), list(expected.end.params.values())),
+        }
+    )
+
+
+def _require_close(results: dict[str, tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]) -> None:
     """Raise ArithmeticError where a program computes something else than what it was recorded from."""
-    for name, found, right in (
-        ("objective", [piece.value], [expected.value]),
-        ("gradient", piece.grads, expected.grads),
-        ("end", list(piece.end.params.values()), list(expected.end.params.values())),
-    ):
+    for name, (found, right) in results.items():
         pairs = [(a.detach(), b.detach()) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
         if [x is None for x in found] != [x is None for x in right]:
             raise ArithmeticError(f"the compiled {name} lacks what the uncompiled has")

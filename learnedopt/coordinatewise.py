@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt import flat_state, inner, tree
+from learnedopt import compiled, flat_state, inner, tree
 from learnedopt.estimator import call_objective
 from learnedopt.flat_state import NAME, Axes
 from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape
@@ -175,7 +175,10 @@ def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Memo
     x, losses, grads = tree.ravel(like), [], []
     for step in range(start.step, start.step + num_steps):
         batch = lane.enter(loop.batch(start.tasks, step, "train"))
-        loss, slopes, _ = loop.gradient(lane, theta, params, batch, Tape.NONE)
+        if loop.execution.compile:
+            loss, slopes = compiled.gradient(loop, lane, params, batch)
+        else:
+            loss, slopes, _ = loop.gradient(lane, theta, params, batch, Tape.NONE)
         grads.append(tree.ravel(list(lane.leave(slopes).values())))
         losses.append(lane.leave(loss))
         with torch.no_grad():

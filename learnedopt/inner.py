@@ -46,7 +46,8 @@ class Execution:
             It pays where theta is trained for long, since compiling takes from seconds to minutes, the longer the more
             inner steps; torch keeps what it compiled on disk, so that the next process takes seconds. Estimators that
             back-propagate through whole unrolls do so; where they cannot, or compiling fails, the run goes on
-            uncompiled, with a warning that says why. The coordinatewise adjoint, where it applies, comes first.
+            uncompiled, with a warning that says why. Under the coordinatewise adjoint, where it applies, the gradient
+            of an inner step is what is compiled.
         mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
             take second derivatives by forward mode over reverse mode, which runs the gradient a second time.
     """

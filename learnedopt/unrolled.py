@@ -41,7 +41,7 @@ def back_propagate(
     """
     leaves = as_leaves(theta)
     num_tasks = tree.size(carry.params)
-    values, sums, ends, curves, named, seconds = [], {}, [], [], False, 0.0
+    values, sums, ends, curves, named = [], {}, [], [], False
 
     def eager(leaves: Theta, chunk: Carry, weight: float | torch.Tensor) -> compiled.Piece:
         with torch.enable_grad():
@@ -59,10 +59,9 @@ def back_propagate(
                 loop, leaves, objective, chunk, by_coordinates, weight
             )
         elif loop.execution.compile:
-            (value, found, end, named, losses), spent = compiled.differentiate(
+            value, found, end, named, losses = compiled.differentiate(
                 loop, eager, leaves, chunk, weight, (estimator, objective)
             )
-            seconds += spent
         else:
             value, found, end, named, losses = eager(leaves, chunk, weight)
         for k, g in _complete(found, leaves, objective, zero).items():
@@ -76,6 +75,7 @@ def back_propagate(
     info: dict[str, Any] = {"losses": torch.stack(curves).sum(0)}
     if zero:
         info["zero_gradient"] = zero
+    seconds = compiled.seconds_spent(loop)
     if seconds:
         info["compile_seconds"] = seconds
     return MetaGrad(torch.stack(values).sum(), sums, inner.join(ends) if ends else None, info), named

@@ -149,12 +149,10 @@ class LSTM(UpdateRule):
 
 def preprocess(grads: Tensor, factor: float) -> Tensor:
     """Return the two inputs (..., 2, num_coordinates) for gradients (..., num_coordinates): scale and direction."""
-    magnitude = grads.abs()
-    large = magnitude >= math.exp(-factor)
-    # The logarithm's derivative is infinite at 0, so it only ever sees magnitudes that it is used for.
-    log = torch.where(large, magnitude, 1.0).log() / factor
-    first = torch.where(large, log, -1.0)
-    second = torch.where(large, grads.sign(), math.exp(factor) * grads)
+    # Below exp(-factor) the first is -1 and the second follows the gradient; above, the second is its sign. Clamping
+    # keeps the logarithm, whose derivative is infinite at 0, away from there.
+    first = grads.abs().clamp(min=math.exp(-factor)).log() / factor
+    second = (math.exp(factor) * grads).clamp(-1.0, 1.0)
     return torch.stack([first, second], dim=-2)
 
 

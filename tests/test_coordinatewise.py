@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, final
 
 import pytest
@@ -30,6 +31,7 @@ from learnedopt import (
     coordinatewise,
     optimizers,
 )
+from learnedopt.compiled import CompileWarning
 from learnedopt.estimator import MetaGrad
 from learnedopt.objective import MetaObjective
 from learnedopt.optimizers import lstm_kernel, registry
@@ -152,6 +154,30 @@ def test_every_rule_that_it_serves_agrees_with_the_plain_unroll(
         for estimator in (FirstOrder(4), Truncated(3, 30)):
             rule = registry.example(kind, template(Quadratic()))
             assert_same(*(windows(estimator, rule, objective, execution, plain=plain) for plain in (False, True)))
+
+
+@pytest.mark.parametrize("execution", CHUNKS.values(), ids=CHUNKS)
+def test_the_record_of_an_inner_gradient_gives_the_same(
+    execution: Execution, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    records: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda record, **options: records.append(record) or record)
+    compiled = replace(execution, compile=True)
+    for kind in ("lstm", "adam"):
+        rule = registry.example(kind, template(Quadratic()))
+        found = windows(FirstOrder(4), rule, SumOfLosses(), compiled, plain=False)
+        assert_same(found, windows(FirstOrder(4), rule, SumOfLosses(), execution, plain=True))
+        assert found[0].info["compile_seconds"] > 0 and "compile_seconds" not in found[1].info
+    assert records and not any(warning.category is CompileWarning for warning in recwarn)
+
+
+def test_an_inner_gradient_that_is_compiled_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda record, **options: lambda *x: [1.001 * y for y in record(*x)])
+    rule = registry.example("lstm", template(Quadratic()))
+    with pytest.warns(CompileWarning, match="ArithmeticError: the compiled loss differs by") as caught:
+        found = windows(FirstOrder(4), rule, SumOfLosses(), Execution(compile=True), plain=False)
+    assert len(caught) == 1
+    assert_same(found, windows(FirstOrder(4), rule, SumOfLosses(), Execution(), plain=True))
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES.values(), reads_the_last_state], ids=[*OBJECTIVES, "all there is"])
