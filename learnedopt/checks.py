@@ -67,18 +67,18 @@ def require_tensors(rule: UpdateRule, state: State) -> None:
         )
 
 
-def deltas_and_state(rule: UpdateRule, result: Any, params: Params) -> tuple[Params, State]:
-    """Return what ``update`` returned; raise ValueError unless it is one delta of the same shape per parameter."""
-    name = type(rule).__name__
+def params_and_state(rule: UpdateRule, method: str, result: Any, params: Params) -> tuple[Params, State]:
+    """Return what ``update`` or ``step`` returned; raise ValueError unless it has a tensor shaped as each parameter."""
+    name, what = f"{type(rule).__name__}.{method}", {"update": "delta", "step": "new value"}[method]
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], dict):
-        raise ValueError(f"{name}.update must return (deltas, state), got {type(result).__name__}")
-    deltas, state = result
-    if deltas.keys() != params.keys() or any(deltas[k].shape != p.shape for k, p in params.items()):
+        raise ValueError(f"{name} must return ({what}s, state), got {type(result).__name__}")
+    found, state = result
+    if found.keys() != params.keys() or any(found[k].shape != p.shape for k, p in params.items()):
         raise ValueError(
-            f"{name}.update must return one delta of the same shape per parameter: expected {shapes(params)}, got "
-            f"{shapes(deltas)}"
+            f"{name} must return one {what} of the same shape per parameter: expected {shapes(params)}, got "
+            f"{shapes(found)}"
         )
-    return deltas, state
+    return found, state
 
 
 def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:

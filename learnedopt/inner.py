@@ -242,14 +242,16 @@ class InnerLoop:
         checks.require_tensors(self.rule, state)
         return params, state
 
-    def _update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        result = self.rule.update(theta, grads, state, params, loss)
-        deltas, state = checks.deltas_and_state(self.rule, result, params)
-        # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
-        for k, p in params.items():
-            if deltas[k].dtype is not p.dtype:
-                deltas = {**deltas, k: deltas[k].to(p.dtype)}
-        return deltas, () if state is None else state
+    def _step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
+        found = self.rule.step(theta, grads, state, params, loss)
+        if found is not None:
+            moved, state = checks.params_and_state(self.rule, "step", found, params)
+        else:
+            result = self.rule.update(theta, grads, state, params, loss)
+            deltas, state = checks.params_and_state(self.rule, "update", result, params)
+            # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
+            moved = {k: p + (d if (d := deltas[k]).dtype is p.dtype else d.to(p.dtype)) for k, p in params.items()}
+        return moved, () if state is None else state
 
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
         if split not in ("train", "valid"):
@@ -322,7 +324,7 @@ class InnerLoop:
         self, lane: Lane, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state."""
-        deltas, new_state = lane.call(self._update, (theta,), grads, state, params, loss)
+        moved, new_state = lane.call(self._step, (theta,), grads, state, params, loss)
         try:
             # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
             new_state = tree.arrange(new_state, state) if new_state is not state else state
@@ -330,7 +332,7 @@ class InnerLoop:
             raise ValueError(
                 f"{type(self.rule).__name__}.update must return a state of the same structure as it was given: {error}"
             ) from error
-        return {k: p + deltas[k] for k, p in params.items()}, new_state
+        return moved, new_state
 
     def _vet_theta(self, theta: Theta) -> None:
         if "theta" not in self.vetted:

@@ -232,7 +232,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params = _values(members)
         layout, state, count = self._recall(members, params)
         grads = self._gradients(members, params)
-        deltas, new_state = self._update(grads, state, params, loss)
+        # Whole steps are taken as the engine takes them; parts of one need the deltas.
+        whole = all(float(group["lr"]) == 1 for _, _, group in members)
+        found, new_state, added = self._update(grads, state, params, loss, whole)
         memory = _leaves(new_state)
         if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
             raise ValueError(
@@ -246,7 +248,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for name, param, group in members:
             lr = float(group["lr"])
             if param.grad is not None and lr != 0:  # 0 times an infinite update would not be nothing
-                param.add_(deltas[name].to(param.dtype), alpha=lr)
+                if added:
+                    param.copy_(found[name])
+                else:
+                    param.add_(found[name].to(param.dtype), alpha=lr)
             # An entry for every parameter: tools that save by parameter look for one.
             self.state[param] = {"step": count + 1}
         # A new dict each time, so that an earlier state_dict() keeps what it held.
@@ -280,13 +285,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         pulls = self.rule.regularizer_gradient(self.theta, params)
         return {k: g + pulls[k] for k, g in grads.items()}
 
-    def _update(self, grads: Params, state: State, params: Params, loss: Any) -> tuple[Params, State]:
+    def _update(
+        self, grads: Params, state: State, params: Params, loss: Any, whole: bool
+    ) -> tuple[Params, State, bool]:
+        """Return the deltas or, where the rule adds them itself, new parameters; the new state; and which it is."""
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else _scalar(loss, _common_device(params))
         try:
-            deltas = self.rule.update_in_place(self.theta, grads, state, params, scalar) if self._owned else None
-            if deltas is None:
-                deltas, state = self.rule.update(self.theta, grads, state, params, scalar)
+            stepped = self.rule.step(self.theta, grads, state, params, scalar) if whole else None
+            if stepped is not None:
+                found, state = stepped
+            elif self._owned and (deltas := self.rule.update_in_place(self.theta, grads, state, params, scalar)):
+                found = deltas
+            else:
+                found, state = self.rule.update(self.theta, grads, state, params, scalar)
         except KeyError as error:
             raise ValueError(_unknown(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:
@@ -296,12 +308,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"{_name(self.rule)}.update failed without the loss ({type(error).__name__}: {error}); a rule that "
                 "reads the loss needs step(loss=loss) or step(closure)"
             ) from error
-        if {k: d.shape for k, d in deltas.items()} != {k: p.shape for k, p in params.items()}:
+        if {k: d.shape for k, d in found.items()} != {k: p.shape for k, p in params.items()}:
             raise ValueError(
                 f"{_name(self.rule)}.update must return one delta of the same shape per parameter: expected "
-                f"{_shapes(params)}, got {_shapes(deltas)}"
+                f"{_shapes(params)}, got {_shapes(found)}"
             )
-        return deltas, () if state is None else state
+        return found, () if state is None else state, stepped is not None
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError where a rule's memory that is to be loaded does not fit; a fresh optimizer has none."""

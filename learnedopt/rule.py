@@ -66,6 +66,16 @@ class UpdateRule(ABC):
         """Whether ``regularizer`` is defined; a wrapper answers for the rule that it wraps."""
         return type(self).regularizer is not UpdateRule.regularizer
 
+    def step(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+    ) -> tuple[Params, State] | None:
+        """Optional: ``update`` with the deltas added already, in fewer passes over memory.
+
+        Returns the new parameters, the same as ``params + deltas`` but for rounding, and the new state; None where it
+        does not serve, as by default, which must not depend on values.
+        """
+        return None
+
     def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
         """Optional: ``update`` that writes the new state over ``state``, without a graph, to the same bits.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnedopt.optimizers.hand_designed import check_number
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
+from learnedopt.optimizers.sgd import descend
 from learnedopt.optimizers.wrapper import prefixed
 from learnedopt.rule import UpdateRule
 from learnedopt.tree import Params, Theta
@@ -85,6 +86,12 @@ class IMAML(UpdateRule):
     ) -> tuple[Params, tuple[()]]:
         """Step against the gradient, which includes the proximal term's."""
         return {name: -self.lr * grad for name, grad in grads.items()}, state
+
+    def step(
+        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
+    ) -> tuple[Params, tuple[()]]:
+        """Step in one pass."""
+        return {name: descend(p, self.lr, grads[name]) for name, p in params.items()}, state
 
     def regularizer(self, theta: Theta, params: Params) -> Tensor:
         """Return the proximal term ``strength / 2 * |params - start|^2``, each one's where there are more."""

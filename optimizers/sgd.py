@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from learnedopt.optimizers.hand_designed import NOT_NEGATIVE, HandDesigned
@@ -46,3 +47,19 @@ class SGD(HandDesigned):
             hyper = values[grad.dtype]
             deltas[name] = -hyper["lr"] * self.decayed(hyper, grad, params[name])
         return deltas, state
+
+    def step(
+        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
+    ) -> tuple[Params, tuple[()]] | None:
+        """Step in one pass; not with a weight decay."""
+        if self.uses("weight_decay"):
+            return None
+        values = self.values(theta, grads.values())
+        return {name: descend(p, values[p.dtype]["lr"], grads[name]) for name, p in params.items()}, state
+
+
+def descend(param: Tensor, rate: float | Tensor, grad: Tensor) -> Tensor:
+    """Return ``param - rate * grad``."""
+    if isinstance(rate, Tensor):
+        return torch.addcmul(param, rate, grad, value=-1)
+    return torch.add(param, grad, alpha=-rate)

@@ -53,6 +53,14 @@ class Wrapper(UpdateRule):
         """Move as the wrapped rule does."""
         return self.rule.update(unprefixed("rule", theta), grads, state, params, loss)
 
+    def step(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+    ) -> tuple[Params, State] | None:
+        """Step as the wrapped rule does, unless the wrapper moves otherwise."""
+        if type(self).update is not Wrapper.update:
+            return None
+        return self.rule.step(unprefixed("rule", theta), grads, state, params, loss)
+
     def regularizer(self, theta: Theta, params: Params) -> Tensor:
         """Return the wrapped rule's regularizer."""
         return self.rule.regularizer(unprefixed("rule", theta), params)

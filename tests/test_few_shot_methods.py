@@ -221,7 +221,8 @@ def test_maml_on_a_convolutional_network_equals_higher() -> None:
             steps.step(nn.functional.cross_entropy(moving(drawn["train"][0]), drawn["train"][1]))
         nn.functional.cross_entropy(moving(drawn["valid"][0]), drawn["valid"][1]).backward()
     expected = {f"init/{k}": p.grad for k, p in module.named_parameters()}
-    assert relative_error(found, expected) < 1e-10
+    # As one vector: the biases before a normalisation have no gradient but rounding.
+    assert relative_error(*({"all": torch.cat([x[k].flatten() for k in found])} for x in (found, expected))) < 1e-10
 
 
 def _one(family: TaskFamily) -> Tasks:

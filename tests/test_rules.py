@@ -112,6 +112,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
+STEPS = {"sgd", "maml", "meta-sgd", "imaml", "learned-rates"}  # rules that add their deltas themselves
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -204,6 +205,31 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
     if rule.has_regularizer:
         terms = torch.func.vmap(rule.regularizer, in_dims=(None, 0))(theta, params)
         assert_close(terms, torch.stack([rule.regularizer(theta, task) for task in tasks]))
+
+
+@every_rule
+def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
+    rule, theta = prepared(kind)
+    params, grads, along = template(seed=2), random_like(template(), 3), random_like(template(), 4)
+    _, state = rule.init(theta, params)
+    loss = torch.tensor(0.7)
+    found = rule.step(theta, grads, state, params, loss)
+    assert (found is not None) == (kind.partition(",")[0] in STEPS and "decayed" not in kind and "constant" not in kind)
+    if found is None:
+        return
+    deltas, new_state = rule.update(theta, grads, state, params, loss)
+    assert_close(found, ({k: p + deltas[k] for k, p in params.items()}, new_state))
+
+    def by_step(theta: Theta, grads: Params, params: Params) -> Tensor:
+        moved, _ = rule.step(theta, grads, state, params, loss) or ({}, None)
+        return torch.stack([(moved[k] * along[k]).sum() for k in along]).sum()
+
+    def by_update(theta: Theta, grads: Params, params: Params) -> Tensor:
+        deltas, _ = rule.update(theta, grads, state, params, loss)
+        return torch.stack([((params[k] + deltas[k]) * along[k]).sum() for k in along]).sum()
+
+    first, second = (torch.func.grad(f, argnums=(0, 1, 2))(theta, grads, params) for f in (by_step, by_update))
+    assert_close(first, second)
 
 
 @every_rule
