@@ -28,6 +28,8 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
         ValueError: the structures of the others differ from ``tree``'s; dicts may differ in order.
     """
     # What flows is mostly tensors in dicts and tuples, and for small tasks walking them is much of a step's time.
+    if not rest:
+        return _map(fn, tree)
     if isinstance(tree, Tensor):
         return fn(tree, *rest)
     if type(tree) is dict:
@@ -39,6 +41,16 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
             raise ValueError(f"expected a tuple of {len(tree)}, got {_others(rest)}")
         return tuple(tree_map(fn, *each) for each in zip(tree, *rest, strict=True))
     return pytree.tree_map(fn, tree, *rest)
+
+
+def _map(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if type(tree) is dict:
+        return {k: fn(x) if isinstance(x, Tensor) else _map(fn, x) for k, x in tree.items()}
+    if type(tree) is tuple:
+        return tuple([fn(x) if isinstance(x, Tensor) else _map(fn, x) for x in tree])
+    return pytree.tree_map(fn, tree)
 
 
 def _others(trees: Sequence[Tree]) -> str:
