@@ -286,9 +286,9 @@ def imaml_omniglot() -> Recipe:
         # As published, the inner problem is not solved to the end: no warning below that. Damped, as of this
         # network's Hessians some have eigenvalues below -strength, which are poles.
         estimator=Implicit(8, ConjugateGradient(5, damping=1.0), tolerance=math.inf),
-        num_meta_steps=2000,
+        num_meta_steps=8000,
         meta=MetaLearning(lr=3e-3, final_lr_fraction=0.01, max_grad_norm=1.0),
-        validation=replace(recipe.validation, num_steps=8, every=250),
+        validation=replace(recipe.validation, num_steps=8, every=500),
         execution=Execution(chunk_size=ALL_TASKS),
     )
 

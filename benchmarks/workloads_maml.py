@@ -14,6 +14,7 @@ from benchmarks.networks import CONV_WAYS, IMAGE, Forward, Problem, Stored, at, 
 from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FinalLoss, InnerLoop, MetaGradient, Unrolled
 from learnedopt import optimizers as rules
+from learnedopt.allocator import keep_freed_memory
 from learnedopt.compiled import CompileWarning
 
 WIDTHS, NUM_EXAMPLES = (784, 256, 128, 64, 5), 25
@@ -121,6 +122,16 @@ def higher(pose: Pose) -> Callable[[Size], Call]:
         return call
 
     return build
+
+
+def kept(build: Callable[[Size], Call]) -> Callable[[Size], Call]:
+    """Return a competitor with the allocator set up as this library does it for itself."""
+
+    def build_so(size: Size) -> Call:
+        keep_freed_memory()
+        return build(size)
+
+    return build_so
 
 
 def torchopt(pose: Pose) -> Callable[[Size], Call]:
@@ -251,7 +262,11 @@ WORKLOADS = {
         _MLP_TEXT,
         Size(steps=5, tasks=16),
         Size(steps=5, tasks=2),
-        {"learnedopt": Competitor(ours(mlp_problem)), **_peers(mlp_problem)},
+        {
+            "learnedopt": Competitor(ours(mlp_problem)),
+            **_peers(mlp_problem),
+            "higher, memory kept": Competitor(kept(higher(mlp_problem)), "higher"),
+        },
         "plain autograd",
     ),
     "maml-mlp-compiled": Workload(
@@ -279,6 +294,7 @@ WORKLOADS = {
             "learnedopt, pooled first": Competitor(ours(pooled_first_problem)),
             **_peers(conv_problem),
             "higher, pooled first": Competitor(higher(pooled_first_problem), "higher"),
+            "higher, memory kept": Competitor(kept(higher(conv_problem)), "higher"),
         },
         "plain autograd",
     ),

@@ -245,10 +245,33 @@ def _compiled(record: Callable[..., list[Tensor]], example: Sequence[Tensor]) ->
 
     # Each input is a tensor of its own, even where a family returns one tensor as several batches: it need not always.
     # Stand-ins have no memory, so that code which bypasses torch's operations raises in place of recording nonsense.
-    graph = make_fx(record, tracing_mode="fake", _allow_non_fake_inputs=True)(*[x.detach().clone() for x in example])
+    graph = make_fx(record, _WITHOUT_FACTORS, tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *[x.detach().clone() for x in example]
+    )
     # On a CPU the many small kernels are called from C++ too: it is faster, and sooner ready when found on disk.
     options: dict[str, Any] | None = {"cpp_wrapper": True} if all(x.device.type == "cpu" for x in example) else None
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == 1 else a + alpha * b
+
+
+def _sub(a: Any, b: Any, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == 1 else a - alpha * b
+
+
+def _addmm(a: Any, b: Any, c: Any, beta: float = 1, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == beta == 1 else beta * a + alpha * (b @ c)
+
+
+# Factors are recorded as products of their own: where torch 2.13's compiler fuses sums with matrix products, it drops
+# them (pytorch/pytorch#167313).
+_WITHOUT_FACTORS = {
+    torch.ops.aten.add.Tensor: _add,
+    torch.ops.aten.sub.Tensor: _sub,
+    torch.ops.aten.addmm.default: _addmm,
+}
 
 
 def _call(program: _Program, inputs: Sequence[Tensor], chunk: Carry, weight: float) -> Piece:

@@ -32,6 +32,7 @@ from learnedopt import (
     TruncatedBackprop,
     Unrolled,
     UpdateRule,
+    compiled,
     optimizers,
 )
 from learnedopt.memory import peak_of
@@ -135,6 +136,19 @@ def test_the_record_of_a_meta_gradient_gives_the_same(
     assert len(uncompiled_programs) == sizes * len(found)  # one program serves all chunks of a size
     assert all(estimate.info["compile_seconds"] > 0 for estimate in found)
     assert not any(warning.category is CompileWarning for warning in recwarn)
+
+
+def test_factors_that_compilers_drop_are_recorded_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda record, **options: record)
+    a, b, c = (torch.randn(3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+
+    def sums(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+        return [torch.add(a, b, alpha=2), torch.sub(a, b, alpha=3), torch.addmm(a, b, c, beta=2, alpha=3), a + b @ c]
+
+    record: Any = compiled._compiled(sums, (a, b, c))
+    torch.testing.assert_close(record(a, b, c), sums(a, b, c))
+    factors = [x for node in record.graph.nodes for k, x in node.kwargs.items() if k in ("alpha", "beta")]
+    assert all(x == 1 for x in factors)
 
 
 @pytest.mark.long
