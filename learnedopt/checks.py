@@ -81,6 +81,20 @@ def params_and_state(rule: UpdateRule, method: str, result: Any, params: Params)
     return found, state
 
 
+def pull_like(rule: UpdateRule, found: Any, params: Params) -> Params:
+    """Return what ``regularizer_gradient`` returned, in the order and dtypes of the parameters.
+
+    Raises:
+        ValueError: it is not one tensor shaped as each parameter.
+    """
+    if not isinstance(found, dict) or {k: x.shape for k, x in found.items()} != {k: p.shape for k, p in params.items()}:
+        raise ValueError(
+            f"{type(rule).__name__}.regularizer_gradient must return one gradient of the same shape per parameter: "
+            f"expected {shapes(params)}, got {shapes(found)}"
+        )
+    return {k: found[k].to(p.dtype) for k, p in params.items()}
+
+
 def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:
     """Raise ValueError unless a batch has the tasks' leading dimension."""
     if tree.size(batch) != num_tasks:

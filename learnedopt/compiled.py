@@ -9,6 +9,7 @@ no derivative is left to take. What a family does to make its batches is not rec
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,11 +137,12 @@ def gradient(loop: InnerLoop, lane: Lane, params: Params, batch: Batch) -> tuple
             loss, grads = eager(*restore(tensors))
             return [loss, *grads.values()]
 
+        right_loss, right = eager(params, batch)
+
         def build() -> Callable[..., Sequence[Tensor]]:
             program = _compiled(record, inputs)
             with torch.no_grad():
                 loss, *grads = program(*inputs)
-            right_loss, right = eager(params, batch)
             _require_close({"loss": ([loss], [right_loss]), "gradient": (grads, list(right.values()))})
             return program
 
@@ -166,7 +168,8 @@ def _built(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
     except Exception as error:  # a compiler may fail in any way; what is wrong with the run itself, eager has raised
         logger.debug("compiling failed", exc_info=True)
         lines = str(error).strip().splitlines()
-        say_why_not(loop, f"{type(error).__name__}: {' '.join(lines[: 2 if lines and lines[0].endswith(':') else 1])}")
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+        say_why_not(loop, f"{type(error).__name__}: {reason}", name)
         program = None
     seconds = time.perf_counter() - began
     loop.programs["seconds"] = loop.programs.get("seconds", 0.0) + seconds
@@ -175,11 +178,11 @@ def _built(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
     return program
 
 
-def say_why_not(loop: InnerLoop, reason: str) -> None:
+def say_why_not(loop: InnerLoop, reason: str, what: str = "the meta-gradient") -> None:
     """Warn, once a loop and reason, that ``Execution(compile=True)`` is not followed."""
     if ("warned", reason) not in loop.programs:
         loop.programs["warned", reason] = True
-        message = f"Execution(compile=True): the meta-gradient is computed uncompiled, because {reason}"
+        message = f"Execution(compile=True): {what} is computed uncompiled, because {reason}"
         warnings.warn(message, CompileWarning, stacklevel=2)
 
 
@@ -261,8 +264,19 @@ def _sub(a: Any, b: Any, alpha: float = 1) -> Any:
     return NotImplemented if alpha == 1 else a - alpha * b
 
 
+def _add_in_place(a: Any, b: Any, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == 1 else a.add_(alpha * b)
+
+
+def _sub_in_place(a: Any, b: Any, alpha: float = 1) -> Any:
+    return NotImplemented if alpha == 1 else a.sub_(alpha * b)
+
+
 def _addmm(a: Any, b: Any, c: Any, beta: float = 1, alpha: float = 1) -> Any:
-    return NotImplemented if alpha == beta == 1 else beta * a + alpha * (b @ c)
+    if alpha == beta == 1:
+        return NotImplemented
+    product = alpha * (b @ c)
+    return product + beta * a if beta else product  # 0 switches ``a`` off, whatever is in it
 
 
 # Factors are recorded as products of their own: where torch 2.13's compiler fuses sums with matrix products, it drops
@@ -270,6 +284,8 @@ def _addmm(a: Any, b: Any, c: Any, beta: float = 1, alpha: float = 1) -> Any:
 _WITHOUT_FACTORS = {
     torch.ops.aten.add.Tensor: _add,
     torch.ops.aten.sub.Tensor: _sub,
+    torch.ops.aten.add_.Tensor: _add_in_place,
+    torch.ops.aten.sub_.Tensor: _sub_in_place,
     torch.ops.aten.addmm.default: _addmm,
 }
 
@@ -299,7 +315,8 @@ def _require_close(results: dict[str, tuple[Sequence[Tensor | None], Sequence[Te
         difference = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
         size = sum(float(b.double().square().sum()) for _, b in pairs) ** 0.5
         precision = max((torch.finfo(b.dtype).eps for _, b in pairs), default=0.0) ** 0.5
-        if difference > precision * size:  # False for what is not finite, of which nothing can be said
+        # Where the uncompiled is not finite, nothing can be said.
+        if math.isfinite(size) and not difference <= precision * size:
             raise ArithmeticError(
                 f"the compiled {name} differs by {difference:.1e} from the uncompiled, which has norm {size:.1e}"
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape, narrow
+from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape, narrow, pull
 from learnedopt.objective import MetaObjective, TaskMean
 from learnedopt.task import Tasks
 from learnedopt.tree import Theta
@@ -174,7 +174,8 @@ def _reached(
             stand_in = {k: torch.ones_like(p) for k, p in params.items()}
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
             if rule.has_regularizer and tape is Tape.FULL:
-                stand_in = {k: 1.0 + pull for k, pull in rule.regularizer_gradient(leaves, params).items()}
+                pulls = pull(rule, lane, leaves, params, create_graph=True)
+                stand_in = {k: 1.0 + pulls[k] for k in params}
             loss = next(iter(params.values())).new_ones(())
             params, state = loop.move(lane, leaves, stand_in, state, params, loss)
         total = sum((p.sum() for p in params.values()), torch.zeros(()))

@@ -245,12 +245,14 @@ class InnerLoop:
     def _step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         found = self.rule.step(theta, grads, state, params, loss)
         if found is not None:
-            moved, state = checks.params_and_state(self.rule, "step", found, params)
+            values, state = checks.params_and_state(self.rule, "step", found, params)
+            # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
+            # promote to the wider one).
+            moved = {k: _in_dtype_of(p, values[k]) for k, p in params.items()}
         else:
             result = self.rule.update(theta, grads, state, params, loss)
             deltas, state = checks.params_and_state(self.rule, "update", result, params)
-            # A theta of another dtype must not change the parameters' (scalars of both would promote to the wider one).
-            moved = {k: p + (d if (d := deltas[k]).dtype is p.dtype else d.to(p.dtype)) for k, p in params.items()}
+            moved = {k: p + _in_dtype_of(p, deltas[k]) for k, p in params.items()}
         return moved, () if state is None else state
 
     def _evaluate(self, fn: Callable[[Params, Batch], Any], carry: Carry, split: Split) -> Any:
@@ -304,10 +306,12 @@ class InnerLoop:
             else:
                 loss = lane.call(self.family.loss, (), params, batch)
                 grads = self._gradient_of(loss, params, tape)
+                if tape is Tape.FIRST_ORDER:
+                    loss = _FirstOrder.apply(loss.detach(), len(grads), *params.values(), *grads)
             if self.rule.has_regularizer:
                 # Taken apart and then added, as LearnedOptimizer must: the same sums in the same order, the same bits.
+                pulls = pull(self.rule, lane, theta, params, create_graph=tape is Tape.FULL)
                 with torch.set_grad_enabled(tape is Tape.FULL):
-                    pulls = lane.call(self.rule.regularizer_gradient, (theta,), params)
                     grads = [g + pulls[k] for g, k in zip(grads, params, strict=True)]
         return loss if tape is not Tape.NONE else loss.detach(), dict(zip(params, grads, strict=True)), params
 
@@ -316,7 +320,7 @@ class InnerLoop:
         return list(
             torch.autograd.grad(
                 values.sum() if values.ndim else values, tuple(params.values()), create_graph=tape is Tape.FULL,
-                retain_graph=tape is not Tape.NONE, materialize_grads=True,
+                materialize_grads=True,
             )
         )  # fmt: skip
 
@@ -350,6 +354,39 @@ class InnerLoop:
             losses = self.over_tasks(checks.scalar_loss(self.family), (), params, batch)
         checks.require_trainable(self.family, losses, params)
         self.vetted["family"] = True
+
+
+def pull(rule: UpdateRule, lane: Lane, theta: Theta, params: Params, *, create_graph: bool) -> Params:
+    """Return the gradient of the rule's regularizer at parameters that are in the lane."""
+    if rule.has_regularizer_gradient:
+        with torch.set_grad_enabled(create_graph):
+            found = lane.call(rule.regularizer_gradient, (theta,), params)
+        return checks.pull_like(rule, found, params)
+    with torch.enable_grad():
+        at = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        term = lane.call(rule.regularizer, (theta,), at).sum()
+        pulls = torch.autograd.grad(term, tuple(at.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(params, pulls, strict=True))
+
+
+def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
+    return x if x.dtype is like.dtype else x.to(like.dtype)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """A loss whose gradient is known: the gradient is kept in place of the loss's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, num_params: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[num_params:])
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:  # (num_tasks,), or () of one task
+        grads = ctx.saved_tensors
+        scaled = [cotangent.reshape(cotangent.shape + (1,) * (g.ndim - cotangent.ndim)) * g for g in grads]
+        return None, None, *scaled, *[None] * len(grads)
 
 
 def narrow(carry: Carry, start: int, stop: int) -> Carry:

@@ -46,8 +46,9 @@ class LinearSolver(ABC):
 class ConjugateGradient(LinearSolver):
     """Conjugate gradient (Hestenes and Stiefel 1952) from zero, for symmetric positive definite operators.
 
-    In exact arithmetic it ends after as many iterations as the operator has distinct eigenvalues. The residual reported
-    is the one that the iteration carries along; computing it anew would cost one more product.
+    In exact arithmetic it ends after as many iterations as the operator has distinct eigenvalues. The residual is
+    the one that the iteration carries along, which spares a product; below the square root of the precision, where
+    rounding may have parted it from the true one, it is computed anew.
 
     Args:
         num_iterations: at most so many; a task stops earlier where its residual reaches round-off.
@@ -93,7 +94,10 @@ class ConjugateGradient(LinearSolver):
             beta = torch.where(active, new_rr / torch.where(active, rr, 1.0), 0.0)
             p = torch.addcmul(r, beta[:, None], p)
             rr, iterations = new_rr, iterations + active
-        return Solution(x, _relative(r, rhs), iterations)
+        residual = _relative(r, rhs)
+        if (residual < torch.finfo(rhs.dtype).eps ** 0.5).any():
+            residual = _relative(rhs - operator(x) - self.damping * x, rhs)
+        return Solution(x, residual, iterations)
 
 
 @final

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from learnedopt import tree
 from learnedopt.checkpoint import check_theta, load
+from learnedopt.inner import Lane, pull
 from learnedopt.rule import State, UpdateRule
 from learnedopt.tree import Params, Theta
 
@@ -282,7 +283,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
         if not self.rule.has_regularizer:
             return grads
-        pulls = self.rule.regularizer_gradient(self.theta, params)
+        pulls = pull(self.rule, Lane(1), self.theta, params, create_graph=False)
         return {k: g + pulls[k] for k, g in grads.items()}
 
     def _update(
@@ -295,10 +296,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             stepped = self.rule.step(self.theta, grads, state, params, scalar) if whole else None
             if stepped is not None:
                 found, state = stepped
-            elif self._owned and (deltas := self.rule.update_in_place(self.theta, grads, state, params, scalar)):
-                found = deltas
             else:
-                found, state = self.rule.update(self.theta, grads, state, params, scalar)
+                deltas = self.rule.update_in_place(self.theta, grads, state, params, scalar) if self._owned else None
+                found, state = (
+                    (deltas, state)
+                    if deltas is not None
+                    else self.rule.update(self.theta, grads, state, params, scalar)
+                )
         except KeyError as error:
             raise ValueError(_unknown(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:

@@ -34,6 +34,13 @@ class UpdateRule(ABC):
     coordinatewise: bool = False
     """``update`` commutes with permuting coordinates."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take a shortcut from whoever overrides only the method that it shortens: it would lead elsewhere."""
+        super().__init_subclass__(**kwargs)
+        for method, shortcut in (("update", "step"), ("regularizer", "regularizer_gradient")):
+            if method in cls.__dict__ and shortcut not in cls.__dict__:
+                setattr(cls, shortcut, getattr(UpdateRule, shortcut))
+
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw the meta-parameters that meta-training starts from."""
@@ -55,11 +62,16 @@ class UpdateRule(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no regularizer")
 
     def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
-        """Return the gradient of ``regularizer`` with respect to ``params``, differentiable once more.
+        """Optional: the gradient of ``regularizer`` at ``params`` in closed form, differentiable once more.
 
-        A rule that knows it in closed form spares each inner step a second back-propagation.
+        It spares each inner step a second back-propagation.
         """
-        return torch.func.grad(lambda at: self.regularizer(theta, at))(params)
+        raise NotImplementedError(f"{type(self).__name__} has no gradient of its regularizer in closed form")
+
+    @property
+    def has_regularizer_gradient(self) -> bool:
+        """Whether ``regularizer_gradient`` is defined; a wrapper answers for the rule that it wraps."""
+        return type(self).regularizer_gradient is not UpdateRule.regularizer_gradient
 
     @property
     def has_regularizer(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Lane, Tape
+from learnedopt.inner import Carry, InnerLoop, Lane, Tape, pull
 from learnedopt.tree import Theta
 
 
@@ -62,7 +62,7 @@ class OptimalitySystem(System):
             self.params = [p.detach().requires_grad_() for p in end.params.values()]
             params = lane.enter(dict(zip(end.params, self.params, strict=True)))
             loss = lane.call(loop.family.loss, (), params, batch).sum()
-            pulls = lane.leave(lane.call(loop.rule.regularizer_gradient, (theta,), params))
+            pulls = lane.leave(pull(loop.rule, lane, theta, params, create_graph=True))
             self.loss_grads = torch.autograd.grad(loss, self.params, create_graph=True, materialize_grads=True)
             self.term_grads = [pulls[k] for k in end.params]
             self.grads = [a + b for a, b in zip(self.loss_grads, self.term_grads, strict=True)]
@@ -215,7 +215,7 @@ def require_solution_moves(loop: InnerLoop, theta: Theta, begun: Carry, system: 
         moved = _random_like(params, 0)
         params = {k: (p + moved[k]).requires_grad_() for k, p in params.items()}
         if issubclass(system, OptimalitySystem):
-            outputs, rests = list(loop.rule.regularizer_gradient(leaves, params).values()), True
+            outputs, rests = list(pull(loop.rule, lane, leaves, params, create_graph=True).values()), True
         else:
             _, settled = tree.detach(_step_without_loss(loop, leaves, params, state))  # flags have settled there
             image = _step_without_loss(loop, leaves, params, settled)
@@ -235,7 +235,7 @@ def _step_without_loss(
 ) -> tuple[tree.Params, tree.Tree]:
     """Take one task's step as if the loss were flat: the regularizer alone pulls, where there is one."""
     if loop.rule.has_regularizer:
-        pulls = loop.rule.regularizer_gradient(theta, params)
+        pulls = pull(loop.rule, Lane(1), theta, params, create_graph=True)
     else:
         pulls = {k: torch.zeros_like(p) for k, p in params.items()}
     return loop.move(Lane(1), theta, pulls, state, params, next(iter(params.values())).new_zeros(()))

@@ -76,7 +76,7 @@ INLINE vec expm1_(vec x) {
 
 /* floats: AVX-512 splits an exponent from its fraction f, |f| <= 1/2, and puts it back, each in one instruction; powers
  * past the range of floats become 0 or infinity as they should. The polynomials have the least largest relative error,
- * 2e-9 and 1e-8. */
+ * 2e-9 and 1e-8; with rounding tanh has 3e-7, and sigmoid an absolute error of 1e-7. */
 #ifdef __AVX512DQ__
 #define FAST_EXP2 (sizeof(REAL) == 4)
 INLINE vec fraction(vec x) { return (vec)_mm512_reduce_ps((__m512)x, 0); }

@@ -93,6 +93,23 @@ class Partition(UpdateRule):
                 terms.append(rule.regularizer(unprefixed(label, theta), {name: params[name] for name in names}))
         return torch.stack(terms).sum()
 
+    @property
+    def has_regularizer_gradient(self) -> bool:
+        """Whether all groups' rules that have a regularizer have its gradient."""
+        return self.has_regularizer and all(
+            rule.has_regularizer_gradient for _, rule in self.groups.values() if rule.has_regularizer
+        )
+
+    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
+        """Return each group's; zeros where its rule has no regularizer."""
+        found = {name: torch.zeros_like(p) for name, p in params.items()}
+        for label, names in self._assign(params).items():
+            _, rule = self.groups[label]
+            if rule.has_regularizer:
+                group = {name: params[name] for name in names}
+                found |= rule.regularizer_gradient(unprefixed(label, theta), group)
+        return found
+
     def _assign(self, names: Iterable[str]) -> dict[str, list[str]]:
         members: dict[str, list[str]] = {label: [] for label in self.groups}
         for name in names:

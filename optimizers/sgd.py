@@ -54,8 +54,8 @@ class SGD(HandDesigned):
         """Step in one pass; not with a weight decay."""
         if self.uses("weight_decay"):
             return None
-        values = self.values(theta, grads.values())
-        return {name: descend(p, values[p.dtype]["lr"], grads[name]) for name, p in params.items()}, state
+        values = self.values(theta, params.values())
+        return {k: descend(p, values[p.dtype]["lr"], grads[k].to(p.dtype)) for k, p in params.items()}, state
 
 
 def descend(param: Tensor, rate: float | Tensor, grad: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Wrapper(UpdateRule):
         """Whether the wrapped rule has one."""
         return self.rule.has_regularizer
 
+    @property
+    def has_regularizer_gradient(self) -> bool:
+        """Whether the wrapped rule has one, and the wrapper leaves it as it is."""
+        return super().has_regularizer_gradient and self.rule.has_regularizer_gradient
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the wrapped rule's theta under the prefix."""
         return prefixed("rule", self.rule.init_theta(generator))
@@ -56,9 +61,7 @@ class Wrapper(UpdateRule):
     def step(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State] | None:
-        """Step as the wrapped rule does, unless the wrapper moves otherwise."""
-        if type(self).update is not Wrapper.update:
-            return None
+        """Step as the wrapped rule does."""
         return self.rule.step(unprefixed("rule", theta), grads, state, params, loss)
 
     def regularizer(self, theta: Theta, params: Params) -> Tensor:

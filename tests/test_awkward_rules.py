@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
+from learnedopt.inner import Lane, pull
+from learnedopt.optimizers import IMAML, SGD, Partition
+from learnedopt.optimizers.wrapper import Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -197,3 +201,89 @@ def test_what_cannot_work_is_said_before_the_first_step() -> None:
         loop.losses(loop.begin({"lr": torch.tensor(0.1)}, carry), "test")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option"):
         MetaTrainer(loop, Unrolled(1), FinalLoss(), number_of_tasks=3)
+
+
+class Backwards(Descent):
+    """Descent with a step in another order, in float64 whatever the parameters are."""
+
+    def init(self, theta: Any, params: Any) -> Any:
+        return params, ()
+
+    def step(self, theta: Any, grads: Any, state: Any, params: Any, loss: Tensor) -> Any:
+        return {k: params[k] - theta["lr"].double() * grads[k].double() for k in reversed(list(params))}, state
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_a_step_changes_neither_the_order_nor_the_dtype_of_parameters(chunk_size: int) -> None:
+    family = Scaled(torch.float32)
+    loop = InnerLoop(family, Backwards(), Execution(chunk_size))
+    theta, carry = {"lr": torch.tensor(0.1)}, loop.start(sample(family, 3))
+    whole, pieces = (Unrolled(4, segment=n).estimate(loop, theta, FinalLoss(), carry) for n in (None, 1))
+    torch.testing.assert_close(pieces.grads["lr"], whole.grads["lr"], rtol=1e-5, atol=0)
+    end = loop.run(theta, carry, 4, Tape.NONE).end
+    assert [(k, p.dtype) for k, p in end.params.items()] == [("w", torch.float32), ("log_scale", torch.float32)]
+
+
+class Pulled(Wrapper):
+    """Adds an L2 penalty to the wrapped rule's regularizer, if any."""
+
+    has_regularizer = True
+
+    def regularizer(self, theta: Any, params: Any) -> Tensor:
+        own = sum((p.square().sum() for p in params.values()), torch.zeros(()))
+        return own + (super().regularizer(theta, params) if self.rule.has_regularizer else 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Backward(SGD):
+    """Climbs."""
+
+    def update(self, theta: Any, grads: Any, state: Any, params: Any, loss: Tensor) -> Any:
+        deltas, state = super().update(theta, grads, state, params, loss)
+        return {k: -d for k, d in deltas.items()}, state
+
+
+def test_who_overrides_a_method_loses_the_shortcut_to_it() -> None:
+    family = Scaled()
+    tasks = sample(family, 1)
+    own = {k: p[0] for k, p in family.init_params(tasks).items()}
+    for inside in (SGD(0.1), optimizers.make("imaml", template=own)):
+        rule = Pulled(inside)
+        theta = rule.init_theta(torch.Generator())
+        moved = {k: p + 0.1 for k, p in own.items()}
+        found = pull(rule, Lane(1), theta, moved, create_graph=False)
+        expected = torch.func.grad(lambda at, rule=rule, theta=theta: rule.regularizer(theta, at))(moved)
+        torch.testing.assert_close(found, expected)
+    loop = InnerLoop(family, Backward(0.1))
+    rollout = loop.run(loop.rule.init_theta(torch.Generator()), loop.start(tasks), 3, Tape.NONE)
+    assert (rollout.losses[1:] > rollout.losses[:-1]).all()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["without a closed form", "of a partition"])
+def test_regularizers_go_with_offloaded_segments(own: bool) -> None:
+    family = Scaled()
+    template = {k: 0.9 * p[0] for k, p in family.init_params(sample(family, 1)).items()}
+    groups = {"w": ("w", IMAML({"w": template["w"]}, lr=0.1)), "rest": ("*", SGD(0.1))}
+    rule = Pulled(SGD(0.1)) if own else Partition(groups)
+    loop, theta = InnerLoop(family, rule), rule.init_theta(torch.Generator())
+    carry = loop.start(sample(family, 2))
+    whole = Unrolled(4).estimate(loop, theta, FinalLoss(), carry)
+    pieces = Unrolled(4, segment=2, offload=True).estimate(loop, theta, FinalLoss(), carry)
+    torch.testing.assert_close(pieces.grads, whole.grads, rtol=1e-12, atol=1e-14)
+
+
+def test_a_pull_of_another_shape_is_refused() -> None:
+    class Broadcasts(Descent):
+        def init(self, theta: Any, params: Any) -> Any:
+            return params, ()
+
+        def regularizer(self, theta: Any, params: Any) -> Tensor:
+            return params["w"].sum()
+
+        def regularizer_gradient(self, theta: Any, params: Any) -> Any:
+            return {k: torch.ones(1) for k in params}
+
+    loop = InnerLoop(Scaled(), Broadcasts())
+    with pytest.raises(ValueError, match="regularizer_gradient must return one gradient of the same shape"):
+        loop.run({"lr": torch.tensor(0.1)}, loop.start(sample(loop.family)), 1)

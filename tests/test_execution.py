@@ -19,6 +19,7 @@ from learnedopt import (
     ConjugateGradient,
     Execution,
     FinalLoss,
+    FirstOrder,
     Implicit,
     InnerLoop,
     MeanLogLoss,
@@ -125,6 +126,16 @@ def test_mixed_mode_keeps_parameters_in_place_of_graphs() -> None:
     assert mixed <= 5 * (batch + 2 * params)
 
 
+def test_first_order_unrolls_keep_gradients_in_place_of_graphs() -> None:
+    rule = optimizers.example("maml", template(Wide()))
+    loop, theta = InnerLoop(Wide(), rule), generic_theta(rule)
+    carry = loop.start(sample(Wide(), 1))
+    few, many = (peak_of(lambda n=n: FirstOrder(n).estimate(loop, theta, SumOfLosses(), carry)) for n in (4, 9))
+    params = sum(x.numel() * x.element_size() for x in template(Wide()).values())
+    batch = sum(x.numel() * x.element_size() for x in Wide().batch(sample(Wide(), 1), 0, "train").values())
+    assert many - few <= 5 * (batch + 3 * params)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk_size", CHUNKS.values(), ids=CHUNKS)
 def test_the_record_of_a_meta_gradient_gives_the_same(
@@ -143,12 +154,15 @@ def test_factors_that_compilers_drop_are_recorded_as_products(monkeypatch: pytes
     a, b, c = (torch.randn(3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
 
     def sums(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-        return [torch.add(a, b, alpha=2), torch.sub(a, b, alpha=3), torch.addmm(a, b, c, beta=2, alpha=3), a + b @ c]
+        empty = torch.full_like(a, math.nan)
+        products = [torch.addmm(a, b, c, beta=2, alpha=3), torch.addmm(empty, b, c, beta=0), a + b @ c]
+        in_place = [a.clone().add_(b, alpha=2), a.clone().sub_(b, alpha=2)]
+        return [torch.add(a, b, alpha=2), torch.sub(a, b, alpha=3), *products, *in_place]
 
     record: Any = compiled._compiled(sums, (a, b, c))
     torch.testing.assert_close(record(a, b, c), sums(a, b, c))
     factors = [x for node in record.graph.nodes for k, x in node.kwargs.items() if k in ("alpha", "beta")]
-    assert all(x == 1 for x in factors)
+    assert all(x == 1 for x in factors) and any("mm" in str(node.target) for node in record.graph.nodes)
 
 
 @pytest.mark.long
@@ -210,6 +224,13 @@ def test_what_is_not_compiled_says_why_and_runs(
         found = estimate_twice(estimator, objective, compile=True)
     assert len(caught) == 1 and not uncompiled_programs
     assert_same(found, estimate_twice(estimator, objective, compile=False))
+
+
+def test_a_program_that_ends_in_nan_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda record, **options: lambda *x: [math.nan * y for y in record(*x)])
+    with pytest.warns(CompileWarning, match="ArithmeticError: the compiled objective differs by nan"):
+        found = estimate_twice(Unrolled(2), FinalLoss(), compile=True)
+    assert_same(found, estimate_twice(Unrolled(2), FinalLoss(), compile=False))
 
 
 def failing(record: Any, **options: Any) -> Any:

@@ -32,7 +32,7 @@ def test_whole_tapes_grow_linearly_segments_less_and_implicit_not_at_all() -> No
     slopes = [(b - a) / (n - m) for a, b, m, n in zip(whole, whole[1:], STEPS, STEPS[1:], strict=False)]
     assert max(slopes) < 1.1 * min(slopes)
     assert exponent(STEPS, segments) < 0.8
-    assert segments[-1] < 0.7 * whole[-1]
+    assert segments[-1] < 0.7 * whole[-1]  # a step's tape is small here: the first layer's gradient needs no weights
     assert max(implicit) < 1.1 * min(implicit)
     for row in points.values():
         for point in row:  # the kernel's count agrees where there is one

@@ -236,6 +236,7 @@ def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
 def test_the_gradient_of_a_regularizer_is_that_and_has_its_derivatives(kind: str) -> None:
     rule, theta = prepared(kind)
     params, along = template(seed=2), random_like(template(), 3)
+    assert rule.has_regularizer_gradient == rule.has_regularizer  # none of ours lacks it
     if not rule.has_regularizer:
         return
 
