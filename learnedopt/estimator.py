@@ -118,7 +118,7 @@ def check_objective(
 
 def _reads_path(name: str) -> str:
     return (
-        f"an implicit meta-gradient depends on the solution only, but {name} reads the losses along the way; use an "
+        f"only the solution of the inner problem counts here, but {name} reads the losses along the way; use an "
         "objective of the end, such as FinalLoss, or an unrolled estimator"
     )
 

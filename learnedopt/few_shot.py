@@ -15,8 +15,8 @@ from torch import Tensor
 from learnedopt import tree
 from learnedopt.comparison import Summary, align, summarise, write_text
 from learnedopt.files import write_json
-from learnedopt.implicit import InnerSolver
-from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, Tape, require_count
+from learnedopt.implicit import InnerSolver, solve_inner
+from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, require_count
 from learnedopt.objective import TaskMean
 from learnedopt.plots import plot_adaptation
 from learnedopt.rule import UpdateRule
@@ -128,7 +128,7 @@ def _adapt(loop: InnerLoop, theta: Theta, tasks: Tasks, num_steps: int, inner: I
     carry = loop.begin(theta, loop.start(tasks))
     found = [_measure(loop, carry)]
     for _ in range(1 if inner else num_steps):
-        carry = inner(loop, theta, carry, num_steps) if inner else loop.run(theta, carry, 1, Tape.NONE).end
+        carry = solve_inner(loop, theta, carry, num_steps if inner else 1, inner).end
         found.append(_measure(loop, carry))
     return {name: torch.stack([values[name] for values in found]) for name in found[0]}
 

@@ -103,15 +103,15 @@ class Implicit(MetaGradient):
         for fresh in loop.split(carry):
             chunk = detach(loop.begin(fixed, fresh))
             weight = tree.size(chunk.params) / num_tasks
-            end, losses = self._solve_inner(loop, fixed, chunk)
-            system = system_type(loop, leaves, chunk, end)
-            value, grads, solution = self._differentiate(loop, leaves, objective, chunk, losses, system)
+            rollout = solve_inner(loop, fixed, chunk, self.num_steps, self.inner)
+            system = system_type(loop, leaves, chunk, rollout.end)
+            value, grads, solution = self._differentiate(loop, leaves, objective, rollout, system)
             self._refuse_vanishing(loop, system)
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
-            curves.append(weight * losses.mean(1))
+            curves.append(weight * rollout.losses.mean(1))
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
         info = {
             "residual": residual,
@@ -132,27 +132,13 @@ class Implicit(MetaGradient):
             return PublishedSystem
         return OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
 
-    def _solve_inner(self, loop: InnerLoop, theta: Theta, chunk: Carry) -> tuple[Carry, Tensor]:
-        if self.inner is None:
-            rollout = loop.run(theta, chunk, self.num_steps, Tape.NONE)
-            return rollout.end, rollout.losses
-        end = self.inner(loop, theta, chunk, self.num_steps)
-        if not isinstance(end, Carry) or end.state is None:
-            raise TypeError(
-                f"the inner solver {self.inner!r} must return a begun Carry, such as carry._replace(params=...), "
-                f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
-            )
-        end = detach(end)
-        # The path is the solver's own affair: its curve is what can be seen from outside, the loss before and after.
-        return end, torch.stack([loop.losses(c, "train").detach() for c in (chunk, end)])
-
     def _differentiate(
-        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, start: Carry, losses: Tensor, system: System
+        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, rollout: Rollout, system: System
     ) -> tuple[Tensor, Theta, Solution]:
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in system.end.params.items()}
             end = system.end._replace(params=params)
-            value, _ = call_objective(objective, loop, leaves, Rollout(start, end, losses))
+            value, _ = call_objective(objective, loop, leaves, rollout._replace(end=end))
             wanted = [*params.values(), *leaves.values()]
             found = [None] * len(wanted)
             if value.requires_grad:
@@ -198,3 +184,25 @@ class Implicit(MetaGradient):
                 ConvergenceWarning,
                 stacklevel=3,
             )
+
+
+def solve_inner(
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, inner: InnerSolver | None = None
+) -> Rollout:
+    """Solve a begun carry's inner problem without a graph, by ``inner`` or, without one, by the rule's own steps.
+
+    A solver's path is its own affair: its losses are what can be seen from outside, those before and after.
+
+    Raises:
+        TypeError: the solver returns something else than a begun carry.
+    """
+    if inner is None:
+        return loop.run(theta, carry, num_steps, Tape.NONE)
+    end = inner(loop, theta, carry, num_steps)
+    if not isinstance(end, Carry) or end.state is None:
+        raise TypeError(
+            f"the inner solver {inner!r} must return a begun Carry, such as carry._replace(params=...), "
+            f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
+        )
+    end = detach(end)
+    return Rollout(carry, end, torch.stack([loop.losses(c, "train").detach() for c in (carry, end)]))

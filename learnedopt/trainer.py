@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective
-from learnedopt.inner import Carry, InnerLoop, Tape, require_count
+from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective
+from learnedopt.implicit import InnerSolver, solve_inner
+from learnedopt.inner import Carry, InnerLoop, require_count
 from learnedopt.objective import MetaObjective
 from learnedopt.progress import Progress, load_progress, require_loadable, save_progress
 from learnedopt.tracker import NullTracker, Tracker, Trackers
@@ -48,6 +49,8 @@ class Validation:
         num_tasks: how many tasks.
         every: meta-steps between two validations.
         seed: which tasks; not those of a training of the same seed.
+        inner: solves the inner problem in place of the rule's own steps, as in ``Implicit``; the objective then reads
+            the end alone.
     """
 
     loop: InnerLoop
@@ -56,6 +59,7 @@ class Validation:
     num_tasks: int = 16
     every: int = 100
     seed: int = 0
+    inner: InnerSolver | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_tasks", "every"):
@@ -65,7 +69,11 @@ class Validation:
     def measure(self, theta: Theta) -> float:
         """Return the objective on the held-out tasks, without a graph."""
         tasks = self.loop.family.sample(self.num_tasks, task_generator(self.seed, VALIDATION))
-        rollout = self.loop.run(theta, self.loop.start(tasks), self.num_steps, Tape.NONE)
+        theta = tree.detach(theta)
+        carry = self.loop.begin(theta, self.loop.start(tasks))
+        if self.inner is not None:
+            check_objective(self.loop, theta, self.objective, carry, self.num_steps, end_only=True)
+        rollout = solve_inner(self.loop, theta, carry, self.num_steps, self.inner)
         return float(call_objective(self.objective, self.loop, theta, rollout)[0])
 
 

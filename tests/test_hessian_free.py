@@ -19,13 +19,16 @@ from learnedopt import (
     InnerLoop,
     ModuleFamily,
     Neumann,
+    SumOfLosses,
     Tape,
     TaskFamily,
     Theta,
     Unrolled,
+    Validation,
     optimizers,
     tasks,
 )
+from learnedopt.trainer import VALIDATION, task_generator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -55,6 +58,23 @@ def test_one_newton_step_solves_a_quadratic(chunk_size: int) -> None:
     expected = torch.linalg.solve(moment, right)
     assert end.step == 1
     assert relative_error(end.params, {"weight": expected}) < 1e-10
+
+
+def test_validation_measures_what_the_solver_finds() -> None:
+    family = tasks.make("linear-regression", dim=4, num_train=6)
+    loop, theta = posed(family)
+    measured = {
+        inner: Validation(loop, FinalLoss(), 1, 3, inner=inner).measure(theta) for inner in (None, HessianFree(4))
+    }
+    carry = loop.start(family.sample(3, task_generator(0, VALIDATION)))
+    for inner, value in measured.items():
+        end = inner(loop, theta, carry, 1) if inner else loop.run(theta, carry, 1, Tape.NONE).end
+        assert value == float(loop.losses(end, "valid").mean())
+    assert len(set(measured.values())) == 2
+    with pytest.raises(ValueError, match="SumOfLosses reads the losses along the way"):
+        Validation(loop, SumOfLosses(), 1, inner=HessianFree(4)).measure(theta)
+    with pytest.raises(TypeError, match="must return a begun Carry"):
+        Validation(loop, FinalLoss(), 1, inner=lambda *given: None).measure(theta)
 
 
 def test_implicit_gradient_of_what_it_finds_equals_differences() -> None:
