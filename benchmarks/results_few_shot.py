@@ -18,7 +18,7 @@ import learnedopt
 from learnedopt import HessianFree, checkpoint
 from learnedopt.comparison import align
 from learnedopt.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
-from learnedopt.implicit import InnerSolver
+from learnedopt.inner import InnerSolver
 
 NUM_TASKS = 600
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "few_shot_omniglot.png"

@@ -1,62 +1,83 @@
 """Meta-SGD and MAML on sine regression: the error after one gradient step on 5, 10 and 20 shots, 2,000 test tasks.
 
-Run ``python benchmarks/results_sine.py`` after ``python train_meta.py maml-sine`` and ``... meta-sgd-sine`` (10 shots).
-Runs with 5 shots, as ``python train_meta.py maml-sine --name maml-sine-5 --set family.shots=5``, are shown as well
-where they are found, and so are those with 20. Values in brackets are those of Li et al. (2017), where known.
+Run ``python benchmarks/results_sine.py`` after ``python train_meta.py maml-sine`` and ``... meta-sgd-sine``, which are
+trained with 10 shots. Other pairs of runs are shown where both are found under names that end alike: with other seeds,
+as ``--set seed=1 --name maml-sine-seed1``, or with 5 shots, as ``--set family.shots=5 --name maml-sine-5``.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import learnedopt
 from learnedopt import Execution, checkpoint
 from learnedopt.comparison import align, summarise
 from learnedopt.few_shot import LOSS, adapt
 
-RUNS = Path("runs")
+METHODS = {"MAML": "maml-sine", "Meta-SGD": "meta-sgd-sine"}
 NUM_TASKS = 2000
 SHOTS = (5, 10, 20)
-# Trained with 5 shots, tested with 5, 10 and 20: the mean squared errors as others quote them from the paper.
+# Trained with 5 shots, tested with 5, 10 and 20: the mean squared errors as others quote them from Li et al. (2017).
 PUBLISHED = {(5, "MAML"): ("1.13", "0.85", "0.71"), (5, "Meta-SGD"): ("0.90", "0.63", "0.50")}
 
 
-def run_of(method: str, trained_with: int) -> Path:
-    """Return the folder of a run."""
-    return RUNS / (f"{method.lower()}-sine" + ("" if trained_with == 10 else f"-{trained_with}"))
-
-
-def errors(run: Path, shots: int) -> torch.Tensor:
-    """Return each test task's error (num_tasks,) after one step on ``shots`` points."""
+def errors(run: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the run's record, and for each of ``SHOTS`` each test task's error (num_tasks,) after one step."""
     rule, theta, record = checkpoint.load_with_metadata(run)
-    family = learnedopt.tasks.make("sine", **{**record["family"]["options"], "shots": shots, "meta_split": "test"})
-    return adapt(rule, theta, family, 1, NUM_TASKS, execution=Execution(chunk_size=NUM_TASKS)).values[LOSS][1]
+    found = []
+    for shots in SHOTS:
+        options = {**record["family"]["options"], "shots": shots, "meta_split": "test"}
+        family = learnedopt.tasks.make("sine", **options)
+        execution = Execution(chunk_size=NUM_TASKS)
+        found.append(adapt(rule, theta, family, 1, NUM_TASKS, execution=execution).values[LOSS][1])
+    return record, found
+
+
+def show(runs: Path, suffix: str) -> tuple[int, list[float]]:
+    """Print the table of the runs whose names end in ``suffix``; return shots in training and ratios of mean errors."""
+    rows, means, trained_with = [], [], 0
+    for method, name in METHODS.items():
+        record, found = errors(runs / f"{name}{suffix}")
+        trained_with = record["family"]["options"]["shots"]
+        cells = []
+        for values, published in zip(found, PUBLISHED.get((trained_with, method), ("", "", "")), strict=True):
+            mean, half = summarise(values).mean, summarise(values).high - summarise(values).mean
+            cells.append(f"{mean:.3f} ± {half:.3f}" + f" ({published})" * bool(published))
+        rows.append([f"{method}, seed {record['seed']}, trained with {trained_with} shots", *cells])
+        means.append([float(values.mean()) for values in found])
+    ratios = [ours / maml for maml, ours in zip(*means, strict=True)]
+    rows.append(["Meta-SGD / MAML", *(f"{ratio:.3f}" for ratio in ratios)])
+    print(align([["", *(f"{shots} shots" for shots in SHOTS)], *rows]) + "\n", flush=True)
+    return trained_with, ratios
 
 
 def main() -> None:
-    """Print a table for each number of shots in training."""
+    """Print a table for each pair of runs that was found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    runs = parser.parse_args().runs
     torch.set_num_threads(1)
     print(f"Mean squared error after one step, {NUM_TASKS} test tasks: mean ± 95 % interval (published in brackets).\n")
-    for trained_with in SHOTS:
-        runs = {method: run_of(method, trained_with) for method in ("MAML", "Meta-SGD")}
-        if missing := [str(run) for run in runs.values() if not (run / "theta.safetensors").exists()]:
-            print(f"trained with {trained_with} shots: not run ({', '.join(missing)})\n")
-            continue
-        rows = [[f"trained with {trained_with}", *(f"{shots} shots" for shots in SHOTS)]]
-        found = {method: [errors(run, shots) for shots in SHOTS] for method, run in runs.items()}
-        for method, of_shots in found.items():
-            cells = []
-            for values, published in zip(of_shots, PUBLISHED.get((trained_with, method), ("", "", "")), strict=True):
-                summary = summarise(values)
-                cells.append(
-                    f"{summary.mean:.3f} ± {summary.high - summary.mean:.3f}" + f" ({published})" * bool(published)
-                )
-            rows.append([method, *cells])
-        ratios = [float(b.mean() / a.mean()) for a, b in zip(found["MAML"], found["Meta-SGD"], strict=True)]
-        rows.append(["Meta-SGD / MAML", *(f"{ratio:.3f}" for ratio in ratios)])
-        print(align(rows), flush=True)
+    suffixes = {
+        method: {path.parent.name.removeprefix(name) for path in runs.glob(f"{name}*/theta.safetensors")}
+        for method, name in METHODS.items()
+    }
+    pairs = sorted(set.intersection(*suffixes.values()))
+    if not pairs:
+        parser.exit(2, f"no pair of {' and '.join(METHODS.values())} was trained to its end in {runs}\n")
+    ratios = defaultdict(list)
+    for suffix in pairs:
+        trained_with, found = show(runs, suffix)
+        ratios[trained_with].append(found)
+    for trained_with, found in ratios.items():
+        means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
+        print(f"Meta-SGD / MAML, trained with {trained_with} shots, mean over {len(found)} pairs: {means}")
 
 
 if __name__ == "__main__":

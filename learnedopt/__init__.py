@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from learnedopt.compiled import CompileWarning
 from learnedopt.estimator import MetaGrad, MetaGradient
+from learnedopt.execution import Execution
 from learnedopt.hessian_free import HessianFree
 from learnedopt.implicit import ConvergenceWarning, Implicit
-from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, Tape
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape
 from learnedopt.linear_solvers import (
     GMRES,
     ConjugateGradient,

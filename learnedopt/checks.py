@@ -17,6 +17,12 @@ from learnedopt.task import Batch, TaskFamily
 from learnedopt.tree import Params, Theta
 
 
+def require_count(name: str, value: int, least: int = 0) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not a count; pass an integer of at least {least}")
+
+
 def theta_shapes(rule: UpdateRule) -> dict[str, torch.Size]:
     """Return the shapes of the rule's own theta.
 

@@ -162,8 +162,8 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
 
 def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
+    from learnedopt.checks import require_count
     from learnedopt.few_shot import FewShot, adapt
-    from learnedopt.inner import require_count
     from learnedopt.wandb_tracker import WandbTracker
 
     unused = [f"--{name}" for name in ("tuning-tasks", "tune-for") if getattr(arguments, name.replace("-", "_"))]

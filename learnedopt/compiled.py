@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from learnedopt import tree
 from learnedopt.estimator import as_leaves
-from learnedopt.inner import Carry, InnerLoop, Lane, Tape
+from learnedopt.execution import Lane
+from learnedopt.inner import Carry, InnerLoop, Tape
 from learnedopt.objective import MetaObjective, TaskMean
 from learnedopt.task import Batch, Split, Tasks
 from learnedopt.tree import Params, Theta

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from learnedopt import compiled, flat_state, inner, tree
 from learnedopt.estimator import call_objective
+from learnedopt.execution import Lane
 from learnedopt.flat_state import NAME, Axes
-from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape
 from learnedopt.objective import MetaObjective
 from learnedopt.rule import State, UpdateRule
 from learnedopt.tree import Params, Theta

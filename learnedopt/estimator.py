@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Lane, Rollout, Tape, narrow, pull
+from learnedopt.execution import Lane
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, narrow, pull
 from learnedopt.objective import MetaObjective, TaskMean
 from learnedopt.task import Tasks
 from learnedopt.tree import Theta

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
+from learnedopt.checks import require_count
 from learnedopt.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
-from learnedopt.inner import Execution, InnerLoop, Tape, require_count
+from learnedopt.execution import Execution
+from learnedopt.inner import InnerLoop, Tape
 from learnedopt.rule import UpdateRule
 from learnedopt.task import TaskFamily, Tasks
 from learnedopt.tree import Theta

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
+from learnedopt.checks import require_count
 from learnedopt.comparison import Summary, align, summarise, write_text
+from learnedopt.execution import Execution
 from learnedopt.files import write_json
-from learnedopt.implicit import InnerSolver, solve_inner
-from learnedopt.inner import Carry, Execution, InnerLoop, Rollout, require_count
+from learnedopt.inner import Carry, InnerLoop, InnerSolver, Rollout, solve_inner
 from learnedopt.objective import TaskMean
 from learnedopt.plots import plot_adaptation
 from learnedopt.rule import UpdateRule

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -24,6 +27,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     _flush(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process alone; the hold of a process ends with it, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_partials(folder: Path) -> None:

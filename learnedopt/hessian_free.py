@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Lane, detach, join, require_count
+from learnedopt.checks import require_count
+from learnedopt.execution import Lane
+from learnedopt.inner import Carry, InnerLoop, detach, join
 from learnedopt.linear_solvers import ConjugateGradient
 from learnedopt.systems import OptimalitySystem
 from learnedopt.tree import Params, Theta

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import compiled, tree
+from learnedopt.checks import require_count
 from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective, no_path
-from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, narrow, require_count
+from learnedopt.inner import Carry, InnerLoop, InnerSolver, Rollout, detach, narrow, solve_inner
 from learnedopt.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.objective import MetaObjective
 from learnedopt.systems import (
@@ -24,8 +24,6 @@ from learnedopt.systems import (
     require_solution_moves,
 )
 from learnedopt.tree import Theta
-
-InnerSolver = Callable[[InnerLoop, Theta, Carry, int], Carry]
 
 
 class ConvergenceWarning(UserWarning):
@@ -184,25 +182,3 @@ class Implicit(MetaGradient):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-
-
-def solve_inner(
-    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, inner: InnerSolver | None = None
-) -> Rollout:
-    """Solve a begun carry's inner problem without a graph, by ``inner`` or, without one, by the rule's own steps.
-
-    A solver's path is its own affair: its losses are what can be seen from outside, those before and after.
-
-    Raises:
-        TypeError: the solver returns something else than a begun carry.
-    """
-    if inner is None:
-        return loop.run(theta, carry, num_steps, Tape.NONE)
-    end = inner(loop, theta, carry, num_steps)
-    if not isinstance(end, Carry) or end.state is None:
-        raise TypeError(
-            f"the inner solver {inner!r} must return a begun Carry, such as carry._replace(params=...), "
-            f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
-        )
-    end = detach(end)
-    return Rollout(carry, end, torch.stack([loop.losses(c, "train").detach() for c in (carry, end)]))

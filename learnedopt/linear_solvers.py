@@ -15,7 +15,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from learnedopt.inner import require_count
+from learnedopt.checks import require_count
 
 Operator = Callable[[Tensor], Tensor]
 

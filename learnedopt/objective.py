@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach, require_count
+from learnedopt.checks import require_count
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, detach
 from learnedopt.task import Split
 from learnedopt.tree import Theta
 

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from learnedopt import tree
 from learnedopt.checkpoint import check_theta, load
-from learnedopt.inner import Lane, pull
+from learnedopt.execution import Lane
+from learnedopt.inner import pull
 from learnedopt.rule import State, UpdateRule
 from learnedopt.tree import Params, Theta
 

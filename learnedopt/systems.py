@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
-from learnedopt.inner import Carry, InnerLoop, Lane, Tape, pull
+from learnedopt.execution import Lane
+from learnedopt.inner import Carry, InnerLoop, Tape, pull
 from learnedopt.tree import Theta
 
 

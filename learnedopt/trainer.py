@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import tree
+from learnedopt.checks import require_count
 from learnedopt.estimator import MetaGrad, MetaGradient, as_leaves, call_objective, check_objective
-from learnedopt.implicit import InnerSolver, solve_inner
-from learnedopt.inner import Carry, InnerLoop, require_count
+from learnedopt.inner import Carry, InnerLoop, InnerSolver, solve_inner
 from learnedopt.objective import MetaObjective
 from learnedopt.progress import Progress, load_progress, require_loadable, save_progress
 from learnedopt.tracker import NullTracker, Tracker, Trackers

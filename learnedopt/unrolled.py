@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from learnedopt import compiled, coordinatewise, inner, tree
+from learnedopt.checks import require_count
 from learnedopt.estimator import (
     MetaGrad,
     MetaGradient,
@@ -19,7 +20,7 @@ from learnedopt.estimator import (
     check_paths,
     no_path,
 )
-from learnedopt.inner import Carry, InnerLoop, Rollout, Tape, require_count
+from learnedopt.inner import Carry, InnerLoop, Rollout, Tape
 from learnedopt.objective import MetaObjective
 from learnedopt.tree import Theta
 

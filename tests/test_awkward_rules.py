@@ -24,7 +24,8 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.inner import Lane, pull
+from learnedopt.execution import Lane
+from learnedopt.inner import pull
 from learnedopt.optimizers import IMAML, SGD, Partition
 from learnedopt.optimizers.wrapper import Wrapper
 

@@ -377,9 +377,26 @@ def test_results_are_of_the_runs_that_are_there(
     assert (tmp_path / "figure.png").exists()
 
 
-def test_sine_results_without_runs_say_so(
+def test_sine_results_are_of_the_pairs_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results_sine, "RUNS", tmp_path)
+    monkeypatch.setattr(results_sine, "NUM_TASKS", 20)
+    monkeypatch.setattr("sys.argv", ["results_sine.py", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        results_sine.main()
+    assert stop.value.code == 2 and "no pair of maml-sine and meta-sgd-sine" in capsys.readouterr().err
+
+    family = tasks.make("sine", hidden=(4,))
+    template = {k: p[0] for k, p in family.init_params(family.sample(1, torch.Generator())).items()}
+    names = ["maml-sine", "meta-sgd-sine", "maml-sine-seed1", "meta-sgd-sine-seed1", "maml-sine-5"]
+    for i, name in enumerate(names):
+        rule = optimizers.make("maml" if name.startswith("maml") else "meta-sgd", template=template)
+        record = {"family": {"name": "sine", "options": {"shots": 10, "hidden": [4]}}, "seed": i}
+        theta = rule.init_theta(torch.Generator().manual_seed(i))
+        learnedopt.save(tmp_path / name / "theta.safetensors", rule, theta, record)
     results_sine.main()
-    assert capsys.readouterr().out.count("not run (") == 3
+    said = capsys.readouterr().out
+    assert said.count("seed 3, trained with 10 shots") == 1 and "seed 4" not in said
+    values = adapt(*learnedopt.load(tmp_path / "maml-sine"), family, 1, 20).values[LOSS][1]
+    assert f"{summarise(values).mean:.3f} ± {summarise(values).high - summarise(values).mean:.3f}" in said
+    assert "mean over 2 pairs" in said

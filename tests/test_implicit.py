@@ -42,7 +42,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.implicit import InnerSolver
+from learnedopt.inner import InnerSolver
 
 pytestmark = pytest.mark.usefixtures("float64")
 

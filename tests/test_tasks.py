@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from learnedopt import tasks as families
 from learnedopt import tree
-from learnedopt.inner import Execution, InnerLoop, Tape
+from learnedopt.execution import Execution
+from learnedopt.inner import InnerLoop, Tape
 from learnedopt.optimizers import SGD
 from learnedopt.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
 from learnedopt.tasks import (

@@ -317,6 +317,26 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(
     assert (tmp_path / RUN / "theta.safetensors").read_bytes() == before[tmp_path / RUN / "theta.safetensors"]
 
 
+def test_a_folder_where_another_process_trains_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0
+    hold = "import sys; from pathlib import Path; from learnedopt.files import exclusive\n"
+    hold += "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / RUN)], **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        (tmp_path / RUN / ".checkpoint.pt.theirs.partial").write_bytes(b"half")
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 2
+        assert re.fullmatch(r"train_meta\.py: another process is at work in .*; wait .*\n", capsys.readouterr().err)
+        assert contents(tmp_path) == before
+        other.kill()
+    assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0  # a killed process holds nothing
+    assert not [*(tmp_path / RUN).glob(".*")]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": {}}', '{"recipe": 3, "run_id": "a"}', "\udcff"])
 def test_a_damaged_configuration_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / RUN
