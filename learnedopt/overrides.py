@@ -136,7 +136,10 @@ def _typed(text: str, hint: Any, path: str) -> Any:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
+    literal = read_value(text)
     try:
+        if isinstance(literal, (dict, list, tuple)):  # read as YAML, a None in it would be the word "None"
+            return parser.parse_object({"value": literal}).value
         return parser.parse_args([f"--value={text}"]).value
     except ArgumentError as error:
         args = typing.get_args(hint)

@@ -25,8 +25,9 @@ class FewShotImages(TaskFamily):
 
     A task is ``ways`` different classes in random order, which are its labels 0, 1, ..., and of each class ``shots``
     images for the support set (split "train") and ``queries`` others for the query set ("valid"), the same at every
-    step. A batch is ``{"inputs": (ways·images, channels, side, side), "targets": (ways·images,)}``, sorted by class,
-    with pixels in [0, 1], made on the CPU. Parameters: see ``learnedopt.tasks.conv_net.layout``.
+    step unless ``batch_shots`` is given. A batch is sorted by class, with pixels in [0, 1], made on the CPU:
+    ``{"inputs": (ways·images, channels, side, side), "targets": (ways·images,)}``. Parameters: see
+    ``learnedopt.tasks.conv_net.layout``.
 
     Batch normalisation uses the statistics of images at hand, never running ones. With "transductive" these are the
     images of the batch, so that query images are classified together and see each other, as in the experiments of
@@ -44,6 +45,8 @@ class FewShotImages(TaskFamily):
         batch_norm: "transductive" or "support".
         init_seed: all tasks start at the point that this seed draws, as torch's layers do by default; None lets each
             task draw its own.
+        batch_shots: images a class in the "train" batch of one inner step; the steps go round the support set, so that
+            successive ones see different images, as Reptile needs (Nichol et al. 2018, section 5). None takes all.
 
     Raises:
         ValueError: an option is out of its range; from ``sample``: ``ways`` is more than there are classes, or
@@ -59,6 +62,7 @@ class FewShotImages(TaskFamily):
     meta_split: options.MetaSplit = "train"
     batch_norm: BatchNorm = "transductive"
     init_seed: int | None = 0
+    batch_shots: int | None = None
 
     @abstractmethod
     def images(self) -> ClassImages:
@@ -77,6 +81,13 @@ class FewShotImages(TaskFamily):
         options.require_choice("batch_norm", self.batch_norm, BatchNorm)
         options.require_common(self.dtype, self.meta_split)
         options.require_seed("init_seed", self.init_seed)
+        if self.batch_shots is not None:
+            options.require_count("batch_shots", self.batch_shots)
+            if self.batch_shots > self.shots:
+                raise ValueError(
+                    f"batch_shots={self.batch_shots} are taken from shots={self.shots} images a class; pass at most as "
+                    "many, or None for all"
+                )
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw classes and images: {"seed": (num_tasks,), "train": (num_tasks, ways·shots), "valid": ...} indices."""
@@ -103,8 +114,8 @@ class FewShotImages(TaskFamily):
         return starts.draw(layout, tasks["seed"], self.init_seed, options.resolve_dtype(self.dtype))
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
-        """Return all images of the split."""
-        inputs = self._gather(tasks[split])
+        """Return all images of the split, or of the support set those of the step."""
+        inputs = self._gather(self._of_step(tasks[split], step) if split == "train" else tasks[split])
         labels = torch.arange(self.ways).repeat_interleave(inputs.shape[1] // self.ways)
         batch = {"inputs": inputs, "targets": labels.repeat(len(inputs), 1)}
         if self.batch_norm == "support" and split == "valid":
@@ -122,6 +133,12 @@ class FewShotImages(TaskFamily):
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Return the share of images that are classified right."""
         return {"accuracy": accuracy(self.outputs(params, batch), batch["targets"])}
+
+    def _of_step(self, index: Tensor, step: int) -> Tensor:
+        if self.batch_shots is None:
+            return index
+        turn = (step * self.batch_shots + torch.arange(self.batch_shots, device=index.device)) % self.shots
+        return index.unflatten(1, (self.ways, self.shots))[..., turn].flatten(1)
 
     def _gather(self, index: Tensor) -> Tensor:
         chosen = self.images().pixels.index_select(0, index.flatten().cpu())

@@ -37,8 +37,9 @@ class Sine(TaskFamily):
         hidden: the widths of the hidden layers.
         dtype: "float32" or "float64"; by default torch's default dtype when tasks are sampled.
         meta_split: changes nothing, as every split is the same distribution: sample with other generators.
-        init_seed: all tasks start at the point that this seed draws, as ``nn.Linear`` does by default; None lets each
-            task draw its own.
+        init_seed: all tasks start at the point that this seed draws; None lets each task draw its own.
+        init_std: draws the weights from N(0, init_std²), cut off at two standard deviations, and sets the biases to 0,
+            as the published code of MAML does with 0.01; None draws as ``nn.Linear`` does.
 
     Raises:
         ValueError: an option is out of its range.
@@ -56,6 +57,7 @@ class Sine(TaskFamily):
     dtype: options.DType | None = None
     meta_split: options.MetaSplit = "train"
     init_seed: int | None = 0
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         options.require_choice("protocol", self.protocol, Protocol)
@@ -67,6 +69,10 @@ class Sine(TaskFamily):
             options.require_count(f"hidden[{i}]", width)
         options.require_common(self.dtype, self.meta_split)
         options.require_seed("init_seed", self.init_seed)
+        if self.init_std is not None:
+            options.require_number("init_std", self.init_std)
+            if self.init_std <= 0:
+                raise ValueError(f"init_std={self.init_std!r} is a standard deviation and must be positive")
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw the waves, and the points of both sets."""
@@ -91,7 +97,12 @@ class Sine(TaskFamily):
 
     def init_params(self, tasks: Tasks) -> Params:
         """Draw the start, one for all tasks or one a task, as ``init_seed`` says."""
-        layers = [starts.layer(f"layer{i}", (b, a)) for i, (a, b) in enumerate(pairwise((1, *self.hidden, 1)))]
+        shapes = {f"layer{i}": (b, a) for i, (a, b) in enumerate(pairwise((1, *self.hidden, 1)))}
+        std = self.init_std
+        layers = [
+            starts.layer(name, shape) if std is None else starts.small_layer(name, shape, std)
+            for name, shape in shapes.items()
+        ]
         return starts.draw(sum(layers, ()), tasks["seed"], self.init_seed, tasks["train"]["inputs"].dtype)
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:

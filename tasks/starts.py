@@ -14,12 +14,13 @@ from learnedopt.tree import Params
 
 
 class Entry(NamedTuple):
-    """One parameter: drawn from ``center + U(-bound, bound)``."""
+    """One parameter: ``center`` plus a draw from U(-bound, bound), or from N(0, (bound/2)²) cut off there."""
 
     name: str
     shape: tuple[int, ...]
     bound: float
     center: float = 0.0
+    normal: bool = False
 
 
 Layout: TypeAlias = tuple[Entry, ...]
@@ -30,6 +31,12 @@ def layer(name: str, weight_shape: tuple[int, ...], *, bias: bool = True) -> Lay
     bound = 1 / math.sqrt(math.prod(weight_shape[1:]))
     entries = (Entry(f"{name}.weight", weight_shape, bound), Entry(f"{name}.bias", weight_shape[:1], bound))
     return entries if bias else entries[:1]
+
+
+def small_layer(name: str, weight_shape: tuple[int, ...], std: float) -> Layout:
+    """Return a weight drawn from N(0, std^2), cut off at two standard deviations, and a bias of zeros."""
+    weight = Entry(f"{name}.weight", weight_shape, 2 * std, normal=True)
+    return weight, Entry(f"{name}.bias", weight_shape[:1], 0.0)
 
 
 def norm(name: str, width: int) -> Layout:
@@ -57,7 +64,14 @@ def draw(layout: Layout, seeds: Tensor, init_seed: int | None, dtype: torch.dtyp
 def _draw(layout: Layout, seed: int, dtype: torch.dtype) -> Params:
     random = streams.stream(seed, "init")
     params = {}
-    for name, shape, bound, center in layout:
-        values = random.uniform(-bound, bound, shape) if bound else 0.0
-        params[name] = (torch.as_tensor(values).expand(shape) + center).to(dtype)
+    for name, shape, bound, center, normal in layout:
+        values = torch.as_tensor(random.uniform(-bound, bound, shape) if bound else 0.0).expand(shape)
+        if normal:
+            values = _to_normal(values / bound) * bound / 2
+        params[name] = (values + center).to(dtype)
     return params
+
+
+def _to_normal(uniform: Tensor) -> Tensor:
+    """Turn numbers from U(-1, 1) into ones from N(0, 1), cut off at two, by the inverse of the distribution."""
+    return math.sqrt(2) * torch.erfinv(uniform * math.erf(math.sqrt(2)))

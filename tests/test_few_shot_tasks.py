@@ -234,6 +234,18 @@ def test_pixels_are_scaled_and_labelled_and_queries_bring_their_support(monkeypa
     assert train["targets"].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 and valid["targets"].tolist() == [[0, 1, 2]] * 2
 
 
+def test_steps_go_round_the_support_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"ways": 3, "shots": 4, "queries": 1, "batch_norm": "support"}
+    whole, parts = (folder_family(monkeypatch, **options, batch_shots=n) for n in (None, 3))
+    tasks = whole.sample(2, seeded())
+    all_images = whole.batch(tasks, 5, "train")["inputs"].unflatten(1, (3, 4))
+    for step, chosen in enumerate([(0, 1, 2), (3, 0, 1), (2, 3, 0), (1, 2, 3), (0, 1, 2)]):
+        batch = parts.batch(tasks, step, "train")
+        assert torch.equal(batch["inputs"].unflatten(1, (3, 3)), all_images[:, :, chosen])
+        assert batch["targets"].tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2
+        torch.testing.assert_close(parts.batch(tasks, step, "valid"), whole.batch(tasks, step, "valid"), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -258,6 +270,12 @@ def test_tasks_that_no_class_can_fill_are_refused(
         ("omniglot", {"split": "vinyal"}, "split='vinyal'.*did you mean 'vinyals'"),
         ("omniglot", {"batch_norm": "running"}, "batch_norm='running' is none of 'transductive', 'support'"),
         ("omniglot", {"init_seed": -1}, "init_seed=-1"),
+        ("omniglot", {"batch_shots": 0}, "batch_shots=0 is not a count"),
+        (
+            "omniglot",
+            {"shots": 2, "batch_shots": 3},
+            "batch_shots=3 are taken from shots=2 images a class; pass at most",
+        ),
         ("image-folder", {}, "needs root="),
         ("image-folder", {"root": "x", "channels": 4}, "channels=4 is neither 1"),
         ("image-folder", {"root": "x", "fractions": (0.5, 0.1)}, "are not three numbers"),
@@ -266,6 +284,7 @@ def test_tasks_that_no_class_can_fill_are_refused(
         ("sine", {"protocol": "mamls"}, "protocol='mamls'.*did you mean 'maml'"),
         ("sine", {"hidden": (40, 0)}, r"hidden\[1\]=0"),
         ("sine", {"queries": 0}, "queries=0"),
+        ("sine", {"init_std": 0.0}, "init_std=0.0 is a standard deviation and must be positive"),
     ],
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -417,6 +436,18 @@ def test_sines_have_the_published_distribution(protocol: Any) -> None:
     if protocol == "meta-sgd":
         assert bool((errors.min(0).values / 100 < 1e-3 * amplitude**2).all())
         assert float(grid[best].mean()) == pytest.approx(1.0, abs=0.02) and float(grid[best].std()) > 0.1
+
+
+def test_small_starts_are_normal_within_two_deviations() -> None:
+    family = Sine(hidden=(300, 200), init_std=0.01)
+    params = family.init_params(family.sample(1, seeded()))
+    weights = params["layer1.weight"].flatten() / 0.01
+    assert float(weights.abs().max()) < 2 and float(weights.abs().max()) > 1.99
+    # Of a standard normal cut off at two: variance 1 - 4 phi(2) / (2 Phi(2) - 1), and this share within one half.
+    assert float(weights.var()) == pytest.approx(0.7737, rel=0.01) and abs(float(weights.mean())) < 0.01
+    assert float((weights.abs() < 0.5).double().mean()) == pytest.approx(0.3829 / 0.9545, abs=0.005)
+    assert all(not p.any() for name, p in params.items() if name.endswith("bias"))
+    assert not torch.equal(weights[:100], params["layer0.weight"].flatten()[:100] / 0.01)
 
 
 def test_the_sine_network_is_the_sequence_of_layers() -> None:

@@ -46,6 +46,7 @@ class Settings:
     limit: float | None = 1.5
     flag: bool = False
     sizes: tuple[int, ...] = (1, 2)
+    table: dict[str, Any] = field(default_factory=dict)
     mode: Literal["slow", "fast"] = "slow"
     shape: Any = field(default_factory=lambda: Box(2, 8.0))
     family: Choice = field(default_factory=lambda: Choice("quadratic", {"dim": 10, "noise": 0.1}))
@@ -65,6 +66,8 @@ KINDS = ((Square, Box, Circle), (Settings,))
         ("limit=null", {"limit": None}),
         ("flag=true", {"flag": True}),
         ("sizes=[4,5,6]", {"sizes": (4, 5, 6)}),
+        ("table={'a': None, 'b': [1, None]}", {"table": {"a": None, "b": [1, None]}}),
+        ('table={"a": null}', {"table": {"a": None}}),
         ("mode=fast", {"mode": "fast"}),
         ("shape.side=4", {"shape": Box(4, 8.0)}),
         ("shape.colour=RED", {"shape": Box(2, 8.0, Colour.RED)}),

@@ -57,10 +57,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"batch_size": 6, "hidden": (4, 3), "activation": "tanh", "init": "normal", "std": 0.3},
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
     ],
-    "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,)}],
+    "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,), "init_std": 0.3}],
     "omniglot": [
         {"ways": 3, "shots": 2, "queries": 3, "width": 4, "init_seed": None},
-        {"ways": 3, "shots": 2, "queries": 3, "width": 4, "batch_norm": "support", "split": "seeded"},
+        {"ways": 3, "shots": 2, "queries": 3, "width": 4, "batch_norm": "support", "batch_shots": 1, "split": "seeded"},
         {"ways": 3, "shots": 2, "queries": 3, "width": 4, "model": "conv-pool"},
         {"ways": 3, "shots": 2, "queries": 3, "width": 2, "model": "mlp", "batch_norm": "support"},
     ],
