@@ -52,7 +52,7 @@ from learnedopt.memory import predict_peak
 from learnedopt.overrides import Choice, nearest, override
 from learnedopt.tracker import ConsoleTracker, Tracker, Trackers, plain_json
 from learnedopt.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
-from learnedopt.wandb_tracker import WandbTracker, resolve_mode
+from learnedopt.wandb_tracker import Mode, WandbTracker, resolve_mode
 
 ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 INTERCHANGEABLE = (
@@ -418,8 +418,18 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
     config = as_config(recipe)
     loop, validation = build(recipe)
     mode = resolve_mode(wandb_mode)
-    run_id = claim(folder, config)
-    tracker = Trackers(
+    find_run(folder, config)  # refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        run_id = find_run(folder, config) or begin_run(folder, config)
+        remove_partials(folder)  # left by a kill in the middle of a write
+        tracker = trackers(recipe, folder, mode, run_id)
+        return meta_train(recipe, folder, (loop, validation), tracker)
+
+
+def trackers(recipe: Recipe, folder: Path, mode: Mode, run_id: str) -> Trackers:
+    """Return where a run's metrics go: the console, a file of JSON lines, Weights & Biases."""
+    return Trackers(
         [
             ConsoleTracker(total=recipe.num_meta_steps),
             JsonLinesTracker(folder / "metrics.jsonl"),
@@ -428,6 +438,12 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
             ),
         ]
     )  # fmt: skip
+
+
+def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker) -> TrainingResult:
+    """Meta-train what was built of the recipe, and leave theta, its configuration and a figure in ``folder``."""
+    loop, validation = built
+    config = as_config(recipe)
 
     def report(result: TrainingResult, tracker: Tracker) -> None:
         from learnedopt import plots
@@ -466,9 +482,7 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
     peak = predict_peak(loop, trainer.theta, recipe.estimator, carry, recipe.objective)
     if peak is not None:
         print(f"One estimate of the meta-gradient takes about {peak / 1e6:.3g} MB.", flush=True)
-    with exclusive(folder):
-        remove_partials(folder)  # left by a kill in the middle of a write
-        return trainer.run(recipe.num_meta_steps)
+    return trainer.run(recipe.num_meta_steps)
 
 
 def compare(recipe: Recipe, folder: Path, learned: tuple[UpdateRule, Theta], tracker: Tracker) -> None:
@@ -500,30 +514,36 @@ def as_config(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def claim(folder: Path, config: dict[str, Any]) -> str:
-    """Write the configuration into a new run's folder, or check that an old one's is the same; return the run's id.
+def find_run(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the id of the run of this configuration that ``folder`` holds, None where it holds none.
 
-    A folder where not one meta-step was taken counts as new.
+    A run of another configuration does not count where not one meta-step was taken; otherwise it is refused.
     """
     path, record = folder / "config.json", folder / "metrics.jsonl"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            run_id, saved = str(found["run_id"]), dict(found["recipe"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
-            ) from error
-        if saved == config:
-            return run_id
-        if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):
-            changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
-            raise ValueError(
-                f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
-                "--name of its own, or remove that folder"
-            )
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        run_id, saved = str(found["run_id"]), dict(found["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
+        ) from error
+    if saved == config:
+        return run_id
+    if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):
+        changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
+        raise ValueError(
+            f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
+            "--name of its own, or remove that folder"
+        )
+    return None
+
+
+def begin_run(folder: Path, config: dict[str, Any]) -> str:
+    """Write the configuration of a new run into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
-    write_json(path, {"run_id": run_id, "recipe": config})
+    write_json(folder / "config.json", {"run_id": run_id, "recipe": config})
     return run_id
 
 

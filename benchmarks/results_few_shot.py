@@ -15,22 +15,20 @@ from typing import NamedTuple
 import torch
 
 import learnedopt
-from learnedopt import HessianFree, checkpoint
+from learnedopt import checkpoint
 from learnedopt.comparison import align
-from learnedopt.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
-from learnedopt.inner import InnerSolver
+from learnedopt.few_shot import ACCURACY, Adaptation, FewShot, adapt, recorded_solver, show
 
 NUM_TASKS = 600
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "few_shot_omniglot.png"
 
 
 class Method(NamedTuple):
-    """A method: its name, steps at test, the published accuracy in per cent and where, and what solves instead."""
+    """A method: its name, steps at test, and the published accuracy in per cent and where."""
 
     name: str
     num_steps: int
     published: str
-    inner: InnerSolver | None = None
 
 
 METHODS = {
@@ -38,7 +36,7 @@ METHODS = {
     "meta-sgd-omniglot": Method("Meta-SGD", 3, "99.53 (Li et al. 2017)"),
     "reptile-omniglot": Method("Reptile", 50, "97.68 (Nichol et al. 2018)"),
     "imaml-omniglot": Method("iMAML, gradient descent", 8, "99.16 (Rajeswaran et al. 2019)"),
-    "imaml-hf-omniglot": Method("iMAML, Hessian-free", 3, "99.50 (Rajeswaran et al. 2019)", HessianFree(5)),
+    "imaml-hf-omniglot": Method("iMAML, Hessian-free", 5, "99.50 (Rajeswaran et al. 2019)"),
 }
 PAPER_STEPS = {"imaml-omniglot": 16, "imaml-hf-omniglot": 5}
 RECIPES = METHODS | {
@@ -53,16 +51,18 @@ def measure(run: Path, method: Method, device: str | None = None) -> Adaptation:
     options = {**record["family"]["options"], **record["validation"]["family_options"], "meta_split": "test"}
     family = learnedopt.tasks.make(record["family"]["name"], **options)
     execution = learnedopt.Execution(device=device)
-    return adapt(rule, theta, family, method.num_steps, NUM_TASKS, inner=method.inner, execution=execution)
+    return adapt(rule, theta, family, method.num_steps, NUM_TASKS, inner=recorded_solver(record), execution=execution)
 
 
 def main() -> None:
     """Print the table and draw the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="RECIPE", help="default: all")
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help="default: all, and then the figure is drawn")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--device", help="of the tasks, such as cuda")
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in RECIPES]:
+        parser.error(f"there is no recipe {unknown[0]!r}; the recipes are {', '.join(RECIPES)}")
     torch.set_num_threads(1)
     rows, found = [["recipe", "method", "filters", "meta-steps", "steps", "accuracy", "published, %"]], {}
     for name in args.names or RECIPES:
@@ -77,7 +77,7 @@ def main() -> None:
         rows.append([name, method.name, str(width), str(record["meta_step"]), steps, accuracy, method.published])
         print(f"{name}: {accuracy}", flush=True)
     print(f"\nOmniglot, 5-way 1-shot, {NUM_TASKS} test tasks: mean ± 95 % interval.\n\n{align(rows)}")
-    if found:
+    if found and not args.names:
         FewShot({}, found).plot(FIGURE, title=f"Omniglot, 5-way 1-shot, {NUM_TASKS} test tasks")
         print(f"drew {FIGURE}")
 

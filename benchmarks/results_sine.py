@@ -8,6 +8,7 @@ as ``--set seed=1 --name maml-sine-seed1``, or with 5 shots, as ``--set family.s
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,32 @@ def errors(run: Path) -> tuple[dict[str, Any], list[Tensor]]:
     return record, found
 
 
-def show(runs: Path, suffix: str) -> tuple[int, list[float]]:
-    """Print the table of the runs whose names end in ``suffix``; return shots in training and ratios of mean errors."""
-    rows, means, trained_with = [], [], 0
+def protocol(record: dict[str, Any]) -> str:
+    """Return, as JSON, all that a method and its run have in common with those that they may be compared with."""
+    own = ("name", "rule", "seed", "meta_step", "best_validation")
+    return json.dumps({key: value for key, value in record.items() if key not in own}, sort_keys=True)
+
+
+def show(runs: Path, suffix: str) -> tuple[str, list[float]]:
+    """Print the table of the runs whose names end in ``suffix``; return their protocol and ratios of mean errors."""
+    rows, means, protocols = [], [], set()
     for method, name in METHODS.items():
         record, found = errors(runs / f"{name}{suffix}")
-        trained_with = record["family"]["options"]["shots"]
+        protocols.add(protocol(record))
+        trained_with, num_tasks = record["family"]["options"]["shots"], record["num_tasks"]
         cells = []
         for values, published in zip(found, PUBLISHED.get((trained_with, method), ("", "", "")), strict=True):
             mean, half = summarise(values).mean, summarise(values).high - summarise(values).mean
             cells.append(f"{mean:.3f} ± {half:.3f}" + f" ({published})" * bool(published))
-        rows.append([f"{method}, seed {record['seed']}, trained with {trained_with} shots", *cells])
+        about = f"seed {record['seed']}, trained with {trained_with} shots, {num_tasks} tasks a meta-step"
+        rows.append([f"{method}, {about}", *cells])
         means.append([float(values.mean()) for values in found])
+    if len(protocols) > 1:
+        raise ValueError(f"the runs in {runs} ending in {suffix!r} were trained differently: they are no pair")
     ratios = [ours / maml for maml, ours in zip(*means, strict=True)]
     rows.append(["Meta-SGD / MAML", *(f"{ratio:.3f}" for ratio in ratios)])
     print(align([["", *(f"{shots} shots" for shots in SHOTS)], *rows]) + "\n", flush=True)
-    return trained_with, ratios
+    return protocols.pop(), ratios
 
 
 def main() -> None:
@@ -73,11 +84,12 @@ def main() -> None:
         parser.exit(2, f"no pair of {' and '.join(METHODS.values())} was trained to its end in {runs}\n")
     ratios = defaultdict(list)
     for suffix in pairs:
-        trained_with, found = show(runs, suffix)
-        ratios[trained_with].append(found)
-    for trained_with, found in ratios.items():
-        means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
-        print(f"Meta-SGD / MAML, trained with {trained_with} shots, mean over {len(found)} pairs: {means}")
+        trained, found = show(runs, suffix)
+        ratios[trained].append(found)
+    for found in ratios.values():
+        if len(found) > 1:  # pairs that differ in their seeds alone
+            means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
+            print(f"Meta-SGD / MAML, mean over {len(found)} seeds: {means}")
 
 
 if __name__ == "__main__":

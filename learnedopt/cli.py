@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from learnedopt.comparison import Comparison
     from learnedopt.few_shot import FewShot
+    from learnedopt.inner import InnerSolver
     from learnedopt.rule import UpdateRule
     from learnedopt.task import TaskFamily
     from learnedopt.tree import Theta
@@ -163,7 +164,7 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
 def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
     from learnedopt.checks import require_count
-    from learnedopt.few_shot import FewShot, adapt
+    from learnedopt.few_shot import FewShot, adapt, recorded_solver
     from learnedopt.wandb_tracker import WandbTracker
 
     unused = [f"--{name}" for name in ("tuning-tasks", "tune-for") if getattr(arguments, name.replace("-", "_"))]
@@ -180,9 +181,11 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     }  # fmt: skip
     require_count("num_steps", about["num_steps"])
     require_count("num_tasks", about["num_tasks"], least=2)
+    solvers: dict[str, InnerSolver | None] = {}
     for label, (rule, theta, record) in loaded.items():  # one that does not fit is refused before any is run
         try:
             adapt(rule, theta, family, 0, 2)
+            solvers[label] = recorded_solver(record)
         except ValueError as error:
             trained = record.get("family", {})
             hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""
@@ -191,9 +194,12 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     out.mkdir(parents=True, exist_ok=True)
     adaptations = {}
     for label, (rule, theta, _) in loaded.items():
-        print(f"Adapting {label} to {about['num_tasks']} tasks", flush=True)
-        adaptations[label] = adapt(rule, theta, family, about["num_steps"], about["num_tasks"], seed=arguments.seed)
-    found = FewShot(about, adaptations)
+        inner = solvers[label]
+        print(f"Adapting {label} to {about['num_tasks']} tasks{f' by {inner}' if inner else ''}", flush=True)
+        adaptations[label] = adapt(
+            rule, theta, family, about["num_steps"], about["num_tasks"], seed=arguments.seed, inner=inner
+        )
+    found = FewShot({**about, "inner": {label: str(inner) for label, inner in solvers.items() if inner}}, adaptations)
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")

@@ -17,6 +17,7 @@ from learnedopt.checks import require_count
 from learnedopt.comparison import Summary, align, summarise, write_text
 from learnedopt.execution import Execution
 from learnedopt.files import write_json
+from learnedopt.hessian_free import HessianFree
 from learnedopt.inner import Carry, InnerLoop, InnerSolver, Rollout, solve_inner
 from learnedopt.objective import TaskMean
 from learnedopt.plots import plot_adaptation
@@ -75,6 +76,23 @@ def sample_fixed(family: TaskFamily, num_tasks: int, seed: int) -> Tasks:
     # Hashed, so that a training from a small seed does not draw the same tasks; torch reads 32 bits of a seed.
     digest = hashlib.sha256(f"learnedopt.few_shot {seed}".encode()).digest()
     return family.sample(num_tasks, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+
+
+def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
+    """Return what solved the inner problem of the run that left ``record``: None for the rule's own steps.
+
+    Raises:
+        ValueError: it was a solver of the user's own, which a record cannot hold.
+    """
+    found = (record.get("estimator") or {}).get("inner")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__:
+        raise ValueError(
+            f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
+            "it to learnedopt.few_shot.adapt"
+        )
+    return HessianFree(**{key: value for key, value in found.items() if key != "type"})
 
 
 def adapt(

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,10 @@ class Validation:
         for name in ("num_steps", "num_tasks", "every"):
             require_count(name, getattr(self, name), least=0 if name == "num_steps" else 1)
         _require_seed(self.seed)
+
+    def vet(self, theta: Theta) -> None:
+        """Raise what ``measure`` would raise on bad input, by one inner step of two tasks at most."""
+        replace(self, num_steps=min(self.num_steps, 1), num_tasks=min(self.num_tasks, 2)).measure(theta)
 
     def measure(self, theta: Theta) -> float:
         """Return the objective on the held-out tasks, without a graph."""
@@ -194,6 +198,8 @@ class MetaTrainer:
             ValueError: bad input, before the first inner step; or a checkpoint of another run.
         """
         require_count("num_meta_steps", num_meta_steps)
+        if self.options.validation is not None:
+            self.options.validation.vet(self.theta)  # now, as the first validation may be hours away
         self._resume()
         exit_code = 1
         with _Interrupts() as interrupts:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "CMYK")}
-"""Channels -> the modes of images that are read without loss into so many."""
+MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P", "CMYK")}
+"""Channels -> the modes of images that are read into so many: nothing is made grey, no transparency left out."""
 
 
 class ClassImages(NamedTuple):
@@ -33,22 +33,28 @@ class ClassImages(NamedTuple):
 def decode(content: bytes, name: str, size: int, channels: int) -> np.ndarray:
     """Return an image file as (size, size, channels) uint8, resized by Lanczos' filter where it has another size.
 
+    It is turned upright where its EXIF data say how.
+
     Raises:
         ValueError: the file cannot be read as an image, or has a mode that ``channels`` cannot hold.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on files that are broken or no images
+            image = ImageOps.exif_transpose(image)
+    # What Pillow raises on files that are broken, no images, or larger than its limit.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name} cannot be read as an image ({error}); put a whole file in its place, or remove it"
         ) from error
-    if image.mode not in MODES[channels]:
+    transparent = image.mode == "P" and "transparency" in image.info
+    if image.mode not in MODES[channels] or transparent:
+        found = f"{image.mode} with transparency" if transparent else image.mode
         raise ValueError(
-            f"{name} is an image of mode {image.mode}, but channels={channels} reads {', '.join(MODES[channels])}; "
-            f"convert it{', or pass channels=3' if image.mode in MODES[3] else ''}"
+            f"{name} is an image of mode {found}, but channels={channels} reads {', '.join(MODES[channels])}; "
+            f"convert it{', or pass channels=3' if image.mode in MODES[3] and not transparent else ''}"
         )
     # Two colours are made grey first: the filter has something to smooth.
     image = image.convert("L" if channels == 1 else "RGB")
@@ -76,7 +82,7 @@ def cached(source: Iterable[str], shape: Sequence[int], fill: Callable[[], Itera
         _write(path, shape, fill)
     try:
         array = np.load(path, mmap_mode="c")  # private pages: torch takes only writable arrays, and nobody writes
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it, and it will be made again") from error
     if array.shape != tuple(shape) or array.dtype != np.uint8:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected uint8 {tuple(shape)}; delete it")

@@ -31,10 +31,11 @@ class ImageFolder(FewShotImages):
     """N-way K-shot classification of the images below a folder; see ``FewShotImages`` for the rest.
 
     Every folder below ``root`` that holds images is a class, named by its path from there. Which classes are trained,
-    validated and tested on is read from ``lists`` where given, else from folders train, val and test where those three
-    and no others are in ``root`` (classes are then named by their path from these), else drawn at random. Images are
-    resized to ``size`` by Lanczos' filter without regard to their proportions, decoded once, and kept in
-    ``$LEARNEDOPT_CACHE``, by default the user's cache folder: (num_images, size, size, channels) bytes.
+    validated and tested on is read from ``lists`` where given, else from folders train, val and test where ``root`` has
+    these three (classes are then named by their path from these), else drawn at random. Hidden folders are left out,
+    links are followed. Images are turned upright as their EXIF data say, resized to ``size`` by Lanczos' filter without
+    regard to their proportions, decoded once, and kept in ``$LEARNEDOPT_CACHE``, by default the user's cache folder:
+    (num_images, size, size, channels) bytes.
 
     Args:
         root: the folder.
@@ -47,7 +48,8 @@ class ImageFolder(FewShotImages):
     Raises:
         FileNotFoundError: from ``sample``: the folder or a list is not there.
         ValueError: an option is out of its range; from ``sample``: there are no images, one cannot be read, a list
-            names a class that is not there, or a class is in two parts.
+            names a class that is not there, a class is in two parts, or some of train, val and test are there but not
+            these three alone.
 
     Example:
         >>> family = ImageFolder(root="~/data/birds", size=84, model="conv-pool", width=32)
@@ -65,6 +67,8 @@ class ImageFolder(FewShotImages):
         options.require_count("size", self.size)
         if self.channels not in image_array.MODES:
             raise ValueError(f"channels={self.channels!r} is neither 1 (grey) nor 3 (colours)")
+        if not isinstance(self.fractions, tuple):
+            raise ValueError(f"fractions={self.fractions!r} is not a tuple; pass one such as (0.64, 0.16, 0.2)")
         for i, fraction in enumerate(self.fractions):
             options.require_number(f"fractions[{i}]", fraction, least=0)
         if len(self.fractions) != len(FILES) or abs(sum(self.fractions) - 1) > 1e-6:
@@ -99,7 +103,7 @@ def _load(
         raise FileNotFoundError(f"root={root!r} is not a folder; pass one that holds a folder of images for each class")
     if lists is not None:
         parts = _listed(find_classes(folder), Path(lists).expanduser())
-    elif {path.name for path in folder.iterdir() if path.is_dir()} == set(FILES.values()):
+    elif _has_parts(folder):
         parts = {part: find_classes(folder / name) for part, name in FILES.items()}
     else:
         parts = _drawn(find_classes(folder), fractions, seed)
@@ -114,24 +118,55 @@ def find_classes(folder: Path) -> Classes:
         ValueError: there are no images.
     """
     classes: Classes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and path.parent != folder:
-            classes.setdefault(path.parent.relative_to(folder).as_posix(), []).append(path)
+    for path in _folders_below(folder):
+        images = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if images:
+            classes[path.relative_to(folder).as_posix()] = images
     if not classes:
         endings = ", ".join(sorted(SUFFIXES))
         raise ValueError(f"{folder} has no folders with images ({endings}) in them; put each class into one of its own")
     return classes
 
 
-def require_apart(parts: Mapping[str, Iterable[str]], where: str) -> None:
-    """Raise ValueError where a class is in two parts."""
+def _folders_below(folder: Path) -> list[Path]:
+    """Return all folders below one, through links but not hidden ones, sorted."""
+    found, seen = [], {folder.resolve()}
+    for parent, names, _ in os.walk(folder, followlinks=True):
+        kept = []
+        for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
+            if path.resolve() in seen:
+                raise ValueError(f"{path} is a link to a folder that was already read; a class must be there once")
+            seen.add(path.resolve())
+            kept.append(path.name)
+            found.append(path)
+        names[:] = kept
+    return sorted(found)
+
+
+def _has_parts(folder: Path) -> bool:
+    """Say whether the folders in it are train, val and test; a mixture with others is refused."""
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    parts = set(FILES.values())
+    if parts & names and names != parts:
+        wrong = [f"lacks {name!r}" for name in sorted(parts - names)] + [
+            f"has {name!r}" for name in sorted(names - parts)
+        ]
+        raise ValueError(
+            f"{folder} holds {', '.join(sorted(parts & names))}, but also {' and '.join(wrong)}; give it the three "
+            "folders train, val and test and no others, or say which classes are which with lists="
+        )
+    return names == parts
+
+
+def require_apart(parts: Mapping[str, Iterable[str]], where: str, what: str = "class") -> None:
+    """Raise ValueError where a class, or whatever the names are of, is in two parts."""
     owner: dict[str, str] = {}
     for part, names in parts.items():
         for name in names:
             if owner.setdefault(name, part) != part:
                 raise ValueError(
-                    f"{where}: class {name!r} is in both {FILES[owner[name]]!r} and {FILES[part]!r}; what is tested on "
-                    "must not be trained on: remove it from one of them"
+                    f"{where}: {what} {name!r} is in both {FILES[owner[name]]!r} and {FILES[part]!r}; what is tested "
+                    "on must not be trained on: remove it from one of them"
                 )
 
 
@@ -158,7 +193,7 @@ def read(classes: Classes, size: int, channels: int, where: str) -> ClassImages:
 
     # Names, sizes and dates tell whether files are the same, and are read much faster than the files.
     facts = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in paths]
-    pixels = image_array.cached(["folder, lanczos", *facts], (len(paths), size, size, channels), fill)
+    pixels = image_array.cached(["folder, upright, lanczos", *facts], (len(paths), size, size, channels), fill)
     counts = torch.tensor([len(images) for images in classes.values()])
     return ClassImages(pixels, counts.cumsum(0) - counts, counts)
 
@@ -169,7 +204,11 @@ def _listed(classes: Classes, folder: Path) -> dict[str, Classes]:
         path = folder / f"{name}.txt"
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; lists={str(folder)!r} must hold train.txt, val.txt, test.txt")
-        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not in UTF-8 ({error}); save it so") from error
+        names = [line.strip().rstrip("/") for line in lines if line.strip()]
         if missing := [name for name in names if name not in classes]:
             raise ValueError(
                 f"{path} names the class {missing[0]!r} ({len(missing)} such), but there is no folder of that name "

@@ -67,6 +67,8 @@ def _load(data: str | None, cache: str | None, root: str | None, meta_split: opt
         )
     parts = {part: _read_list(_find_list(folder, base, f"{name}.csv"), images) for part, name in FILES.items()}
     require_apart(parts, str(folder))
+    files = {part: [path.name for paths in classes.values() for path in paths] for part, classes in parts.items()}
+    require_apart(files, str(folder), "image")
     _require_files(parts[meta_split], images)
     return read(parts[meta_split], SIZE, 3, f"{folder} ({meta_split})")
 
@@ -82,7 +84,7 @@ def _find_list(folder: Path, base: Path | None, name: str) -> Path:
 
 
 def _read_list(path: Path, images: Path) -> Classes:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]
     if header != ["filename", "label"] or not all(len(row) == 2 for row in rows):
         raise ValueError(f"{path} is no list of images: its lines must be 'filename,label', and so must its header")

@@ -17,9 +17,33 @@ from torch.nn import functional
 import learnedopt
 import train_meta
 from benchmarks import results_few_shot, results_sine
-from learnedopt import Carry, Execution, FinalLoss, InnerLoop, Tape, TaskFamily, Tasks, Theta, cli, optimizers, tasks
+from learnedopt import (
+    Carry,
+    Execution,
+    FinalLoss,
+    HessianFree,
+    Implicit,
+    InnerLoop,
+    Tape,
+    TaskFamily,
+    Tasks,
+    Theta,
+    cli,
+    optimizers,
+    tasks,
+)
 from learnedopt.comparison import summarise
-from learnedopt.few_shot import ACCURACY, LOSS, Adaptation, ErrorRate, FewShot, adapt, sample_fixed, show
+from learnedopt.few_shot import (
+    ACCURACY,
+    LOSS,
+    Adaptation,
+    ErrorRate,
+    FewShot,
+    adapt,
+    recorded_solver,
+    sample_fixed,
+    show,
+)
 from learnedopt.objective import BootstrappedTarget
 from learnedopt.overrides import Choice
 from learnedopt.tasks import registry
@@ -307,6 +331,29 @@ def test_family_and_options_are_the_users(clusters: None, tmp_path: Path, monkey
     }  # fmt: skip
 
 
+def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
+    clusters: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver = HessianFree(2)
+    run = train(
+        tmp_path, "newton", rule=Choice("imaml", {"strength": 0.5}), num_meta_steps=2,
+        estimator=Implicit(2, inner=solver, tolerance=math.inf),
+    )  # fmt: skip
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", str(run), "--few-shot", "--steps", "2", "--tasks", "9", *out]) == 0
+    assert f"by {solver}" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "few_shot.json").read_text("utf-8"))
+    assert saved["settings"]["inner"] == {"newton": str(solver)}
+    rule, theta = learnedopt.load(run)
+    family = Clusters(shots=2, meta_split="test")
+    by = {inner: adapt(rule, theta, family, 2, 9, inner=inner).values[LOSS][-1] for inner in (None, solver)}
+    assert saved["methods"]["newton"]["measures"][LOSS][-1]["mean"] == pytest.approx(float(by[solver].mean()))
+    assert float((by[solver] - by[None]).abs().max()) > 1e-3
+    assert recorded_solver({}) is None
+    with pytest.raises(ValueError, match="cannot be made again from the record"):
+        recorded_solver({"estimator": {"type": "Implicit", "inner": "<function solve>"}})
+
+
 def test_bad_input_ends_in_one_line(clusters: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = str(train(tmp_path)), ["--out", str(tmp_path / "out")]
     told = refusal(capsys, run, "--few-shot", "--family", "clusters", "--set", "width=5", *out)
@@ -391,12 +438,16 @@ def test_sine_results_are_of_the_pairs_that_are_there(
     names = ["maml-sine", "meta-sgd-sine", "maml-sine-seed1", "meta-sgd-sine-seed1", "maml-sine-5"]
     for i, name in enumerate(names):
         rule = optimizers.make("maml" if name.startswith("maml") else "meta-sgd", template=template)
-        record = {"family": {"name": "sine", "options": {"shots": 10, "hidden": [4]}}, "seed": i}
+        record = {"family": {"name": "sine", "options": {"shots": 10, "hidden": [4]}}, "seed": i, "num_tasks": 4}
         theta = rule.init_theta(torch.Generator().manual_seed(i))
         learnedopt.save(tmp_path / name / "theta.safetensors", rule, theta, record)
     results_sine.main()
     said = capsys.readouterr().out
-    assert said.count("seed 3, trained with 10 shots") == 1 and "seed 4" not in said
+    assert said.count("seed 3, trained with 10 shots, 4 tasks") == 1 and "seed 4" not in said
     values = adapt(*learnedopt.load(tmp_path / "maml-sine"), family, 1, 20).values[LOSS][1]
     assert f"{summarise(values).mean:.3f} ± {summarise(values).high - summarise(values).mean:.3f}" in said
-    assert "mean over 2 pairs" in said
+    assert "mean over 2 seeds" in said
+    record["family"]["options"]["shots"] = 5
+    learnedopt.save(tmp_path / "meta-sgd-sine-5" / "theta.safetensors", rule, theta, {**record, "num_tasks": 25})
+    with pytest.raises(ValueError, match=r"ending in '-5' were trained differently"):
+        results_sine.main()

@@ -477,10 +477,13 @@ def make_folder(root: Path, names: tuple[str, ...] = ("a/x", "a/y", "b", "c", "d
     return root
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (3, "L"), (1, "L"), (1, "1")])
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (3, "L"), (3, "P"), (1, "L"), (1, "1")])
 def test_a_folder_of_class_folders_is_read(tmp_path: Path, cache: Path, channels: int, mode: str) -> None:
     root = make_folder(tmp_path / "root", mode=mode)
     (root / "readme.txt").write_text("no image")
+    paint(root / ".hidden" / "0.png", 7, mode)
+    (root / "b").rename(tmp_path / "elsewhere")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
     options: dict[str, Any] = {"ways": 2, "shots": 2, "queries": 1, "size": 16, "channels": channels}
     seen: list[str] = []
     for part in META_SPLITS:
@@ -509,7 +512,7 @@ def test_the_split_of_a_folder_may_be_lists_or_folders(tmp_path: Path, cache: Pa
     root = make_folder(tmp_path / "root")
     lists = tmp_path / "lists"
     lists.mkdir()
-    for name, text in (("train", "b\na/y\n"), ("val", "c\n"), ("test", "\nd\na/x\n")):
+    for name, text in (("train", "\ufeffb/\na/y\n"), ("val", "c\n"), ("test", "\nd\na/x\n")):
         (lists / f"{name}.txt").write_text(text)
     by_lists = ImageFolder(root=str(root), size=8, lists=str(lists), meta_split="test").images()
     for name in ("train/b", "train/a", "val/c", "test/d", "test/x"):
@@ -537,6 +540,30 @@ def test_a_changed_folder_is_read_again(tmp_path: Path, cache: Path) -> None:
     image_folder._load.cache_clear()
     with pytest.raises(ValueError, match=r"images-\w+\.npy is damaged .*delete it"):
         ImageFolder(**options).images()
+    stored.write_bytes(b"")
+    image_folder._load.cache_clear()
+    with pytest.raises(ValueError, match=r"images-\w+\.npy is damaged .*delete it"):
+        ImageFolder(**options).images()
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: a quarter clockwise shows it upright
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    read = image_array.decode((tmp_path / "turned.png").read_bytes(), "turned.png", 8, 3)
+    assert np.array_equal(read, np.rot90(pixels, -1))
+
+
+def see_through(root: Path) -> None:
+    paint(root / "b" / "9.png", 1, "P")
+    with Image.open(root / "b" / "9.png") as image:
+        image.load()
+    image.save(root / "b" / "9.png", transparency=0)
+
+
+def huge(root: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(root / "b" / "9.png")
 
 
 def broken(root: Path) -> None:
@@ -567,6 +594,19 @@ def listed(root: Path, **texts: str) -> None:
             ValueError, "class 'b' is in both 'train' and 'test'.*remove it",
         ),
         (lambda r: None, {"fractions": (0.0, 0.5, 0.5)}, ValueError, r"root \(train\) has no classes"),
+        (lambda r: None, {"fractions": [1.0, 0.0, 0.0]}, ValueError, r"fractions=\[1.0, 0.0, 0.0\] is not a tuple"),
+        (see_through, {}, ValueError, r"b/9\.png is an image of mode P with transparency, but channels=3 reads"),
+        (huge, {}, ValueError, r"b/9\.png cannot be read as an image \(Image size \(400000000 pixels\) exceeds"),
+        (lambda r: (r / "e").symlink_to(r / "b"), {}, ValueError, "e is a link to a folder that was already read"),
+        (lambda r: (r / "train").mkdir(), {}, ValueError, "root holds train, but also lacks 'test' .*lists="),
+        (
+            lambda r: [(r / n).mkdir() for n in ("train", "val", "test")], {},
+            ValueError, "root holds test, train, val, but also has 'a' and has 'b'",
+        ),
+        (
+            lambda r: (r.parent / "train.txt").write_bytes(b"caf\xe9\n"), {"lists": "{root}/.."},
+            ValueError, r"train\.txt is not in UTF-8",
+        ),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_read_are_refused(
@@ -649,6 +689,10 @@ def test_the_published_lists_are_used_where_the_folder_has_none(tmp_path: Path, 
         (
             lambda r: (r / "test.csv").write_text((r / "train.csv").read_text()),
             ValueError, "class 'n00' is in both 'train' and 'test'",
+        ),
+        (
+            lambda r: (r / "test.csv").write_text((r / "train.csv").read_text().replace(",n0", ",n2")),
+            ValueError, "image 'n000.jpg' is in both 'train' and 'test'",
         ),
         (lambda r: (r / "val.csv").unlink(), FileNotFoundError, r"there is no .*val\.csv.*put the lists"),
         (lambda r: (r / "images").rename(r / "pictures"), FileNotFoundError, "no folder .*images; it must hold"),

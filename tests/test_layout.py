@@ -49,7 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "overrides": (),
     "plots": ("files",),
     "comparison": ("files", "tracker", "plots"),
-    "few_shot": (*CORE, "implicit", "files", "tracker", "plots", "comparison"),
+    "few_shot": (*CORE, "hessian_free", "files", "tracker", "plots", "comparison"),
     # the folders: update rules and task families, neither the other
     "optimizers": ("tree", "rule"),
     "tasks": ("tree", "task"),

@@ -103,6 +103,15 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
     assert not [*folder.glob(".*")] and not (folder / "wandb").exists()
 
 
+def test_validation_solves_as_the_estimator_does(data_root: Path) -> None:
+    for name in ("imaml-omniglot", "imaml-hf-omniglot", "imaml-hf-omniglot-paper"):
+        recipe = RECIPES[name]()
+        assert isinstance(recipe.estimator, Implicit)
+        validation = build(recipe)[1]
+        assert validation.inner == recipe.estimator.inner and (validation.inner is None) == (name == "imaml-omniglot")
+        assert validation.num_steps == recipe.estimator.num_steps
+
+
 def test_the_best_theta_is_what_is_saved(tmp_path: Path) -> None:
     # Every meta-step lowers the learning rate by 0.03: past the best one, and below 0.
     sets = [*TINY_WINDOWS, "num_meta_steps=4", "rule=sgd", "rule.lr=0.1", "meta.lr=0.03", "meta.final_lr_fraction=1"]
@@ -331,6 +340,11 @@ def test_a_folder_where_another_process_trains_is_refused_and_left_alone(
         capsys.readouterr()
         assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 2
         assert re.fullmatch(r"train_meta\.py: another process is at work in .*; wait .*\n", capsys.readouterr().err)
+        assert contents(tmp_path) == before
+        (tmp_path / RUN / "checkpoint.pt").unlink()
+        (tmp_path / RUN / "metrics.jsonl").unlink()  # as in a run that has only begun
+        before = contents(tmp_path)
+        assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS, "seed=5")) == 2
         assert contents(tmp_path) == before
         other.kill()
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0  # a killed process holds nothing

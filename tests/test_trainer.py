@@ -120,6 +120,20 @@ def test_meta_training_improves_what_is_held_out() -> None:
     assert all(len(row["inner_loss"]) == 8 and row["step_ms"] > 0 for row in recorder.rows)
 
 
+def test_bad_validation_is_refused_before_the_first_meta_step() -> None:
+    def fail(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
+        raise ValueError("no such measure")
+
+    for validation in (
+        held_out(fail, num_steps=3, every=100),
+        Validation(InnerLoop(families.make("image-folder", root="nowhere"), rules.make("sgd")), FinalLoss(), 1),
+    ):
+        trainer, _, recorder = scripted(1.0, 1.0, validation=validation)
+        with pytest.raises((ValueError, FileNotFoundError), match=r"no such measure|not a folder"):
+            trainer.run(2)
+        assert trainer.progress.meta_step == 0 and not recorder.rows and not recorder.calls
+
+
 @pytest.mark.parametrize(("every", "best"), [(1, -3.0), (2, -4.0), (5, -5.0)])
 def test_the_best_theta_is_kept(every: int, best: float) -> None:
     def distance(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
