@@ -49,6 +49,7 @@ class Settings:
     table: dict[str, Any] = field(default_factory=dict)
     mode: Literal["slow", "fast"] = "slow"
     shape: Any = field(default_factory=lambda: Box(2, 8.0))
+    spare: Any = None
     family: Choice = field(default_factory=lambda: Choice("quadratic", {"dim": 10, "noise": 0.1}))
 
 
@@ -73,6 +74,8 @@ KINDS = ((Square, Box, Circle), (Settings,))
         ("shape.colour=RED", {"shape": Box(2, 8.0, Colour.RED)}),
         ("shape=Square", {"shape": Square(2, Colour.GREEN)}),  # the fields in common are kept
         ("shape=Circle", {"shape": Circle()}),
+        ("spare=Square", {"spare": Square()}),
+        ("spare=null", {}),
         ("family=image-mlp", {"family": Choice("image-mlp")}),
         ("family.hidden=[40]", {"family": Choice("quadratic", {"dim": 10, "noise": 0.1, "hidden": [40]})}),
         ("family.noise=null", {"family": Choice("quadratic", {"dim": 10, "noise": None})}),
