@@ -60,7 +60,6 @@ INTERCHANGEABLE = (
     (FinalLoss, SumOfLosses, MeanLogLoss, BootstrappedTarget, ErrorRate),
     (SquaredDistance, KLDivergence),
     (ConjugateGradient, Neumann, GMRES),
-    (HessianFree,),
 )
 """What ``--set`` takes by name, as in ``--set estimator=Unrolled``: each may replace the others of its line."""
 

@@ -41,17 +41,21 @@ def errors(run: Path) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 def protocol(record: dict[str, Any]) -> str:
-    """Return, as JSON, all that a method and its run have in common with those that they may be compared with."""
-    own = ("name", "rule", "seed", "meta_step", "best_validation")
+    """Return, as JSON, what runs must have in common to be compared: all but the method, the seed and the execution."""
+    own = ("name", "rule", "seed", "meta_step", "best_validation", "execution", "num_threads", "checkpoint_every")
     return json.dumps({key: value for key, value in record.items() if key not in own}, sort_keys=True)
 
 
-def show(runs: Path, suffix: str) -> tuple[str, list[float]]:
-    """Print the table of the runs whose names end in ``suffix``; return their protocol and ratios of mean errors."""
-    rows, means, protocols = [], [], set()
+def show(runs: Path, suffix: str) -> tuple[str, int, list[float]]:
+    """Print the table of the runs whose names end in ``suffix``; return their protocol, seed and ratios of mean errors.
+
+    Raises:
+        ValueError: they differ in more than the method.
+    """
+    rows, means, common = [], [], set()
     for method, name in METHODS.items():
         record, found = errors(runs / f"{name}{suffix}")
-        protocols.add(protocol(record))
+        common.add((protocol(record), record["seed"]))
         trained_with, num_tasks = record["family"]["options"]["shots"], record["num_tasks"]
         cells = []
         for values, published in zip(found, PUBLISHED.get((trained_with, method), ("", "", "")), strict=True):
@@ -60,12 +64,21 @@ def show(runs: Path, suffix: str) -> tuple[str, list[float]]:
         about = f"seed {record['seed']}, trained with {trained_with} shots, {num_tasks} tasks a meta-step"
         rows.append([f"{method}, {about}", *cells])
         means.append([float(values.mean()) for values in found])
-    if len(protocols) > 1:
-        raise ValueError(f"the runs in {runs} ending in {suffix!r} were trained differently: they are no pair")
+    if len(common) > 1:
+        raise ValueError(f"the runs in {runs} whose names end in {suffix!r} were trained differently: they are no pair")
     ratios = [ours / maml for maml, ours in zip(*means, strict=True)]
     rows.append(["Meta-SGD / MAML", *(f"{ratio:.3f}" for ratio in ratios)])
-    print(align([["", *(f"{shots} shots" for shots in SHOTS)], *rows]) + "\n", flush=True)
-    return protocols.pop(), ratios
+    print(
+        align(
+            [
+                [" and ".join(f"{name}{suffix}" for name in METHODS.values()), *(f"{shots} shots" for shots in SHOTS)],
+                *rows,
+            ]
+        )
+        + "\n",
+        flush=True,
+    )
+    return *common.pop(), ratios
 
 
 def main() -> None:
@@ -82,14 +95,19 @@ def main() -> None:
     pairs = sorted(set.intersection(*suffixes.values()))
     if not pairs:
         parser.exit(2, f"no pair of {' and '.join(METHODS.values())} was trained to its end in {runs}\n")
-    ratios = defaultdict(list)
+    ratios: dict[str, dict[int, tuple[str, list[float]]]] = defaultdict(dict)
     for suffix in pairs:
-        trained, found = show(runs, suffix)
-        ratios[trained].append(found)
-    for found in ratios.values():
-        if len(found) > 1:  # pairs that differ in their seeds alone
-            means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
-            print(f"Meta-SGD / MAML, mean over {len(found)} seeds: {means}")
+        try:
+            trained, seed, found = show(runs, suffix)
+        except ValueError as error:
+            print(f"{error}\n")
+        else:
+            ratios[trained][seed] = suffix, found
+    for by_seed in ratios.values():
+        endings, found = zip(*by_seed.values(), strict=True)
+        means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
+        names = ", ".join(f"maml-sine{suffix}" for suffix in endings)
+        print(f"Meta-SGD / MAML, mean over {len(found)} seeds ({names}): {means}")
 
 
 if __name__ == "__main__":

@@ -183,9 +183,10 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     require_count("num_tasks", about["num_tasks"], least=2)
     solvers: dict[str, InnerSolver | None] = {}
     for label, (rule, theta, record) in loaded.items():  # one that does not fit is refused before any is run
+        solvers[label] = recorded_solver(record)
+        require_count("num_steps", about["num_steps"], least=1 if solvers[label] else 0)
         try:
-            adapt(rule, theta, family, 0, 2)
-            solvers[label] = recorded_solver(record)
+            adapt(rule, theta, family, min(about["num_steps"], 1), 2, inner=solvers[label])
         except ValueError as error:
             trained = record.get("family", {})
             hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -84,10 +84,12 @@ def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
     Raises:
         ValueError: it was a solver of the user's own, which a record cannot hold.
     """
-    found = (record.get("estimator") or {}).get("inner")
+    estimator = record.get("estimator")
+    found = estimator.get("inner") if isinstance(estimator, dict) else None
     if found is None:
         return None
-    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__:
+    names = {field.name for field in fields(HessianFree)}
+    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
         raise ValueError(
             f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
             "it to learnedopt.few_shot.adapt"

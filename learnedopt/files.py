@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold an existing folder for this process alone; the hold of a process ends with it, however it ends.
 
+    A file system without locks gives a warning, and no hold.
+
     Raises:
         ValueError: another process holds it.
     """
@@ -43,6 +46,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
         ) from error
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): let no other process train there", stacklevel=3)
     try:
         yield
     finally:

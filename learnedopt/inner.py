@@ -305,20 +305,24 @@ def solve_inner(
 ) -> Rollout:
     """Solve a begun carry's inner problem without a graph, by ``inner`` or, without one, by the rule's own steps.
 
-    A solver's path is its own affair: its losses are what can be seen from outside, those before and after.
+    A solver gets the tasks that are run together at a time. Its path is its own affair: the rollout's losses are what
+    can be seen from outside, those before and after.
 
     Raises:
         TypeError: the solver returns something else than a begun carry.
     """
     if inner is None:
         return loop.run(theta, carry, num_steps, Tape.NONE)
-    end = inner(loop, theta, carry, num_steps)
-    if not isinstance(end, Carry) or end.state is None:
-        raise TypeError(
-            f"the inner solver {inner!r} must return a begun Carry, such as carry._replace(params=...), "
-            f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
-        )
-    end = detach(end)
+    ends = []
+    for chunk in loop.split(carry):
+        end = inner(loop, theta, chunk, num_steps)
+        if not isinstance(end, Carry) or end.state is None:
+            raise TypeError(
+                f"the inner solver {inner!r} must return a begun Carry, such as carry._replace(params=...), "
+                f"got {type(end).__name__ if not isinstance(end, Carry) else 'one without a state'}"
+            )
+        ends.append(detach(end))
+    end = join(ends)
     return Rollout(carry, end, torch.stack([loop.losses(c, "train").detach() for c in (carry, end)]))
 
 

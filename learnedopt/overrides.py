@@ -31,7 +31,7 @@ def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
         assignments: each ``path.to.field=text``; the text is read as the field's type, and of two for the same field
             the later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another.
         kinds: a field that holds a dataclass out of one of these groups takes the name of another class of the group;
-            the fields that the two have in common are kept. One that holds None takes any of their names.
+            the fields that the two have in common are kept.
 
     Raises:
         ValueError: there is no such field, or the text is not of its type; the message names the nearest valid one.
@@ -114,7 +114,7 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     text = whole[-1]
     if isinstance(before, Choice):
         return _changed(Choice(text), below, f"{path}.", kinds)
-    group = next((group for group in kinds if type(before) in group or _named_for(before, text, group)), None)
+    group = next((group for group in kinds if type(before) in group), None)
     if group is None:
         return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
@@ -123,14 +123,7 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
-def _named_for(before: Any, text: str, group: Sequence[type]) -> bool:
-    """Say whether a field that holds None takes the name of one of the group's classes."""
-    return before is None and text in [kind.__name__ for kind in group]
-
-
 def _fields_of(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
 
 
@@ -144,9 +137,12 @@ def _typed(text: str, hint: Any, path: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     literal = read_value(text)
-    try:
-        if isinstance(literal, (dict, list, tuple)):  # read as YAML, a None in it would be the word "None"
+    if isinstance(literal, (dict, list, tuple)):  # read as YAML, a None in it would be the word "None"
+        try:
             return parser.parse_object({"value": literal}).value
+        except ArgumentError:
+            pass  # not of the type as it is, but it may be as text
+    try:
         return parser.parse_args([f"--value={text}"]).value
     except ArgumentError as error:
         args = typing.get_args(hint)

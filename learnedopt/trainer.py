@@ -67,8 +67,8 @@ class Validation:
         _require_seed(self.seed)
 
     def vet(self, theta: Theta) -> None:
-        """Raise what ``measure`` would raise on bad input, by one inner step of two tasks at most."""
-        replace(self, num_steps=min(self.num_steps, 1), num_tasks=min(self.num_tasks, 2)).measure(theta)
+        """Raise what ``measure`` would raise on bad input, by measuring two tasks at most."""
+        replace(self, num_tasks=min(self.num_tasks, 2)).measure(theta)
 
     def measure(self, theta: Theta) -> float:
         """Return the objective on the held-out tasks, without a graph."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P", "CMYK")}
-"""Channels -> the modes of images that are read into so many: nothing is made grey, no transparency left out."""
+"""Channels -> the modes of images that are read into so many; a palette (P) only without transparency."""
 
 
 class ClassImages(NamedTuple):
@@ -33,17 +33,16 @@ class ClassImages(NamedTuple):
 def decode(content: bytes, name: str, size: int, channels: int) -> np.ndarray:
     """Return an image file as (size, size, channels) uint8, resized by Lanczos' filter where it has another size.
 
-    It is turned upright where its EXIF data say how.
+    It is read as it is stored: EXIF data do not turn it.
 
     Raises:
         ValueError: the file cannot be read as an image, or has a mode that ``channels`` cannot hold.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
     # What Pillow raises on files that are broken, no images, or larger than its limit.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(

@@ -33,9 +33,9 @@ class ImageFolder(FewShotImages):
     Every folder below ``root`` that holds images is a class, named by its path from there. Which classes are trained,
     validated and tested on is read from ``lists`` where given, else from folders train, val and test where ``root`` has
     these three (classes are then named by their path from these), else drawn at random. Hidden folders are left out,
-    links are followed. Images are turned upright as their EXIF data say, resized to ``size`` by Lanczos' filter without
-    regard to their proportions, decoded once, and kept in ``$LEARNEDOPT_CACHE``, by default the user's cache folder:
-    (num_images, size, size, channels) bytes.
+    links are followed. Images are resized to ``size`` by Lanczos' filter whatever their proportions (EXIF data play no
+    part), decoded once, and kept in ``$LEARNEDOPT_CACHE``, by default the user's cache folder: (num_images, size, size,
+    channels) bytes.
 
     Args:
         root: the folder.
@@ -48,7 +48,7 @@ class ImageFolder(FewShotImages):
     Raises:
         FileNotFoundError: from ``sample``: the folder or a list is not there.
         ValueError: an option is out of its range; from ``sample``: there are no images, one cannot be read, a list
-            names a class that is not there, a class is in two parts, or some of train, val and test are there but not
+            names a class that is not there, a class is in two parts, or two of train, val and test are there but not
             these three alone.
 
     Example:
@@ -108,6 +108,8 @@ def _load(
     else:
         parts = _drawn(find_classes(folder), fractions, seed)
     require_apart(parts, str(folder) if lists is None else lists)
+    linked = {part: {str(paths[0].parent.resolve()) for paths in classes.values()} for part, classes in parts.items()}
+    require_apart(linked, str(folder), "folder")
     return read(parts[meta_split], size, channels, f"{folder} ({meta_split})")
 
 
@@ -130,13 +132,15 @@ def find_classes(folder: Path) -> Classes:
 
 def _folders_below(folder: Path) -> list[Path]:
     """Return all folders below one, through links but not hidden ones, sorted."""
-    found, seen = [], {folder.resolve()}
+    found, seen = [], {folder.resolve(): folder}
     for parent, names, _ in os.walk(folder, followlinks=True):
         kept = []
         for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
             if path.resolve() in seen:
-                raise ValueError(f"{path} is a link to a folder that was already read; a class must be there once")
-            seen.add(path.resolve())
+                raise ValueError(
+                    f"{path} and {seen[path.resolve()]} are the same folder, by a link; a class must be there once"
+                )
+            seen[path.resolve()] = path
             kept.append(path.name)
             found.append(path)
         names[:] = kept
@@ -144,10 +148,10 @@ def _folders_below(folder: Path) -> list[Path]:
 
 
 def _has_parts(folder: Path) -> bool:
-    """Say whether the folders in it are train, val and test; a mixture with others is refused."""
+    """Say whether the folders in it are train, val and test; two of them, or others beside them, are refused."""
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     parts = set(FILES.values())
-    if parts & names and names != parts:
+    if len(parts & names) > 1 and names != parts:  # one of them may be a class of that name
         wrong = [f"lacks {name!r}" for name in sorted(parts - names)] + [
             f"has {name!r}" for name in sorted(names - parts)
         ]
@@ -193,7 +197,7 @@ def read(classes: Classes, size: int, channels: int, where: str) -> ClassImages:
 
     # Names, sizes and dates tell whether files are the same, and are read much faster than the files.
     facts = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in paths]
-    pixels = image_array.cached(["folder, upright, lanczos", *facts], (len(paths), size, size, channels), fill)
+    pixels = image_array.cached(["folder, lanczos", *facts], (len(paths), size, size, channels), fill)
     counts = torch.tensor([len(images) for images in classes.values()])
     return ClassImages(pixels, counts.cumsum(0) - counts, counts)
 

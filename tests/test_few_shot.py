@@ -157,7 +157,10 @@ def test_more_steps_than_any_training_and_a_solver_in_place_of_steps() -> None:
 
     stepwise = adapt(rule, theta, family, 40, 6)
     solved = adapt(rule, theta, family, 40, 6, inner=solver, chunk=4)
-    assert seen == [(40, 4), (40, 2)] and solved.steps == (0, 40)
+    assert seen == [(40, 1)] * 6 and solved.steps == (0, 40)
+    seen.clear()
+    adapt(rule, theta, family, 3, 6, inner=solver, chunk=4, execution=Execution(chunk_size=3))
+    assert seen == [(3, 3), (3, 1), (3, 2)]
     for name, values in solved.values.items():
         torch.testing.assert_close(values, stepwise.values[name][[0, -1]], rtol=1e-10, atol=1e-12)
 
@@ -349,9 +352,12 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     by = {inner: adapt(rule, theta, family, 2, 9, inner=inner).values[LOSS][-1] for inner in (None, solver)}
     assert saved["methods"]["newton"]["measures"][LOSS][-1]["mean"] == pytest.approx(float(by[solver].mean()))
     assert float((by[solver] - by[None]).abs().max()) > 1e-3
-    assert recorded_solver({}) is None
+    assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
+    assert "num_steps=0 is not a count" in refusal(capsys, str(run), "--few-shot", "--steps", "0", *out)
     with pytest.raises(ValueError, match="cannot be made again from the record"):
         recorded_solver({"estimator": {"type": "Implicit", "inner": "<function solve>"}})
+    with pytest.raises(ValueError, match="cannot be made again from the record"):
+        recorded_solver({"estimator": {"inner": {"type": "HessianFree", "num_lines": 3}}})
 
 
 def test_bad_input_ends_in_one_line(clusters: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,16 +444,17 @@ def test_sine_results_are_of_the_pairs_that_are_there(
     names = ["maml-sine", "meta-sgd-sine", "maml-sine-seed1", "meta-sgd-sine-seed1", "maml-sine-5"]
     for i, name in enumerate(names):
         rule = optimizers.make("maml" if name.startswith("maml") else "meta-sgd", template=template)
-        record = {"family": {"name": "sine", "options": {"shots": 10, "hidden": [4]}}, "seed": i, "num_tasks": 4}
+        record = {"family": {"name": "sine", "options": {"shots": 10, "hidden": [4]}}, "seed": i // 2, "num_tasks": 4}
         theta = rule.init_theta(torch.Generator().manual_seed(i))
         learnedopt.save(tmp_path / name / "theta.safetensors", rule, theta, record)
     results_sine.main()
     said = capsys.readouterr().out
-    assert said.count("seed 3, trained with 10 shots, 4 tasks") == 1 and "seed 4" not in said
+    assert said.count("MAML, seed 1, trained with 10 shots, 4 tasks") == 1 and "seed 2" not in said
     values = adapt(*learnedopt.load(tmp_path / "maml-sine"), family, 1, 20).values[LOSS][1]
     assert f"{summarise(values).mean:.3f} ± {summarise(values).high - summarise(values).mean:.3f}" in said
-    assert "mean over 2 seeds" in said
+    assert "mean over 2 seeds (maml-sine, maml-sine-seed1)" in said
     record["family"]["options"]["shots"] = 5
     learnedopt.save(tmp_path / "meta-sgd-sine-5" / "theta.safetensors", rule, theta, {**record, "num_tasks": 25})
-    with pytest.raises(ValueError, match=r"ending in '-5' were trained differently"):
-        results_sine.main()
+    results_sine.main()
+    said = capsys.readouterr().out
+    assert "end in '-5' were trained differently: they are no pair" in said and "mean over 2 seeds" in said

@@ -546,15 +546,6 @@ def test_a_changed_folder_is_read_again(tmp_path: Path, cache: Path) -> None:
         ImageFolder(**options).images()
 
 
-def test_images_are_turned_upright(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: a quarter clockwise shows it upright
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    read = image_array.decode((tmp_path / "turned.png").read_bytes(), "turned.png", 8, 3)
-    assert np.array_equal(read, np.rot90(pixels, -1))
-
-
 def see_through(root: Path) -> None:
     paint(root / "b" / "9.png", 1, "P")
     with Image.open(root / "b" / "9.png") as image:
@@ -597,8 +588,12 @@ def listed(root: Path, **texts: str) -> None:
         (lambda r: None, {"fractions": [1.0, 0.0, 0.0]}, ValueError, r"fractions=\[1.0, 0.0, 0.0\] is not a tuple"),
         (see_through, {}, ValueError, r"b/9\.png is an image of mode P with transparency, but channels=3 reads"),
         (huge, {}, ValueError, r"b/9\.png cannot be read as an image \(Image size \(400000000 pixels\) exceeds"),
-        (lambda r: (r / "e").symlink_to(r / "b"), {}, ValueError, "e is a link to a folder that was already read"),
-        (lambda r: (r / "train").mkdir(), {}, ValueError, "root holds train, but also lacks 'test' .*lists="),
+        (lambda r: (r / "e").symlink_to(r / "b"), {}, ValueError, r"root/e and .*root/b are the same folder"),
+        (lambda r: (r / "a" / "up").symlink_to(r), {}, ValueError, r"a/up and .*root are the same folder"),
+        (
+            lambda r: [(r / n).mkdir() for n in ("train", "test")], {},
+            ValueError, "root holds test, train, but also lacks 'val' and has 'a' .*lists=",
+        ),
         (
             lambda r: [(r / n).mkdir() for n in ("train", "val", "test")], {},
             ValueError, "root holds test, train, val, but also has 'a' and has 'b'",
@@ -630,6 +625,19 @@ def test_the_same_class_in_two_part_folders_is_refused(tmp_path: Path, cache: Pa
     make_folder(tmp_path / "root", ("train/a", "train/b", "val/c", "test/a"))
     with pytest.raises(ValueError, match="class 'a' is in both 'train' and 'test'"):
         ImageFolder(root=str(tmp_path / "root"), size=8, meta_split="valid").sample(1, seeded())
+
+
+def test_a_link_from_one_part_into_another_is_refused(tmp_path: Path, cache: Path) -> None:
+    root = make_folder(tmp_path / "root", ("train/a", "train/b", "val/c", "test/d"))
+    (root / "test" / "renamed").symlink_to(root / "train" / "a")
+    with pytest.raises(ValueError, match=r"folder '.*train/a' is in both 'train' and 'test'"):
+        ImageFolder(root=str(root), size=8).sample(1, seeded())
+
+
+def test_a_class_may_have_a_parts_name(tmp_path: Path, cache: Path) -> None:
+    root = make_folder(tmp_path / "root", ("bus", "car", "train"))
+    family = ImageFolder(root=str(root), size=8, fractions=(1.0, 0.0, 0.0))
+    assert len(family.images().counts) == 3
 
 
 def make_mini(root: Path) -> Path:

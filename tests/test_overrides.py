@@ -49,7 +49,6 @@ class Settings:
     table: dict[str, Any] = field(default_factory=dict)
     mode: Literal["slow", "fast"] = "slow"
     shape: Any = field(default_factory=lambda: Box(2, 8.0))
-    spare: Any = None
     family: Choice = field(default_factory=lambda: Choice("quadratic", {"dim": 10, "noise": 0.1}))
 
 
@@ -61,6 +60,7 @@ KINDS = ((Square, Box, Circle), (Settings,))
     [
         ("name=two=2", {"name": "two=2"}),
         ("name=", {"name": ""}),
+        ("name=[1]", {"name": "[1]"}),
         ("count=-4", {"count": -4}),
         ("limit=1e-3", {"limit": 0.001}),
         ("limit=2", {"limit": 2.0}),
@@ -74,8 +74,6 @@ KINDS = ((Square, Box, Circle), (Settings,))
         ("shape.colour=RED", {"shape": Box(2, 8.0, Colour.RED)}),
         ("shape=Square", {"shape": Square(2, Colour.GREEN)}),  # the fields in common are kept
         ("shape=Circle", {"shape": Circle()}),
-        ("spare=Square", {"spare": Square()}),
-        ("spare=null", {}),
         ("family=image-mlp", {"family": Choice("image-mlp")}),
         ("family.hidden=[40]", {"family": Choice("quadratic", {"dim": 10, "noise": 0.1, "hidden": [40]})}),
         ("family.noise=null", {"family": Choice("quadratic", {"dim": 10, "noise": None})}),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import learnedopt
@@ -28,6 +29,7 @@ from learnedopt import (
     TruncatedBackprop,
     Unrolled,
 )
+from learnedopt.files import exclusive
 from learnedopt.json_tracker import read_metrics
 from learnedopt.overrides import Choice, override
 from train_meta import INTERCHANGEABLE, RECIPES, Recipe, as_config, build
@@ -349,6 +351,18 @@ def test_a_folder_where_another_process_trains_is_refused_and_left_alone(
         other.kill()
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0  # a killed process holds nothing
     assert not [*(tmp_path / RUN).glob(".*")]
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FileLock) -> None:
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"cannot be locked \(no locks here\): let no other process"),
+        exclusive(tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": {}}', '{"recipe": 3, "run_id": "a"}', "\udcff"])

@@ -120,6 +120,18 @@ def test_meta_training_improves_what_is_held_out() -> None:
     assert all(len(row["inner_loss"]) == 8 and row["step_ms"] > 0 for row in recorder.rows)
 
 
+def test_validation_reads_what_it_will_read_from_the_first_on() -> None:
+    sizes: list[torch.Size] = []
+
+    def tenth(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
+        sizes.append(rollout.losses.shape)
+        return rollout.losses[10].mean()
+
+    trainer, _, _ = scripted(1.0, validation=held_out(tenth, num_steps=11, num_tasks=5, every=1))
+    trainer.run(1)
+    assert sizes == [(11, 2), (11, 5)]
+
+
 def test_bad_validation_is_refused_before_the_first_meta_step() -> None:
     def fail(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         raise ValueError("no such measure")
