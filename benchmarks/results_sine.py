@@ -103,7 +103,7 @@ def main() -> None:
             print(f"{error}\n")
         else:
             ratios[trained][seed] = suffix, found
-    for by_seed in ratios.values():
+    for by_seed in (found for found in ratios.values() if len(found) > 1):
         endings, found = zip(*by_seed.values(), strict=True)
         means = ", ".join(f"{mean:.3f}" for mean in torch.tensor(found).mean(0).tolist())
         names = ", ".join(f"maml-sine{suffix}" for suffix in endings)
