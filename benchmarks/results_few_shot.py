@@ -38,7 +38,7 @@ METHODS = {
     "imaml-omniglot": Method("iMAML, gradient descent", 8, "99.16 (Rajeswaran et al. 2019)"),
     "imaml-hf-omniglot": Method("iMAML, Hessian-free", 5, "99.50 (Rajeswaran et al. 2019)"),
 }
-PAPER_STEPS = {"imaml-omniglot": 16, "imaml-hf-omniglot": 5}
+PAPER_STEPS = {"imaml-omniglot": 16}
 RECIPES = METHODS | {
     f"{name}-paper": method._replace(num_steps=PAPER_STEPS.get(name, method.num_steps))
     for name, method in METHODS.items()

@@ -28,8 +28,8 @@ SHOTS = (5, 10, 20)
 PUBLISHED = {(5, "MAML"): ("1.13", "0.85", "0.71"), (5, "Meta-SGD"): ("0.90", "0.63", "0.50")}
 
 
-def errors(run: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the run's record, and for each of ``SHOTS`` each test task's error (num_tasks,) after one step."""
+def errors(run: Path) -> list[Tensor]:
+    """Return for each of ``SHOTS`` each test task's error (num_tasks,) after one step."""
     rule, theta, record = checkpoint.load_with_metadata(run)
     found = []
     for shots in SHOTS:
@@ -37,7 +37,7 @@ def errors(run: Path) -> tuple[dict[str, Any], list[Tensor]]:
         family = learnedopt.tasks.make("sine", **options)
         execution = Execution(chunk_size=NUM_TASKS)
         found.append(adapt(rule, theta, family, 1, NUM_TASKS, execution=execution).values[LOSS][1])
-    return record, found
+    return found
 
 
 def protocol(record: dict[str, Any]) -> str:
@@ -52,32 +52,28 @@ def show(runs: Path, suffix: str) -> tuple[str, int, list[float]]:
     Raises:
         ValueError: they differ in more than the method.
     """
-    rows, means, common = [], [], set()
-    for method, name in METHODS.items():
-        record, found = errors(runs / f"{name}{suffix}")
-        common.add((protocol(record), record["seed"]))
-        trained_with, num_tasks = record["family"]["options"]["shots"], record["num_tasks"]
-        cells = []
+    pair = {method: runs / f"{name}{suffix}" for method, name in METHODS.items()}
+    records = [checkpoint.load_with_metadata(run)[2] for run in pair.values()]
+    common = {(protocol(record), record["seed"]) for record in records}
+    if len(common) > 1:
+        raise ValueError(f"the runs in {runs} whose names end in {suffix!r} were trained differently: they are no pair")
+    trained_with, num_tasks, seed = (
+        records[0]["family"]["options"]["shots"],
+        records[0]["num_tasks"],
+        records[0]["seed"],
+    )
+    rows, means = [[" and ".join(run.name for run in pair.values()), *(f"{shots} shots" for shots in SHOTS)]], []
+    for method, run in pair.items():
+        found, cells = errors(run), []
         for values, published in zip(found, PUBLISHED.get((trained_with, method), ("", "", "")), strict=True):
             mean, half = summarise(values).mean, summarise(values).high - summarise(values).mean
             cells.append(f"{mean:.3f} ± {half:.3f}" + f" ({published})" * bool(published))
-        about = f"seed {record['seed']}, trained with {trained_with} shots, {num_tasks} tasks a meta-step"
+        about = f"seed {seed}, trained with {trained_with} shots, {num_tasks} tasks a meta-step"
         rows.append([f"{method}, {about}", *cells])
         means.append([float(values.mean()) for values in found])
-    if len(common) > 1:
-        raise ValueError(f"the runs in {runs} whose names end in {suffix!r} were trained differently: they are no pair")
     ratios = [ours / maml for maml, ours in zip(*means, strict=True)]
     rows.append(["Meta-SGD / MAML", *(f"{ratio:.3f}" for ratio in ratios)])
-    print(
-        align(
-            [
-                [" and ".join(f"{name}{suffix}" for name in METHODS.values()), *(f"{shots} shots" for shots in SHOTS)],
-                *rows,
-            ]
-        )
-        + "\n",
-        flush=True,
-    )
+    print(f"{align(rows)}\n", flush=True)
     return *common.pop(), ratios
 
 

@@ -46,7 +46,7 @@ class FewShotImages(TaskFamily):
         init_seed: all tasks start at the point that this seed draws, as torch's layers do by default; None lets each
             task draw its own.
         batch_shots: images a class in the "train" batch of one inner step; the steps go round the support set, so that
-            successive ones see different images, as Reptile needs (Nichol et al. 2018, section 5). None takes all.
+            successive ones see different images, as Reptile needs (Nichol et al. 2018). None takes all.
 
     Raises:
         ValueError: an option is out of its range; from ``sample``: ``ways`` is more than there are classes, or
