@@ -28,12 +28,12 @@ from learnedopt import (
     ConjugateGradient,
     Execution,
     FinalLoss,
+    GradientEstimator,
     HessianFree,
     Implicit,
     InnerLoop,
     KLDivergence,
     MeanLogLoss,
-    MetaGradient,
     Neumann,
     SquaredDistance,
     SumOfLosses,
@@ -44,15 +44,15 @@ from learnedopt import (
     Unrolled,
     UpdateRule,
 )
-from learnedopt.checks import require_count
-from learnedopt.few_shot import ErrorRate
-from learnedopt.files import exclusive, remove_partials, write_json
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.memory import predict_peak
-from learnedopt.overrides import Choice, nearest, override
-from learnedopt.tracker import ConsoleTracker, Tracker, Trackers, plain_json
-from learnedopt.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
-from learnedopt.wandb_tracker import Mode, WandbTracker, resolve_mode
+from learnedopt.config import Choice, nearest, override
+from learnedopt.core.checks import require_count
+from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
+from learnedopt.evaluation.few_shot import ErrorRate
+from learnedopt.execution.memory import predict_peak
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
+from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
+from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
 ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 INTERCHANGEABLE = (
@@ -102,7 +102,7 @@ class Recipe:
     name: str
     family: Choice
     rule: Choice
-    estimator: MetaGradient
+    estimator: GradientEstimator
     objective: Any
     num_meta_steps: int
     num_tasks: int = 1
@@ -446,7 +446,7 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
     config = as_config(recipe)
 
     def report(result: TrainingResult, tracker: Tracker) -> None:
-        from learnedopt import plots
+        from learnedopt.evaluation import plots
 
         metadata = plain_json({**config, "meta_step": result.meta_step, "best_validation": result.best_value})
         theta = learnedopt.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata)
@@ -478,7 +478,7 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         report=report,
     )
     tasks = loop.family.sample(recipe.num_tasks, torch.Generator().manual_seed(recipe.seed))
-    carry = recipe.estimator.start(loop, tasks, torch.Generator().manual_seed(recipe.seed))
+    carry = recipe.estimator.start(loop, trainer.theta, tasks, torch.Generator().manual_seed(recipe.seed))
     peak = predict_peak(loop, trainer.theta, recipe.estimator, carry, recipe.objective)
     if peak is not None:
         print(f"One estimate of the meta-gradient takes about {peak / 1e6:.3g} MB.", flush=True)

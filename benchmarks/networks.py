@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from learnedopt import TaskFamily
-from learnedopt.tree import Params
+from learnedopt.core.tree import Params
 
 Forward: TypeAlias = Callable[[Sequence[Tensor], Tensor], Tensor]
 Examples: TypeAlias = tuple[Tensor, Tensor]

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import MB
 from benchmarks.suite import Workload
-from learnedopt.files import write_atomically
+from learnedopt.core.files import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "benchmarks.md", DOCS / "figures" / "benchmarks.png"

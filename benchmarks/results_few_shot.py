@@ -16,8 +16,8 @@ import torch
 
 import learnedopt
 from learnedopt import checkpoint
-from learnedopt.comparison import align
-from learnedopt.few_shot import ACCURACY, Adaptation, FewShot, adapt, recorded_solver, show
+from learnedopt.evaluation.comparison import align
+from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, FewShot, adapt, recorded_solver, show
 
 NUM_TASKS = 600
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "few_shot_omniglot.png"

@@ -21,7 +21,7 @@ import torch
 
 import learnedopt
 from benchmarks.results_memory import MB, allocator_peak
-from learnedopt import ConjugateGradient, FinalLoss, FirstOrder, Implicit, InnerLoop, MetaGradient, Unrolled
+from learnedopt import ConjugateGradient, FinalLoss, FirstOrder, GradientEstimator, Implicit, InnerLoop, Unrolled
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "few_shot_memory.png"
@@ -36,7 +36,7 @@ class Point(NamedTuple):
     seconds: float
 
 
-def estimator(label: str, num_steps: int) -> MetaGradient:
+def estimator(label: str, num_steps: int) -> GradientEstimator:
     """Return what is compared; with no tolerance for a warning, as nothing is to converge here."""
     if label == IMPLICIT:
         return Implicit(num_steps, ConjugateGradient(5), tolerance=math.inf)
@@ -79,7 +79,7 @@ def in_own_process(label: str, num_steps: int) -> Point:
 
 def main() -> None:
     """Print the tables, check that implicit memory is flat, and draw the figure."""
-    from learnedopt.plots import plot_lines
+    from learnedopt.evaluation.plots import plot_lines
 
     points = {label: [in_own_process(label, n) for n in STEPS] for label in (MAML, FIRST_ORDER, IMPLICIT)}
     tables = {

@@ -19,10 +19,10 @@ from learnedopt import (
     ConjugateGradient,
     Execution,
     FinalLoss,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     MeanLogLoss,
-    MetaGradient,
     ModuleFamily,
     Neumann,
     SumOfLosses,
@@ -131,7 +131,7 @@ def pairs() -> Iterable[tuple[str, float]]:
     mlp, quadratic = tanh_mlp(), tasks.make("quadratic", dim=4)
     lstm = setting(make_rule("lstm", mlp), mlp)
 
-    def grads(estimator: MetaGradient, where: Any = lstm, objective: Any = SumOfLosses()) -> Theta:  # noqa: B008 - frozen
+    def grads(estimator: GradientEstimator, where: Any = lstm, objective: Any = SumOfLosses()) -> Theta:  # noqa: B008 - frozen
         return estimator.estimate(where[0], where[1], objective, where[2]).grads
 
     yield "segments of 3 against the plain unroll, 10 steps", error(grads(Unrolled(10, segment=3)), grads(Unrolled(10)))

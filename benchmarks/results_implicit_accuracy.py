@@ -19,17 +19,17 @@ from learnedopt import (
     ConjugateGradient,
     ConvergenceWarning,
     FinalLoss,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     LinearSolver,
-    MetaGradient,
     Solution,
     Tape,
     TaskFamily,
     Unrolled,
     optimizers,
-    tree,
 )
+from learnedopt.core import tree
 
 DIM, NUM_POINTS, NUM_PROBLEMS = 10, 50, 200
 STRENGTH, RATE = 0.1, 0.5
@@ -75,7 +75,7 @@ class Direct(LinearSolver):
         return Solution(x, (rhs - operator(x)).norm(dim=1) / rhs.norm(dim=1), zero)
 
 
-def methods(num_steps: int, end: Carry) -> dict[str, MetaGradient]:
+def methods(num_steps: int, end: Carry) -> dict[str, GradientEstimator]:
     """Return the estimators that are compared, by their label; the implicit ones share the solution ``end``."""
     solvers: dict[str, LinearSolver] = {f"{n} CG": ConjugateGradient(n) for n in (2, 5, DIM)}
     solvers["exact solve"] = Direct()
@@ -126,7 +126,7 @@ def closed_form(tasks: dict[str, Tensor], start: Tensor) -> Tensor:
 
 def main() -> None:
     """Print the table and draw the figure."""
-    from learnedopt.plots import plot_lines
+    from learnedopt.evaluation.plots import plot_lines
 
     errors = measure()
     print("inner steps".ljust(20) + "".join(f"{n:>10}" for n in STEPS))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from learnedopt import ConjugateGradient, FinalLoss, Implicit, InnerLoop, MetaGradient, ModuleFamily, Unrolled
+from learnedopt import ConjugateGradient, FinalLoss, GradientEstimator, Implicit, InnerLoop, ModuleFamily, Unrolled
 from learnedopt import optimizers as rules
 
 STEPS = (5, 10, 20, 40, 80)
@@ -43,7 +43,7 @@ class Point(NamedTuple):
     resident: float
 
 
-def estimators(num_steps: int) -> dict[str, MetaGradient]:
+def estimators(num_steps: int) -> dict[str, GradientEstimator]:
     """Return what is compared, by label; with no tolerance for a warning, as nothing is to converge here."""
     return {
         WHOLE: Unrolled(num_steps),
@@ -134,7 +134,7 @@ def exponent(steps: Iterable[int], peaks: Iterable[float]) -> float:
 
 def main() -> None:
     """Print the tables, check the shapes and draw the figure."""
-    from learnedopt.plots import plot_lines
+    from learnedopt.evaluation.plots import plot_lines
 
     points = measure()
     for field, what in (("allocated", "held by torch's allocator"), ("resident", "growth of resident memory")):

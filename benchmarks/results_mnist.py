@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import learnedopt
-from learnedopt.comparison import Comparison
-from learnedopt.evaluate import compare
-from learnedopt.plots import plot_curves
+from learnedopt.evaluation.comparison import Comparison
+from learnedopt.evaluation.evaluate import compare
+from learnedopt.evaluation.plots import plot_curves
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "mnist.png"
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import learnedopt
-from learnedopt.evaluate import compare
-from learnedopt.plots import plot_curves
+from learnedopt.evaluation.evaluate import compare
+from learnedopt.evaluation.plots import plot_curves
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "quadratic.png"
 

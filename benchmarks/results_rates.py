@@ -7,7 +7,7 @@ With all rates equal either rule is gradient descent, so that is the rule at a f
 from __future__ import annotations
 
 import learnedopt
-from learnedopt.evaluate import compare, hand_designed
+from learnedopt.evaluation.evaluate import compare, hand_designed
 
 NUM_STEPS = {"meta-sgd-mnist": 10, "bootstrapped-mnist": 100}
 SGD = {"SGD": hand_designed("sgd", low=-4, high=2)}  # half decades: 13 rates

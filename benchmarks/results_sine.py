@@ -18,8 +18,8 @@ from torch import Tensor
 
 import learnedopt
 from learnedopt import Execution, checkpoint
-from learnedopt.comparison import align, summarise
-from learnedopt.few_shot import LOSS, adapt
+from learnedopt.evaluation.comparison import align, summarise
+from learnedopt.evaluation.few_shot import LOSS, adapt
 
 METHODS = {"MAML": "maml-sine", "Meta-SGD": "meta-sgd-sine"}
 NUM_TASKS = 2000

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.networks import CONV_WAYS, IMAGE, Forward, Problem, Stored, at, conv, conv_pooled_first, images, mlp
 from benchmarks.suite import Call, Competitor, Size, Workload, peer
-from learnedopt import Execution, FinalLoss, InnerLoop, MetaGradient, Unrolled
+from learnedopt import Execution, FinalLoss, GradientEstimator, InnerLoop, Unrolled
 from learnedopt import optimizers as rules
-from learnedopt.allocator import keep_freed_memory
-from learnedopt.compiled import CompileWarning
+from learnedopt.execution.allocator import keep_freed_memory
+from learnedopt.execution.compiled import CompileWarning
 
 WIDTHS, NUM_EXAMPLES = (784, 256, 128, 64, 5), 25
 SHOTS, QUERIES = 1, 15
@@ -54,7 +54,7 @@ def pooled_first_problem(size: Size) -> Problem:
 
 
 Pose = Callable[[Size], Problem]
-Estimate = Callable[[int], MetaGradient]
+Estimate = Callable[[int], GradientEstimator]
 
 
 def ours(pose: Pose, estimator: Estimate = Unrolled, execution: Execution | None = None) -> Callable[[Size], Call]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from learnedopt import LearnedOptimizer
-from learnedopt.tasks import images
+from learnedopt.tasks.data import images
 
 
 def train(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int) -> float:

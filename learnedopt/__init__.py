@@ -5,20 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from learnedopt.compiled import CompileWarning
-from learnedopt.estimator import MetaGrad, MetaGradient
-from learnedopt.execution import Execution
-from learnedopt.hessian_free import HessianFree
-from learnedopt.implicit import ConvergenceWarning, Implicit
-from learnedopt.inner import Carry, InnerLoop, Rollout, Tape
-from learnedopt.linear_solvers import (
-    GMRES,
-    ConjugateGradient,
-    LinearSolver,
-    Neumann,
-    Solution,
-)
-from learnedopt.objective import (
+from learnedopt.core.estimator import Estimate, GradientEstimator
+from learnedopt.core.execution import Execution
+from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.objective import (
     BootstrappedTarget,
     FinalLoss,
     KLDivergence,
@@ -27,32 +17,45 @@ from learnedopt.objective import (
     SquaredDistance,
     SumOfLosses,
 )
-from learnedopt.rule import State, UpdateRule
-from learnedopt.task import Batch, ModuleFamily, TaskFamily, Tasks
-from learnedopt.tree import Params, Theta
-from learnedopt.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.task import Batch, ModuleFamily, TaskFamily, Tasks
+from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.hessian_free import HessianFree
+from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
+from learnedopt.estimators.linear_solvers import (
+    GMRES,
+    ConjugateGradient,
+    LinearSolver,
+    Neumann,
+    Solution,
+)
+from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
+from learnedopt.execution.compiled import CompileWarning
+
+MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names before version 0.2, kept for one version
 
 __version__ = "0.1.0"
 
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {
     "LearnedOptimizer": "learnedopt.optim",
-    "MetaTrainer": "learnedopt.trainer",
-    "Validation": "learnedopt.trainer",
+    "MetaTrainer": "learnedopt.training.trainer",
+    "Validation": "learnedopt.training.trainer",
     "load": "learnedopt.checkpoint",
-    "predict_peak": "learnedopt.memory",
+    "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
-    "evaluate": "learnedopt.evaluate",
+    "evaluate": "learnedopt.evaluation.evaluate",
     "optimizers": "",
     "tasks": "",
 }
 
 if TYPE_CHECKING:
-    from learnedopt import evaluate, optimizers, tasks
+    from learnedopt import optimizers, tasks
     from learnedopt.checkpoint import load, save
-    from learnedopt.memory import predict_peak
+    from learnedopt.evaluation import evaluate
+    from learnedopt.execution.memory import predict_peak
     from learnedopt.optim import LearnedOptimizer
-    from learnedopt.trainer import MetaTrainer, Validation
+    from learnedopt.training.trainer import MetaTrainer, Validation
 
 
 def __getattr__(name: str) -> Any:
@@ -73,9 +76,11 @@ __all__ = [
     "CompileWarning",
     "ConjugateGradient",
     "ConvergenceWarning",
+    "Estimate",
     "Execution",
     "FinalLoss",
     "FirstOrder",
+    "GradientEstimator",
     "HessianFree",
     "Implicit",
     "InnerLoop",
@@ -83,8 +88,6 @@ __all__ = [
     "LearnedOptimizer",
     "LinearSolver",
     "MeanLogLoss",
-    "MetaGrad",
-    "MetaGradient",
     "MetaObjective",
     "MetaTrainer",
     "ModuleFamily",

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learnedopt.files import write_atomically, write_json
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Theta
+from learnedopt.core.files import write_atomically, write_json
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Theta
 
 FORMAT = "learnedopt-rule-1"
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from learnedopt.comparison import Comparison
-    from learnedopt.few_shot import FewShot
-    from learnedopt.inner import InnerSolver
-    from learnedopt.rule import UpdateRule
-    from learnedopt.task import TaskFamily
-    from learnedopt.tree import Theta
-    from learnedopt.wandb_tracker import Mode, WandbTracker
+    from learnedopt.core.inner import InnerSolver
+    from learnedopt.core.rule import UpdateRule
+    from learnedopt.core.task import TaskFamily
+    from learnedopt.core.tree import Theta
+    from learnedopt.evaluation.comparison import Comparison
+    from learnedopt.evaluation.few_shot import FewShot
+    from learnedopt.training.wandb_tracker import Mode, WandbTracker
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -122,7 +122,7 @@ def _list(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from learnedopt.wandb_tracker import resolve_mode
+    from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(arguments.threads)
     try:
@@ -134,8 +134,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
-    from learnedopt.evaluate import compare
-    from learnedopt.wandb_tracker import WandbTracker
+    from learnedopt.evaluation.evaluate import compare
+    from learnedopt.training.wandb_tracker import WandbTracker
 
     if arguments.family is None:
         raise ValueError("the following arguments are required: --family")
@@ -163,9 +163,9 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
 
 def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
-    from learnedopt.checks import require_count
-    from learnedopt.few_shot import FewShot, adapt, recorded_solver
-    from learnedopt.wandb_tracker import WandbTracker
+    from learnedopt.core.checks import require_count
+    from learnedopt.evaluation.few_shot import FewShot, adapt, recorded_solver
+    from learnedopt.training.wandb_tracker import WandbTracker
 
     unused = [f"--{name}" for name in ("tuning-tasks", "tune-for") if getattr(arguments, name.replace("-", "_"))]
     if unused:
@@ -241,7 +241,7 @@ def _load(checkpoint: str) -> tuple[UpdateRule, Theta, dict[str, Any]]:
 
 
 def _settings(assignments: Sequence[str]) -> dict[str, Any]:
-    from learnedopt.overrides import read_value
+    from learnedopt.config import read_value
 
     settings = {}
     for assignment in assignments:
@@ -264,7 +264,7 @@ def _families(name: str, options: dict[str, Any]) -> tuple[TaskFamily, TaskFamil
 
 def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path]) -> None:
     """Log the table's numbers, the figure and the files to W&B."""
-    from learnedopt.comparison import summarise
+    from learnedopt.evaluation.comparison import summarise
 
     numbers = {
         f"{measure}/{label}/{name}": value

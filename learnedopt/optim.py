@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.utils import _pytree as pytree
 
-from learnedopt import tree
 from learnedopt.checkpoint import check_theta, load
-from learnedopt.execution import Lane
-from learnedopt.inner import pull
-from learnedopt.rule import State, UpdateRule
-from learnedopt.tree import Params, Theta
+from learnedopt.core import tree
+from learnedopt.core.execution import TaskMap
+from learnedopt.core.inner import pull
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
 
 FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
 """Options that groups of other optimizers have, and that a learned rule could only ignore."""
@@ -284,7 +284,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
         if not self.rule.has_regularizer:
             return grads
-        pulls = pull(self.rule, Lane(1), self.theta, params, create_graph=False)
+        pulls = pull(self.rule, TaskMap(1), self.theta, params, create_graph=False)
         return {k: g + pulls[k] for k, g in grads.items()}
 
     def _update(

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
-from learnedopt.tree import Params, Theta
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
 
 
 @final

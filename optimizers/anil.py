@@ -10,10 +10,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import check_number
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Params, Theta
 
 
 @final

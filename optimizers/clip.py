@@ -9,10 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import check_number
-from learnedopt.optimizers.wrapper import Wrapper
-from learnedopt.rule import State
-from learnedopt.tree import Params, Theta
+from learnedopt.core.rule import State
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.wrapper import Wrapper
 
 
 @final

@@ -9,12 +9,12 @@ from typing import Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import check_number
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
 from learnedopt.optimizers.sgd import descend
-from learnedopt.optimizers.wrapper import prefixed
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Params, Theta
 
 Strengths: TypeAlias = Literal["scalar", "tensor", "coordinate"]
 

@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.wrapper import Wrapper, prefixed, unprefixed
-from learnedopt.rule import State
-from learnedopt.tree import Params, Theta
+from learnedopt.core.rule import State
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.wrapper import Wrapper, prefixed, unprefixed
 
 
 @final

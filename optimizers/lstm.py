@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers import lstm_kernel
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Params, Theta
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.kernels import lstm_kernel
 
 State = dict[str, Tensor]
 

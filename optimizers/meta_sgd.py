@@ -9,12 +9,12 @@ from typing import Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import check_number
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import LearnedInit, check_template
 from learnedopt.optimizers.sgd import SGD, descend
-from learnedopt.optimizers.wrapper import prefixed
-from learnedopt.rule import State, UpdateRule
-from learnedopt.tree import Params, Theta
 
 Rates: TypeAlias = Literal["coordinate", "tensor", "step"]
 

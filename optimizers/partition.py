@@ -11,9 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.wrapper import prefixed, unprefixed
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Params, Theta
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.wrapper import prefixed, unprefixed
 
 
 @final

@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Params
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params
 
 _TABLE = {
     "sgd": "sgd:SGD",

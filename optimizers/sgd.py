@@ -8,8 +8,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.hand_designed import NOT_NEGATIVE, HandDesigned
-from learnedopt.tree import Params, Theta
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned
 
 
 @final

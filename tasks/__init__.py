@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
-    from learnedopt.tasks.few_shot import FewShotImages, ModuleOnImages
+    from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from learnedopt.tasks.sine import Sine
 
 _LAZY = {
-    "FewShotImages": "few_shot",
+    "FewShotImages": "data.few_shot",
     "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
     "LinearRegression": "regression",
     "LogisticRegression": "logistic",
     "MiniImageNet": "mini_imagenet",
-    "ModuleOnImages": "few_shot",
+    "ModuleOnImages": "data.few_shot",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
     "Sine": "sine",

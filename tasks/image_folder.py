@@ -13,9 +13,9 @@ from typing import TypeAlias, final
 import numpy as np
 import torch
 
-from learnedopt.tasks import image_array, options
-from learnedopt.tasks.few_shot import FewShotImages
-from learnedopt.tasks.image_array import ClassImages
+from learnedopt.tasks.data import arguments, image_array
+from learnedopt.tasks.data.few_shot import FewShotImages
+from learnedopt.tasks.data.image_array import ClassImages
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 FILES: Mapping[str, str] = {"train": "train", "valid": "val", "test": "test"}
@@ -64,18 +64,18 @@ class ImageFolder(FewShotImages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.require_count("size", self.size)
+        arguments.require_count("size", self.size)
         if self.channels not in image_array.MODES:
             raise ValueError(f"channels={self.channels!r} is neither 1 (grey) nor 3 (colours)")
         if not isinstance(self.fractions, tuple):
             raise ValueError(f"fractions={self.fractions!r} is not a tuple; pass one such as (0.64, 0.16, 0.2)")
         for i, fraction in enumerate(self.fractions):
-            options.require_number(f"fractions[{i}]", fraction, least=0)
+            arguments.require_number(f"fractions[{i}]", fraction, least=0)
         if len(self.fractions) != len(FILES) or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions={self.fractions!r} are not three numbers for train, valid and test of sum 1")
         if self.split_seed is None:
             raise ValueError("split_seed=None: the split must be the same in every process; pass an integer")
-        options.require_seed("split_seed", self.split_seed)
+        arguments.require_seed("split_seed", self.split_seed)
 
     def images(self) -> ClassImages:
         """Return the images of the meta-split's classes."""
@@ -94,7 +94,7 @@ def _load(
     lists: str | None,
     fractions: tuple[float, ...],
     seed: int,
-    meta_split: options.MetaSplit,
+    meta_split: arguments.MetaSplit,
     size: int,
     channels: int,
 ) -> ClassImages:

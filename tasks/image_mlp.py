@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learnedopt.task import Batch, Split, TaskFamily, Tasks
-from learnedopt.tasks import images, options, streams
-from learnedopt.tree import Params
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
+from learnedopt.tasks.data import arguments, images, streams
 
 Activation: TypeAlias = Literal["sigmoid", "tanh", "relu", "elu", "gelu", "softplus"]
 Init: TypeAlias = Literal["linear", "normal"]
@@ -41,7 +41,7 @@ class ImageMLP(TaskFamily):
     "targets": (batch_size,)}``, made on the CPU.
 
     Args:
-        dataset: "mnist" or "fashion-mnist"; where the files are looked for is said in ``learnedopt.tasks.images``.
+        dataset: "mnist" or "fashion-mnist"; where the files are looked for is said in ``learnedopt.tasks.data.images``.
         hidden: the widths of the hidden layers, any number of them; none gives softmax regression.
         activation: after each hidden layer.
         batch_size: images a minibatch.
@@ -70,25 +70,25 @@ class ImageMLP(TaskFamily):
     batch_size: int = 128
     init: Init = "linear"
     std: float | None = None
-    dtype: options.DType | None = None
-    meta_split: options.MetaSplit = "train"
+    dtype: arguments.DType | None = None
+    meta_split: arguments.MetaSplit = "train"
     crop: int = images.SIDE
 
     def __post_init__(self) -> None:
-        options.require_choice("dataset", self.dataset, images.Dataset)
+        arguments.require_choice("dataset", self.dataset, images.Dataset)
         if not isinstance(self.hidden, tuple):
             raise ValueError(f"hidden={self.hidden!r} is not a tuple of widths; pass one such as (20,) or (40, 40)")
         for i, width in enumerate(self.hidden):
-            options.require_count(f"hidden[{i}]", width)
-        options.require_choice("activation", self.activation, Activation)
-        options.require_count("batch_size", self.batch_size)
-        options.require_choice("init", self.init, Init)
+            arguments.require_count(f"hidden[{i}]", width)
+        arguments.require_choice("activation", self.activation, Activation)
+        arguments.require_count("batch_size", self.batch_size)
+        arguments.require_choice("init", self.init, Init)
         if self.std is not None:
-            options.require_number("std", self.std, least=0)
+            arguments.require_number("std", self.std, least=0)
             if self.init != "normal":
                 raise ValueError(f"std={self.std!r} has no effect with init={self.init!r}; pass init='normal' as well")
-        options.require_common(self.dtype, self.meta_split)
-        options.require_count("crop", self.crop)
+        arguments.require_common(self.dtype, self.meta_split)
+        arguments.require_count("crop", self.crop)
         if self.crop > images.SIDE or self.crop % 2:
             raise ValueError(f"crop={self.crop!r} cannot be centred; pass an even number of at most {images.SIDE}")
 
@@ -99,7 +99,7 @@ class ImageMLP(TaskFamily):
     def init_params(self, tasks: Tasks) -> Params:
         """Draw each task's parameters, as ``init`` says, from its seed."""
         drawn = [self._draw(streams.stream(seed, "init")) for seed in tasks["seed"].tolist()]
-        dtype = options.resolve_dtype(self.dtype)
+        dtype = arguments.resolve_dtype(self.dtype)
         return {k: torch.from_numpy(np.stack([params[k] for params in drawn])).to(dtype) for k in drawn[0]}
 
     def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -124,7 +124,7 @@ class ImageMLP(TaskFamily):
         margin = (images.SIDE - self.crop) // 2
         inner = slice(margin, images.SIDE - margin)
         chosen = pixels.index_select(0, index).reshape(-1, images.SIDE, images.SIDE)[:, inner, inner]
-        inputs = chosen.to(options.resolve_dtype(self.dtype)).div_(255)
+        inputs = chosen.to(arguments.resolve_dtype(self.dtype)).div_(255)
         shape = (len(seeds), self.batch_size)
         return {"inputs": inputs.reshape(*shape, -1), "targets": labels.index_select(0, index).reshape(shape)}
 

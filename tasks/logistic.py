@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learnedopt import tree
-from learnedopt.task import Batch, Split, TaskFamily, Tasks
-from learnedopt.tasks import options, streams
-from learnedopt.tree import Params
+from learnedopt.core import tree
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
+from learnedopt.tasks.data import arguments, streams
 
 
 @final
@@ -41,14 +41,14 @@ class LogisticRegression(TaskFamily):
     num_train: int = 20
     num_valid: int = 20
     start_scale: float = 0.0
-    dtype: options.DType | None = None
-    meta_split: options.MetaSplit = "train"
+    dtype: arguments.DType | None = None
+    meta_split: arguments.MetaSplit = "train"
 
     def __post_init__(self) -> None:
         for option in ("dim", "num_train", "num_valid"):
-            options.require_count(option, getattr(self, option))
-        options.require_number("start_scale", self.start_scale, least=0)
-        options.require_common(self.dtype, self.meta_split)
+            arguments.require_count(option, getattr(self, option))
+        arguments.require_number("start_scale", self.start_scale, least=0)
+        arguments.require_common(self.dtype, self.meta_split)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw the points of both splits and the starting point."""
@@ -63,7 +63,7 @@ class LogisticRegression(TaskFamily):
             "valid": {"inputs": inputs[:, self.num_train :], "targets": targets[:, self.num_train :]},
             "start": start,
         }
-        return tree.to(tasks, None, options.resolve_dtype(self.dtype))
+        return tree.to(tasks, None, arguments.resolve_dtype(self.dtype))
 
     def init_params(self, tasks: Tasks) -> Params:
         """Start at the task's own starting point."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from learnedopt.tasks import options
-from learnedopt.tasks.few_shot import FewShotImages
-from learnedopt.tasks.image_array import ClassImages
+from learnedopt.tasks.data import arguments
+from learnedopt.tasks.data.few_shot import FewShotImages
+from learnedopt.tasks.data.image_array import ClassImages
 from learnedopt.tasks.image_folder import FILES, Classes, read, require_apart
 
 SIZE = 84
@@ -54,7 +54,7 @@ class MiniImageNet(FewShotImages):
 
 
 @functools.cache
-def _load(data: str | None, cache: str | None, root: str | None, meta_split: options.MetaSplit) -> ClassImages:
+def _load(data: str | None, cache: str | None, root: str | None, meta_split: arguments.MetaSplit) -> ClassImages:
     if root is None and data is None:
         raise FileNotFoundError("mini-ImageNet: pass root=, the folder that holds images/, or set LEARNEDOPT_DATA")
     base = Path(data).expanduser() if data else None

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learnedopt.tasks import image_array, options
-from learnedopt.tasks.few_shot import FewShotImages
-from learnedopt.tasks.image_array import ClassImages
+from learnedopt.tasks.data import arguments, image_array
+from learnedopt.tasks.data.few_shot import FewShotImages
+from learnedopt.tasks.data.image_array import ClassImages
 
 Characters: TypeAlias = Literal["vinyals", "seeded"]
 SIDE = 28
@@ -88,7 +88,7 @@ class Omniglot(FewShotImages):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options.require_choice("split", self.split, Characters)
+        arguments.require_choice("split", self.split, Characters)
 
     def images(self) -> ClassImages:
         """Return the images of the meta-split's classes; all meta-splits share one array."""
@@ -99,13 +99,13 @@ class Omniglot(FewShotImages):
         return SIDE, 1
 
 
-def load(split: Characters, meta_split: options.MetaSplit) -> ClassImages:
+def load(split: Characters, meta_split: arguments.MetaSplit) -> ClassImages:
     """Return all rotations of the characters of a split: class 4c + r is character c, sorted, turned r times."""
     return _load(os.environ.get("LEARNEDOPT_DATA") or None, os.environ.get("LEARNEDOPT_CACHE"), split, meta_split)
 
 
 @functools.cache
-def _load(root: str | None, cache: str | None, split: Characters, meta_split: options.MetaSplit) -> ClassImages:
+def _load(root: str | None, cache: str | None, split: Characters, meta_split: arguments.MetaSplit) -> ClassImages:
     names, pixels = _read(root, cache)
     number = {name: i for i, name in enumerate(names)}
     parts = split_characters(names, split)

@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from learnedopt import tree
-from learnedopt.task import Batch, Split, TaskFamily, Tasks
-from learnedopt.tasks import options, streams
-from learnedopt.tree import Params
+from learnedopt.core import tree
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
+from learnedopt.tasks.data import arguments, streams
 
 Distribution: TypeAlias = Literal["gaussian", "uniform"]
 
@@ -43,14 +43,14 @@ class Quadratic(TaskFamily):
     dim: int = 10
     distribution: Distribution = "gaussian"
     start_scale: float = 0.0
-    dtype: options.DType | None = None
-    meta_split: options.MetaSplit = "train"
+    dtype: arguments.DType | None = None
+    meta_split: arguments.MetaSplit = "train"
 
     def __post_init__(self) -> None:
-        options.require_count("dim", self.dim)
-        options.require_choice("distribution", self.distribution, Distribution)
-        options.require_number("start_scale", self.start_scale, least=0)
-        options.require_common(self.dtype, self.meta_split)
+        arguments.require_count("dim", self.dim)
+        arguments.require_choice("distribution", self.distribution, Distribution)
+        arguments.require_number("start_scale", self.start_scale, least=0)
+        arguments.require_common(self.dtype, self.meta_split)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw W (num_tasks, dim, dim), y and start, both (num_tasks, dim)."""
@@ -61,7 +61,7 @@ class Quadratic(TaskFamily):
             drawn = torch.rand(entries, generator=generator, dtype=torch.float64, device=generator.device)
         start = self.start_scale * streams.normal((num_tasks, self.dim), generator)
         tasks = {"W": drawn[..., :-1].contiguous(), "y": drawn[..., -1].contiguous(), "start": start}
-        return tree.to(tasks, None, options.resolve_dtype(self.dtype))
+        return tree.to(tasks, None, arguments.resolve_dtype(self.dtype))
 
     def init_params(self, tasks: Tasks) -> Params:
         """Start at the task's own starting point."""

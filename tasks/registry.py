@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from learnedopt.task import TaskFamily
+from learnedopt.core.task import TaskFamily
 
 _TABLE = {
     "quadratic": "quadratic:Quadratic",

@@ -8,10 +8,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt import tree
-from learnedopt.task import Batch, Split, TaskFamily, Tasks
-from learnedopt.tasks import options, streams
-from learnedopt.tree import Params
+from learnedopt.core import tree
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
+from learnedopt.tasks.data import arguments, streams
 
 
 @final
@@ -47,17 +47,17 @@ class LinearRegression(TaskFamily):
     noise: float = 0.1
     mean_weight: float = 1.0
     start_scale: float = 0.0
-    dtype: options.DType | None = None
-    meta_split: options.MetaSplit = "train"
+    dtype: arguments.DType | None = None
+    meta_split: arguments.MetaSplit = "train"
 
     def __post_init__(self) -> None:
         for option in ("dim", "num_train", "num_valid"):
-            options.require_count(option, getattr(self, option))
-        options.require_number("condition_number", self.condition_number, least=1)
-        options.require_number("noise", self.noise, least=0)
-        options.require_number("mean_weight", self.mean_weight)
-        options.require_number("start_scale", self.start_scale, least=0)
-        options.require_common(self.dtype, self.meta_split)
+            arguments.require_count(option, getattr(self, option))
+        arguments.require_number("condition_number", self.condition_number, least=1)
+        arguments.require_number("noise", self.noise, least=0)
+        arguments.require_number("mean_weight", self.mean_weight)
+        arguments.require_number("start_scale", self.start_scale, least=0)
+        arguments.require_common(self.dtype, self.meta_split)
         if self.dim == 1 and self.condition_number != 1:
             raise ValueError(f"condition_number={self.condition_number!r}: in one dimension it is 1; pass that")
 
@@ -75,7 +75,7 @@ class LinearRegression(TaskFamily):
             "valid": {"inputs": inputs[:, self.num_train :], "targets": targets[:, self.num_train :]},
             "start": start,
         }
-        return tree.to(tasks, None, options.resolve_dtype(self.dtype))
+        return tree.to(tasks, None, arguments.resolve_dtype(self.dtype))
 
     def init_params(self, tasks: Tasks) -> Params:
         """Start at the task's own starting point."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learnedopt import tree
-from learnedopt.task import Batch, Split, TaskFamily, Tasks
-from learnedopt.tasks import options, starts, streams
-from learnedopt.tree import Params
+from learnedopt.core import tree
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
+from learnedopt.tasks.data import arguments, initial_params, streams
 
 Protocol: TypeAlias = Literal["meta-sgd", "maml"]
 _AMPLITUDES, _PHASES, _FREQUENCIES, _INPUTS = (0.1, 5.0), (0.0, math.pi), (0.8, 1.2), (-5.0, 5.0)
@@ -54,23 +54,23 @@ class Sine(TaskFamily):
     shots: int = 10
     queries: int = 10
     hidden: tuple[int, ...] = (40, 40)
-    dtype: options.DType | None = None
-    meta_split: options.MetaSplit = "train"
+    dtype: arguments.DType | None = None
+    meta_split: arguments.MetaSplit = "train"
     init_seed: int | None = 0
     init_std: float | None = None
 
     def __post_init__(self) -> None:
-        options.require_choice("protocol", self.protocol, Protocol)
-        options.require_count("shots", self.shots)
-        options.require_count("queries", self.queries)
+        arguments.require_choice("protocol", self.protocol, Protocol)
+        arguments.require_count("shots", self.shots)
+        arguments.require_count("queries", self.queries)
         if not isinstance(self.hidden, tuple):
             raise ValueError(f"hidden={self.hidden!r} is not a tuple of widths; pass one such as (40, 40)")
         for i, width in enumerate(self.hidden):
-            options.require_count(f"hidden[{i}]", width)
-        options.require_common(self.dtype, self.meta_split)
-        options.require_seed("init_seed", self.init_seed)
+            arguments.require_count(f"hidden[{i}]", width)
+        arguments.require_common(self.dtype, self.meta_split)
+        arguments.require_seed("init_seed", self.init_seed)
         if self.init_std is not None:
-            options.require_number("init_std", self.init_std)
+            arguments.require_number("init_std", self.init_std)
             if self.init_std <= 0:
                 raise ValueError(f"init_std={self.init_std!r} is a standard deviation and must be positive")
 
@@ -93,17 +93,17 @@ class Sine(TaskFamily):
             "valid": {k: v[:, self.shots :] for k, v in points.items()},
         }
         seeds = streams.sample_seeds(num_tasks, generator)
-        return {"seed": seeds, **tree.to(tasks, None, options.resolve_dtype(self.dtype))}
+        return {"seed": seeds, **tree.to(tasks, None, arguments.resolve_dtype(self.dtype))}
 
     def init_params(self, tasks: Tasks) -> Params:
         """Draw the start, one for all tasks or one a task, as ``init_seed`` says."""
         shapes = {f"layer{i}": (b, a) for i, (a, b) in enumerate(pairwise((1, *self.hidden, 1)))}
         std = self.init_std
         layers = [
-            starts.layer(name, shape) if std is None else starts.small_layer(name, shape, std)
+            initial_params.layer(name, shape) if std is None else initial_params.small_layer(name, shape, std)
             for name, shape in shapes.items()
         ]
-        return starts.draw(sum(layers, ()), tasks["seed"], self.init_seed, tasks["train"]["inputs"].dtype)
+        return initial_params.draw(sum(layers, ()), tasks["seed"], self.init_seed, tasks["train"]["inputs"].dtype)
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
         """Return all points of the split."""

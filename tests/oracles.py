@@ -25,8 +25,8 @@ from learnedopt import (
     Theta,
     UpdateRule,
 )
-from learnedopt.objective import MetaObjective
-from learnedopt.tree import Params
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.tree import Params
 
 
 class Path(NamedTuple):

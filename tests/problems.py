@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from learnedopt import TaskFamily, Tasks, Theta, UpdateRule
-from learnedopt.tree import Params
+from learnedopt.core.tree import Params
 
 FLOAT = torch.float64
 EIGENVALUES = (0.5, 0.8, 1.2, 1.7, 2.5)

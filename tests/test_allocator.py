@@ -14,12 +14,15 @@ import pytest
 ROUNDS = """
 import resource, torch, learnedopt
 loop = learnedopt.InnerLoop(learnedopt.tasks.make("quadratic"), learnedopt.optimizers.make("sgd"))
+generator = torch.Generator().manual_seed(0)
+carry = loop.start(loop.family.sample(1, generator))
+learnedopt.Unrolled(1).estimate(loop, loop.rule.init_theta(generator), learnedopt.FinalLoss(), carry)
 for i in range(5):
     if i == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.ones(2**18) for _ in range(40)]  # 1 MiB each
     del blocks
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, learnedopt.allocator.keep_freed_memory())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, learnedopt.execution.allocator.keep_freed_memory())
 """
 
 
@@ -43,7 +46,7 @@ def faults(**environment: str) -> tuple[int, bool]:
 
 
 @needs_gnu
-def test_a_loop_makes_freed_memory_stay() -> None:
+def test_an_estimate_makes_freed_memory_stay() -> None:
     stayed, kept = faults()
     assert kept
     count, kept = faults(LEARNEDOPT_KEEP_MEMORY="0")

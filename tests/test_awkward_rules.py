@@ -24,10 +24,10 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.execution import Lane
-from learnedopt.inner import pull
+from learnedopt.core.execution import TaskMap
+from learnedopt.core.inner import pull
 from learnedopt.optimizers import IMAML, SGD, Partition
-from learnedopt.optimizers.wrapper import Wrapper
+from learnedopt.optimizers.bases.wrapper import Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -199,7 +199,7 @@ def test_what_cannot_work_is_said_before_the_first_step() -> None:
     with pytest.raises(TypeError, match=r"such as FinalLoss\(\)"):
         Unrolled(1).estimate(loop, {"lr": torch.tensor(0.1)}, FinalLoss, carry)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="neither 'train' nor 'valid'"):
-        loop.losses(loop.begin({"lr": torch.tensor(0.1)}, carry), "test")  # type: ignore[arg-type]
+        loop.losses({}, loop.begin({"lr": torch.tensor(0.1)}, carry), "test")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no option"):
         MetaTrainer(loop, Unrolled(1), FinalLoss(), number_of_tasks=3)
 
@@ -253,7 +253,7 @@ def test_who_overrides_a_method_loses_the_shortcut_to_it() -> None:
         rule = Pulled(inside)
         theta = rule.init_theta(torch.Generator())
         moved = {k: p + 0.1 for k, p in own.items()}
-        found = pull(rule, Lane(1), theta, moved, create_graph=False)
+        found = pull(rule, TaskMap(1), theta, moved, create_graph=False)
         expected = torch.func.grad(lambda at, rule=rule, theta=theta: rule.regularizer(theta, at))(moved)
         torch.testing.assert_close(found, expected)
     loop = InnerLoop(family, Backward(0.1))

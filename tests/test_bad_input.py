@@ -20,10 +20,10 @@ from learnedopt import (
     Execution,
     FinalLoss,
     FirstOrder,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     MeanLogLoss,
-    MetaGradient,
     Neumann,
     SumOfLosses,
     Tape,
@@ -34,7 +34,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.objective import MetaObjective
+from learnedopt.core.objective import MetaObjective
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -67,7 +67,7 @@ ESTIMATORS = [
 def refuses(
     message: str,
     rule: UpdateRule,
-    estimator: MetaGradient,
+    estimator: GradientEstimator,
     objective: MetaObjective | None = None,
     *,
     family: Watched | None = None,
@@ -103,7 +103,7 @@ def refuses(
         (torch.zeros(2, 2), "got Tensor"),
     ],
 )
-def test_theta_of_another_rule_or_shape(estimator: MetaGradient, theta: Any, shown: str) -> None:
+def test_theta_of_another_rule_or_shape(estimator: GradientEstimator, theta: Any, shown: str) -> None:
     family, rule = Watched(), Proximal(template(Quadratic()))
     loop = InnerLoop(family, rule)
     with pytest.raises(ValueError, match=rf"this theta is not one of Proximal: .*{shown}.*init_theta"):
@@ -162,7 +162,7 @@ def detached(self: Any, params: Any, batch: Any) -> Tensor:
     ],
 )
 def test_a_family_whose_loss_cannot_be_trained_on(
-    estimator: MetaGradient, loss: Callable[..., Any], message: str, chunk_size: int
+    estimator: GradientEstimator, loss: Callable[..., Any], message: str, chunk_size: int
 ) -> None:
     calls = []
 
@@ -294,7 +294,7 @@ def test_conjugate_gradient_on_a_symmetric_step_map() -> None:
     ],
 )
 def test_a_meta_parameter_without_a_path_is_named(
-    estimator: MetaGradient, name: str, entries: str, how: str, objective: MetaObjective
+    estimator: GradientEstimator, name: str, entries: str, how: str, objective: MetaObjective
 ) -> None:
     class Idle(Proximal):
         def init_theta(self, generator: torch.Generator) -> Theta:
@@ -310,12 +310,12 @@ def test_a_meta_parameter_without_a_path_is_named(
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(4), Truncated(2, 4), Implicit(50)], ids=str)
-def test_an_objective_that_does_not_read_the_inner_loop(estimator: MetaGradient) -> None:
+def test_an_objective_that_does_not_read_the_inner_loop(estimator: GradientEstimator) -> None:
     loop = InnerLoop(Quadratic(0.0), Proximal(template(Quadratic()), lr=0.3))
     theta, carry = generic_theta(loop.rule), loop.start(sample(loop.family))
     theta = {k: 1 * v for k, v in theta.items()}
     blind = [
-        lambda loop, theta, rollout: loop.losses(rollout.end, "valid").detach().mean(),
+        lambda loop, theta, rollout: loop.losses(theta, rollout.end, "valid").detach().mean(),
         lambda loop, theta, rollout: torch.ones(()),
         lambda loop, theta, rollout: theta["strength"] ** 2,
     ]
@@ -379,15 +379,15 @@ def test_what_is_no_linear_solver() -> None:
 
 
 def summed(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
-    return loop.losses(rollout.end, "valid").sum()
+    return loop.losses(theta, rollout.end, "valid").sum()
 
 
 def worst_task(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
-    return loop.losses(rollout.end, "valid").max()
+    return loop.losses(theta, rollout.end, "valid").max()
 
 
 def root_mean_square(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
-    return loop.losses(rollout.end, "valid").square().mean().sqrt()
+    return loop.losses(theta, rollout.end, "valid").square().mean().sqrt()
 
 
 def summed_path(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
@@ -400,7 +400,7 @@ def path_median(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
 
 @pytest.mark.parametrize("objective", [summed, worst_task, root_mean_square, summed_path, path_median])
 @pytest.mark.parametrize("estimator", ESTIMATORS[:6], ids=str)
-def test_an_objective_that_is_no_mean_over_tasks(estimator: MetaGradient, objective: MetaObjective) -> None:
+def test_an_objective_that_is_no_mean_over_tasks(estimator: GradientEstimator, objective: MetaObjective) -> None:
     rule = Proximal(template(Quadratic()))
     if isinstance(estimator, Truncated) or estimator == FirstOrder(4):
         rule = optimizers.make("sgd")
@@ -434,22 +434,22 @@ def test_a_matching_that_is_no_distance_per_task() -> None:
 
 
 def per_task(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
-    return loop.losses(rollout.end, "valid")
+    return loop.losses(theta, rollout.end, "valid")
 
 
 def as_number(loop: InnerLoop, theta: Theta, rollout: Any) -> float:
-    return float(loop.losses(rollout.end, "valid").mean().detach())
+    return float(loop.losses(theta, rollout.end, "valid").mean().detach())
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(4), Implicit(4)], ids=str)
-def test_an_objective_that_returns_no_scalar(estimator: MetaGradient) -> None:
+def test_an_objective_that_returns_no_scalar(estimator: GradientEstimator) -> None:
     rule = Proximal(template(Quadratic()))
     refuses(r"must return a scalar tensor, got a tensor of shape \(2,\)", rule, estimator, per_task, num_passes=4)
     refuses("must return a scalar tensor, got float", rule, estimator, as_number, num_passes=4)  # type: ignore[arg-type]
 
 
 def path_mean(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
-    return loop.losses(rollout.end, "valid").mean() + 0.1 * rollout.losses.mean()
+    return loop.losses(theta, rollout.end, "valid").mean() + 0.1 * rollout.losses.mean()
 
 
 @pytest.mark.parametrize("objective", [SumOfLosses(), MeanLogLoss(), path_mean])
@@ -488,7 +488,7 @@ def test_an_inner_solver_that_returns_no_carry(returned: Callable[[Carry], Any],
 def test_a_carry_that_has_not_begun_has_no_losses() -> None:
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
     with pytest.raises(ValueError, match=r"the carry has not begun: pass it through loop\.begin"):
-        loop.losses(loop.start(sample(loop.family)), "train")
+        loop.losses({}, loop.start(sample(loop.family)), "train")
 
 
 def test_tasks_and_parameters_that_are_not_batched() -> None:

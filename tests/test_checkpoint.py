@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from test_rules import RULES, template
 
 import learnedopt
-from learnedopt import LearnedOptimizer, checkpoint, files
+from learnedopt import LearnedOptimizer, checkpoint
+from learnedopt.core import files
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Theta
 from learnedopt.optimizers import LSTM, SGD, describe
-from learnedopt.rule import UpdateRule
-from learnedopt.tree import Theta
 
 NAMES = checkpoint.packaged()
 
@@ -248,7 +249,7 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(saved: Path) -> N
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from learnedopt.files import write_atomically\n"
+        "from learnedopt.core.files import write_atomically\n"
         "def half(path):\n"
         "    path.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

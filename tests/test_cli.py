@@ -15,8 +15,8 @@ from PIL import Image
 
 import learnedopt
 from learnedopt import cli, evaluate, optimizers, tasks
-from learnedopt.comparison import MEASURES
-from learnedopt.wandb_tracker import WandbTracker
+from learnedopt.evaluation.comparison import MEASURES
+from learnedopt.training.wandb_tracker import WandbTracker
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-c", "import sys; from learnedopt.cli import main; sys.exit(main())"]

@@ -21,11 +21,11 @@ from learnedopt import (
     ConjugateGradient,
     FinalLoss,
     FirstOrder,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     KLDivergence,
     MeanLogLoss,
-    MetaGradient,
     Neumann,
     SumOfLosses,
     Tape,
@@ -37,8 +37,8 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.estimator import MetaGrad
-from learnedopt.objective import MetaObjective, TaskMean
+from learnedopt.core.estimator import Estimate
+from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.optimizers import registry
 
 pytestmark = [
@@ -71,13 +71,13 @@ class Problem(NamedTuple):
         return Reference(self.loop, self.theta, self.objective, self.tasks, num_steps, **options)
 
 
-Oracle = Callable[[Problem, list[MetaGrad]], float]
+Oracle = Callable[[Problem, list[Estimate]], float]
 
 
 class Entry(NamedTuple):
     """An estimator, how many estimates to take in a row, and the oracle that returns their worst relative error."""
 
-    estimator: MetaGradient
+    estimator: GradientEstimator
     num_estimates: int
     oracle: Oracle
     tolerance: float
@@ -88,12 +88,12 @@ def finite_differences(num_steps: int, *, full: bool) -> Oracle:
     return lambda problem, found: problem.reference(num_steps, full=full).difference_error(found[0].grads)
 
 
-def plain_unroll(problem: Problem, found: list[MetaGrad]) -> float:
+def plain_unroll(problem: Problem, found: list[Estimate]) -> float:
     """Compare with a loop that stores everything."""
     return relative_error(found[0].grads, problem.reference(NUM_STEPS).gradient())
 
 
-def last_steps_by_hand(problem: Problem, found: list[MetaGrad]) -> float:
+def last_steps_by_hand(problem: Problem, found: list[Estimate]) -> float:
     """Compare with a loop through all steps that is cut by hand before the last three."""
     reference = problem.reference(3, skip=NUM_STEPS - 3, whole=True)
     return relative_error(found[0].grads, reference.gradient())
@@ -105,7 +105,7 @@ def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
     The bootstrapped target's further steps come between windows, so its windows start later.
     """
 
-    def oracle(problem: Problem, found: list[MetaGrad]) -> float:
+    def oracle(problem: Problem, found: list[Estimate]) -> float:
         errors = []
         ahead = problem.objective.num_target_steps - 1 if isinstance(problem.objective, BootstrappedTarget) else 0
         for i, estimate in enumerate(found):
@@ -121,7 +121,7 @@ def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
 def dense_solve(*, num_terms: int | None = None, step_map: bool = False) -> Oracle:
     """Return the oracle that solves the linear system with dense matrices, at the same end of the inner steps."""
 
-    def oracle(problem: Problem, found: list[MetaGrad]) -> float:
+    def oracle(problem: Problem, found: list[Estimate]) -> float:
         on_step_map = step_map or not problem.loop.rule.has_regularizer
         expected = implicit_gradient(*problem, NUM_STEPS, step_map=on_step_map, num_terms=num_terms)
         return relative_error(found[0].grads, expected)
@@ -215,7 +215,7 @@ def check(estimator: str, rule: str, objective: str) -> None:
     loop = InnerLoop(family, optimizers.example(rule, template(family)))
     problem = Problem(loop, generic_theta(loop.rule), OBJECTIVES[objective], sample(family))
 
-    def take() -> list[MetaGrad]:
+    def take() -> list[Estimate]:
         found, carry = [], loop.start(problem.tasks)
         for _ in range(entry.num_estimates):
             found.append(entry.estimator.estimate(loop, problem.theta, problem.objective, carry))
@@ -266,7 +266,7 @@ def test_a_refusal_that_does_not_happen_is_a_failure(monkeypatch: pytest.MonkeyP
 def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -> None:
     public = [getattr(learnedopt, name) for name in learnedopt.__all__ if name[0].isupper() and name not in LAZY]
     classes = [x for x in public if isinstance(x, type)]
-    estimators = {x for x in classes if issubclass(x, MetaGradient) and x is not MetaGradient}
+    estimators = {x for x in classes if issubclass(x, GradientEstimator) and x is not GradientEstimator}
     objectives = {x for x in classes if issubclass(x, TaskMean)}
     assert estimators == {type(entry.estimator) for entry in ESTIMATORS.values()}
     assert objectives == {type(objective) for objective in OBJECTIVES.values()}

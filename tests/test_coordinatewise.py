@@ -18,9 +18,9 @@ from learnedopt import (
     Execution,
     FinalLoss,
     FirstOrder,
+    GradientEstimator,
     InnerLoop,
     MeanLogLoss,
-    MetaGradient,
     Rollout,
     SumOfLosses,
     Tape,
@@ -28,14 +28,15 @@ from learnedopt import (
     Theta,
     Truncated,
     UpdateRule,
-    coordinatewise,
     optimizers,
 )
-from learnedopt.compiled import CompileWarning
-from learnedopt.estimator import MetaGrad
-from learnedopt.objective import MetaObjective
-from learnedopt.optimizers import lstm_kernel, registry
-from learnedopt.tree import Params
+from learnedopt.core.estimator import Estimate
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.tree import Params
+from learnedopt.execution import coordinatewise
+from learnedopt.execution.compiled import CompileWarning
+from learnedopt.optimizers import registry
+from learnedopt.optimizers.kernels import lstm_kernel
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -89,7 +90,7 @@ def reads_the_last_state(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Ten
     """An objective of losses, parameters, states and theta at once."""
     momentum, counts = rollout.end.state
     squares = sum((m.square().flatten(1).sum(1) for m in momentum.values()), counts["age"].square().sum(1))
-    total = loop.losses(rollout.end, "valid") + 0.1 * squares + rollout.losses.square().sum(0)
+    total = loop.losses(theta, rollout.end, "valid") + 0.1 * squares + rollout.losses.square().sum(0)
     return total.mean() + theta["lr"] ** 2
 
 
@@ -114,8 +115,8 @@ def coordinatewise_rules() -> list[str]:
 
 
 def windows(
-    estimator: MetaGradient, rule: UpdateRule, objective: MetaObjective, execution: Execution, *, plain: bool
-) -> list[MetaGrad]:
+    estimator: GradientEstimator, rule: UpdateRule, objective: MetaObjective, execution: Execution, *, plain: bool
+) -> list[Estimate]:
     """Return the estimates of two windows in a row, by the adjoint or by the plain unroll."""
     loop = InnerLoop(Quadratic(), rule, execution)
     if plain:
@@ -127,7 +128,7 @@ def windows(
     return found
 
 
-def assert_same(found: list[MetaGrad], expected: list[MetaGrad]) -> None:
+def assert_same(found: list[Estimate], expected: list[Estimate]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a.grads, b.grads) < 1e-12
         torch.testing.assert_close(a.loss, b.loss)

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from learnedopt import Execution, TaskFamily, optimizers
-from learnedopt.comparison import MEASURES, Comparison, Outcome, summarise
-from learnedopt.evaluate import BASELINES, Baseline, TuningWarning, compare, hand_designed, measure, tune
-from learnedopt.plots import plot_curves, plot_lines, plot_training
+from learnedopt.evaluation.comparison import MEASURES, Comparison, Outcome, summarise
+from learnedopt.evaluation.evaluate import BASELINES, Baseline, TuningWarning, compare, hand_designed, measure, tune
+from learnedopt.evaluation.plots import plot_curves, plot_lines, plot_training
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -17,14 +17,14 @@ from learnedopt import (
     BootstrappedTarget,
     CompileWarning,
     ConjugateGradient,
+    Estimate,
     Execution,
     FinalLoss,
     FirstOrder,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     MeanLogLoss,
-    MetaGrad,
-    MetaGradient,
     SumOfLosses,
     Tape,
     Tasks,
@@ -33,12 +33,12 @@ from learnedopt import (
     TruncatedBackprop,
     Unrolled,
     UpdateRule,
-    compiled,
     optimizers,
 )
-from learnedopt.memory import peak_of
-from learnedopt.objective import MetaObjective
-from learnedopt.tree import Params
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.tree import Params
+from learnedopt.execution import compiled
+from learnedopt.execution.memory import peak_of
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -47,7 +47,7 @@ pytestmark = [
 ]
 
 NUM_TASKS = 3
-CASES: dict[str, tuple[str, MetaGradient, MetaObjective]] = {
+CASES: dict[str, tuple[str, GradientEstimator, MetaObjective]] = {
     "maml": ("maml", Unrolled(2), FinalLoss()),
     "adam": ("adam", Truncated(2, horizon=4, tape=Tape.FULL), SumOfLosses()),
     "first order": ("meta-sgd", Unrolled(2, tape=Tape.FIRST_ORDER), MeanLogLoss()),
@@ -65,7 +65,7 @@ class Wide(TanhMLP):
         return {"x": batch["x"].repeat(1, 50, 1), "y": batch["y"].repeat(1, 50)}
 
 
-def episode(name: str, execution: Execution) -> list[MetaGrad]:
+def episode(name: str, execution: Execution) -> list[Estimate]:
     """Return the estimates of one episode, at most two."""
     rule_name, estimator, objective = CASES[name]
     family = TanhMLP()
@@ -78,7 +78,7 @@ def episode(name: str, execution: Execution) -> list[MetaGrad]:
     return found
 
 
-def assert_same(found: list[MetaGrad], expected: list[MetaGrad]) -> None:
+def assert_same(found: list[Estimate], expected: list[Estimate]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert a.grads.keys() == b.grads.keys() and (a.carry is None) == (b.carry is None)
@@ -179,8 +179,8 @@ def test_a_compiled_meta_gradient_is_the_same(
 
 
 def estimate_twice(
-    estimator: MetaGradient, objective: MetaObjective, *, compile: bool, rule: UpdateRule | None = None
-) -> list[MetaGrad]:
+    estimator: GradientEstimator, objective: MetaObjective, *, compile: bool, rule: UpdateRule | None = None
+) -> list[Estimate]:
     """Return two estimates of a loop from the same carry."""
     family = TanhMLP()
     rule = rule or optimizers.example("meta-sgd", template(family))
@@ -218,7 +218,7 @@ def test_a_program_serves_every_window_and_its_compilation_is_told_once(
     ids=["segments", "an objective of the user"],
 )
 def test_what_is_not_compiled_says_why_and_runs(
-    estimator: MetaGradient, objective: MetaObjective, reason: str, uncompiled_programs: list[Any]
+    estimator: GradientEstimator, objective: MetaObjective, reason: str, uncompiled_programs: list[Any]
 ) -> None:
     with pytest.warns(CompileWarning, match=f"because .*{reason}") as caught:
         found = estimate_twice(estimator, objective, compile=True)

@@ -32,8 +32,12 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.comparison import summarise
-from learnedopt.few_shot import (
+from learnedopt.config import Choice
+from learnedopt.core.objective import BootstrappedTarget
+from learnedopt.core.tree import Params
+from learnedopt.estimators.unrolled import Unrolled
+from learnedopt.evaluation.comparison import summarise
+from learnedopt.evaluation.few_shot import (
     ACCURACY,
     LOSS,
     Adaptation,
@@ -44,12 +48,8 @@ from learnedopt.few_shot import (
     sample_fixed,
     show,
 )
-from learnedopt.objective import BootstrappedTarget
-from learnedopt.overrides import Choice
 from learnedopt.tasks import registry
-from learnedopt.tree import Params
-from learnedopt.unrolled import Unrolled
-from learnedopt.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_tracker import WandbTracker
 from tests import problems
 
 FLOAT = torch.float64

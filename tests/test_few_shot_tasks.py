@@ -17,22 +17,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from learnedopt import Execution, InnerLoop, Tape, tree
+from learnedopt import Execution, InnerLoop, Tape
+from learnedopt.core import tree
+from learnedopt.core.task import Split
 from learnedopt.optimizers import SGD
-from learnedopt.task import Split
 from learnedopt.tasks import (
     ImageFolder,
     MiniImageNet,
     ModuleOnImages,
     Omniglot,
     Sine,
-    conv_net,
-    image_array,
     image_folder,
     make,
     mini_imagenet,
     omniglot,
 )
+from learnedopt.tasks.data import conv_net, image_array
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -15,7 +15,7 @@ import torch
 from learnedopt import Execution, InnerLoop, MetaTrainer, SumOfLosses, Truncated, Validation
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 
 GOLDEN = Path(__file__).resolve().parent / "golden_meta_losses.json"
 

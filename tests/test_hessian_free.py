@@ -28,7 +28,7 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.trainer import VALIDATION, task_generator
+from learnedopt.training.trainer import VALIDATION, task_generator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -43,7 +43,7 @@ def posed(
 def value(loop: InnerLoop, theta: Theta, carry: object, at: object) -> Tensor:
     """Return each task's loss plus regularizer at the parameters of ``at``, on the batch of ``carry``."""
     here = carry._replace(params=at.params, state=at.state)
-    return loop.losses(here, "train") + torch.func.vmap(lambda p: loop.rule.regularizer(theta, p))(at.params)
+    return loop.losses(theta, here, "train") + torch.func.vmap(lambda p: loop.rule.regularizer(theta, p))(at.params)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
@@ -69,7 +69,7 @@ def test_validation_measures_what_the_solver_finds() -> None:
     carry = loop.start(family.sample(3, task_generator(0, VALIDATION)))
     for inner, value in measured.items():
         end = inner(loop, theta, carry, 1) if inner else loop.run(theta, carry, 1, Tape.NONE).end
-        assert value == float(loop.losses(end, "valid").mean())
+        assert value == float(loop.losses(theta, end, "valid").mean())
     assert len(set(measured.values())) == 2
     with pytest.raises(ValueError, match="SumOfLosses reads the losses along the way"):
         Validation(loop, SumOfLosses(), 1, inner=HessianFree(4)).measure(theta)
@@ -85,7 +85,7 @@ def test_implicit_gradient_of_what_it_finds_equals_differences() -> None:
     assert found.info["stationarity"] < 1e-8
 
     def final(at: Theta) -> Tensor:
-        return loop.losses(solve(loop, at, carry, 8), "valid").mean()
+        return loop.losses(theta, solve(loop, at, carry, 8), "valid").mean()
 
     for name, grad in found.grads.items():
         direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(3))
@@ -200,7 +200,7 @@ def test_learned_strengths_equal_differences_of_the_solution(strengths: str) -> 
     found = Implicit(8, ConjugateGradient(10), inner=solve).estimate(loop, theta, FinalLoss(), carry)
 
     def final(at: Theta) -> float:
-        return float(loop.losses(solve(loop, at, carry, 8), "valid").mean())
+        return float(loop.losses(theta, solve(loop, at, carry, 8), "valid").mean())
 
     assert len(found.grads) == 2
     assert difference_error(final, theta, found.grads) < 1e-7

@@ -42,7 +42,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.inner import InnerSolver
+from learnedopt.core.inner import InnerSolver
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -183,7 +183,7 @@ def lbfgs(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
     def closure() -> Tensor:
         solver.zero_grad()
         each = [{k: p[i] for k, p in params.items()} for i in range(len(carry.tasks["y"]))]
-        total = loop.losses(carry._replace(params=params), "train").sum()
+        total = loop.losses(theta, carry._replace(params=params), "train").sum()
         total = total + torch.stack([loop.rule.regularizer(theta, x) for x in each]).sum()
         total.backward()
         return total
@@ -276,7 +276,7 @@ def test_what_an_objective_takes_from_theta_directly_is_added() -> None:
     theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 3))
 
     def penalised(loop: InnerLoop, theta: Theta, rollout) -> Tensor:
-        return loop.losses(rollout.end, "valid").mean() + theta["strength"] ** 2
+        return loop.losses(theta, rollout.end, "valid").mean() + theta["strength"] ** 2
 
     plain = Implicit(200).estimate(loop, theta, FinalLoss(), carry)
     found = Implicit(200).estimate(loop, theta, penalised, carry)

@@ -21,8 +21,8 @@ from learnedopt import (
     Unrolled,
     UpdateRule,
     optimizers,
-    tree,
 )
+from learnedopt.core import tree
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -135,7 +135,7 @@ def test_each_step_sees_its_own_batch() -> None:
     assert family.asked == [(0, "train"), (0, "train"), (1, "train"), (2, "train")]  # the first is the check
     family.asked.clear()
     again = loop.run(theta, end, 2, Tape.NONE).end
-    loop.losses(again, "valid")
+    loop.losses(theta, again, "valid")
     loop.outputs(again, "train")
     assert family.asked == [(3, "train"), (4, "train"), (5, "valid"), (5, "train")]
 
@@ -143,8 +143,9 @@ def test_each_step_sees_its_own_batch() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 2, 9])
 def test_losses_outputs_and_metrics_come_back_batched(chunk_size: int) -> None:
     loop = InnerLoop(FAMILY, optimizers.make("sgd"), Execution(chunk_size))
-    carry = loop.begin(generic_theta(loop.rule), loop.start(sample(FAMILY, 3)))
-    assert loop.losses(carry, "train").shape == (3,)
+    theta = generic_theta(loop.rule)
+    carry = loop.begin(theta, loop.start(sample(FAMILY, 3)))
+    assert loop.losses(theta, carry, "train").shape == (3,)
     assert loop.outputs(carry, "valid").shape == (3, 2, 3)
     lengths = torch.stack(
         [torch.cat([carry.params["w"][i].reshape(-1), carry.params["b"][i]]).norm() for i in range(3)]

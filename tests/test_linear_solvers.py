@@ -8,7 +8,7 @@ from problems import FLOAT
 from torch import Tensor
 
 from learnedopt import GMRES, ConjugateGradient, LinearSolver, Neumann
-from learnedopt.linear_solvers import Operator, asymmetry
+from learnedopt.estimators.linear_solvers import Operator, asymmetry
 
 DIM = 6
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import Theta, optimizers
-from learnedopt.optimizers import lstm_kernel, lstm_native, native
+from learnedopt.optimizers.kernels import lstm_kernel, lstm_native, native
 from learnedopt.optimizers.lstm import LSTM
 
 # hidden, layers, preprocessing, coordinates: whole and broken blocks, one coordinate, widths that fill no vector
@@ -184,7 +184,7 @@ def test_without_a_compiler_pure_torch_serves_and_says_so_once(
     code = (
         "import torch, logging; logging.basicConfig()\n"
         "from learnedopt import optimizers\n"
-        "from learnedopt.optimizers import lstm_kernel\n"
+        "from learnedopt.optimizers.kernels import lstm_kernel\n"
         "assert lstm_kernel.computed_dtype(torch.zeros(1)) is None\n"
         "rule = optimizers.make('lstm'); theta = rule.init_theta(torch.Generator().manual_seed(0))\n"
         "for _ in range(2):\n"

@@ -17,7 +17,7 @@ import torch
 from test_lstm_kernel import problem, values_and_gradients, worst
 
 from learnedopt import optimizers
-from learnedopt.optimizers import lstm_kernel, native
+from learnedopt.optimizers.kernels import lstm_kernel, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # hidden, layers, preprocessing (two inputs or one), coordinates
@@ -33,7 +33,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from learnedopt.optimizers import lstm_triton
+from learnedopt.optimizers.kernels import lstm_triton
 
 for kernel, real, dtype in (
     (lstm_triton._step_kernel, "*fp32", torch.float32),
@@ -109,7 +109,7 @@ def test_step_equals_pure_torch_in_the_interpreter(
 @pytest.mark.usefixtures("_kernels_on_cpu")
 @pytest.mark.parametrize("with_end", [True, False], ids=["end", "no end"])
 def test_window_adjoint_equals_autograd_in_the_interpreter(with_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from learnedopt.optimizers import lstm_triton
+    from learnedopt.optimizers.kernels import lstm_triton
 
     monkeypatch.setattr(lstm_triton, "_SCRATCH", 1)  # 64 coordinates at a time, then one alone
     rule, theta, grads, state = problem((20, 2, 10.0, 65), torch.float64)
@@ -178,7 +178,7 @@ def test_without_triton_or_by_the_switch_pure_torch_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     finder = lstm_kernel._triton_kernels.__wrapped__
-    monkeypatch.delitem(sys.modules, "learnedopt.optimizers.lstm_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "learnedopt.optimizers.kernels.lstm_triton", raising=False)
     monkeypatch.delattr(optimizers, "lstm_triton", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with caplog.at_level(logging.INFO, logger="learnedopt"):

@@ -11,9 +11,9 @@ from learnedopt import (
     ConjugateGradient,
     Execution,
     FinalLoss,
+    GradientEstimator,
     Implicit,
     InnerLoop,
-    MetaGradient,
     ModuleFamily,
     SumOfLosses,
     Tape,
@@ -22,11 +22,11 @@ from learnedopt import (
     Unrolled,
     optimizers,
 )
-from learnedopt.memory import peak_of, predict_peak
-from learnedopt.objective import MetaObjective
+from learnedopt.core.objective import MetaObjective
+from learnedopt.execution.memory import peak_of, predict_peak
 
 NUM_TASKS = 5
-CASES: dict[str, tuple[str, MetaGradient, MetaObjective, Execution]] = {
+CASES: dict[str, tuple[str, GradientEstimator, MetaObjective, Execution]] = {
     "plain": ("adam", Unrolled(12), FinalLoss(), Execution(1)),
     "plain, all tasks at once": ("adam", Unrolled(12), SumOfLosses(), Execution(NUM_TASKS)),
     "few steps": ("maml", Unrolled(2), FinalLoss(), Execution(1)),
@@ -54,7 +54,7 @@ def family() -> ModuleFamily:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_prediction_is_what_the_allocator_holds(
-    case: tuple[str, MetaGradient, MetaObjective, Execution], generator: torch.Generator
+    case: tuple[str, GradientEstimator, MetaObjective, Execution], generator: torch.Generator
 ) -> None:
     name, estimator, objective, execution = case
     tasks = family().sample(NUM_TASKS, generator)

@@ -26,8 +26,8 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.objective import MetaObjective
-from learnedopt.task import Split
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.task import Split
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,9 +48,9 @@ def test_values_are_those_of_the_losses_after_each_step(num_steps: int, chunk_si
     after = longer.losses[1:] if num_steps else longer.losses
     torch.testing.assert_close(SumOfLosses()(loop, theta, rollout), after.sum(0).mean(), rtol=1e-14, atol=0)
     torch.testing.assert_close(MeanLogLoss()(loop, theta, rollout), after.log().mean(), rtol=1e-14, atol=0)
-    expected = loop.losses(rollout.end, "valid").mean()
+    expected = loop.losses(theta, rollout.end, "valid").mean()
     torch.testing.assert_close(FinalLoss()(loop, theta, rollout), expected, rtol=1e-14, atol=0)
-    assert not torch.isclose(expected, loop.losses(rollout.end, "train").mean(), rtol=1e-3)
+    assert not torch.isclose(expected, loop.losses(theta, rollout.end, "train").mean(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -61,7 +61,7 @@ def test_one_target_step_is_the_step_size_times_the_ordinary_meta_gradient(name:
     boot = Unrolled(4).estimate(loop, theta, BootstrappedTarget(1, 0.37, split), carry)
 
     def final(loop: InnerLoop, theta, rollout) -> Tensor:
-        return loop.losses(rollout.end, split).mean()
+        return loop.losses(theta, rollout.end, split).mean()
 
     plain = Unrolled(4).estimate(loop, theta, FinalLoss() if split == "valid" else final, carry)
     assert relative_error(boot.grads, {k: 0.37 * g for k, g in plain.grads.items()}) < 1e-12
@@ -117,7 +117,8 @@ def test_the_target_is_a_plain_step_beyond_the_rules_steps() -> None:
     assert ahead.step == target.step == 5
     assert relative_error(ahead.params, expected.params) < 1e-14
     params = {k: p.clone().requires_grad_() for k, p in expected.params.items()}
-    grads = torch.autograd.grad(loop.losses(expected._replace(params=params), "train").sum(), list(params.values()))
+    total = loop.losses(theta, expected._replace(params=params), "train").sum()
+    grads = torch.autograd.grad(total, list(params.values()))
     moved = {k: expected.params[k] - 0.25 * g for k, g in zip(params, grads, strict=True)}
     assert relative_error(target.params, moved) < 1e-14
     assert not any(x.requires_grad for x in [*target.params.values(), *ahead.params.values()])

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import learnedopt
-from learnedopt import InnerLoop, LearnedOptimizer, ModuleFamily, Tape, UpdateRule, tree
+from learnedopt import InnerLoop, LearnedOptimizer, ModuleFamily, Tape, UpdateRule
+from learnedopt.core import tree
+from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
     IMAML,
     LSTM,
@@ -30,7 +32,6 @@ from learnedopt.optimizers import (
     Partition,
     per_tensor,
 )
-from learnedopt.tree import Params, Theta
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from learnedopt.overrides import Choice, nearest, override, read_value
+from learnedopt.config import Choice, nearest, override, read_value
 
 
 class Colour(Enum):

@@ -39,13 +39,13 @@ from learnedopt import (
 )
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.inner import Rollout
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.objective import TaskMean
-from learnedopt.task import Split
-from learnedopt.tracker import Metrics, NullTracker, Trackers
-from learnedopt.trainer import TrainingResult
-from learnedopt.tree import Theta
+from learnedopt.core.inner import Rollout
+from learnedopt.core.objective import TaskMean
+from learnedopt.core.task import Split
+from learnedopt.core.tree import Theta
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import Metrics, NullTracker, Trackers
+from learnedopt.training.trainer import TrainingResult
 
 ROOT = Path(__file__).resolve().parent.parent
 Make = Callable[..., MetaTrainer]

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learnedopt import tree
+from learnedopt.core import tree
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
     ANIL,
     IMAML,
@@ -35,8 +37,6 @@ from learnedopt.optimizers import (
     register,
     registry,
 )
-from learnedopt.rule import State, UpdateRule
-from learnedopt.tree import Params, Theta
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt import tasks as families
-from learnedopt import tree
-from learnedopt.execution import Execution
-from learnedopt.inner import InnerLoop, Tape
+from learnedopt.core import tree
+from learnedopt.core.execution import Execution
+from learnedopt.core.inner import InnerLoop, Tape
+from learnedopt.core.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
+from learnedopt.core.tree import Params
 from learnedopt.optimizers import SGD
-from learnedopt.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
 from learnedopt.tasks import (
     ImageMLP,
     LinearRegression,
@@ -30,18 +31,15 @@ from learnedopt.tasks import (
     Quadratic,
     build,
     describe,
-    image_array,
     image_folder,
-    images,
     make,
     mini_imagenet,
     names,
     omniglot,
     register,
     registry,
-    streams,
 )
-from learnedopt.tree import Params
+from learnedopt.tasks.data import image_array, images, streams
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -732,7 +730,7 @@ def test_a_module_is_trained_as_it_is_without_the_engine(chunk_size: int) -> Non
     tasks = family.sample(3, seeded())
     theta = loop.rule.init_theta(seeded())
     rollout = loop.run(theta, loop.start(tasks), 10, Tape.NONE)
-    valid = loop.losses(rollout.end, "valid")
+    valid = loop.losses(theta, rollout.end, "valid")
     for i, seed in enumerate(tasks["seed"].tolist()):
         torch.manual_seed(seed)
         module = mlp()

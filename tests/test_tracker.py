@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.tracker import ConsoleTracker, NullTracker, Rewindable, Tracker, Trackers
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import ConsoleTracker, NullTracker, Rewindable, Tracker, Trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,7 +198,7 @@ def test_every_finished_line_survives_a_kill(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from learnedopt.json_tracker import JsonLinesTracker
+from learnedopt.training.json_tracker import JsonLinesTracker
 record = JsonLinesTracker(Path({str(path)!r}))
 record.start({{}})
 for step in range(1, 101):

@@ -29,9 +29,9 @@ from learnedopt import (
     TruncatedBackprop,
     Unrolled,
 )
-from learnedopt.files import exclusive
-from learnedopt.json_tracker import read_metrics
-from learnedopt.overrides import Choice, override
+from learnedopt.config import Choice, override
+from learnedopt.core.files import exclusive
+from learnedopt.training.json_tracker import read_metrics
 from train_meta import INTERCHANGEABLE, RECIPES, Recipe, as_config, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,7 +332,7 @@ def test_a_folder_where_another_process_trains_is_refused_and_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0
-    hold = "import sys; from pathlib import Path; from learnedopt.files import exclusive\n"
+    hold = "import sys; from pathlib import Path; from learnedopt.core.files import exclusive\n"
     hold += "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / RUN)], **pipes) as other:

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LRScheduler, ReduceLROnPlateau
 
-from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, SumOfLosses, Truncated, Unrolled, Validation, tree
+from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, SumOfLosses, Truncated, Unrolled, Validation
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.estimator import MetaGrad, MetaGradient
-from learnedopt.inner import Carry, Rollout
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.objective import MetaObjective
-from learnedopt.tracker import Metrics, NullTracker
-from learnedopt.trainer import TrainingDiverged, TrainingResult
-from learnedopt.tree import Theta
+from learnedopt.core import tree
+from learnedopt.core.estimator import Estimate, GradientEstimator
+from learnedopt.core.inner import Carry, Rollout
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.tree import Theta
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import Metrics, NullTracker
+from learnedopt.training.trainer import TrainingDiverged, TrainingResult
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -60,7 +61,7 @@ class Recorder(NullTracker):
         self.exit_codes.append(exit_code)
 
 
-class Script(MetaGradient):
+class Script(GradientEstimator):
     """An estimator that returns the given gradients of ``sgd``'s lr, and losses, one after the other.
 
     It goes on for ever: each carry is one step further. What it was given is kept.
@@ -71,12 +72,12 @@ class Script(MetaGradient):
         self.thetas: list[float] = []
         self.carries: list[Carry] = []
 
-    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         grad, loss = self.script[len(self.thetas)]
         self.thetas.append(float(theta["lr"].detach()))
         self.carries.append(carry)
         onward = carry._replace(state=(), step=carry.step + 1)
-        return MetaGrad(torch.tensor(loss), {"lr": torch.tensor(grad)}, onward, {})
+        return Estimate(torch.tensor(loss), {"lr": torch.tensor(grad)}, onward, {})
 
 
 def plain_sgd(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -234,10 +235,10 @@ def test_theta_follows_any_optimizer_and_scheduler_exactly(optimizer: str, sched
 
 @pytest.mark.parametrize(("limit", "length"), [(None, 5.0), (7.0, 5.0), (5.0, 5.0), (2.0, 2.0)])
 def test_a_long_meta_gradient_is_scaled_down_and_its_own_norm_is_logged(limit: float | None, length: float) -> None:
-    class Pair(MetaGradient):
-        def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+    class Pair(GradientEstimator):
+        def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
             grads = {"lr": torch.tensor(3.0), "momentum": torch.tensor(-4.0)}
-            return MetaGrad(torch.tensor(1.0), grads, None, {})
+            return Estimate(torch.tensor(1.0), grads, None, {})
 
     recorder = Recorder()
     loop = quadratic_loop("momentum", learn=("lr", "momentum"))
@@ -307,15 +308,15 @@ def test_an_inner_loop_that_overflows_is_skipped_reported_and_ends() -> None:
 # Tasks
 
 
-class Watching(MetaGradient):
+class Watching(GradientEstimator):
     """Keeps the tasks that it is given."""
 
     def __init__(self) -> None:
         self.tasks: list[Tensor] = []
 
-    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> MetaGrad:
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         self.tasks.append(carry.tasks["W"].clone())
-        return MetaGrad(torch.tensor(1.0), {"lr": torch.tensor(0.0)}, None, {})
+        return Estimate(torch.tensor(1.0), {"lr": torch.tensor(0.0)}, None, {})
 
 
 def drawn(seed: int, num_meta_steps: int = 30) -> list[bytes]:
@@ -398,7 +399,7 @@ def test_a_signal_ends_the_meta_step_and_leaves_a_checkpoint(
     number: signal.Signals, error: type[BaseException], code: int, tmp_path: Path
 ) -> None:
     class Interrupted(Script):
-        def estimate(self, *args: Any) -> MetaGrad:
+        def estimate(self, *args: Any) -> Estimate:
             if len(self.thetas) == 2:
                 os.kill(os.getpid(), number)
             return super().estimate(*args)
@@ -417,7 +418,7 @@ def test_a_signal_ends_the_meta_step_and_leaves_a_checkpoint(
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     class Impatient(Script):
-        def estimate(self, *args: Any) -> MetaGrad:
+        def estimate(self, *args: Any) -> Estimate:
             if len(self.thetas) == 2:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
@@ -509,7 +510,7 @@ def test_validation_refuses_what_is_no_count(setting: str) -> None:
 
 def test_a_validation_objective_must_be_a_scalar() -> None:
     def per_task(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
-        return loop.losses(rollout.end, "valid")
+        return loop.losses(theta, rollout.end, "valid")
 
     trainer, _, _ = scripted(1.0, validation=held_out(per_task, num_tasks=2, every=1))
     with pytest.raises(ValueError, match=r"must return a scalar tensor, got a tensor of shape \(2,\)"):

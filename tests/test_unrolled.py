@@ -16,11 +16,11 @@ from learnedopt import (
     Execution,
     FinalLoss,
     FirstOrder,
+    GradientEstimator,
     Implicit,
     InnerLoop,
     KLDivergence,
     MeanLogLoss,
-    MetaGradient,
     Neumann,
     SumOfLosses,
     Tape,
@@ -33,7 +33,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.objective import MetaObjective
+from learnedopt.core.objective import MetaObjective
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -316,7 +316,7 @@ def test_another_library_gives_the_same_meta_gradient(name: str) -> None:
 
 
 STILL = Quadratic(drift=0.0)
-ESTIMATORS: dict[str, tuple[MetaGradient, UpdateRule, TaskFamily]] = {
+ESTIMATORS: dict[str, tuple[GradientEstimator, UpdateRule, TaskFamily]] = {
     "unrolled": (Unrolled(4), optimizers.make("lstm", hidden_size=3), TanhMLP()),
     "adam": (Unrolled(4), optimizers.make("adam"), TanhMLP()),
     "first order": (FirstOrder(4), optimizers.make("lstm", hidden_size=3), TanhMLP()),

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from learnedopt.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.tracker import Tracker, Trackers
-from learnedopt.wandb_tracker import WandbTracker, resolve_mode
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import Tracker, Trackers
+from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,7 +131,7 @@ def test_disabled_or_not_first_rank_touches_nothing(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from learnedopt.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_tracker import WandbTracker
 for mode, rank in ("disabled", "0"), ("offline", "1"):
     os.environ["RANK"] = rank
     tracker = WandbTracker(mode, dir=Path(sys.argv[1]))
@@ -256,7 +256,7 @@ def test_training_and_its_exit_outlive_a_service_that_hangs(tmp_path: Path) -> N
     code = """
 import logging, os, signal, sys
 from pathlib import Path
-from learnedopt.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_tracker import WandbTracker
 from tests.test_wandb_tracker import service_of, train
 logging.basicConfig(format="reported: %(message)s")
 tracker = WandbTracker("offline", dir=Path(sys.argv[1]))
@@ -289,7 +289,7 @@ def test_rows_are_on_disk_soon_and_survive_a_kill(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from learnedopt.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_tracker import WandbTracker
 tracker = WandbTracker("offline", dir=Path(sys.argv[1]))
 tracker.start({})
 tracker.log({"meta_loss": 0.5}, 1)

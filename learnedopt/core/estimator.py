@@ -1,0 +1,208 @@
+"""How the meta-gradient is found: the interface of all estimators, and the checks that they share.
+
+The checks run once per loop, before its first inner step, and answer the questions whose wrong answer would otherwise
+be a silent zero or a silent scale: is the objective a mean over tasks, and does every meta-parameter reach it?
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt.core import tree
+from learnedopt.core.execution import TaskMap
+from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape, narrow, pull
+from learnedopt.core.objective import MetaObjective, TaskMean
+from learnedopt.core.task import Tasks
+from learnedopt.core.tree import Theta
+
+
+class Estimate(NamedTuple):
+    """An estimate: ``loss`` the objective (scalar, mean over tasks), ``grads`` its gradient with respect to theta.
+
+    ``carry`` is where the next estimate goes on from, without a graph, or None when the episode is over. ``info`` holds
+    what is worth reporting: ``losses`` (num_steps,), the mean inner-loss curve, and what the estimator adds.
+    """
+
+    loss: Tensor
+    grads: Theta
+    carry: Carry | None
+    info: dict[str, Any]
+
+
+class Recording(NamedTuple):
+    """What an estimate holds of the inner loop while it back-propagates: the tape of its last ``num_steps`` steps.
+
+    With ``segment`` only so many steps at a time, and where each segment begins. ``goes_on``: whether each chunk's end
+    is kept until all chunks are done. ``whole`` makes an estimator that records so many steps at once.
+    """
+
+    num_steps: int
+    tape: Tape
+    whole: Callable[[int], GradientEstimator]
+    segment: int | None = None
+    goes_on: bool = False
+
+
+class GradientEstimator(ABC):
+    """An estimator of the gradient of a meta-objective with respect to theta."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """What it records, from which its memory is predicted; None where memory does not grow with its steps."""
+        return None
+
+    @abstractmethod
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
+        """Run the inner loop from ``carry`` and return the objective and its gradient, a mean over the tasks."""
+
+    def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> Any:
+        """Return the carry of a fresh episode: any pytree of tensors and numbers that the estimator owns.
+
+        A ``Carry`` by default. ``generator`` is for an estimator that draws numbers of its own, into its carry.
+        """
+        return loop.start(tasks)
+
+
+def as_leaves(theta: Theta) -> Theta:
+    """Return theta's values as leaves of a new graph."""
+    if not theta:
+        raise ValueError("theta is empty: this rule has no meta-parameters, so there is nothing to take a gradient of")
+    return {k: v.detach().requires_grad_() for k, v in theta.items()}
+
+
+def call_objective(
+    objective: MetaObjective, loop: InnerLoop, theta: Theta, rollout: Rollout
+) -> tuple[Tensor, Carry | None]:
+    """Return the objective's scalar, and the carry that training goes on from where it names one."""
+    result = objective(loop, theta, rollout)
+    value, carry = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(value, Tensor) or value.ndim:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a meta-objective must return a scalar tensor, got {got}; take the mean over tasks")
+    return value, carry
+
+
+def check_objective(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, num_steps: int, *, end_only: bool = False
+) -> None:
+    """Check once that the objective is a mean over tasks and, for ``end_only``, that it reads the end alone.
+
+    The objective is called on stand-in rollouts of two tasks that stay where they start, with falling losses.
+
+    Raises:
+        ValueError: it is no mean over tasks, or it reads the losses along the way under ``end_only``.
+    """
+    name = getattr(objective, "__name__", type(objective).__name__)
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"the objective {objective!r} cannot be called on rollouts; pass an instance, such as FinalLoss()"
+        )
+    if isinstance(objective, TaskMean):
+        if end_only and not objective.end_only:
+            raise ValueError(_reads_path(name))
+        return
+    key = (id(objective), num_steps, end_only)
+    if key in loop.vetted:
+        return
+    theta = tree.detach(theta)
+    begun = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+    start_losses = loop.losses(theta, begun, "train").detach()
+    fall = torch.linspace(1.0, 0.5, num_steps, dtype=start_losses.dtype, device=start_losses.device)
+    spread = torch.linspace(1.0, 2.0, len(start_losses), dtype=fall.dtype, device=fall.device)  # starts may be alike
+    losses = (fall[:, None] * start_losses * spread).requires_grad_()
+    first, last = (0, 1), (tree.size(begun.params) - 1, tree.size(begun.params))
+    values = []
+    with torch.enable_grad():
+        for picks in ([first, last], [first], [last]):
+            part = tree.concatenate([tree.narrow((begun.tasks, begun.params, begun.state), *pick) for pick in picks])
+            part_losses = torch.cat([losses[:, slice(*pick)] for pick in picks], dim=1)
+            stand_in = Carry(part[0], part[1], part[2], begun.step)
+            rollout = Rollout(stand_in, stand_in._replace(step=begun.step + num_steps), part_losses)
+            values.append(call_objective(objective, loop, theta, rollout)[0])
+    both, *alone = torch.stack([value.detach() for value in values]).tolist()
+    eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
+    tolerance = eps**0.5 * max(map(abs, (both, *alone)))
+    if abs(both - sum(alone) / 2) > tolerance:  # False for what is not finite, of which nothing can be said
+        raise ValueError(
+            f"the objective {name} is not a mean over tasks: on two tasks it gives {both:.6g}, on each alone "
+            f"{alone[0]:.6g} and {alone[1]:.6g}; take the mean over the tasks' dimension"
+        )
+    if end_only and values[0].requires_grad:
+        along = torch.autograd.grad(values[0], losses, allow_unused=True)[0]
+        if along is not None:
+            raise ValueError(_reads_path(name))
+    loop.vetted[key] = objective  # held, so that its id stays its own
+
+
+def _reads_path(name: str) -> str:
+    return (
+        f"only the solution of the inner problem counts here, but {name} reads the losses along the way; use an "
+        "objective of the end, such as FinalLoss, or an unrolled estimator"
+    )
+
+
+def check_paths(
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, *, from_start: bool = True
+) -> list[str]:
+    """Check that every meta-parameter can reach the parameters at the end, by the structure of the rule alone.
+
+    The rule is run for a few updates of one task on stand-in gradients; the family is not called.
+
+    Args:
+        from_start: whether the graph reaches back to the start, or covers only the last ``num_steps`` steps.
+
+    Returns:
+        The names that enter through the start alone, where the carry is past it: their gradient is zero in this window.
+
+    Raises:
+        ValueError: a meta-parameter has no path to the objective.
+    """
+    key = ("paths", carry.state is None, num_steps, tape, from_start)
+    if key not in loop.vetted:
+        few = min(num_steps, 3)  # by the third update of most rules whatever enters a state has come out of it
+        fresh = _reached(loop, theta, carry, few, tape, through_start=from_start)
+        if theta.keys() - fresh and num_steps > few:
+            fresh = _reached(loop, theta, carry, num_steps, tape, through_start=from_start)
+        lost = sorted(theta.keys() - fresh)
+        if lost:
+            raise ValueError(no_path(lost, f"{num_steps} recorded inner steps with the {tape.value} tape"))
+        begun = fresh if carry.state is None else _reached(loop, theta, carry, few, tape, through_start=False)
+        loop.vetted[key] = sorted(fresh - begun)
+    return loop.vetted[key]
+
+
+def no_path(names: Sequence[str], how: str) -> str:
+    """Return the message for meta-parameters that cannot reach the objective."""
+    return (
+        f"the meta-parameters {list(names)} have no path to the objective through {how}, so their meta-gradient would "
+        "be a silent zero; take more steps, choose another tape or estimator, or fix them instead of learning them"
+    )
+
+
+def _reached(
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, *, through_start: bool
+) -> set[str]:
+    rule, task_map = loop.rule, TaskMap(1)
+    leaves = as_leaves(theta)
+    with torch.enable_grad():
+        params, state = loop._init(leaves, tree.detach(task_map.unbatch(tree.narrow(carry.params, 0, 1))))
+        if not through_start:
+            params, state = tree.detach(params), tree.detach(state)
+        for _ in range(num_steps):
+            stand_in = {k: torch.ones_like(p) for k, p in params.items()}
+            params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
+            if rule.has_regularizer and tape is Tape.FULL:
+                pulls = pull(rule, task_map, leaves, params, create_graph=True)
+                stand_in = {k: 1.0 + pulls[k] for k in params}
+            loss = next(iter(params.values())).new_ones(())
+            params, state = loop.move(task_map, leaves, stand_in, state, params, loss)
+        total = sum((p.sum() for p in params.values()), torch.zeros(()))
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return set()
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {k for k, g in zip(leaves, grads, strict=True) if g is not None}

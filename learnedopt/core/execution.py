@@ -1,0 +1,73 @@
+"""How a batch of tasks is run: one after the other or together, where, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+
+from learnedopt.core import tree
+from learnedopt.core.checks import require_count
+
+
+@final
+@dataclass(frozen=True)
+class Execution:
+    """How tasks are run; it changes speed and memory, never the result.
+
+    Args:
+        chunk_size: tasks run together. 1 is a plain autograd loop over tasks, n > 1 runs chunks of n under
+            ``torch.func.vmap`` (any number at or above ``num_tasks`` means all at once). Default: 1 on a CPU, where
+            many sets of weights fall out of the cache, and all at once on a GPU, where small tasks are launch-bound.
+        device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
+        dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
+        compile: compile the meta-gradient of a chunk as a whole: its forward steps, their gradients and the way back.
+            It pays where theta is trained for long, since compiling takes from seconds to minutes, the longer the more
+            inner steps; torch keeps what it compiled on disk, so that the next process takes seconds. Estimators that
+            back-propagate through whole unrolls do so; where they cannot, or compiling fails, the run goes on
+            uncompiled, with a warning that says why. Under the coordinatewise adjoint, where it applies, the gradient
+            of an inner step is what is compiled.
+        mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
+            take second derivatives by forward mode over reverse mode, which runs the gradient a second time.
+    """
+
+    chunk_size: int | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    compile: bool = False
+    mixed_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            require_count("chunk_size", self.chunk_size, least=1)
+        for choice in ("compile", "mixed_mode"):
+            if not isinstance(getattr(self, choice), bool):
+                raise TypeError(f"{choice}={getattr(self, choice)!r} is neither True nor False")
+        if self.compile and self.mixed_mode:
+            raise ValueError(
+                "compile=True and mixed_mode=True exclude each other: what a compiled program keeps or computes again "
+                "is for the compiler to choose; leave one out"
+            )
+
+
+class TaskMap(NamedTuple):
+    """How a function of one task is mapped over a chunk of them: called as it is for one, under vmap for several."""
+
+    num_tasks: int
+
+    def unbatch(self, batched: tree.Tree) -> tree.Tree:
+        """Return a batched tree as ``apply`` takes it: without the leading dimension where there is one task."""
+        return tree.squeeze(batched) if self.num_tasks == 1 else batched
+
+    def rebatch(self, inside: tree.Tree) -> tree.Tree:
+        """Return what ``apply`` returned, batched again."""
+        return tree.unsqueeze(inside) if self.num_tasks == 1 else inside
+
+    def apply(self, fn: Callable[..., Any], shared: tuple[tree.Tree, ...], *each: tree.Tree) -> Any:
+        """Call ``fn(*shared, *each)``, a function of ONE task, on trees that ``unbatch`` returned."""
+        if self.num_tasks == 1:
+            return fn(*shared, *each)
+        in_dims = (None,) * len(shared) + (0,) * len(each)
+        return torch.func.vmap(fn, in_dims=in_dims)(*shared, *each)

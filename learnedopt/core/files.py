@@ -1,0 +1,106 @@
+"""Files that are either whole or not there: written beside their place, flushed to disk, then moved in one step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new file in ``path``'s folder, then replace ``path`` by it; a crash leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        _flush(Path(name), os.O_RDWR)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's private mode is meant for secrets
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _flush(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process alone; the hold of a process ends with it, however it ends.
+
+    A file system without locks gives a warning, and no hold.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): let no other process train there", stacklevel=3)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writes that were killed have left in ``folder``, where nobody else may be writing."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda partial: _write_text(partial, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plain_json(value: Any) -> Any:
+    """Return ``value`` as nested dicts and lists of what JSON can hold; non-finite floats and the rest as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return json_number(value) if isinstance(value, float) else str(value)
+
+
+def json_number(value: float) -> int | float | str:
+    """Return a count or a finite number as it is, another as ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

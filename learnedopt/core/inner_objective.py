@@ -1,0 +1,65 @@
+"""What the inner steps descend, and what the outer level reads: pure functions that theta may enter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from learnedopt.core.task import Batch, TaskFamily
+from learnedopt.core.tree import Params, Theta
+
+
+class Penalty(ABC):
+    """A term of theta and the parameters alone that an inner objective adds to the family's loss."""
+
+    @abstractmethod
+    def value(self, theta: Theta, params: Params) -> Tensor:
+        """Return the scalar of ONE task; pure, and under vmap as well."""
+
+    def gradient(self, theta: Theta, params: Params) -> Params | None:
+        """Optional: the gradient of ``value`` at ``params`` in closed form, differentiable once more.
+
+        It spares each inner step a second back-propagation. None where it does not serve, which must not depend on
+        values.
+        """
+        return None
+
+
+class InnerObjective(ABC):
+    """What the inner steps descend, with the loop's ``theta`` (the rule's and its own, one dict) passed in explicitly.
+
+    Both losses see ONE task, are pure, and must work under ``torch.func.vmap``. By default each is the family's loss.
+
+    Example:
+        >>> class Ridge(InnerObjective):
+        ...     def init_theta(self, generator):
+        ...         return {"log_decay": torch.tensor(-3.0)}
+        ...     def loss(self, theta, family, params, batch):
+        ...         squares = sum(p.square().sum() for p in params.values())
+        ...         return family.loss(params, batch) + theta["log_decay"].exp() * squares
+        >>> loop = InnerLoop(family, rule, inner_objective=Ridge())
+    """
+
+    penalty: Penalty | None = None
+    """Optional, where ``loss`` is the family's loss plus a term of the parameters alone and ``outer_loss`` the family's
+    loss: that term. The engine then evaluates the family's loss once for both."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Draw the meta-parameters of its own that meta-training starts from; none by default."""
+        return {}
+
+    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
+        """Return the scalar that the inner steps descend, on the "train" split."""
+        return family.loss(params, batch)
+
+    def outer_loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
+        """Return the scalar that meta-objectives read, on either split."""
+        return family.loss(params, batch)
+
+
+@final
+class TaskLoss(InnerObjective):
+    """The family's own loss, inside and outside."""

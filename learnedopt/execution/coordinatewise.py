@@ -1,0 +1,307 @@
+"""The adjoint of coordinatewise rules with detached gradients: without a graph, and a few coordinates at a time.
+
+Under ``Tape.FIRST_ORDER`` the parameters move by ``x_{t+1} = x_t + d_t``, where ``d_t`` is the rule's answer to the
+numbers ``g_0 .. g_t``. An objective of the losses ``l_t`` and of the end then has the cotangents
+
+    dF/dd_t = dF/dx_K + sum over s > t of dF/dl_s * g_s
+
+which need the gradients of the forward pass and nothing else. With these fixed, coordinates no longer interact: the
+rule is back-propagated over a few of them at a time, and memory is that of the gradients and of one such piece.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt.core import inner, tree
+from learnedopt.core.estimator import call_objective
+from learnedopt.core.execution import TaskMap
+from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.objective import MetaObjective
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.execution import compiled, flat_state
+from learnedopt.execution.flat_state import NAME, Axes
+
+logger = logging.getLogger("learnedopt")
+
+PIECE = 16384  # coordinates, of all tasks together, whose graph is held at a time
+
+
+class Window(NamedTuple):
+    """A window that was run without a graph: ``grads`` (num_steps, num_tasks, num_coordinates)."""
+
+    start: Carry
+    end: Carry
+    losses: Tensor
+    grads: Tensor
+
+
+def reason_against(loop: InnerLoop, theta: Theta, params: Params, tape: Tape) -> str | None:
+    """Return why the coordinatewise adjoint does not apply to this loop, or None where it does; found out once."""
+    if tape is not Tape.FIRST_ORDER:
+        return "the tape is not FIRST_ORDER"
+    if "coordinatewise" not in loop.vetted:
+        loop.vetted["coordinatewise"] = _reason(loop.rule, tree.detach(theta), params)
+        found = loop.vetted["coordinatewise"]
+        logger.info(
+            "meta-gradients of %s by %s",
+            type(loop.rule).__name__,
+            "the coordinatewise adjoint" if found is None else f"the plain unroll, because {found}",
+        )
+    return loop.vetted["coordinatewise"]
+
+
+def _reason(rule: UpdateRule, theta: Theta, params: Params) -> str | None:
+    if not rule.coordinatewise:
+        return "the rule is not coordinatewise"
+    if rule.has_regularizer:
+        return "the rule has a regularizer, whose pull depends on the parameters"
+    first = next(iter(params.values()))
+    if any(p.dtype != first.dtype for p in params.values()):
+        return "the parameters are of several dtypes"
+    if any(p is not params[k] for k, p in rule.init(theta, params)[0].items()):
+        return "the rule has a start of its own"
+    like = first.new_zeros(())
+    with torch.enable_grad():
+        at, loss = {NAME: like.new_tensor([0.3, -0.2, 0.1]).requires_grad_()}, like.new_tensor(0.7).requires_grad_()
+        _, state = rule.init(theta, at)
+        grads = {NAME: like.new_tensor([0.4, -0.03, 1.2])}
+        deltas, new_state = rule.update(theta, grads, state, at, loss)
+        outputs = [x for x in (*deltas.values(), *tree.leaves(new_state)) if x.requires_grad]
+        if outputs and any(
+            g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[NAME], loss], allow_unused=True)
+        ):
+            return "its update reads the parameters or the loss"
+    return None if _separable(rule, theta, grads, at) else "its coordinates interact"
+
+
+def _separable(rule: UpdateRule, theta: Theta, grads: Params, at: Params) -> bool:
+    """Whether two coordinates move alone as they move beside a third: a clipped norm, for one, is not so."""
+
+    def moved(keep: slice) -> Tensor:
+        params = {NAME: at[NAME].detach()[keep]}
+        _, state = rule.init(theta, params)
+        total = torch.zeros_like(params[NAME])
+        for factor in (1.0, -0.5, 2.0):
+            deltas, state = rule.update(theta, {NAME: factor * grads[NAME][keep]}, state, params, total.new_ones(()))
+            total = total + deltas[NAME]
+        return total
+
+    with torch.no_grad():
+        whole, part = moved(slice(None))[:2], moved(slice(2))
+    return bool(torch.allclose(whole, part, rtol=1e-4, atol=0, equal_nan=True))
+
+
+def back_propagate(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, chunk: Carry, num_steps: int, weight: float
+) -> tuple[Tensor, list[Tensor | None], Carry, bool, Tensor]:
+    """Return ``weight`` times the objective of a chunk of tasks, and its gradient, without a graph of the inner loop.
+
+    Args:
+        loop: whose rule has no ``reason_against``.
+        theta: leaves.
+        objective: of the losses and the end.
+        chunk: begun or fresh.
+        num_steps: of the window.
+        weight: the chunk's share of all tasks.
+
+    Returns:
+        The value; one gradient for each of theta's leaves, None where nothing reaches it; the carry to go on from;
+        whether the objective named that carry itself; the losses (num_steps, num_tasks).
+    """
+    rule, fixed = loop.rule, tree.detach(theta)
+    with torch.enable_grad():
+        begun = loop.begin(theta, chunk)  # a first state may depend on theta
+        like, axes = flat_state.pattern(rule, fixed, next(iter(begun.params.values())))
+        memory = Memory(like, axes, begun)
+        first = memory.enter(begun.state)
+    window = _run(loop, fixed, inner.detach(begun), tree.detach(first), memory, num_steps)
+    leaves = list(theta.values())
+
+    with torch.enable_grad():
+        losses = window.losses.clone().requires_grad_()
+        params, state = (_leaves_of(x) for x in (window.end.params, window.end.state))
+        end = window.end._replace(params=params, state=state)
+        value, onward = call_objective(objective, loop, theta, Rollout(window.start, end, losses))
+        value = value * weight
+    wanted = [losses, *tree.leaves(params), *(x for x in tree.leaves(state) if x.requires_grad), *leaves]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, wanted, allow_unused=True)
+    d_losses, d_params, d_state, direct = _split(found, len(params), len(wanted) - len(params) - len(leaves) - 1)
+
+    reached = any(g is not None for g in (d_losses, *d_params, *d_state)) and num_steps > 0
+    grads = list(direct)
+    if reached:
+        cotangents = _cotangents(window, d_losses, d_params)
+        if memory.joined:
+            window = window._replace(grads=window.grads.flatten(1).unsqueeze(1))
+            cotangents = cotangents.flatten(1).unsqueeze(1)
+        cotangent_state = _like(state, d_state)
+        d_end = None if cotangent_state is None else memory.enter(cotangent_state)
+        d_theta = _pull_back(rule, theta, window.grads, first, cotangents, d_end, axes)
+        grads = [d if g is None else g if d is None else g + d for g, d in zip(direct, d_theta, strict=True)]
+    carry = inner.detach(onward if onward is not None else window.end)
+    return value.detach(), grads, carry, onward is not None, window.losses
+
+
+class Memory:
+    """How a rule's state is held during a window: flat, and of all tasks as one where no part of it is a task's own."""
+
+    def __init__(self, like: State, axes: Axes, begun: Carry) -> None:
+        self.like, self.axes, self.begun = like, axes, begun
+        self.num_tasks = tree.size(begun.params)
+        self.joined = None not in axes
+        self.task_map = TaskMap(1 if self.joined else self.num_tasks)
+
+    def enter(self, state: State) -> State:
+        """Return a batched state as it is held."""
+        flat = flat_state.flatten(self.like, state, self.begun.params)
+        return flat_state.join_tasks(flat, self.axes) if self.joined else flat
+
+    def leave(self, held: State) -> State:
+        """Return what is held as the batched state of the carry."""
+        flat = flat_state.part_tasks(held, self.axes, self.num_tasks) if self.joined else held
+        return flat_state.restore(self.like, flat, self.begun.state, self.begun.params)
+
+
+def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Memory, num_steps: int) -> Window:
+    task_map, like = TaskMap(memory.num_tasks), list(start.params.values())
+    params, state = task_map.unbatch(start.params), tree.tree_map(torch.clone, memory.task_map.unbatch(first))
+    x, losses, grads = tree.ravel(like), [], []
+    for step in range(start.step, start.step + num_steps):
+        batch = task_map.unbatch(loop.batch(start.tasks, step, "train"))
+        if loop.execution.compile:
+            loss, slopes = compiled.gradient(loop, task_map, params, batch)
+        else:
+            loss, slopes, _ = loop.gradient(task_map, theta, params, batch, Tape.NONE)
+        grads.append(tree.ravel(list(task_map.rebatch(slopes).values())))
+        losses.append(task_map.rebatch(loss))
+        with torch.no_grad():
+            delta, state = _moved(loop.rule, memory.task_map, theta, grads[-1].reshape(-1, *_shape(memory, x)), state)
+            x = x + delta.reshape(x.shape).to(x.dtype)
+        params = task_map.unbatch(dict(zip(start.params, tree.unravel(x, like), strict=True)))
+    rebatched = memory.leave(memory.task_map.rebatch(state))
+    end = Carry(start.tasks, task_map.rebatch(params), rebatched, start.step + num_steps)
+    if not losses:
+        return Window(start, end, x.new_empty(0, len(x)), x.new_empty(0, len(x), 0))
+    return Window(start, end, torch.stack(losses), torch.stack(grads))
+
+
+def _shape(memory: Memory, x: Tensor) -> tuple[int, ...]:
+    return (x.numel(),) if memory.joined else (x.shape[1],)
+
+
+def _moved(rule: UpdateRule, task_map: TaskMap, theta: Theta, grads: Tensor, state: State) -> tuple[Tensor, State]:
+    """Return the deltas of flat gradients (lanes, num_coordinates), and the new state.
+
+    It goes over the old one where the rule can: fresh memory for it costs as much as the arithmetic. Parameters and
+    loss are stand-ins, as the rule does not read them.
+    """
+    flat = task_map.unbatch({NAME: grads})
+    loss = task_map.unbatch(grads.new_ones(len(grads)))
+    deltas = rule.update_in_place(theta, flat, state, flat, loss) if task_map.num_tasks == 1 else None
+    if deltas is None:
+        deltas, state = task_map.apply(rule.update, (theta,), flat, state, flat, loss)
+    return deltas[NAME], () if state is None else state
+
+
+def _leaves_of(values: tree.Tree) -> tree.Tree:
+    """Return leaves of a new graph, where they are floating-point."""
+    return tree.tree_map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, values)
+
+
+def _split(found: Sequence[Any], num_params: int, num_states: int) -> tuple[Any, ...]:
+    at, to = 1 + num_params, 1 + num_params + num_states
+    return found[0], found[1:at], found[at:to], found[to:]
+
+
+def _like(state: State, d_state: Sequence[Tensor | None]) -> State | None:
+    """Return the cotangents in the structure of ``state``, zeros where nothing came; None where nothing came at all."""
+    if all(g is None for g in d_state):
+        return None
+    given = iter(d_state)
+
+    def pick(x: Tensor) -> Tensor:
+        found = next(given) if x.requires_grad else None
+        return torch.zeros_like(x) if found is None else found
+
+    return tree.tree_map(pick, state)
+
+
+def _cotangents(window: Window, d_losses: Tensor | None, d_params: Sequence[Tensor | None]) -> Tensor:
+    """Return the cotangents of the deltas (num_steps, num_tasks, num_coordinates)."""
+    ends = [torch.zeros_like(p) if d is None else d for p, d in zip(window.end.params.values(), d_params, strict=True)]
+    total = tree.ravel(ends)
+    out = torch.empty_like(window.grads)
+    for t in range(len(out) - 1, -1, -1):
+        out[t] = total
+        if d_losses is not None:
+            total = torch.addcmul(total, d_losses[t].unsqueeze(1), window.grads[t])
+    return out
+
+
+def _pull_back(
+    rule: UpdateRule, theta: Theta, grads: Tensor, first: State, cotangents: Tensor, end: State | None, axes: Axes
+) -> list[Tensor | None]:
+    """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
+    fixed, start = tree.detach(theta), tree.detach(first)
+    learned = any(x.requires_grad for x in tree.leaves(first))
+    served = rule.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
+    d_theta, d_start = served or _by_pieces(rule, fixed, grads, start, cotangents, end, axes)
+    pulled: list[Tensor | None] = [d_theta[k] for k in theta]
+    if learned:
+        pairs = zip(tree.leaves(first), tree.leaves(d_start), strict=True)
+        outputs, pulls = zip(*[(x, d) for x, d in pairs if x.requires_grad], strict=True)
+        through = torch.autograd.grad(outputs, list(theta.values()), pulls, allow_unused=True)
+        pulled = [g if s is None else s if g is None else g + s for g, s in zip(pulled, through, strict=True)]
+    return pulled
+
+
+def _by_pieces(
+    rule: UpdateRule, theta: Theta, grads: Tensor, start: State, cotangents: Tensor, end: State | None, axes: Axes
+) -> tuple[dict[str, Tensor | None], State]:
+    """Back-propagate through ``rule.update`` over pieces of the coordinates."""
+    num_tasks, num_coordinates = grads.shape[1:]
+    leaves = {k: v.requires_grad_() for k, v in tree.detach(theta).items()}
+    totals: dict[str, Tensor | None] = dict.fromkeys(theta)
+    d_start = tree.tree_map(torch.zeros_like, start)
+    task_map, size = TaskMap(num_tasks), max(1, PIECE // num_tasks)
+    for low in range(0, num_coordinates, size):
+        piece = slice(low, low + size)
+        with torch.enable_grad():
+            begun = _leaves_of(flat_state.piece(start, axes, piece))
+            state, params = task_map.unbatch(begun), task_map.unbatch({NAME: torch.zeros_like(grads[0, :, piece])})
+            loss, total = task_map.unbatch(grads.new_ones(num_tasks)), grads.new_zeros(())
+            for g, cotangent in zip(grads[:, :, piece], cotangents[:, :, piece], strict=True):
+                deltas, state = task_map.apply(rule.update, (leaves,), task_map.unbatch({NAME: g}), state, params, loss)
+                total = total + (task_map.rebatch(deltas)[NAME] * cotangent).sum()
+            if end is not None:
+                last = task_map.rebatch(state)
+                total = total + _paired(last, flat_state.piece(end, axes, piece), axes, first=low == 0)
+        sources = [x for x in tree.leaves(begun) if x.requires_grad]
+        found: Sequence[Tensor | None] = [None] * (len(leaves) + len(sources))
+        if total.requires_grad:
+            found = torch.autograd.grad(total, [*leaves.values(), *sources], allow_unused=True)
+        for k, g in zip(leaves, found, strict=False):
+            before = totals[k]
+            totals[k] = g if before is None else before if g is None else before + g
+        pulls = iter(found[len(leaves) :])
+        for x, target in zip(tree.leaves(begun), tree.leaves(flat_state.piece(d_start, axes, piece)), strict=True):
+            pull = next(pulls) if x.requires_grad else None
+            if pull is not None:
+                target.add_(pull)
+    return totals, d_start
+
+
+def _paired(state: State, cotangents: State, axes: Axes, *, first: bool) -> Tensor:
+    """Return the sum of products; leaves that belong to no coordinate count in the first piece alone."""
+    pairs = zip(tree.leaves(state), tree.leaves(cotangents), axes, strict=True)
+    terms = [(x * d).sum() for x, d, axis in pairs if x.is_floating_point() and (axis is not None or first)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())

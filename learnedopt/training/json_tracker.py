@@ -1,0 +1,162 @@
+"""The record of a meta-training: a text file of JSON lines that survives kills, full disks and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from learnedopt.core.files import json_number, plain_json, write_atomically
+from learnedopt.training.tracker import Metrics
+
+
+class JsonLinesTracker:
+    """Appends the run to a text file, one JSON object a line: the record of a training.
+
+    A line of metrics is ``{"step": 7, "meta_loss": 0.5, "inner_loss": [0.9, 0.7], ...}``; ``read_metrics`` gives these
+    back. Other lines have an ``"event"``: ``start`` (``config``, ``time`` in Unix seconds), ``figure``, ``artifact``,
+    ``finish``. JSON has no NaN and no infinities: they are written as the strings ``"NaN"``, ``"Infinity"``
+    and ``"-Infinity"``, which ``float`` (and JavaScript's ``Number``) reads back. Finite numbers keep every digit.
+    Configuration values that are not JSON (paths, types) are written as ``str`` shows them.
+
+    Each line is handed to the operating system in one write before the call returns, so a killed process loses no
+    finished line. A write that fails halfway (a full disk) is taken back, so that later lines stay readable.
+    A resumed run calls ``rewind`` with the step it resumes from, before ``start`` or after: each step is then there
+    once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._fd: int | None = None
+        self._last_step: int | None = None
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Open the file, after cutting off a last line that a kill left half-written, and write the configuration.
+
+        Raises:
+            OSError: the folder or the file cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_tail(self.path)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._append({"event": "start", "time": time.time(), "config": plain_json(config)})
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Append one line.
+
+        Raises:
+            ValueError: a metric is named ``step`` or ``event``, which the format keeps for itself.
+            OSError: the line could not be written; nothing of it remains.
+        """
+        if reserved := {"step", "event"} & set(metrics):
+            raise ValueError(f"metrics named {sorted(reserved)} would hide the record's own fields; rename them")
+        self._last_step = step
+        self._append({"step": step, **{name: _number_or_curve(value) for name, value in metrics.items()}})
+
+    def figure(self, name: str, path: Path) -> None:
+        """Append where the figure is."""
+        self._append({"event": "figure", "step": self._last_step, "name": name, "path": str(path)})
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """Append where the files are and what describes them."""
+        files, about = [str(path) for path in paths], plain_json(metadata)
+        self._append({"event": "artifact", "step": self._last_step, "name": name, "paths": files, "metadata": about})
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Append how the run ended and close the file."""
+        if self._fd is not None:
+            try:
+                self._append({"event": "finish", "step": self._last_step, "exit_code": exit_code})
+            finally:
+                os.close(self._fd)
+                self._fd = None
+
+    def rewind(self, step: int) -> None:
+        """Drop a half-written last line and every line of a step after ``step``; lines without a step stay.
+
+        For a run that counts its meta-steps from 1, ``rewind(0)`` begins anew. The file is replaced as a whole: a kill
+        in between leaves it as it was.
+
+        Raises:
+            ValueError: a line before the last is not JSON: this is not, or no longer, a record.
+            OSError: the folder cannot be written.
+        """
+        self._last_step = step
+        if not self.path.exists():
+            return
+        _mend_tail(self.path)
+        kept = []
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
+            at = _parse(self.path, number, line).get("step")
+            if at is None or at <= step:
+                kept.append(line)
+        whole = b"".join(kept)
+        write_atomically(self.path, lambda partial: _write_bytes(partial, whole))
+        if self._fd is not None:  # the open file is the replaced one
+            os.close(self._fd)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if self._fd is None:
+            raise ValueError(f"the record {self.path} is not open: call start() first, and nothing after finish()")
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes fitted into {self.path}; make room on the disk")
+        except OSError:
+            os.ftruncate(self._fd, end)
+            raise
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the metric lines of a ``JsonLinesTracker``'s file, in order, with NaN and infinities as floats again.
+
+    Example: ``[row["meta_loss"] for row in read_metrics(run / "metrics.jsonl") if "meta_loss" in row]``.
+
+    Raises:
+        ValueError: a line is not JSON. (A half-written last line has no line end and is left out.)
+    """
+    whole, end, _ = Path(path).read_bytes().rpartition(b"\n")
+    rows = [_parse(path, number, line) for number, line in enumerate((whole + end).splitlines(), start=1)]
+    return [
+        {name: [float(x) for x in value] if isinstance(value, list) else _revive(value) for name, value in row.items()}
+        for row in rows
+        if "event" not in row
+    ]
+
+
+def _number_or_curve(value: float | list[float]) -> Any:
+    return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
+
+
+def _revive(value: int | float | str) -> int | float:
+    return float(value) if isinstance(value, str) else value
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"line {number} of {path} is not JSON ({error}), so it is not a record of a training, or was damaged; "
+            "move it away or mend that line"
+        ) from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"line {number} of {path} is not a JSON object but {type(entry).__name__}; move the file away")
+    return entry
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _mend_tail(path: Path) -> None:
+    """Cut off what follows the last line end: a line that was being written when the process died."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)

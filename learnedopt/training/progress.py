@@ -1,0 +1,160 @@
+"""The state of a meta-training as one file, from which it goes on exactly."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnedopt.core import tree
+from learnedopt.core.files import write_atomically
+from learnedopt.core.inner import Carry
+from learnedopt.core.tree import Theta
+
+FORMAT = "learnedopt-training-1"
+_COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
+_ADVICE = "choose another checkpoint path, or remove the file to start anew"
+_KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
+
+
+@dataclass
+class Progress:
+    """How far a meta-training has come, beside theta and the meta-optimizer."""
+
+    meta_step: int = 0
+    episode: int = 0
+    num_skipped: int = 0
+    skips_in_a_row: int = 0
+    best_value: float = math.inf
+    best_theta: Theta | None = None
+    carry: Carry | None = None
+
+
+def save_progress(
+    path: Path, progress: Progress, theta: Theta, optimizer: torch.optim.Optimizer, scheduler: Any, run: dict[str, Any]
+) -> None:
+    """Write everything that the next meta-step depends on, atomically.
+
+    ``run`` says in plain values which training this is; ``load_progress`` compares it.
+    """
+    carry = progress.carry
+    content = {
+        "format": FORMAT,
+        "run": run,
+        "theta": {k: v.detach() for k, v in theta.items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict() if scheduler else None,
+        # Only the leaves of the carry: its structure comes from the family and the rule, so no class needs loading.
+        "carry": None if carry is None else {"leaves": _leaves(carry), "step": carry.step},
+        "best_theta": progress.best_theta,
+        **{k: getattr(progress, k) for k in _COUNTS},
+    }
+    write_atomically(path, lambda partial: torch.save(content, partial))
+
+
+def load_progress(
+    path: Path,
+    theta: Theta,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    run: dict[str, Any],
+    like: Callable[[], Carry],
+) -> Progress:
+    """Restore theta, the optimizer and the scheduler in place, and return the progress.
+
+    ``like`` makes a begun carry of the structure that the saved one had. Only tensors and plain values are loaded.
+
+    Raises:
+        ValueError: the file is corrupt, is no training state, or belongs to another run; nothing is restored then.
+    """
+    content = _read(path)
+    saved, here = ({k: (tuple(v.shape), v.dtype) for k, v in t.items()} for t in (content["theta"], theta))
+    if saved != here:
+        raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
+    if content["run"] != run:
+        differing = [k for k in run if content["run"].get(k) != run[k]]
+        told = ", ".join(f"{k} {content['run'].get(k)!r} instead of {run[k]!r}" for k in differing)
+        raise ValueError(f"{path} was written for another training, with {told}; {_ADVICE}")
+    carry = None if content["carry"] is None else _restore_carry(path, content["carry"], like())
+    with torch.no_grad():
+        for k, v in theta.items():
+            v.copy_(content["theta"][k])
+    _restore_optimizer(optimizer, content["optimizer"])
+    if scheduler:
+        scheduler.load_state_dict(content["scheduler"])
+    best_theta = content["best_theta"] and {k: v.to(theta[k].device) for k, v in content["best_theta"].items()}
+    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry)
+
+
+def require_loadable(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Check that a checkpoint of these could be loaded again: before hours of work, not after.
+
+    Raises:
+        TypeError: their state holds something else than tensors and plain values, such as a NumPy number.
+    """
+    for name, thing in (("meta-optimizer", optimizer), ("scheduler", scheduler)):
+        if thing is None:
+            continue
+        buffer = io.BytesIO()
+        try:
+            torch.save(thing.state_dict(), buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"a checkpoint cannot keep the state of the {name} {type(thing).__name__}, which holds more than "
+                "tensors and plain values; convert what it was given, such as a NumPy learning rate, with float()"
+            ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch writes check sums, but does not compare them
+                raise zipfile.BadZipFile(f"the check sum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text goes on to advise loading it all the same.
+        raise ValueError(
+            f"{path} is corrupt or foreign: it holds something else than tensors and plain values, and nothing else is "
+            f"ever loaded; {_ADVICE}"
+        ) from error
+    except Exception as error:  # a damaged file can make anything of its reader
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(
+            f"{path} cannot be read as a training state ({reason}): it is corrupt or foreign; {_ADVICE}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.keys() != _KEYS:
+        raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
+    return content
+
+
+def _restore_carry(path: Path, saved: dict[str, Any], like: Carry) -> Carry:
+    flat, rebuild = tree.flatten(like[:3])
+    leaves = saved["leaves"]
+    if [(x.shape, x.dtype) for x in flat] != [(x.shape, x.dtype) for x in leaves]:
+        raise ValueError(f"{path} was written for other tasks: shapes or types of its inner state differ; {_ADVICE}")
+    return Carry(*rebuild([x.to(y.device) for x, y in zip(leaves, flat, strict=True)]), step=saved["step"])
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    optimizer.load_state_dict(saved)
+    # torch casts states to their parameter's dtype; those that were kept in another would go on with other numbers.
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    for p, i in zip(params, indices, strict=True):
+        for k, v in saved["state"].get(i, {}).items():
+            if isinstance(v, torch.Tensor):
+                optimizer.state[p][k] = v.to(optimizer.state[p][k].device)
+
+
+def _leaves(carry: Carry) -> list[torch.Tensor]:
+    # Views of larger tensors would be saved whole: a copy is exactly as large as it looks.
+    return [x.detach().clone() for x in tree.leaves(carry[:3])]

@@ -1,0 +1,222 @@
+"""Where the numbers of a meta-training go: trackers, what they share, and the console.
+
+A tracker only listens. Nothing that it does or fails to do may change a number or stop a training, so the trainer
+talks to one ``Trackers``, which keeps its sinks apart. ``json_tracker`` writes the record of a run; the console and
+W&B (``wandb_tracker``) are views of it.
+
+Metrics that the trainer logs and the console knows: ``meta_loss``, ``validation``, ``grad_norm``, ``step_ms``
+(milliseconds per meta-step) and ``skipped`` (meta-steps skipped so far), each a number; ``inner_loss`` is a list, the
+mean training loss before each inner step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
+
+logger = logging.getLogger(__name__)
+
+Metrics: TypeAlias = Mapping[str, "float | list[float]"]
+"""Numbers by name; a list is a curve, such as the loss before each inner step."""
+
+
+class Tracker(Protocol):
+    """What a trainer tells about its run. One object serves one run; ``step`` counts meta-steps."""
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Begin the run, or go on with it; ``config`` is the resolved configuration, nested dicts of plain values."""
+        ...
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Record the metrics of meta-step ``step``. Steps may repeat (a validation later in the same step)."""
+        ...
+
+    def figure(self, name: str, path: Path) -> None:
+        """Record the PNG file at ``path`` under ``name``."""
+        ...
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """Record a new version of the files ``paths`` (theta and its configuration) with what describes them."""
+        ...
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run: 0 when it completed, 128 + signal number when a signal ended it. Later calls do nothing."""
+        ...
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """A tracker whose record can be taken back to an earlier meta-step, which exact resume needs."""
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after meta-step ``step``, the last one that the resumed training will not repeat."""
+        ...
+
+
+class NullTracker:
+    """Records nothing; for tests and for ranks other than 0."""
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Do nothing."""
+
+    def figure(self, name: str, path: Path) -> None:
+        """Do nothing."""
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Do nothing."""
+
+
+class Trackers:
+    """Passes every call on to each of ``sinks`` and keeps their failures away from the training and from each other.
+
+    The first failure of a sink is reported by ``logging`` (which, unlike a warning, no filter turns into an exception).
+    The sink is still called afterwards, since a disk that was full may have room again; it is not reported again.
+    """
+
+    def __init__(self, sinks: Sequence[Tracker]) -> None:
+        self.sinks = list(sinks)
+        self._reported: set[int] = set()
+
+    def start(self, config: dict[str, Any]) -> None:
+        """See ``Tracker``."""
+        self._each("start", lambda sink: sink.start(config))
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """See ``Tracker``."""
+        self._each("log", lambda sink: sink.log(metrics, step))
+
+    def figure(self, name: str, path: Path) -> None:
+        """See ``Tracker``."""
+        self._each("figure", lambda sink: sink.figure(name, path))
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """See ``Tracker``."""
+        self._each("artifact", lambda sink: sink.artifact(name, paths, metadata))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """See ``Tracker``."""
+        self._each("finish", lambda sink: sink.finish(exit_code))
+
+    def rewind(self, step: int) -> None:
+        """Rewind the sinks that can; see ``Rewindable``."""
+        self._each("rewind", lambda sink: sink.rewind(step) if isinstance(sink, Rewindable) else None)
+
+    def _each(self, doing: str, call: Callable[[Tracker], None]) -> None:
+        for index, sink in enumerate(self.sinks):
+            try:
+                call(sink)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is reported and must not stop a training
+                if index not in self._reported:
+                    self._reported.add(index)
+                    logger.warning(
+                        "%s failed in %s() with %s: %s. The training goes on, but what this tracker should have "
+                        "recorded may be missing; its further failures are not reported.",
+                        type(sink).__name__, doing, type(error).__name__, error,
+                    )  # fmt: skip
+
+
+_WORDS = {
+    "meta_loss": "meta-loss {:.4g}",
+    "validation": "validation {:.4g}",
+    "grad_norm": "gradient norm {:.3g}",
+    "step_ms": "{:.3g} ms/step",
+    "skipped": "{:.0f} skipped",
+}
+
+
+class ConsoleTracker:
+    """Tells the progress in one line: meta-step, meta-loss, validation, gradient norm, milliseconds per step, skipped.
+
+    On a terminal the line is rewritten in place; elsewhere (a pipe, a file) each is a sentence of its own, without
+    control codes.
+
+    Args:
+        total: the number of meta-steps to come, shown beside the present one.
+        interval: seconds between two lines; None means 0.2 on a terminal and 10 elsewhere. 0 shows every call.
+        stream: where to write; None means ``sys.stdout`` as it is at the time of writing.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int | None = None,
+        interval: float | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if interval is not None and not interval >= 0:
+            raise ValueError(f"interval must be a number of seconds that is not negative, got {interval}")
+        self._total, self._interval, self._stream, self._clock = total, interval, stream, clock
+        self._latest: dict[str, float] = {}
+        self._step: int | None = None
+        self._shown_at = -math.inf
+        self._pending = False  # the latest numbers have not been shown
+        self._open_line = False  # the cursor stands behind a line that may be rewritten
+        self._finished = False
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Print the top-level settings that are plain values."""
+        plain = [f"{key}={value}" for key, value in config.items() if isinstance(value, str | int | float)]
+        self._sentence("Meta-training starts" + (f" with {', '.join(plain)}." if plain else "."))
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Show the latest value of every known metric, unless the last line is younger than the interval."""
+        self._latest.update({name: float(value) for name, value in metrics.items() if not isinstance(value, list)})
+        self._step, self._pending = step, True
+        interval = self._interval if self._interval is not None else 0.2 if self._on_terminal() else 10.0
+        if self._clock() - self._shown_at >= interval:
+            self._show()
+
+    def figure(self, name: str, path: Path) -> None:
+        """Print where the figure is."""
+        self._sentence(f"Figure {name} is at {path}.")
+
+    def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
+        """Print where the files are."""
+        self._sentence(f"Saved {name} at {', '.join(map(str, paths))}.")
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Print the last numbers, if they have not been shown, and how the run ended."""
+        if self._finished:
+            return
+        self._finished = True
+        if self._pending:
+            self._show()
+        how = "ended" if exit_code == 0 else f"stopped with exit code {exit_code}"
+        after = "before its first meta-step" if self._step is None else f"after meta-step {self._step}"
+        self._sentence(f"Meta-training {how} {after}.")
+
+    def _show(self) -> None:
+        of_total = "" if self._total is None else f" of {self._total}"
+        known = [words.format(self._latest[name]) for name, words in _WORDS.items() if name in self._latest]
+        line = f"Meta-step {self._step}{of_total}" + (f": {', '.join(known)}" if known else "") + "."
+        self._shown_at, self._pending = self._clock(), False
+        if self._on_terminal():
+            self._write(f"\r\x1b[K{line}")  # return to the line's start and erase it
+            self._open_line = True
+        else:
+            self._write(f"{line}\n")
+
+    def _sentence(self, text: str) -> None:
+        self._write(("\n" if self._open_line else "") + text + "\n")
+        self._open_line = False
+
+    def _on_terminal(self) -> bool:
+        return (self._stream or sys.stdout).isatty()
+
+    def _write(self, text: str) -> None:
+        stream = self._stream or sys.stdout
+        stream.write(text)
+        stream.flush()

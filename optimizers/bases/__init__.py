@@ -1,0 +1,1 @@
+"""What several rules are built on: hyperparameters as theta, wrapping. Imports the core."""

@@ -1,0 +1,1 @@
+"""Steps and adjoints of rules in C and Triton. Imports the core."""

@@ -1,0 +1,1 @@
+"""Where families' data and networks come from: files, images, seeds, parameters. Imports the core."""
