@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import (
     BootstrappedTarget,
     FinalLoss,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Tape
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import InnerLoop, Tape
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
-from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, Rollout, solve_inner
+from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
