@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import (
     BootstrappedTarget,
     FinalLoss,
@@ -45,15 +46,21 @@ _LAZY = {
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
+    "L2": "learnedopt.inner_objectives",
+    "LearnedLoss": "learnedopt.inner_objectives",
+    "Proximal": "learnedopt.inner_objectives",
+    "WeightedExamples": "learnedopt.inner_objectives",
+    "inner_objectives": "",
     "optimizers": "",
     "tasks": "",
 }
 
 if TYPE_CHECKING:
-    from learnedopt import optimizers, tasks
+    from learnedopt import inner_objectives, optimizers, tasks
     from learnedopt.checkpoint import load, save
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
+    from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.training.trainer import MetaTrainer, Validation
 
@@ -70,6 +77,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "GMRES",
+    "L2",
     "Batch",
     "BootstrappedTarget",
     "Carry",
@@ -84,7 +92,9 @@ __all__ = [
     "HessianFree",
     "Implicit",
     "InnerLoop",
+    "InnerObjective",
     "KLDivergence",
+    "LearnedLoss",
     "LearnedOptimizer",
     "LinearSolver",
     "MeanLogLoss",
@@ -93,6 +103,8 @@ __all__ = [
     "ModuleFamily",
     "Neumann",
     "Params",
+    "Penalty",
+    "Proximal",
     "Rollout",
     "Solution",
     "SquaredDistance",
@@ -100,6 +112,7 @@ __all__ = [
     "SumOfLosses",
     "Tape",
     "TaskFamily",
+    "TaskLoss",
     "Tasks",
     "Theta",
     "Truncated",
@@ -107,7 +120,9 @@ __all__ = [
     "Unrolled",
     "UpdateRule",
     "Validation",
+    "WeightedExamples",
     "evaluate",
+    "inner_objectives",
     "load",
     "optimizers",
     "predict_peak",
