@@ -74,8 +74,7 @@ def as_leaves(theta: Theta) -> Theta:
     """Return theta's values as leaves of a new graph."""
     if not theta:
         raise ValueError(
-            "theta is empty: neither rule nor inner objective has meta-parameters, so there is nothing to take a gradient "
-            "of"
+            "theta is empty: neither rule nor inner objective has meta-parameters, so there is nothing to differentiate"
         )
     return {k: v.detach().requires_grad_() for k, v in theta.items()}
 

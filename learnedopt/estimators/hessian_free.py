@@ -63,9 +63,8 @@ class HessianFree:
         require_count("num_steps", num_steps)
         if loop.inner_objective.is_task_loss:
             raise ValueError(
-                "HessianFree minimises the inner objective, and theta moves no minimum of the family's loss alone; pass "
-                "an objective that theta enters, such as inner_objective=Proximal(template, 2.0), or take the rule's own "
-                "steps"
+                "HessianFree minimises the inner objective, and theta moves no minimum of the family's loss; pass "
+                "one that theta enters, such as inner_objective=Proximal(template, 2.0), or take the rule's steps"
             )
         theta = tree.detach(theta)
         chunks = []
