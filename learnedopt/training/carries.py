@@ -39,8 +39,8 @@ def require_plain(carry: Any, whose: str) -> None:
         if leaf is not None and type(leaf) not in _NUMBERS and not isinstance(leaf, Tensor):
             raise TypeError(
                 f"the carry of {whose} has {_told(leaf)} at {path}, which a checkpoint cannot keep. A carry is any "
-                "nest of dicts, lists, tuples, named tuples and dataclasses (dict keys: strings or integers) with tensors, "
-                "int, float, bool and None as leaves" + _advice(leaf)
+                "nest of dicts (with strings or integers as keys), lists, tuples, named tuples and dataclasses with "
+                "tensors, int, float, bool and None as leaves" + _advice(leaf)
             )
 
 
