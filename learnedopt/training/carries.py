@@ -127,8 +127,9 @@ def _children(node: Any) -> dict[Any, Any] | None:
 
 def _fields(kind: type) -> list[str] | None:
     """Return the fields that a named tuple or a dataclass is made of; None for other classes."""
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return [*kind._fields]
+    if issubclass(kind, tuple):
+        names = getattr(kind, "_fields", None)
+        return None if names is None else [*names]
     if dataclasses.is_dataclass(kind) and all(f.init for f in dataclasses.fields(kind)):
         return [f.name for f in dataclasses.fields(kind)]
     return None
