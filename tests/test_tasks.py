@@ -21,7 +21,8 @@ from learnedopt import tasks as families
 from learnedopt.core import tree
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop, Tape
-from learnedopt.core.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
+from learnedopt import ModuleFamily
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.optimizers import SGD
 from learnedopt.tasks import (

@@ -123,6 +123,8 @@ class InnerLoop:
         """
         require_count("num_steps", num_steps)
         carry = self.begin(tree.detach(theta) if tape is Tape.NONE else theta, carry)
+        if tape is Tape.FULL:
+            self._vet_second_derivatives(carry)
         pieces = [self._run_chunk(theta, chunk, num_steps, tape) for chunk in self.split(carry)]
         params, state = tree.concatenate([piece[:2] for piece in pieces])
         start = detach(carry) if tape is Tape.NONE else carry
@@ -287,11 +289,18 @@ class InnerLoop:
             return
         batch = self.batch(begun.tasks, begun.step, "train")
         checks.require_num_tasks(self.family, batch, tree.size(begun.params))
+        checks.require_faultless(self.family, begun.params, batch)
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
             losses = self.over_tasks(checks.scalar_loss(self.family), (), params, batch)
         checks.require_trainable(self.family, losses, params)
         self.vetted["family"] = True
+
+    def _vet_second_derivatives(self, begun: Carry) -> None:
+        if "second derivatives" not in self.vetted:
+            batch = self.batch(begun.tasks, begun.step, "train")
+            checks.require_faultless(self.family, begun.params, batch, second_derivatives=True)
+            self.vetted["second derivatives"] = True
 
 
 InnerSolver = Callable[[InnerLoop, Theta, Carry, int], Carry]
