@@ -14,6 +14,7 @@ from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Tree
 from learnedopt.tasks.modules import structure, trial
 from learnedopt.tasks.modules.stateless import Stateless, constants, trained
+from learnedopt.tasks.modules.torch_errors import explained
 
 
 @final
@@ -116,6 +117,7 @@ class ModuleFamily(TaskFamily):
             batch["targets"] = _stack("targets", [targets for _, targets in pairs])
         return batch
 
+    @explained
     def outputs(self, params: Params, batch: Batch) -> Any:
         """Call the module with ``params`` on the inputs.
 
@@ -125,10 +127,12 @@ class ModuleFamily(TaskFamily):
         with self._call.left_alone():
             return self._call(self._call.values(params), batch["inputs"])
 
+    @explained
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Apply ``loss_fn`` to the outputs and the targets."""
         return self.loss_fn(self.outputs(params, batch), batch.get("targets"))
 
+    @explained
     def faults(self, params: Params, batch: Batch, *, second_derivatives: bool = False) -> list[str]:
         """Call the module a few times on copies, and say what it draws, writes, keeps or computes again."""
         found = structure.wrong_second_derivatives(self.module) if second_derivatives else []

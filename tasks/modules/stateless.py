@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from learnedopt.core.tree import Params, Tree
-from learnedopt.tasks.modules import torch_errors
 
 
 @final
@@ -70,11 +69,7 @@ class Stateless:
             values[alias] = values[name]
         args, kwargs = arguments(self.module.forward, inputs)
         with _fast_path_off() if self._has_fast_path else nullcontext():
-            try:
-                return torch.func.functional_call(self.module, values, args, kwargs, tie_weights=False)
-            except RuntimeError as error:
-                torch_errors.explain(error)
-                raise
+            return torch.func.functional_call(self.module, values, args, kwargs, tie_weights=False)
 
     @contextmanager
     def left_alone(self) -> Iterator[None]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _ONE_BY_ONE = "pass Execution(chunk_size=1), which runs tasks one by one"
 _KNOWN = (
@@ -21,7 +27,7 @@ _KNOWN = (
         f"with torch.where and fixed shapes, or {_ONE_BY_ONE}",
     ),
     (
-        r"vmap: inplace arithmetic|vmap: .*in-?place",
+        r"vmap: \w+.* is not possible because there exists a Tensor|doesn't match the broadcast shape",
         "with tasks run together (vmap), forward may not write into a tensor that is the same for all of them, such as "
         f"one it has made by torch.zeros; use torch.stack, torch.cat or new_zeros of an input, or {_ONE_BY_ONE}",
     ),
@@ -51,6 +57,10 @@ _KNOWN = (
         r"Found dtype (Long|Int|Short|Char|Byte|Bool) but expected|can't be cast to the desired output type",
         "the targets are whole numbers where loss_fn needs floating-point ones; let data return targets.float()",
     ),
+    (
+        r"expected target dtype to be Long",
+        "the targets are classes, and loss_fn takes them as int64; let data return targets.long()",
+    ),
 )  # fmt: skip
 
 
@@ -64,8 +74,17 @@ class ExplainedError(RuntimeError):
     """An error of torch with what to do about it."""
 
 
-def explain(error: RuntimeError) -> None:
-    """Raise what to do about a known error; return where it is not one."""
-    words = advice(error)
-    if words is not None and not isinstance(error, ExplainedError):
-        raise ExplainedError(words) from error
+def explained(fn: Callable[P, R]) -> Callable[P, R]:
+    """Let ``fn`` say what to do where torch raises a known error; all others pass as they are."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return fn(*args, **kwargs)
+        except RuntimeError as error:
+            words = advice(error)
+            if words is None or isinstance(error, ExplainedError):
+                raise
+            raise ExplainedError(words) from error
+
+    return wrapped

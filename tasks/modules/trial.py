@@ -102,11 +102,7 @@ def _faults_on_the_way_back(trial: Trial, *, second_derivatives: bool) -> list[s
             return [_RECOMPUTES]
         wrong = True
     if wrong:  # Was it the weights that the module held, or are gradients not finite, or not there, anyhow?
-        try:
-            grads = _gradient(trial, trial.params)
-        except RuntimeError as error:
-            torch_errors.explain(error)
-            raise
+        grads = _gradient(trial, trial.params)
         if _finite(grads):
             return [_RECOMPUTES]
     sparse = sorted(k for k, g in grads.items() if g.layout is not torch.strided)
