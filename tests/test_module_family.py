@@ -455,6 +455,22 @@ def test_a_first_layer_whose_gradient_checkpointing_loses_is_refused() -> None:
         meta_gradient(family)
 
 
+def test_checkpointing_of_constants_that_follow_the_parameters_is_refused() -> None:
+    """The way back would meet them in their own dtype."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2, dtype=torch.float32)
+            self.register_buffer("mixing", torch.ones(2, 2, dtype=torch.float32))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return checkpoint(lambda x: (x @ self.mixing).tanh(), self.layer(inputs), use_reentrant=False)
+
+    with pytest.raises(ValueError, match="computed again on the way back"):
+        meta_gradient(ModuleFamily(Body, squared, rows(5, 3)), dtype=torch.float64)
+
+
 def test_a_gradient_that_is_not_finite_is_not_taken_for_checkpointing() -> None:
     class Root(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:
@@ -478,7 +494,9 @@ class Average(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         out = self.layer(inputs)
-        if self.how == "in place":
+        if self.how == "nothing new":
+            self.mean.mul_(0.9)
+        elif self.how == "in place":
             self.mean.lerp_(out.detach().mean(0), 0.1)
         elif self.how == "assigned":
             self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
@@ -520,7 +538,9 @@ class LowNorm(nn.Module):
         return functional.embedding(inputs.abs().long().clamp(max=3), self.weight, **self.options)
 
 
-SPECTRAL = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2, dtype=torch.float64))
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    SPECTRAL = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2, dtype=torch.float64))
 PRIVATE = torch.Generator().manual_seed(0)
 
 
@@ -531,6 +551,7 @@ PRIVATE = torch.Generator().manual_seed(0)
         (lambda: nn.Sequential(Average("assigned")), r"'0' \(Average\) writes to its buffer '0.mean'"),
         (lambda: Average("plain"), "keeps what a later call reads"),
         (lambda: Average("list"), r"'itself' \(Average\) puts tensors into its 'history'"),
+        (lambda: Average("nothing new"), "writes to its buffer 'mean'"),
         (lambda: copy.deepcopy(SPECTRAL), r"_SpectralNorm\) writes to its buffer 'parametrizations.weight.0._"),
         (lambda: Inner(functional.dropout), r"'noisy' \(Noisy\) draws random numbers"),
         (lambda: Inner(lambda x: functional.dropout(x, p=0.01)), "'noisy'"),
@@ -583,6 +604,17 @@ def test_noise_under_a_seed_of_its_own_is_accepted() -> None:
 def test_layers_without_a_gradient_for_rules_are_refused(part: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModuleFamily(lambda: nn.Sequential(nn.Linear(3, 2), part), squared, rows(5, 3))
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}])
+def test_a_frozen_embedding_may_have_any_gradient(options: dict[str, Any]) -> None:
+    frozen = nn.Embedding(4, 3, **options).requires_grad_(False)
+
+    def data(seed: int, step: int, split: Split) -> tuple[Tensor, Tensor]:
+        return torch.arange(5) % 4, torch.tensor(1.0)
+
+    family = ModuleFamily(lambda: nn.Sequential(frozen, nn.Linear(3, 2)), squared, data)
+    assert meta_gradient(family)["lr"].isfinite()
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")

@@ -41,6 +41,8 @@ def _require_plain(part: nn.Embedding | nn.EmbeddingBag, where: str) -> None:
             f"{where} has max_norm={part.max_norm}: its forward would write to the parameters that it is given; leave "
             "it out, and scale rows in forward where they must stay small"
         )
+    if not part.weight.requires_grad:
+        return
     if part.sparse:
         raise ValueError(f"{where} has sparse=True, and rules take dense gradients; pass sparse=False")
     if part.scale_grad_by_freq:
