@@ -283,6 +283,8 @@ SILENT: dict[str, tuple[Callable[[], tuple[dict[str, tuple[int, ...]], OneLoss]]
     "weight_norm": (lambda: (NORMED, weight_norm), "they are off by"),
     "custom backward": (lambda: (MLP, custom_backward), "at 'w1'"),
 }
+
+
 @pytest.fixture
 def seed() -> None:
     """Seed what modules initialise themselves from."""
@@ -358,6 +360,19 @@ def rounds_inside(params: Params, batch: Any) -> Tensor:
     return cross_entropy(halves, batch)
 
 
+class OfAKernel(torch.autograd.Function):
+    """The square of its input, computed in float32 whatever it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.square(x.detach().numpy().astype(np.float32))).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * grad * ctx.saved_tensors[0]
+
+
 def through_numpy(params: Params, batch: Any) -> Tensor:
     weight = torch.from_numpy(batch["x"].numpy().mean(0).astype(np.float32))
     return (weight @ params["w1"]).square().sum()
@@ -401,7 +416,10 @@ INNOCENT: dict[str, Callable[[], TaskFamily]] = {
     "transformer": lambda: Given(*of_module(Attending())),
     "frozen backbone": lambda: Given(*frozen_backbone()),
     "checkpoint with parameters passed": with_second(
-        MLP, lambda p, b: checkpoint(lambda *w: cross_entropy(dict(zip(p, w, strict=True)), b), *p.values(), use_reentrant=False)
+        MLP,
+        lambda p, b: checkpoint(
+            lambda *w: cross_entropy(dict(zip(p, w, strict=True)), b), *p.values(), use_reentrant=False
+        ),
     ),
     "spectral norm in eval": lambda: Given(*of_module(Spectral().eval())),
     "embedding": with_second(
@@ -425,6 +443,7 @@ INNOCENT: dict[str, Callable[[], TaskFamily]] = {
     "edge of the domain": with_second({"w": (3,)}, edge),
     "rounds inside": with_second(MLP, rounds_inside),
     "through NumPy": with_second(MLP, through_numpy),
+    "computes in float32": with_second(MLP, lambda p, b: cross_entropy(p, b) + OfAKernel.apply(p["w1"]).sum()),
     "keeps what it saw": lambda: Given(MLP, caches({})),
     "seeds itself": with_second(MLP, seeds_itself),
     "cholesky": with_second({"a": (3, 3)}, lambda p, b: torch.logdet(p["a"] @ p["a"].mT + torch.eye(3))),
@@ -446,6 +465,7 @@ LOUD = {  # what torch refuses by itself
     "checkpoint with parameters passed": ("together",),
     "through NumPy": ("together",),
     "seeds itself": ("together",),
+    "computes in float32": ("together", "mixed"),
 }
 
 
@@ -463,3 +483,285 @@ def test_an_innocent_loss_passes(kind: str, execution: str, seed: None) -> None:
 
 
 UNCLEAR: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["ReLU net", "layer norm", "tiny gradients", "logsumexp", "embedding", "quadratic"])
+def test_an_innocent_loss_passes_in_another_precision(kind: str, dtype: torch.dtype) -> None:
+    for chunk_size in (1, 2):
+        findings = ask(INNOCENT[kind](), dtype=dtype, chunk_size=chunk_size)
+        assert not any_failed(findings), report(findings)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_families_of_images_pass(execution: str, data_root: Path) -> None:
+    families = [
+        learnedopt.tasks.make("image-mlp"),
+        learnedopt.tasks.make("image-mlp", hidden=(40, 40), activation="relu", init="normal", batch_size=32),
+        learnedopt.tasks.make("omniglot", model="conv", width=8),
+        learnedopt.tasks.make("omniglot", model="conv-pool", width=8),
+        learnedopt.tasks.make("omniglot", model="mlp", width=16),
+    ]
+    for family in families:
+        findings = ask(family, **EXECUTIONS[execution])
+        assert not any_failed(findings), report(findings)
+        assert "could not be told" not in report(findings), report(findings)
+
+
+class WrongTogether(torch.autograd.Function):
+    """A square root of squares whose rule for tasks together sums over them as well."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
+        return x.square().sum().expand(info.batch_size), 0
+
+
+class Batched(Given):
+    """Batches that ``change`` makes of the right ones and the number of the task's place."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(MLP, cross_entropy)
+        self.change = change
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        batch = super().batch(tasks, step, split)
+        return {**batch, "x": self.change(batch["x"], torch.arange(len(batch["x"]))[:, None, None])}
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "place in the batch": lambda x, place: x + place,
+    "mean over tasks": lambda x, place: x - x.mean((0, 1)),
+    "global generator": lambda x, place: x + torch.randn_like(x),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_tasks_that_interact_in_their_batches_are_caught(kind: str) -> None:
+    answer = failed(ask(Batched(CHANGES[kind])))
+    assert "1 questions" in answer and "alone" in answer, answer
+
+
+def test_a_batch_of_one_task_that_is_drawn_anew_is_caught() -> None:
+    assert "task 0 has the loss" in failed(ask(Batched(CHANGES["global generator"]), num_tasks=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tasks_that_interact_when_run_together_are_caught(dtype: torch.dtype) -> None:
+    family = Given({"w": (4,)}, lambda params, batch: WrongTogether.apply(params["w"]), dtype=dtype)
+    assert not any_failed(ask(family, second_derivatives=False, chunk_size=1))
+    assert "Do tasks that are run together" in failed(ask(family, second_derivatives=False, chunk_size=2))
+
+
+def test_what_takes_no_tasks_together_says_what_to_do() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 4)
+    family = Given(*of_module(nn.Sequential(lstm, Last())))
+    assert "Execution(chunk_size=1)" in failed(ask(family, second_derivatives=False, chunk_size=2))
+
+
+class Last(nn.Module):
+    def forward(self, outputs: tuple[Tensor, Any]) -> Tensor:
+        return outputs[0][:, :3]
+
+
+def through_factor(a: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(a))
+
+
+@pytest.mark.parametrize("function", [lambda a: torch.linalg.slogdet(a)[1], torch.linalg.det, through_factor])
+def test_wrong_forward_over_reverse_is_caught(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever mixed mode does about these functions: what it returns is what is judged."""
+
+    def naive(losses: Any, params: Params, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+        return Naive.apply(losses, *params.values())[0], list(Naive.apply(losses, *params.values())[1:])
+
+    class Naive(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, losses: Any, p: Tensor) -> tuple[Tensor, ...]:
+            ctx.losses = losses
+            ctx.save_for_backward(p)
+            with torch.enable_grad():
+                x = p.detach().requires_grad_()
+                value = losses({"a": x})
+                return value.detach(), torch.autograd.grad(value, x)[0]
+
+        @staticmethod
+        def backward(ctx: Any, of_value: Tensor, of_grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+            with torch.enable_grad(), torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(ctx.saved_tensors[0].requires_grad_(), of_grad)
+                grad = torch.autograd.grad(ctx.losses({"a": dual}), dual)[0]
+                return None, torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    monkeypatch.setattr(mixed_mode, "value_and_gradient", naive)
+    family = Given({"a": (3, 3)}, lambda p, b: function(p["a"] @ p["a"].mT + torch.eye(3)).sum())
+    assert not any_failed(ask(family))
+    answer = failed(ask(family, mixed_mode=True))
+    assert "they are off by" in answer and "'a'" in answer, answer
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (lambda p, b: p["w"], ValueError, "must be a scalar, got shape"),
+        (lambda p, b: p["w"].sum().item(), TypeError, "must be a scalar tensor, got a float"),
+        (lambda p, b: p["w"].sum() / 0, ValueError, "the loss is"),
+        (lambda p, b: p["missing"], KeyError, "missing"),
+    ],
+)
+def test_a_loss_that_is_no_number_raises_as_it_is(loss: OneLoss, error: type[Exception], words: str) -> None:
+    family = Given({"w": (3,)}, loss)
+    findings = ask(family)
+    assert len(findings) == 1 and words in findings[0].answer
+    loop = InnerLoop(family, learnedopt.optimizers.make("sgd", lr=0.1))
+    carry = loop.start(family.sample(1, torch.Generator().manual_seed(3)))
+    with pytest.raises(error, match=words):
+        vet(loop, loop.rule.init_theta(torch.Generator()), carry._replace(state=()), second_derivatives=True)
+
+
+def test_vet_raises_what_was_found_and_what_to_do() -> None:
+    family = Given(MLP, random_noise)
+    loop = InnerLoop(family, learnedopt.optimizers.make("sgd", lr=0.1))
+    carry = loop.start(family.sample(2, torch.Generator().manual_seed(3)))
+    with pytest.raises(ValueError, match=r"Given: Does the loss give the same.*draws from torch's.*dropout.*vet=False"):
+        vet(loop, loop.rule.init_theta(torch.Generator()), carry._replace(state=()), second_derivatives=False)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_asks_the_same_without_gradients(context: Callable[[], Any]) -> None:
+    family = Given(MLP, cross_entropy)
+    expected = [finding.answer for finding in ask(family, chunk_size=2)]
+    with context():
+        assert [finding.answer for finding in ask(family, chunk_size=2)] == expected
+        assert "most wrong is that of 'w1'" in failed(ask(Given(MLP, stop_gradient)))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "max_norm", "writes to its batch", "stochastic depth", "noise of NumPy"])
+def test_nothing_of_the_callers_changes(kind: str) -> None:
+    family = Given(*SILENT[kind][0]())
+    loop = InnerLoop(family, learnedopt.optimizers.make("sgd", lr=0.1))
+    theta = loop.rule.init_theta(torch.Generator())
+    carry = loop.start(family.sample(2, torch.Generator().manual_seed(3)))._replace(state=())
+    before = {k: p.clone() for k, p in carry.params.items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    examine(loop, theta, carry, second_derivatives=True)
+    assert all(torch.equal(before[k], p) and p.grad is None and not p.requires_grad for k, p in carry.params.items())
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert states[2] == np.random.get_state()[1].tolist()
+
+
+class Decayed(InnerObjective):
+    """A learned decay, in the loss and as a penalty whose closed form is ``factor`` times the right one."""
+
+    def __init__(self, learned: bool = True, penalty: Penalty | None = None) -> None:
+        self.learned, self.penalty = learned, penalty
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"decay": torch.tensor(0.3)}
+
+    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Any) -> Tensor:
+        decay = theta["decay"] if self.learned else theta["decay"].detach()
+        return family.loss(params, batch) + 0.5 * decay * sum(p.square().sum() for p in params.values())
+
+
+class Pull(Penalty):
+    def __init__(self, factor: float, exponent: float = 1.0) -> None:
+        self.factor, self.exponent = factor, exponent
+
+    def value(self, theta: Theta, params: Params) -> Tensor:
+        return 0.5 * self.exponent * theta["decay"] * torch.stack([p.square().sum() for p in params.values()]).sum()
+
+    def gradient(self, theta: Theta, params: Params) -> Params | None:
+        return {k: self.factor * theta["decay"] * p for k, p in params.items()}
+
+
+def test_theta_in_the_inner_loss_is_asked_about() -> None:
+    theta = {"decay": torch.tensor(0.3), "lr": torch.tensor(0.1)}
+    for objective in (Decayed(), Decayed(penalty=Pull(1.0))):
+        for execution in EXECUTIONS.values():
+            findings = ask(Given(MLP, cross_entropy), objective=objective, theta=theta, **execution)
+            assert not any_failed(findings), report(findings)
+    lost = failed(ask(Given(MLP, cross_entropy), objective=Decayed(learned=False), theta=theta))
+    assert "theta['decay']" in lost and "Is the gradient the derivative" in lost, lost
+
+
+@pytest.mark.parametrize("penalty", [Pull(1.1), Pull(1.0, 2.0)], ids=["gradient", "value"])
+def test_a_wrong_closed_form_of_a_penalty_is_caught(penalty: Penalty) -> None:
+    theta = {"decay": torch.tensor(0.3), "lr": torch.tensor(0.1)}
+    answer = failed(ask(Given(MLP, cross_entropy), objective=Decayed(penalty=penalty), theta=theta))
+    assert "Is the loss the family's plus the penalty" in answer, answer
+
+
+class WrongOutside(Decayed):
+    def outer_loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Any) -> Tensor:
+        return family.loss({k: functional.dropout(p, 0.5) for k, p in params.items()}, batch)
+
+
+def test_the_outer_loss_is_asked_about_where_it_is_another_one() -> None:
+    theta = {"decay": torch.tensor(0.3), "lr": torch.tensor(0.1)}
+    findings = ask(Given(MLP, cross_entropy), objective=WrongOutside(), theta=theta)
+    assert [finding.passed for finding in findings[:6]] == [True] * 6
+    assert "torch's global generator" in failed(findings)
+
+
+class Counted(Given):
+    calls = 0
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        Counted.calls += 1
+        return super().loss(params, batch)
+
+
+@pytest.mark.parametrize(("second", "expected"), [(False, 6), (True, 8)])
+def test_it_costs_a_few_evaluations(second: bool, expected: int) -> None:
+    Counted.calls = 0
+    assert not any_failed(ask(Counted(MLP, cross_entropy), second_derivatives=second))
+    assert Counted.calls == expected
+    Counted.calls = 0
+    assert not any_failed(ask(Counted(MLP, cross_entropy), second_derivatives=second, chunk_size=2))
+    assert Counted.calls == expected + 3  # both together, and each alone
+
+
+def test_a_report_is_in_words() -> None:
+    assert report(ask(Given(MLP, cross_entropy))).endswith("7 questions were asked; none failed.")
+    assert "[FAILED] Does the loss give the same bits" in report(ask(Given(MLP, random_noise)))
+
+
+def data(seed: int, step: int, split: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed + step)
+    return torch.randn(6, 3, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+class Noisy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.dropout(x, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Net(False), "checkpoint"),
+        (lambda: Net(True), "heckpoint"),
+        (Noisy, "torch's global generator"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "weight_norm"),
+    ],
+)
+def test_a_module_is_caught_as_a_family(build: Callable[[], nn.Module], words: str) -> None:
+    loss = nn.functional.cross_entropy
+    family = ModuleFamily(build, lambda outputs, targets: loss(outputs.tanh(), targets), data)
+    assert words in failed(ask(family))

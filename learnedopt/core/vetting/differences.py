@@ -83,10 +83,9 @@ class Point(NamedTuple):
 
 
 def generic_point(loss: Loss, tensors: Params, *, create_graph: bool) -> Point | Exception:
-    """Return where to differentiate, the best place where all is finite; or why there is none, a FloatingPointError where
-    it is not finite.
+    """Return where to differentiate, or why it cannot be done: a FloatingPointError where all is not finite.
 
-    Tried are float64 and float32 or float64 as it stands, each moved to a generic point and then where it is.
+    Tried are float64 and, where that fails, the tensors' own precision; each moved to a generic point, then as it is.
     """
     failure: Exception = FloatingPointError("the loss or its gradient is not finite")
     sizes, narrow = _sizes(tensors), any(x.dtype in _WIDER for x in tensors.values())
