@@ -25,7 +25,7 @@ Loss = Callable[[Theta, Params, Batch], Tensor]
 class Case:
     """One or two tasks of a loop, batched; their batch is that of the carry's step, on the "train" split.
 
-    ``together``: whether the loop runs the two at once. ``reads_theta``: whether a loss may.
+    ``together``: whether the loop runs the two at once.
     """
 
     loop: InnerLoop
@@ -83,8 +83,9 @@ def losses_of(loop: InnerLoop) -> dict[str, Loss]:
 
 def reads_theta(loop: InnerLoop) -> bool:
     """Return whether the inner objective is more than the family's loss."""
-    kind = type(objective_of(loop))
-    return kind.loss is not InnerObjective.loss or kind.outer_loss is not InnerObjective.outer_loss
+    objective = objective_of(loop)
+    of_family = (type(objective).loss, type(objective).outer_loss) == (InnerObjective.loss, InnerObjective.outer_loss)
+    return not of_family or objective.penalty is not None
 
 
 def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tensor:
