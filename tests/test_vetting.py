@@ -66,7 +66,7 @@ def ask(
     """Examine a loop of gradient descent on the first tasks of a family."""
     loop = InnerLoop(family, learnedopt.optimizers.make("sgd", lr=0.1), Execution(**execution))
     if objective is not None:
-        loop.inner_objective = objective  # type: ignore[attr-defined]
+        object.__setattr__(loop, "inner_objective", objective)
     theta = theta or loop.rule.init_theta(torch.Generator().manual_seed(0))
     carry = loop.start(family.sample(num_tasks, torch.Generator().manual_seed(3)))
     return examine(loop, theta, carry._replace(state=()), second_derivatives=second_derivatives)
