@@ -13,7 +13,7 @@ from learnedopt.core.execution import TaskMap
 from learnedopt.core.tree import Params
 from learnedopt.core.vetting import findings
 from learnedopt.core.vetting.captured import Watch, find, random_states, seed_everything
-from learnedopt.core.vetting.cases import Case, Loss, call_number, objective_of
+from learnedopt.core.vetting.cases import Case, Loss, call_number
 from learnedopt.core.vetting.differences import promoted
 from learnedopt.core.vetting.findings import Finding, first_line
 
@@ -48,7 +48,7 @@ def function(case: Case, loss: Loss) -> Iterator[Finding]:
 
 def _holders(case: Case) -> dict[str, Any]:
     """Return whatever may hold tensors that the loss reads: the family, the inner objective and their methods."""
-    family, objective = case.loop.family, objective_of(case.loop)
+    family, objective = case.loop.family, case.loop.inner_objective
     methods = {type(family): ("loss", "outputs"), type(objective): ("loss", "outer_loss")}
     names = {f"{kind.__name__}.{m}": getattr(kind, m) for kind, each in methods.items() for m in each}
     return {type(family).__name__: family, type(objective).__name__: objective, **names}
@@ -101,7 +101,7 @@ def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            yield node.variable
+            yield node.variable  # pyright: ignore[reportAttributeAccessIssue] - of AccumulateGrad nodes
         waiting += [before for before, _ in node.next_functions]
 
 
