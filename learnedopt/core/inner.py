@@ -239,8 +239,9 @@ class InnerLoop:
             params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
             if self.execution.mixed_mode and tape is Tape.FULL:
                 loss, grads = mixed_mode.value_and_gradient(
-                    lambda params: task_map.apply(self.family.loss, (), params, batch), params
-                )
+                    lambda params, theta: task_map.apply(self.family.loss, (), params, batch),
+                    params, {}, self.vetted.setdefault("mixed mode", {}),
+                )  # fmt: skip
             else:
                 loss = task_map.apply(self.family.loss, (), params, batch)
                 grads = self._gradient_of(loss, params, tape)
