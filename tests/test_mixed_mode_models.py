@@ -1,4 +1,4 @@
-"""Mixed mode on real layers, losses and linear algebra: the plain tape's meta-gradient, and a line where it must yield."""
+"""Mixed mode on real layers, losses and linear algebra: the plain tape's meta-gradient, and what the log says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE, SEVERAL = 1, 3
 
 
 class Kind(NamedTuple):
-    """A model on inputs of ``shape`` with 3 outputs; ``reason`` is what the log says, None where forward mode serves."""
+    """A model on inputs of ``shape`` with 3 outputs; ``reason``: of the log, None where forward mode serves."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] = (6, 4)
