@@ -35,7 +35,10 @@ _WRONG_IN_FORWARD_MODE = {
     # at special points alone: zeros, and matrices that have lost rank
     "Prod", "Cumprod", "LinalgVectorNorm", "Norm", "Dist", "Sinc", "LinalgPinv",
 }  # fmt: skip
-"""Operations by their names in torch's graphs whose gradient has wrong tangents, without an error (torch 2.13)."""
+"""Operations by their names in torch's graphs whose gradient has wrong tangents, without an error (torch 2.13).
+
+Some of them since their backward pass, where no graph is asked for, goes through saved factors that have no tangents.
+"""
 
 
 class Plan(NamedTuple):
