@@ -179,10 +179,10 @@ class InnerLoop:
 
     def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
+        plans = self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
         return step_gradient(
-            self.family, self.inner_objective, task_map, theta, params, batch, tape,
-            forward_over_reverse=self.execution.mixed_mode,
-        )  # fmt: skip
+            self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans
+        )
 
     def move(
         self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor

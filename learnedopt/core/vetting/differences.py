@@ -246,11 +246,12 @@ def _product(point: Point, direction: Params) -> Params:
 
 
 def _mixed_product(point: Point, direction: Params) -> Params:
-    """Return the product with respect to the parameters, which is what this mode differentiates."""
-    rest = {k: x.detach() for k, x in point.at.items() if k not in direction}
-    leaves = {k: point.at[k].detach().requires_grad_() for k in direction}
-    _, grads = mixed_mode.value_and_gradient(lambda params: point.loss(params | rest), leaves)
-    along = torch.stack([(g * direction[k]).sum() for k, g in zip(leaves, grads, strict=True)]).sum()
+    leaves = {k: x.detach().requires_grad_() for k, x in point.at.items()}
+    params, theta = ({k: x for k, x in leaves.items() if (k in direction) is own} for own in (True, False))
+    _, grads = mixed_mode.value_and_gradient(lambda params, theta: point.loss(params | theta), params, theta, {})
+    along = torch.stack([(g * direction[k]).sum() for k, g in zip(params, grads, strict=True)]).sum()
+    if not along.requires_grad:  # a loss that is linear in its parameters
+        return {k: torch.zeros_like(x) for k, x in leaves.items()}
     found = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
