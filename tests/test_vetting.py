@@ -308,14 +308,15 @@ def with_second(shapes: dict[str, tuple[int, ...]], loss: OneLoss, **options: An
 class Attending(nn.Module):
     """A small transformer layer over the six points."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Any = nn.attention.SDPBackend.MATH) -> None:
         super().__init__()
+        self.backend = backend
         self.up = nn.Linear(3, 4)
         self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        with nn.attention.sdpa_kernel(self.backend):
             return self.head(self.layer(self.up(x)[None])[0])
 
 
@@ -571,6 +572,13 @@ def test_what_takes_no_tasks_together_says_what_to_do() -> None:
     lstm = nn.LSTM(3, 4)
     family = Given(*of_module(nn.Sequential(lstm, Last())))
     assert "Execution(chunk_size=1)" in failed(ask(family, second_derivatives=False, chunk_size=2))
+
+
+def test_attention_without_second_derivatives_says_what_to_do() -> None:
+    torch.manual_seed(0)
+    family = Given(*of_module(Attending(nn.attention.SDPBackend.FLASH_ATTENTION)))
+    assert not any_failed(ask(family, second_derivatives=False))
+    assert "SDPBackend.MATH" in failed(ask(family))
 
 
 class Last(nn.Module):
