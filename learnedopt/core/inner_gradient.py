@@ -51,11 +51,11 @@ def step_gradient(
 
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        read = {} if objective.descends_task_loss else theta
         if mixed_plans is not None and tape is Tape.FULL:
-            own = {} if objective.descends_task_loss else theta
-            loss, found = mixed_mode.value_and_gradient(losses, params, own, mixed_plans)
+            loss, found = mixed_mode.value_and_gradient(losses, params, read, mixed_plans)
         else:
-            loss = losses(params, theta)
+            loss = losses(params, read)
             found = _gradient(loss, params, create_graph=tape is Tape.FULL)
         outer = _outer(family, objective, task_map, theta, params, batch, tape, (loss, found))
         penalty = None

@@ -296,7 +296,9 @@ def _moved(at: Params, direction: Params, step: float) -> Params:
 
 def _sizes(tensors: Params) -> dict[str, float]:
     """Return each tensor's root mean square; of a tensor of zeros that of all, and 1 where all are zeros."""
-    squares = {k: x.detach().double().square().mean().item() if x.numel() else 0.0 for k, x in tensors.items()}
+    # On the CPU, since not every device has float64.
+    wide = {k: x.detach().to("cpu", torch.float64) for k, x in tensors.items() if x.numel()}
+    squares = {k: wide[k].square().mean().item() if k in wide else 0.0 for k in tensors}
     overall = math.sqrt(sum(squares.values()) / max(sum(s > 0 for s in squares.values()), 1)) or 1.0
     return {k: math.sqrt(s) if s > 0 else overall for k, s in squares.items()}
 

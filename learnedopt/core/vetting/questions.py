@@ -45,8 +45,9 @@ def vet(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool
                 continue
             if finding.question == findings.NUMBER and finding.error is not None:
                 raise finding.error
+            advice = finding.advice[:1].upper() + finding.advice[1:]
             raise ValueError(
-                f"{type(loop.family).__name__}: {finding.question} No: {finding.answer}. {finding.advice}. "
+                f"{type(loop.family).__name__}: {finding.question} No: {finding.answer}. {advice}. "
                 "(Execution(vet=False) leaves the check out.)"
             ) from finding.error
 
