@@ -17,7 +17,7 @@ from learnedopt.core.objective import (
     SquaredDistance,
     SumOfLosses,
 )
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, ModuleFamily, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.hessian_free import HessianFree
@@ -85,6 +85,7 @@ __all__ = [
     "Implicit",
     "InnerLoop",
     "KLDivergence",
+    "Kernel",
     "LearnedOptimizer",
     "LinearSolver",
     "MeanLogLoss",

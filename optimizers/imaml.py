@@ -14,7 +14,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
-from learnedopt.optimizers.sgd import descend
+from learnedopt.optimizers.sgd import Descent
 
 Strengths: TypeAlias = Literal["scalar", "tensor", "coordinate"]
 
@@ -87,11 +87,10 @@ class IMAML(UpdateRule):
         """Step against the gradient, which includes the proximal term's."""
         return {name: -self.lr * grad for name, grad in grads.items()}, state
 
-    def step(
-        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
-    ) -> tuple[Params, tuple[()]]:
-        """Step in one pass."""
-        return {name: descend(p, self.lr, grads[name]) for name, p in params.items()}, state
+    @property
+    def kernel(self) -> Descent:
+        """One pass."""
+        return Descent(lambda theta, params, state: (dict.fromkeys(params, self.lr), state))
 
     def regularizer(self, theta: Theta, params: Params) -> Tensor:
         """Return the proximal term ``strength / 2 * |params - start|^2``, each one's where there are more."""

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import UpdateRule
+from learnedopt.core.rule import Kernel, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.kernels import lstm_kernel
 
@@ -81,33 +81,10 @@ class LSTM(UpdateRule):
         out, new_state = self._network(theta, self._inputs(flat), state)
         return self._deltas(out, grads), new_state
 
-    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
-        """Write the new state over the old, to the same bits; None where no compiled step serves."""
-        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
-        if lstm_kernel.computed_dtype(flat) != flat.dtype or not all(h.is_contiguous() for h in state.values()):
-            return None
-        weights, states = [theta[k] for k in self._theta_names], [state[k] for k in self._state_names]
-        out = lstm_kernel.step_in_place(weights, self._inputs(flat), states)
-        return self._deltas(out, grads)
-
-    def adjoint(
-        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
-    ) -> tuple[Theta, State | None] | None:
-        """Back-propagate through a window of steps, a block of coordinates at a time."""
-        dtype = lstm_kernel.computed_dtype(grads.to(theta["readout/weight"].dtype))
-        if dtype is None:
-            return None
-        num_steps, num_tasks, num_coordinates = grads.shape
-        x = self._inputs(grads.to(dtype).reshape(num_steps, -1))
-        d_out = self.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
-        weights, states = [theta[k].to(dtype) for k in self._theta_names], self._side_by_side(state, dtype)
-        d_end = None if end is None else self._side_by_side(end, dtype)
-        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end, with_states=with_state)
-        of_theta = {k: d.to(theta[k].dtype) for k, d in zip(self._theta_names, d_theta, strict=True)}
-        if d_states is None:
-            return of_theta, None
-        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
-        return of_theta, {k: d.to(state[k].dtype) for k, d in zip(self._state_names, d_states, strict=True)}
+    @property
+    def kernel(self) -> Compiled:
+        """The compiled step and its adjoint."""
+        return Compiled(self)
 
     @property
     def _theta_names(self) -> list[str]:
@@ -145,6 +122,44 @@ class LSTM(UpdateRule):
     def _deltas(self, out: Tensor, grads: Params) -> Params:
         pieces = (self.output_scale * out).split([g.numel() for g in grads.values()])
         return {k: piece.reshape(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
+
+
+@final
+@dataclass(frozen=True)
+class Compiled(Kernel):
+    """The LSTM's step in place and its adjoint, where there are compiled ones; its ``update`` uses them by itself."""
+
+    rule: LSTM
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Write the new state over the old, to the same bits; None where no compiled step serves."""
+        rule = self.rule
+        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
+        if lstm_kernel.computed_dtype(flat) != flat.dtype or not all(h.is_contiguous() for h in state.values()):
+            return None
+        weights, states = [theta[k] for k in rule._theta_names], [state[k] for k in rule._state_names]
+        out = lstm_kernel.step_in_place(weights, rule._inputs(flat), states)
+        return rule._deltas(out, grads)
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
+        """Back-propagate through a window of steps, a block of coordinates at a time."""
+        rule = self.rule
+        dtype = lstm_kernel.computed_dtype(grads.to(theta["readout/weight"].dtype))
+        if dtype is None:
+            return None
+        num_steps, num_tasks, num_coordinates = grads.shape
+        x = rule._inputs(grads.to(dtype).reshape(num_steps, -1))
+        d_out = rule.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
+        weights, states = [theta[k].to(dtype) for k in rule._theta_names], rule._side_by_side(state, dtype)
+        d_end = None if end is None else rule._side_by_side(end, dtype)
+        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end, with_states=with_state)
+        of_theta = {k: d.to(theta[k].dtype) for k, d in zip(rule._theta_names, d_theta, strict=True)}
+        if d_states is None:
+            return of_theta, None
+        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
+        return of_theta, {k: d.to(state[k].dtype) for k, d in zip(rule._state_names, d_states, strict=True)}
 
 
 def preprocess(grads: Tensor, factor: float) -> Tensor:

@@ -14,7 +14,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import LearnedInit, check_template
-from learnedopt.optimizers.sgd import SGD, descend
+from learnedopt.optimizers.sgd import SGD, Descent
 
 Rates: TypeAlias = Literal["coordinate", "tensor", "step"]
 
@@ -80,10 +80,10 @@ class LearnedRates(UpdateRule):
         rates, state = self._rates_now(theta, grads, state)
         return {name: -rates[name] * grad for name, grad in grads.items()}, state
 
-    def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        """Step in one pass."""
-        rates, state = self._rates_now(theta, grads, state)
-        return {name: descend(p, rates[name], grads[name]) for name, p in params.items()}, state
+    @property
+    def kernel(self) -> Descent:
+        """One pass."""
+        return Descent(self._rates_now)
 
     def _rates_now(self, theta: Theta, grads: Params, state: State) -> tuple[Params, State]:
         rates = {name: theta[f"lr/{name}"].to(grad.dtype) for name, grad in grads.items()}

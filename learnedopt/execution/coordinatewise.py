@@ -206,7 +206,9 @@ def _moved(rule: UpdateRule, task_map: TaskMap, theta: Theta, grads: Tensor, sta
     """
     flat = task_map.unbatch({NAME: grads})
     loss = task_map.unbatch(grads.new_ones(len(grads)))
-    deltas = rule.update_in_place(theta, flat, state, flat, loss) if task_map.num_tasks == 1 else None
+    deltas = None
+    if rule.kernel is not None and task_map.num_tasks == 1:
+        deltas = rule.kernel.update_in_place(theta, flat, state, flat, loss)
     if deltas is None:
         deltas, state = task_map.apply(rule.update, (theta,), flat, state, flat, loss)
     return deltas[NAME], () if state is None else state
@@ -253,7 +255,8 @@ def _pull_back(
     """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
     fixed, start = tree.detach(theta), tree.detach(first)
     learned = any(x.requires_grad for x in tree.leaves(first))
-    served = rule.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
+    kernel = rule.kernel
+    served = None if kernel is None else kernel.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
     d_theta, d_start = served or _by_pieces(rule, fixed, grads, start, cotangents, end, axes)
     pulled: list[Tensor | None] = [d_theta[k] for k in theta]
     if learned:
