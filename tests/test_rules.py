@@ -353,6 +353,34 @@ def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str)
         assert all(d.abs().max() <= TOLERANCE for d in difference.values())
 
 
+@every_rule
+@pytest.mark.parametrize("wrap", ["bare", "clipped by value", "clipped by norm", "from a learned start"])
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
+def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: str, wrap: str, factor: float) -> None:
+    rule, _ = prepared(kind)
+    rule = {
+        "bare": lambda: rule,
+        "clipped by value": lambda: Clip(rule, max_value=0.2),
+        "clipped by norm": lambda: Clip(rule, max_norm=3.0),
+        "from a learned start": lambda: LearnedInit(rule, template()),
+    }[wrap]()
+    if not rule.coordinatewise:
+        assert wrap == "clipped by norm" or kind.partition(",")[0] in NOT_COORDINATEWISE
+        return
+    theta, params = rule.init_theta(torch.Generator().manual_seed(7)), template(seed=2)
+    largest = 0.0
+    for magnitude in (1e-5, 1.0, 1e5):
+        grads = [{k: magnitude * g for k, g in random_like(params, seed).items()} for seed in (3, 4, 5)]
+        changed = [{**g, "layer.weight": g["layer.weight"] * torch.tensor([factor, 1.0])} for g in grads]
+        before, after = (updates(rule, theta, each, params)[0] for each in (grads, changed))
+        moved = [(b["layer.weight"] - a["layer.weight"]).abs() for b, a in zip(before, after, strict=True)]
+        largest = max(largest, *(float(m[:, 0].max()) for m in moved))
+        assert all(m[:, 1].max() == 0 for m in moved)
+        others = [{k: d for k, d in each.items() if k != "layer.weight"} for each in (*before, *after)]
+        torch.testing.assert_close(others[:3], others[3:], rtol=0, atol=0)
+    assert largest > 0
+
+
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
     "partition with regularizer",

@@ -51,6 +51,7 @@ def predict_peak(
     def peak(num_steps: int) -> int:
         check_objective(loop, theta, objective, few, num_steps)  # what is done once is not to be seen
         check_paths(loop, theta, few, num_steps, tape)
+        coordinatewise.reason_against(loop, theta, one, tape)
         return peak_of(lambda: whole(num_steps).estimate(loop, theta, objective, few))
 
     begun = loop.begin(tree.detach(theta), chunks[0])
