@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import LearnedInit, check_template
 from learnedopt.optimizers.sgd import SGD, Descent
@@ -78,7 +79,7 @@ class LearnedRates(UpdateRule):
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Step against the gradient at each one's rate."""
         rates, state = self._rates_now(theta, grads, state)
-        return {name: -rates[name] * grad for name, grad in grads.items()}, state
+        return {name: (-rates[name] * wide(grad)).to(grad.dtype) for name, grad in grads.items()}, state
 
     @property
     def kernel(self) -> Descent:
@@ -86,7 +87,7 @@ class LearnedRates(UpdateRule):
         return Descent(self._rates_now)
 
     def _rates_now(self, theta: Theta, grads: Params, state: State) -> tuple[Params, State]:
-        rates = {name: theta[f"lr/{name}"].to(grad.dtype) for name, grad in grads.items()}
+        rates = {name: theta[f"lr/{name}"].to(wide_dtype(grad)) for name, grad in grads.items()}
         if self.num_steps is not None:
             now = state["step"].clamp(max=self.num_steps - 1).reshape(1)
             rates = {name: rate.index_select(0, now).squeeze(0) for name, rate in rates.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned, Hyper
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 
 
 @final
@@ -46,8 +47,8 @@ class SGD(HandDesigned):
         values = self.values(theta, grads.values())
         deltas = {}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
-            deltas[name] = -hyper["lr"] * self.decayed(hyper, grad, params[name])
+            hyper = values[wide_dtype(grad)]
+            deltas[name] = (-hyper["lr"] * self.decayed(hyper, grad, params[name])).to(grad.dtype)
         return deltas, state
 
     @property
@@ -57,7 +58,7 @@ class SGD(HandDesigned):
 
     def _rates(self, theta: Theta, params: Params, state: tuple[()]) -> tuple[dict[str, Hyper], tuple[()]]:
         values = self.values(theta, params.values())
-        return {name: values[p.dtype]["lr"] for name, p in params.items()}, state
+        return {name: values[wide_dtype(p)]["lr"] for name, p in params.items()}, state
 
 
 @final
@@ -74,7 +75,9 @@ class Descent(Kernel):
     def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Descend each parameter at its rate."""
         rates, state = self.rates(theta, params, state)
-        return {name: _descend(p, rates[name], grads[name].to(p.dtype)) for name, p in params.items()}, state
+        return {
+            name: _descend(wide(p), rates[name], wide(grads[name])).to(p.dtype) for name, p in params.items()
+        }, state
 
 
 def _descend(param: Tensor, rate: Hyper, grad: Tensor) -> Tensor:

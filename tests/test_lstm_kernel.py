@@ -144,11 +144,12 @@ def test_threads_share_the_work_to_the_same_bits(monkeypatch: pytest.MonkeyPatch
 def test_bfloat16_is_computed_in_float32() -> None:
     rule, theta, grads, state = problem((20, 2, 10.0, 70), torch.bfloat16)
     deltas, new = rule.update(theta, {"x": grads[0]}, state, {}, grads.sum())
-    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.bfloat16
+    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.float32
     wide = [{k: v.float() for k, v in x.items()} for x in (theta, state)]
-    x = rule._inputs(grads[0]).float()
-    exact, _ = lstm_kernel.step(list(wide[0].values()), x, list(wide[1].values()))
-    assert torch.equal(deltas["x"], rule.output_scale * exact.bfloat16())
+    x = rule._inputs(grads[0].float())
+    exact, states = lstm_kernel.step(list(wide[0].values()), x, list(wide[1].values()))
+    assert torch.equal(deltas["x"], (rule.output_scale * exact).bfloat16())
+    assert torch.equal(new["h1"], states[0])
 
 
 def test_infinities_saturate_and_nan_stays_nan() -> None:

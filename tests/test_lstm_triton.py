@@ -148,10 +148,10 @@ def test_in_place_step_has_the_same_bits_in_the_interpreter() -> None:
 def test_bfloat16_is_computed_in_float32_in_the_interpreter() -> None:
     rule, theta, grads, state = problem((20, 2, 10.0, 70), torch.bfloat16)
     deltas, new = rule.update(theta, {"x": grads[0]}, state, {}, grads.sum())
-    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.bfloat16
+    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.float32
     wide = [[v.float() for v in x.values()] for x in (theta, state)]
-    exact, _ = lstm_kernel.step(wide[0], rule._inputs(grads[0]).float(), wide[1])
-    assert torch.equal(deltas["x"], rule.output_scale * exact.bfloat16())
+    exact, _ = lstm_kernel.step(wide[0], rule._inputs(grads[0].float()), wide[1])
+    assert torch.equal(deltas["x"], (rule.output_scale * exact).bfloat16())
 
 
 @interpreted

@@ -175,6 +175,15 @@ def moves_start(theta: Theta, name: str) -> bool:
 
 
 @every_rule
+def test_theta_lies_on_the_generators_device(kind: str) -> None:
+    rule, generator = RULES[kind](template()), torch.Generator(device="cpu")
+    with torch.device("meta"):  # where tensors lie that are made without a device
+        assert torch.zeros(1).is_meta
+        theta = rule.init_theta(generator)
+    assert {v.device.type for v in theta.values()} <= {"cpu"}
+
+
+@every_rule
 def test_update_is_pure(kind: str) -> None:
     rule, theta = prepared(kind)
     params = template(seed=2)

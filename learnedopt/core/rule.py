@@ -108,7 +108,10 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Draw the meta-parameters that meta-training starts from."""
+        """Draw the meta-parameters that meta-training starts from, on the generator's device.
+
+        What is made after tensors of the rule's own, such as a template, may lie where these do.
+        """
 
     @abstractmethod
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
