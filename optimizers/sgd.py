@@ -75,9 +75,8 @@ class Descent(Kernel):
     def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Descend each parameter at its rate."""
         rates, state = self.rates(theta, params, state)
-        return {
-            name: _descend(wide(p), rates[name], wide(grads[name])).to(p.dtype) for name, p in params.items()
-        }, state
+        grads = {name: grads[name].to(wide_dtype(p)) for name, p in params.items()}
+        return {name: _descend(wide(p), rates[name], grads[name]).to(p.dtype) for name, p in params.items()}, state
 
 
 def _descend(param: Tensor, rate: Hyper, grad: Tensor) -> Tensor:
