@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
     from learnedopt.tasks.mini_imagenet import MiniImageNet
+    from learnedopt.tasks.noisy_images import NoisyImages
     from learnedopt.tasks.omniglot import Omniglot
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
@@ -29,6 +30,7 @@ _LAZY = {
     "LogisticRegression": "logistic",
     "MiniImageNet": "mini_imagenet",
     "ModuleOnImages": "data.few_shot",
+    "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
     "Sine": "sine",
@@ -51,6 +53,7 @@ __all__ = [
     "LogisticRegression",
     "MiniImageNet",
     "ModuleOnImages",
+    "NoisyImages",
     "Omniglot",
     "Quadratic",
     "Sine",
