@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import (
     BootstrappedTarget,
@@ -31,7 +32,7 @@ from learnedopt.estimators.linear_solvers import (
     Solution,
 )
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
-from learnedopt.execution.compiled import CompileWarning
+from learnedopt.execution.programs import CompileWarning
 
 MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names before version 0.2, kept for one version
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from torch import Tensor
 
 from learnedopt.core.inner_objective import InnerObjective
-from learnedopt.core.task import Batch, TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.inner_objectives.bases.quadratic_penalty import Per, QuadraticPenalty
 
@@ -57,10 +55,6 @@ class L2(InnerObjective):
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the logarithms of the strengths where they are learned."""
         return self.penalty.init_theta(generator)
-
-    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
-        """Return the family's loss plus the regularization."""
-        return family.loss(params, batch) + self.penalty.value(theta, params)
 
 
 def _from_origin(theta: Theta, params: Params) -> Params:

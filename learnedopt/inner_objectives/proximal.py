@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.inner_objective import InnerObjective
-from learnedopt.core.task import Batch, TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.inner_objectives.bases.quadratic_penalty import Per, QuadraticPenalty
 
@@ -61,10 +60,6 @@ class Proximal(InnerObjective):
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the strength or strengths where they are learned."""
         return self.penalty.init_theta(generator)
-
-    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
-        """Return the family's loss plus the proximal term."""
-        return family.loss(params, batch) + self.penalty.value(theta, params)
 
 
 def _from_start(theta: Theta, params: Params) -> Params:

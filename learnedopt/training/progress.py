@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.files import write_atomically
-from learnedopt.core.inner import Carry
 from learnedopt.core.tree import Theta
 
 FORMAT = "learnedopt-training-1"

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.checks import require_count
 from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, call_objective, check_objective
-from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, solve_inner
+from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training.progress import Progress, load_progress, require_loadable, save_progress
