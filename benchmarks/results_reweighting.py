@@ -1,19 +1,20 @@
-"""Data hyper-cleaning: a weight for each of 5,000 MNIST images, half of whose labels are random, by exact meta-gradients.
+"""Data hyper-cleaning: learned weights for 5,000 MNIST images, half of whose labels are random.
 
-Run ``python benchmarks/results_reweighting.py`` (3 CPU minutes). Meta-training sees the 5,000 noisy images and 5,000
+Run ``python benchmarks/results_reweighting.py`` (4 CPU minutes). Meta-training sees the 5,000 noisy images and 5,000
 clean ones, never the test images. Baselines take the best of five rates, by the loss on the same clean images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, MetaTrainer, Tape, TaskLoss, Theta, Unrolled
+from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, Unrolled
 from learnedopt.core.files import write_atomically
 from learnedopt.inner_objectives import WeightedExamples
 from learnedopt.optimizers import SGD
@@ -44,14 +45,17 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
 def meta_train(family: NoisyImages) -> tuple[Theta, list[float]]:
     """Return theta, and the loss on the clean images at each meta-step."""
     loop = inner_loop(family, RATE, WeightedExamples(family.num_train))
-    theta, losses = loop.init_theta(torch.Generator()), []
-    trainer = MetaTrainer(
-        loop, Unrolled(NUM_STEPS), FinalLoss(), lambda p: torch.optim.Adam(p, 0.1), num_tasks=1, theta=theta
-    )
-    for step in range(1, NUM_META_STEPS + 1):
-        theta = trainer.run(step).theta
-        losses.append(float(trained(loop, theta)[0]))
-    return {k: v.detach() for k, v in theta.items()}, losses
+    generator, losses = torch.Generator().manual_seed(0), []
+    theta = loop.init_theta(generator)
+    adam = torch.optim.Adam(theta.values(), 0.1)
+    for _ in range(NUM_META_STEPS):
+        carry = loop.start(family.sample(1, generator))
+        found = Unrolled(NUM_STEPS).estimate(loop, theta, FinalLoss(), carry)
+        for name, value in theta.items():
+            value.grad = found.grads[name]
+        adam.step()
+        losses.append(float(found.loss))
+    return theta, losses
 
 
 def inner_loop(family: NoisyImages, rate: float, objective: InnerObjective) -> InnerLoop:
@@ -59,8 +63,8 @@ def inner_loop(family: NoisyImages, rate: float, objective: InnerObjective) -> I
 
 
 def trained(loop: InnerLoop, theta: Theta) -> tuple[Tensor, Tensor]:
-    """Return the loss and the accuracy on the "valid" batch after 40 steps, means over three starts."""
-    tasks = loop.family.sample(3, torch.Generator().manual_seed(1))
+    """Return the loss and the accuracy on the "valid" batch after 40 steps, from one start."""
+    tasks = loop.family.sample(1, torch.Generator().manual_seed(1))
     end = loop.run(theta, loop.start(tasks), NUM_STEPS, Tape.NONE).end
     return loop.losses(theta, end, "valid").mean(), loop.metrics(end, "valid")["accuracy"].mean()
 
@@ -83,12 +87,14 @@ def tested(
 def main() -> None:
     """Print the table and draw the figure."""
     torch.set_num_threads(1)
-    print("| labels from seed | AUC | way to train | test accuracy, % | rate |\n|---|---|---|---|---|")
+    print("| labels from seed | AUC | CPU s | way to train | test accuracy, % | rate |\n|---|---|---|---|---|---|")
     first = None
     for seed in range(3):
         family = NoisyImages(data_seed=seed)
         wrong = family.wrong_labels()
+        began = time.process_time()
         theta, losses = meta_train(family)
+        seconds = time.process_time() - began
         weights = theta["example_weights"].sigmoid()
         auc = area_under_curve(-weights, wrong)
         objective = WeightedExamples(family.num_train)
@@ -102,7 +108,9 @@ def main() -> None:
             tested("all images, labels right", dataclasses.replace(family, noise=0.0), RATES, TaskLoss(), {}),
         ]
         for row in rows:
-            print(f"| {seed} | {auc:.3f} | {row.label} | {row.accuracy:.2f} | {row.rate:g} |", flush=True)
+            print(
+                f"| {seed} | {auc:.3f} | {seconds:.0f} | {row.label} | {row.accuracy:.2f} | {row.rate:g} |", flush=True
+            )
         first = first or (weights, wrong, losses, auc)
     assert first is not None
     draw(*first)

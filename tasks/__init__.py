@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
     from learnedopt.tasks.mini_imagenet import MiniImageNet
+    from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.tasks.noisy_images import NoisyImages
     from learnedopt.tasks.omniglot import Omniglot
     from learnedopt.tasks.quadratic import Quadratic
@@ -29,6 +30,7 @@ _LAZY = {
     "LinearRegression": "regression",
     "LogisticRegression": "logistic",
     "MiniImageNet": "mini_imagenet",
+    "ModuleFamily": "module_family",
     "ModuleOnImages": "data.few_shot",
     "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
@@ -52,6 +54,7 @@ __all__ = [
     "LinearRegression",
     "LogisticRegression",
     "MiniImageNet",
+    "ModuleFamily",
     "ModuleOnImages",
     "NoisyImages",
     "Omniglot",
