@@ -18,6 +18,7 @@ _TABLE = {
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
+    "noisy-images": "noisy_images:NoisyImages",
     "sine": "sine:Sine",
     "omniglot": "omniglot:Omniglot",
     "image-folder": "image_folder:ImageFolder",
