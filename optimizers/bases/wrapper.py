@@ -51,7 +51,9 @@ class Wrapper(UpdateRule):
     def step(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State] | None:
-        """Step as the wrapped rule does."""
+        """Step as the wrapped rule does; not where a wrapper moves in a way of its own."""
+        if type(self).update is not Wrapper.update:
+            return None
         return self.rule.step(unprefixed("rule", theta), grads, state, params, loss)
 
 
