@@ -29,7 +29,6 @@ _TABLE = {
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
     "anil": "anil:ANIL",
-    "imaml": "imaml:IMAML",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
