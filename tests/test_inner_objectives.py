@@ -29,7 +29,6 @@ from learnedopt import (
 )
 from learnedopt.core import tree
 from learnedopt.optimizers import SGD, Clip, LearnedInit
-from learnedopt.optimizers.imaml import IMAML
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -258,18 +257,26 @@ def test_a_penalty_is_what_the_objective_adds_and_has_the_gradient_of_its_value(
 # Closed forms.
 
 
-def test_proximal_is_the_rule_imaml_bit_by_bit() -> None:
+def test_proximal_is_the_term_of_implicit_maml_with_every_kind_of_strength() -> None:
+    """The formulas as they were in the rule that this objective took the place of: the same bits."""
     for per, learn in (("scalar", False), ("scalar", True), ("tensor", True), ("coordinate", True)):
-        rule = IMAML(TEMPLATE, strength=0.7, learn_strength=learn, strengths=per)
         objective = Proximal(TEMPLATE, 0.7, per=per, learn=learn)
-        theta = rule.init_theta(torch.Generator())
-        own = objective.init_theta(torch.Generator())
-        torch.testing.assert_close(own, {k: v for k, v in theta.items() if "init/" not in k}, rtol=0, atol=0)
+        theta = objective.init_theta(torch.Generator())
+        names = {("scalar", False): [], ("scalar", True): ["strength"]}
+        assert list(theta) == names.get((per, learn), [f"strength/{k}" for k in TEMPLATE])
         theta = {k: v + torch.linspace(0.1, 0.5, v.numel()).reshape(v.shape) for k, v in theta.items()}
+        theta |= {f"init/{k}": p + torch.linspace(-0.2, 0.3, p.numel()).reshape(p.shape) for k, p in TEMPLATE.items()}
         params, _ = case(objective).one()
-        assert torch.equal(objective.penalty.value(theta, params), rule.regularizer(theta, params))
-        ours, theirs = objective.penalty.gradient(theta, params), rule.regularizer_gradient(theta, params)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        squares = {k: (p - theta[f"init/{k}"]).square() for k, p in params.items()}
+        if per == "scalar":
+            strengths = dict.fromkeys(params, theta.get("strength", 0.7))
+            value = 0.5 * strengths["w"] * torch.stack([x.sum() for x in squares.values()]).sum()
+        else:
+            strengths = {k: theta[f"strength/{k}"] for k in params}
+            value = 0.5 * torch.stack([(strengths[k] * x).sum() for k, x in squares.items()]).sum()
+        assert torch.equal(objective.penalty.value(theta, params), value)
+        slopes = {k: strengths[k] * (p - theta[f"init/{k}"]) for k, p in params.items()}
+        torch.testing.assert_close(objective.penalty.gradient(theta, params), slopes, rtol=0, atol=0)
 
 
 def test_proximal_by_hand() -> None:
