@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from learnedopt.core.carry import Tape
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
@@ -75,11 +76,14 @@ BASELINES: Mapping[str, Baseline] = {
 """Momentum 0.9; everything else but the learning rate as in ``torch.optim``."""
 
 
-def measure(
-    rule: UpdateRule, theta: Theta, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution
-) -> Outcome:
-    """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``."""
-    loop = InnerLoop(family, rule, execution)
+Candidate: TypeAlias = "tuple[UpdateRule, Theta] | tuple[UpdateRule, Theta, InnerObjective]"
+"""A rule, its theta and, where that is not the task's loss, the inner objective whose theta is in it too."""
+
+
+def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution) -> Outcome:
+    """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``; losses are the outer ones."""
+    rule, theta, *objective = candidate
+    loop = InnerLoop(family, rule, execution, *objective)
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {
@@ -125,7 +129,7 @@ def tune(score: Callable[[float], float], rates: tuple[float, ...]) -> Tuning:
 
 
 def compare(
-    candidates: Mapping[str, tuple[UpdateRule, Theta]],
+    candidates: Mapping[str, Candidate],
     family: TaskFamily,
     *,
     tuning_family: TaskFamily | None = None,
@@ -141,7 +145,7 @@ def compare(
     """Run candidates and tuned baselines on the same fresh tasks.
 
     Args:
-        candidates: label -> rule and theta.
+        candidates: label -> rule and theta, and the inner objective where that is not the task's loss.
         family: where the fresh tasks come from, such as a family with ``meta_split="test"``.
         tuning_family: where the baselines' tuning tasks come from, such as the same with ``meta_split="train"``; by
             default the family itself. Seeds differ between the two in any case.
@@ -171,19 +175,19 @@ def compare(
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
-    for rule, theta in candidates.values():  # one that does not fit is refused before anything is run
-        measure(rule, theta, family, tree.narrow(fresh, 0, 1), 0, execution)
+    for candidate in candidates.values():  # one that does not fit is refused before anything is run
+        measure(candidate, family, tree.narrow(fresh, 0, 1), 0, execution)
     outcomes = {}
-    for label, (rule, theta) in candidates.items():
+    for label, candidate in candidates.items():
         report(f"Running {label} on {num_tasks} tasks")
-        outcomes[label] = measure(rule, theta, family, fresh, num_steps, execution)
+        outcomes[label] = measure(candidate, family, fresh, num_steps, execution)
     others_family = tuning_family or family
     others = _sample(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
         report(f"Tuning {label} on {num_tuning_tasks} other tasks")
         tuning = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
         report(f"Running {label} at learning rate {tuning.rate:.3g} on {num_tasks} tasks")
-        outcome = measure(*baseline.make(tuning.rate), family, fresh, num_steps, execution)
+        outcome = measure(baseline.make(tuning.rate), family, fresh, num_steps, execution)
         outcomes[label] = replace(outcome, tuning=tuning)
     settings = {
         "num_steps": num_steps, "num_tasks": num_tasks, "num_tuning_tasks": num_tuning_tasks, "seed": seed,
@@ -219,7 +223,7 @@ def _tune(
     label: str, baseline: Baseline, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
 ) -> Tuning:
     def score(rate: float) -> float:
-        return float(measure(*baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
+        return float(measure(baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
 
     try:
         tuning = tune(score, baseline.rates)

@@ -18,6 +18,7 @@ from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
@@ -105,6 +106,7 @@ def adapt(
     num_tasks: int = 600,
     *,
     seed: int = 0,
+    inner_objective: InnerObjective = TaskLoss(),
     inner: InnerSolver | None = None,
     execution: Execution | None = None,
     chunk: int = 100,
@@ -118,6 +120,7 @@ def adapt(
         num_steps: inner steps; they may be more or fewer than in meta-training.
         num_tasks: at least 2.
         seed: of the tasks, see ``sample_fixed``.
+        inner_objective: what the steps descend; its own meta-parameters are in ``theta``.
         inner: solves the inner problem in place of the rule's own steps, such as ``HessianFree``; then only the start
             and the end are measured.
         execution: how tasks are run.
@@ -134,7 +137,7 @@ def adapt(
     require_count("num_steps", num_steps, least=1 if inner else 0)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     require_count("chunk", chunk, least=1)
-    loop = InnerLoop(family, rule, execution or Execution())
+    loop = InnerLoop(family, rule, execution or Execution(), inner_objective)
     theta = tree.to(tree.detach(theta), loop.execution.device, loop.execution.dtype)
     tasks = sample_fixed(family, num_tasks, seed)
     pieces = [
