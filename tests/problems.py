@@ -82,13 +82,28 @@ class LayerNormMLP(TanhMLP):
         return super().batch(tasks, 0, split)  # one batch, so that there is a solution
 
 
-class Labelled(TanhMLP):
-    """The same with what inner objectives of examples read: targets, and which of five examples each one is."""
+class Labelled(TaskFamily):
+    """Two logits of 8 points with 3 features, the first of them 0; what inner objectives of examples read is there."""
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        x = torch.randn(num_tasks, 2, 8, 3, generator=generator, dtype=FLOAT)
+        start = torch.randn(num_tasks, 4, generator=generator, dtype=FLOAT)
+        return {"x": x, "start": start, "y": torch.randint(2, (num_tasks, 8), generator=generator)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        return {"w": tasks["start"][:, :3], "b": tasks["start"][:, 3:]}
 
     def batch(self, tasks: Tasks, step: int, split: str) -> Any:
-        batch = super().batch(tasks, step, split)
-        order = torch.tensor([3, 0, 4, 1, 2]).expand(len(batch["y"]), 5)
-        return {**batch, "targets": batch["y"], "index": order}
+        wave = 0.3 * torch.sin(torch.arange(24, dtype=FLOAT) + step).reshape(8, 3)
+        order = torch.tensor([3, 0, 4, 7, 1, 6, 2, 5]).expand(len(tasks["y"]), 8)
+        return {"x": tasks["x"][:, int(split == "valid")] + wave, "targets": tasks["y"], "index": order}
+
+    def outputs(self, params: Params, batch: Any) -> Tensor:
+        logits = batch["x"] @ params["w"] + params["b"]
+        return torch.stack([torch.zeros_like(logits), logits], dim=-1)
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.outputs(params, batch), batch["targets"])
 
 
 class Logistic(TaskFamily):

@@ -86,14 +86,14 @@ OWN: dict[str, Callable[[Params], InnerObjective]] = {
 
 
 def loop_of(rule: str, inner: str) -> InnerLoop:
-    """Return the loop of a combination: on the task's loss of a quadratic, or on another of a small network."""
+    """Return the loop of a combination: on the task's loss of a quadratic, or on another of a classifier."""
     family: TaskFamily
     if inner == "task-loss":
         family = Quadratic()
         return InnerLoop(family, optimizers.example(rule, template(family)))
     family = Labelled()
     like = template(family)
-    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 5, 2)
+    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2)
     return InnerLoop(family, RULES[rule](like), inner_objective=objective)
 
 
@@ -239,7 +239,9 @@ REFUSED = [
         ("sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "maml", *STARTS_AND_MORE),
         TASK_LOSS, None, "do not move the solution",
     ),
-    Refusal(IMPLICIT, ("momentum", "maml"), UNTIED, None, "do not move the solution"),
+    Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
+    # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
+    Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(IMPLICIT, ("adam",), TASK_LOSS, None, "counts its steps"),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
@@ -271,7 +273,9 @@ def refusal(estimator: str, rule: str, inner: str, objective: str) -> Refusal | 
 def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     """Take the estimates of a combination, and hold them to the table."""
     entry, loop = ESTIMATORS[estimator], loop_of(rule, inner)
-    problem = Problem(loop, generic_theta(loop), OBJECTIVES[objective], sample(loop.family))
+    # With other tasks of the classifier some meta-gradients all but cancel, and differences have nothing to measure.
+    tasks = sample(loop.family, seed=5 if inner == "task-loss" else 7)
+    problem = Problem(loop, generic_theta(loop), OBJECTIVES[objective], tasks)
 
     def take() -> list[Estimate]:
         found, carry = [], loop.start(problem.tasks)
@@ -327,7 +331,7 @@ def test_a_newly_registered_rule_is_enrolled_and_must_agree(monkeypatch: pytest.
 
 def test_a_newly_registered_inner_objective_is_enrolled_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     known = objective_registry.INNER_OBJECTIVES
-    monkeypatch.setattr(known, "_registered", dict(known._registered))
+    monkeypatch.setattr(known, "registered", dict(known.registered))
     inner_objectives.register("stranger", Stranger)
     assert ("unrolled", "descent", "stranger", "final loss") in [*cases()]
     check("unrolled", "descent", "stranger", "final loss")

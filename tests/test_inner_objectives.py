@@ -219,7 +219,7 @@ def test_theta_takes_no_other_dtype_into_the_parameters(each: Case) -> None:
     assert value.dtype == torch.float32
     if each.objective.penalty is not None:
         gradient = each.objective.penalty.gradient(theta, params)
-        assert gradient is not None and {g.dtype for g in gradient.values()} == {torch.float32}
+        assert {g.dtype for g in gradient.values()} == {torch.float32}
 
 
 def test_only_quadratic_ones_are_penalties() -> None:
@@ -237,7 +237,7 @@ def test_a_penalty_is_what_the_objective_adds_and_has_the_gradient_of_its_value(
     value = penalty.value(theta, params)
     assert torch.equal(it.loss(theta, params, batch), it.family.loss(params, batch) + value)
     closed, plain = penalty.gradient(theta, params), torch.autograd.grad(value, [*params.values()], create_graph=True)
-    assert closed is not None and [*closed] == [*params]
+    assert [*closed] == [*params]
     torch.testing.assert_close([*closed.values()], [*plain], rtol=1e-13, atol=1e-14)
     # Once more, along one direction, with respect to all that enters it.
     inputs = {**params, **theta}
@@ -257,26 +257,24 @@ def test_a_penalty_is_what_the_objective_adds_and_has_the_gradient_of_its_value(
 # Closed forms.
 
 
-def test_proximal_is_the_term_of_implicit_maml_with_every_kind_of_strength() -> None:
-    """The formulas as they were in the rule that this objective took the place of: the same bits."""
+def test_the_order_of_the_proximal_terms_operations() -> None:
+    """Pinned bit by bit: recorded runs of implicit MAML were made with it."""
     for per, learn in (("scalar", False), ("scalar", True), ("tensor", True), ("coordinate", True)):
-        objective = Proximal(TEMPLATE, 0.7, per=per, learn=learn)
-        theta = objective.init_theta(torch.Generator())
-        names = {("scalar", False): [], ("scalar", True): ["strength"]}
-        assert list(theta) == names.get((per, learn), [f"strength/{k}" for k in TEMPLATE])
-        theta = {k: v + torch.linspace(0.1, 0.5, v.numel()).reshape(v.shape) for k, v in theta.items()}
-        theta |= {f"init/{k}": p + torch.linspace(-0.2, 0.3, p.numel()).reshape(p.shape) for k, p in TEMPLATE.items()}
-        params, _ = case(objective).one()
-        squares = {k: (p - theta[f"init/{k}"]).square() for k, p in params.items()}
+        it = case(Proximal(TEMPLATE, 0.7, per=per, learn=learn))
+        params, _ = it.one()
+        offsets = {k: p - it.theta[f"rule/init/{k}"] for k, p in params.items()}
         if per == "scalar":
-            strengths = dict.fromkeys(params, theta.get("strength", 0.7))
-            value = 0.5 * strengths["w"] * torch.stack([x.sum() for x in squares.values()]).sum()
+            strengths = dict.fromkeys(params, it.theta["strength"] if learn else 0.7)
+            distance = torch.stack([x.square().sum() for x in offsets.values()]).sum()
+            value = 0.5 * strengths["bias"] * distance
         else:
-            strengths = {k: theta[f"strength/{k}"] for k in params}
-            value = 0.5 * torch.stack([(strengths[k] * x).sum() for k, x in squares.items()]).sum()
-        assert torch.equal(objective.penalty.value(theta, params), value)
-        slopes = {k: strengths[k] * (p - theta[f"init/{k}"]) for k, p in params.items()}
-        torch.testing.assert_close(objective.penalty.gradient(theta, params), slopes, rtol=0, atol=0)
+            strengths = {k: it.theta[f"strength/{k}"] for k in params}
+            value = 0.5 * torch.stack([(strengths[k] * x.square()).sum() for k, x in offsets.items()]).sum()
+        penalty = it.objective.penalty
+        assert penalty is not None
+        assert torch.equal(penalty.value(it.theta, params), value)
+        gradient = {k: strengths[k] * x for k, x in offsets.items()}
+        torch.testing.assert_close(penalty.gradient(it.theta, params), gradient, rtol=0, atol=0)
 
 
 def test_proximal_by_hand() -> None:
