@@ -179,10 +179,10 @@ class InnerLoop:
 
     def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
+        plans = self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
         return step_gradient(
-            self.family, self.inner_objective, task_map, theta, params, batch, tape,
-            forward_over_reverse=self.execution.mixed_mode,
-        )  # fmt: skip
+            self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans
+        )
 
     def move(
         self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
@@ -260,6 +260,7 @@ class InnerLoop:
         """Check the losses once, by one forward pass, before the first inner step."""
         batch = self.batch(begun.tasks, begun.step, "train")
         checks.require_num_tasks(self.family, batch, tree.size(begun.params))
+        checks.require_faultless(self.family, begun.params, batch)
         for owner, loss in checks.losses_by_owner(self.family, self.inner_objective):
             with torch.enable_grad():
                 params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
