@@ -10,16 +10,18 @@ from typing import Any, final
 import pytest
 import torch
 from oracles import relative_error
-from problems import FLOAT, Quadratic, TanhMLP, generic_theta, sample, template
+from problems import FLOAT, Both, Quadratic, TanhMLP, generic_theta, sample, template
 from torch import Tensor
 
 from learnedopt import (
+    L2,
     BootstrappedTarget,
     Execution,
     FinalLoss,
     FirstOrder,
     GradientEstimator,
     InnerLoop,
+    InnerObjective,
     MeanLogLoss,
     Rollout,
     SumOfLosses,
@@ -184,7 +186,7 @@ def windows(
     """Return the estimates of two windows in a row, by the adjoint or by the plain unroll."""
     loop = InnerLoop(Quadratic(), rule, execution)
     if plain:
-        loop.vetted["coordinatewise"] = "it is what is compared with"
+        loop.cache.put("coordinatewise", "it is what is compared with")
     theta, carry, found = generic_theta(rule), loop.start(sample(Quadratic(), 3)), []
     for _ in range(2):
         found.append(estimator.estimate(loop, theta, objective, carry))
@@ -212,7 +214,7 @@ def test_it_serves_the_rules_that_it_should() -> None:
 def test_every_rule_that_it_serves_agrees_with_the_plain_unroll(
     objective: MetaObjective, execution: Execution, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinatewise, "PIECE", 6)  # pieces of 2 to 5 coordinates, some of them broken
+    monkeypatch.setattr(coordinatewise, "COORDINATES_AT_A_TIME", 6)  # pieces of 2 to 5 coordinates, some of them broken
     if not compiled:
         monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
     for kind in coordinatewise_rules() if compiled else ["lstm"]:
@@ -250,7 +252,7 @@ def test_an_inner_gradient_that_is_compiled_wrongly_is_not_used(monkeypatch: pyt
 def test_a_learned_first_state_gets_its_gradient(
     objective: MetaObjective, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinatewise, "PIECE", 6)
+    monkeypatch.setattr(coordinatewise, "COORDINATES_AT_A_TIME", 6)
     found, expected = (
         windows(FirstOrder(4), LearnedMemory(), objective, execution, plain=plain) for plain in (False, True)
     )
@@ -264,7 +266,6 @@ def test_a_learned_first_state_gets_its_gradient(
         (lambda like: optimizers.make("sgd"), Tape.FULL, "FIRST_ORDER"),
         (lambda like: optimizers.make("meta-sgd", template=like), Tape.FIRST_ORDER, "not coordinatewise"),
         (lambda like: registry.example("learned-init", like), Tape.FIRST_ORDER, "a start of its own"),
-        (lambda like: optimizers.make("imaml", template=like), Tape.FIRST_ORDER, "not coordinatewise|regularizer"),
         (lambda like: Awkward("params"), Tape.FIRST_ORDER, "reads the parameters or the loss"),
         (lambda like: Awkward("loss"), Tape.FIRST_ORDER, "reads the parameters or the loss"),
         (lambda like: Awkward("ranks"), Tape.FIRST_ORDER, "tells tensors apart"),
@@ -278,6 +279,13 @@ def test_elsewhere_the_reason_is_given(make: Callable[[Params], UpdateRule], tap
     loop, theta = InnerLoop(Quadratic(), rule), generic_theta(rule)
     found = coordinatewise.reason_against(loop, theta, like, tape)
     assert found is not None and any(part in found for part in reason.split("|"))
+
+
+@pytest.mark.parametrize("inner", [L2(template(Quadratic()), 0.5, learn=False), Both()], ids=lambda x: type(x).__name__)
+def test_it_serves_the_tasks_loss_alone(inner: InnerObjective) -> None:
+    loop = InnerLoop(Quadratic(), optimizers.make("sgd"), inner_objective=inner)
+    found = coordinatewise.reason_against(loop, generic_theta(loop), template(Quadratic()), Tape.FIRST_ORDER)
+    assert found == "the inner objective is not the task's loss alone"
 
 
 @pytest.mark.parametrize("kind", ["params", "loss", "ranks", "names"])

@@ -17,7 +17,6 @@ from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
     ANIL,
-    IMAML,
     LSTM,
     SGD,
     Adam,
@@ -68,12 +67,7 @@ def rollout(rule: UpdateRule, theta: Theta, params: Params, batches: list[tuple[
     params, state = rule.init(theta, params)
     total = torch.zeros(())
     for batch in batches[:-1]:
-
-        def objective(at: Params, batch: tuple[Tensor, Tensor] = batch) -> tuple[Tensor, Tensor]:
-            loss = loss_of(at, batch)
-            return (loss + rule.regularizer(theta, at) if rule.has_regularizer else loss), loss
-
-        grads, (_, loss) = torch.func.grad_and_value(objective, has_aux=True)(params)
+        grads, loss = torch.func.grad_and_value(loss_of)(params, batch)
         deltas, state = rule.update(theta, grads, state, params, loss)
         params = {k: p + deltas[k] for k, p in params.items()}
         total = total + loss
@@ -98,23 +92,20 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
-    "imaml, strength per tensor": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="tensor"),
-    "imaml, strength per coordinate": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="coordinate"),
-    "imaml, learned strength": lambda t: IMAML(t, lr=0.1, strength=0.7, learn_strength=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
-    "clip around a regularizer": lambda t: Clip(IMAML(t, lr=0.1), max_value=1.5),
+    "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
     "learned start of an lstm": lambda t: LearnedInit(small_lstm(), t),
     "learned start of adam": lambda t: LearnedInit(Adam(lr=0.05, eps=1e-2), t),
     "an lstm per tensor": lambda t: per_tensor(LSTM(hidden_size=2, num_layers=1), t),
-    "partition with regularizer": lambda t: Partition(
+    "partition with a start": lambda t: Partition(
         {
             "scale": ("scale", Momentum(lr=0.05)),  # not the order of the parameters
-            "rest": ("*", IMAML({k: v for k, v in t.items() if k.startswith("layer")}, lr=0.1)),
+            "rest": ("*", make("maml", template={k: v for k, v in t.items() if k.startswith("layer")}, lr=0.1)),
         }
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = ("sgd", "maml", "meta-sgd", "imaml", "learned-rates")  # rules whose kernel adds the deltas itself
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -213,9 +204,6 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
         for i, task in enumerate(tasks):
             delta, states[i] = rule.update(theta, each[i], states[i], task, losses[i])
             assert_close(tree.tree_map(lambda x, i=i: x[i], (deltas, state)), (delta, states[i]))
-    if rule.has_regularizer:
-        terms = torch.func.vmap(rule.regularizer, in_dims=(None, 0))(theta, params)
-        assert_close(terms, torch.stack([rule.regularizer(theta, task) for task in tasks]))
 
 
 @every_rule
@@ -314,27 +302,6 @@ def test_an_update_of_ones_own_takes_no_kernel_of_another() -> None:
 
 
 @every_rule
-def test_the_gradient_of_a_regularizer_is_that_and_has_its_derivatives(kind: str) -> None:
-    rule, theta = prepared(kind)
-    params, along = template(seed=2), random_like(template(), 3)
-    assert rule.has_regularizer_gradient == rule.has_regularizer  # none of ours lacks it
-    if not rule.has_regularizer:
-        return
-
-    def slope(gradient: Callable[[Theta, Params], Params]) -> Callable[[Theta, Params], Tensor]:
-        return lambda *at: torch.stack([(g * along[k]).sum() for k, g in gradient(*at).items()]).sum()
-
-    expected = torch.func.grad(rule.regularizer, argnums=1)
-    assert_close(rule.regularizer_gradient(theta, params), expected(theta, params))
-    first, second = (torch.func.grad(slope(f), argnums=(0, 1)) for f in (rule.regularizer_gradient, expected))
-    assert_close(first(theta, params), second(theta, params))
-    assert any(g.any() for g in first(theta, params)[0].values())
-    both = tree.tree_map(lambda a, b: torch.stack([a, b]), params, template(seed=4))
-    batched = torch.func.vmap(rule.regularizer_gradient, in_dims=(None, 0))(theta, both)
-    assert_close({k: g[0] for k, g in batched.items()}, expected(theta, params))
-
-
-@every_rule
 def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str) -> None:
     rule, theta = prepared(kind)
     if not rule.coordinatewise:
@@ -392,7 +359,7 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with regularizer",
+    "partition with a start",
 )  # fmt: skip
 
 
@@ -475,7 +442,7 @@ def test_describe_and_build_give_the_same_rule(kind: str) -> None:
     drawn = again.init_theta(torch.Generator().manual_seed(0))
     assert {k: (v.shape, v.dtype) for k, v in drawn.items()} == {k: (v.shape, v.dtype) for k, v in theta.items()}
     params, batches = template(seed=2), [data(step) for step in range(4)]
-    assert (again.coordinatewise, again.has_regularizer) == (rule.coordinatewise, rule.has_regularizer)
+    assert again.coordinatewise == rule.coordinatewise
     assert float(rollout(again, theta, params, batches)) == float(rollout(rule, theta, params, batches))
 
 
@@ -582,7 +549,6 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: LearnedRates({}), ValueError, "an empty one"),
         (lambda: LearnedInit(SGD(), {"n": torch.tensor(1)}), ValueError, r"\['n'\] are no floating-point"),
         (lambda: LearnedInit(template(), template()), TypeError, "not an update rule"),  # pyright: ignore[reportArgumentType]
-        (lambda: IMAML(template(), strength=0.0), ValueError, "strength=0"),
         (lambda: Clip(SGD()), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_value=1.0, max_norm=1.0), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_norm=0.0), ValueError, "positive bound"),
@@ -596,7 +562,7 @@ def test_a_bad_value_is_refused(make_rule: Callable[[], UpdateRule], error: type
         make_rule()
 
 
-# Learned starts, learned rates and the proximal rule against closed forms.
+# Learned starts and learned rates against closed forms.
 
 
 def test_meta_sgd_meta_gradient_has_its_closed_form(generator: torch.Generator) -> None:
@@ -636,29 +602,6 @@ def test_maml_learns_the_start_alone() -> None:
     assert_close(start, template())
     deltas, _ = rule.update(theta, random_like(start, 0), state, start, torch.zeros(()))
     assert_close(deltas, {k: -0.3 * g for k, g in random_like(start, 0).items()})
-
-
-def test_imaml_pulls_to_its_start() -> None:
-    rule, params = IMAML(template(), lr=0.2, strength=0.7), template(seed=2)
-    theta = rule.init_theta(torch.Generator())
-    assert set(theta) == {f"init/{k}" for k in params}
-    pull = torch.func.grad(rule.regularizer, argnums=1)(theta, params)
-    assert_close(pull, {k: 0.7 * (p - template()[k]) for k, p in params.items()})
-    learned = IMAML(template(), strength=0.7, learn_strength=True)
-    theta = learned.init_theta(torch.Generator())
-    slope = torch.func.grad(learned.regularizer)(theta, params)["strength"]
-    assert_close(slope, 0.5 * sum((p - template()[k]).square().sum() for k, p in params.items()))
-
-
-def test_a_wrapped_regularizer_goes_on_counting() -> None:
-    params, groups = template(seed=2), {"all": ("*", IMAML(template(), strength=0.7))}
-    inside = IMAML(template(), strength=0.7)
-    expected = inside.regularizer(inside.init_theta(torch.Generator()), params)
-    for rule in (Clip(inside, max_value=1.0), Clip(Clip(inside, max_norm=1.0), max_value=1.0), Partition(groups)):
-        assert rule.has_regularizer
-        assert_close(rule.regularizer(rule.init_theta(torch.Generator()), params), expected)
-    assert not Clip(SGD(), max_value=1.0).has_regularizer
-    assert not Partition({"all": ("*", SGD())}).has_regularizer
 
 
 def test_a_learned_start_refuses_other_parameters() -> None:
@@ -715,7 +658,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
-        "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "imaml", "partition", "clip",
+        "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil",
     } <= set(names())  # fmt: skip
 
