@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
+
+from learnedopt.core.registry import Choice, nearest
 
 T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[type]]
 """Groups of dataclasses that may stand for one another."""
 _Change: TypeAlias = tuple[list[str], str]  # the keys that remain, and the text
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A registered rule or family: its name, and options that the registry checks when it is made."""
-
-    name: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
@@ -150,11 +143,3 @@ def _typed(text: str, hint: Any, path: str) -> Any:
         words = args if typing.get_origin(hint) is Literal else getattr(hint, "__members__", ())  # those of an Enum
         near = nearest(text, words)
         raise ValueError(f"{path}={text!r} is not of the setting's type {name}{near}") from error
-
-
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean ...?"`` with the word of ``valid`` that is most like ``word``, or nothing for none."""
-    # Upper and lower case are one: a name in the wrong case is nearer than any other.
-    by_folded = {name.casefold(): name for name in valid}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.0)
-    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""

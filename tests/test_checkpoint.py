@@ -192,8 +192,8 @@ def test_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None) ->
         ({"name": "lstm", "options": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
         ({"name": "lstm", "options": {"hidden_size": "3"}}, "hidden_size='3'"),
         ({"name": "lstm", "options": {"hidden_size": -3}}, "hidden_size=-3"),
-        ({"name": "lstm"}, "no configuration of a rule"),
-        ("lstm", "no configuration of a rule"),
+        ({"name": "lstm"}, "no configuration of update rules"),
+        ("lstm", "no configuration of update rules"),
         ({"name": "learned-rates", "options": {"template": {"w": {"shape": [2], "dtype": "object"}}}}, "dtype"),
     ],
 )

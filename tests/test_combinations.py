@@ -249,7 +249,7 @@ class Newcomer(UpdateRule):
 
 
 def test_a_newly_registered_rule_is_enrolled_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     optimizers.register("newcomer", Newcomer)
     assert ("implicit gmres", "newcomer", "final loss") in [*cases()]
     check("unrolled", "newcomer", "final loss")

@@ -257,7 +257,7 @@ def test_the_loss_is_the_table_where_there_is_no_accuracy() -> None:
 
 @pytest.fixture
 def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._registered, "clusters", Clusters)
+    monkeypatch.setitem(registry.FAMILIES.registered, "clusters", Clusters)
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
