@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import learnedopt
-from learnedopt import cli, evaluate, optimizers, tasks
+from learnedopt import cli, evaluate, optimizers, recipes, tasks
 from learnedopt.evaluation.comparison import MEASURES
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -125,9 +125,10 @@ def test_the_output_folder_is_named_after_the_run(
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, families, packaged = done.stdout.splitlines()
+    rules, families, known, packaged = done.stdout.splitlines()
     assert rules.split(": ")[1].split(", ") == optimizers.names()
     assert families.split(": ")[1].split(", ") == tasks.names()
+    assert known.split(": ")[1].split(", ") == recipes.names()
     assert packaged.startswith("Packaged optimizers: ")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 import learnedopt
-import train_meta
 from benchmarks import results_few_shot, results_sine
 from learnedopt import (
     Carry,
@@ -32,8 +31,9 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.config import Choice
+from learnedopt.config import recorded_solver
 from learnedopt.core.objective import BootstrappedTarget
+from learnedopt.core.registry import Choice
 from learnedopt.core.tree import Params
 from learnedopt.estimators.unrolled import Unrolled
 from learnedopt.evaluation.comparison import summarise
@@ -44,10 +44,12 @@ from learnedopt.evaluation.few_shot import (
     ErrorRate,
     FewShot,
     adapt,
-    recorded_solver,
     sample_fixed,
     show,
 )
+from learnedopt.recipes import HeldOut, MetaLearning, Recipe
+from learnedopt.run import build
+from learnedopt.run import train as train_recipe
 from learnedopt.tasks import registry
 from learnedopt.training.wandb_tracker import WandbTracker
 from tests import problems
@@ -263,13 +265,13 @@ def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(folder: Path, name: str = "maml", family_options: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Meta-train a few meta-steps on ``clusters`` and return the run's folder."""
-    recipe = train_meta.Recipe(
+    recipe = Recipe(
         name=name, family=Choice("clusters", {"shots": 2}), rule=Choice("meta-sgd", {"lr": 0.5}),
         estimator=Unrolled(1), objective=FinalLoss(), num_meta_steps=20, num_tasks=4,
-        meta=train_meta.MetaLearning(lr=0.05),
-        validation=train_meta.HeldOut(ErrorRate(), 1, 30, every=10, family_options=family_options or {}),
+        meta=MetaLearning(lr=0.05),
+        validation=HeldOut(ErrorRate(), 1, 30, every=10, family_options=family_options or {}),
     )  # fmt: skip
-    train_meta.train(train_meta.replace(recipe, **changes), folder / name)
+    train_recipe(replace(recipe, **changes), folder / name)
     return folder / name
 
 
@@ -387,11 +389,11 @@ def test_validation_may_take_other_options_than_training(clusters: None, tmp_pat
     theta = learnedopt.load(run)[1]
     metadata = json.loads((run / "theta.json").read_text("utf-8"))["metadata"]
     family = Clusters(shots=1, meta_split="valid")
-    recipe = train_meta.Recipe(
+    recipe = Recipe(
         "reptile", Choice("clusters", {"shots": 2}), Choice("maml", {"lr": 0.5}), Unrolled(0), target, 20,
-        validation=train_meta.HeldOut(ErrorRate(), 1, 30, every=10, family_options={"shots": 1}),
+        validation=HeldOut(ErrorRate(), 1, 30, every=10, family_options={"shots": 1}),
     )  # fmt: skip
-    _, validation = train_meta.build(recipe)
+    _, validation = build(recipe)
     assert validation.loop.family == family
     assert validation.measure(theta) == pytest.approx(metadata["best_validation"], abs=1e-15)
 

@@ -25,7 +25,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "recipes": ("core", "estimators", "evaluation", "training"),
 }
 # The edge may import every room, the two folders only inside functions; no room imports the edge.
-EDGE = ("__init__", "optim", "checkpoint", "config", "cli")
+EDGE = ("__init__", "optim", "checkpoint", "config", "run", "cli", "cli_train", "cli_evaluate")
 FOLDERS = ("optimizers", "tasks")
 WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
 HEAVY = ("wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")

@@ -16,11 +16,13 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import InnerLoop, Tape
+from learnedopt.core.inner import Tape
+from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
+from learnedopt.evaluation.loops import make_loop
 
 _SMALL = 1000  # parameters of a task, up to which tasks run together
 _TOGETHER = 50_000  # parameters that run together: a rule's states for them stay near the cache
@@ -75,10 +77,16 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def measure(
-    rule: UpdateRule, theta: Theta, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution
+    rule: UpdateRule,
+    theta: Theta,
+    family: TaskFamily,
+    tasks: Tasks,
+    num_steps: int,
+    execution: Execution,
+    inner_objective: InnerObjective | None = None,
 ) -> Outcome:
     """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``."""
-    loop = InnerLoop(family, rule, execution)
+    loop = make_loop(family, rule, execution, inner_objective)
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {
@@ -135,6 +143,7 @@ def compare(
     baselines: Mapping[str, Baseline] = BASELINES,
     tune_for: Measure = "final_loss",
     execution: Execution | None = None,
+    inner_objectives: Mapping[str, InnerObjective] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Run candidates and tuned baselines on the same fresh tasks.
@@ -152,6 +161,8 @@ def compare(
         tune_for: the measure whose mean over the tuning tasks chooses a learning rate.
         execution: how tasks are run; by default together, in chunks, where a task has at most 1,000 parameters, and
             as the engine likes it above.
+        inner_objectives: label -> what that candidate's inner steps descend, its meta-parameters in the candidate's
+            theta; the task's loss for the others.
         report: is told, in one line each, what goes on.
 
     Raises:
@@ -165,17 +176,18 @@ def compare(
         >>> print(comparison.markdown())
     """
     _check(candidates, baselines, num_steps, num_tasks, tune_for)
+    descended = inner_objectives or {}
     fresh = _sample(family, num_tasks, "fresh", seed)
     execution = execution or _fitting_execution(family, fresh)
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
-    for rule, theta in candidates.values():  # one that does not fit is refused before anything is run
-        measure(rule, theta, family, tree.narrow(fresh, 0, 1), 0, execution)
+    for label, (rule, theta) in candidates.items():  # one that does not fit is refused before anything is run
+        measure(rule, theta, family, tree.narrow(fresh, 0, 1), 0, execution, descended.get(label))
     outcomes = {}
     for label, (rule, theta) in candidates.items():
         report(f"Running {label} on {num_tasks} tasks")
-        outcomes[label] = measure(rule, theta, family, fresh, num_steps, execution)
+        outcomes[label] = measure(rule, theta, family, fresh, num_steps, execution, descended.get(label))
     others_family = tuning_family or family
     others = _sample(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():

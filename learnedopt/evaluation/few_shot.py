@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -17,12 +17,13 @@ from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, Rollout, solve_inner
+from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
-from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.evaluation.comparison import Summary, align, summarise, write_text
+from learnedopt.evaluation.loops import make_loop
 from learnedopt.evaluation.plots import plot_adaptation
 
 LOSS, ACCURACY = "loss", "accuracy"
@@ -77,25 +78,6 @@ def sample_fixed(family: TaskFamily, num_tasks: int, seed: int) -> Tasks:
     return family.sample(num_tasks, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
 
 
-def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
-    """Return what solved the inner problem of the run that left ``record``: None for the rule's own steps.
-
-    Raises:
-        ValueError: it was a solver of the user's own, which a record cannot hold.
-    """
-    estimator = record.get("estimator")
-    found = estimator.get("inner") if isinstance(estimator, dict) else None
-    if found is None:
-        return None
-    names = {field.name for field in fields(HessianFree)}
-    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
-        raise ValueError(
-            f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
-            "it to learnedopt.evaluation.few_shot.adapt"
-        )
-    return HessianFree(**{key: value for key, value in found.items() if key != "type"})
-
-
 def adapt(
     rule: UpdateRule,
     theta: Theta,
@@ -106,6 +88,7 @@ def adapt(
     seed: int = 0,
     inner: InnerSolver | None = None,
     execution: Execution | None = None,
+    inner_objective: InnerObjective | None = None,
     chunk: int = 100,
 ) -> Adaptation:
     """Adapt to each of ``num_tasks`` fixed tasks, and measure after 0, 1, ..., ``num_steps`` steps.
@@ -120,6 +103,7 @@ def adapt(
         inner: solves the inner problem in place of the rule's own steps, such as ``HessianFree``; then only the start
             and the end are measured.
         execution: how tasks are run.
+        inner_objective: what the steps descend, its meta-parameters in ``theta``; by default the task's loss.
         chunk: tasks held in memory at a time; it does not change the result.
 
     Raises:
@@ -133,7 +117,7 @@ def adapt(
     require_count("num_steps", num_steps, least=1 if inner else 0)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     require_count("chunk", chunk, least=1)
-    loop = InnerLoop(family, rule, execution or Execution())
+    loop = make_loop(family, rule, execution or Execution(), inner_objective)
     theta = tree.to(tree.detach(theta), loop.execution.device, loop.execution.dtype)
     tasks = sample_fixed(family, num_tasks, seed)
     pieces = [
