@@ -316,7 +316,7 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(
     before = contents(tmp_path)
     capsys.readouterr()
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS, "num_tasks=3", "rule.hidden_size=4")) == 2
-    told = r"learnedopt train: .*lstm-quadratic holds a run with another configuration \(different: num_tasks, rule\); .*\n"
+    told = r"learnedopt train: .*lstm-quadratic holds a run with another .* \(different: num_tasks, rule\); .*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
     assert contents(tmp_path) == before
     other = [*command(RUN, tmp_path, *TINY_WINDOWS, "num_tasks=3"), "--name", "other"]
