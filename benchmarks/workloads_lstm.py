@@ -15,7 +15,7 @@ from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FirstOrder, InnerLoop, SumOfLosses, Theta
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.execution.compiled import CompileWarning
+from learnedopt.execution.programs import CompileWarning
 
 HIDDEN, FACTOR, SCALE = 20, 10.0, 0.1
 BATCH, DIM = 128, 10

@@ -15,7 +15,7 @@ from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FinalLoss, GradientEstimator, InnerLoop, Unrolled
 from learnedopt import optimizers as rules
 from learnedopt.execution.allocator import keep_freed_memory
-from learnedopt.execution.compiled import CompileWarning
+from learnedopt.execution.programs import CompileWarning
 
 WIDTHS, NUM_EXAMPLES = (784, 256, 128, 64, 5), 25
 SHOTS, QUERIES = 1, 15

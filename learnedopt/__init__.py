@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import (
     BootstrappedTarget,
     FinalLoss,
@@ -30,7 +32,7 @@ from learnedopt.estimators.linear_solvers import (
     Solution,
 )
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
-from learnedopt.execution.compiled import CompileWarning
+from learnedopt.execution.programs import CompileWarning
 
 MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names before version 0.2, kept for one version
 
@@ -45,15 +47,21 @@ _LAZY = {
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
+    "L2": "learnedopt.inner_objectives",
+    "LearnedLoss": "learnedopt.inner_objectives",
+    "Proximal": "learnedopt.inner_objectives",
+    "WeightedExamples": "learnedopt.inner_objectives",
+    "inner_objectives": "",
     "optimizers": "",
     "tasks": "",
 }
 
 if TYPE_CHECKING:
-    from learnedopt import optimizers, tasks
+    from learnedopt import inner_objectives, optimizers, tasks
     from learnedopt.checkpoint import load, save
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
+    from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.training.trainer import MetaTrainer, Validation
 
@@ -70,6 +78,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "GMRES",
+    "L2",
     "Batch",
     "BootstrappedTarget",
     "Carry",
@@ -84,7 +93,9 @@ __all__ = [
     "HessianFree",
     "Implicit",
     "InnerLoop",
+    "InnerObjective",
     "KLDivergence",
+    "LearnedLoss",
     "LearnedOptimizer",
     "LinearSolver",
     "MeanLogLoss",
@@ -93,6 +104,8 @@ __all__ = [
     "ModuleFamily",
     "Neumann",
     "Params",
+    "Penalty",
+    "Proximal",
     "Rollout",
     "Solution",
     "SquaredDistance",
@@ -100,6 +113,7 @@ __all__ = [
     "SumOfLosses",
     "Tape",
     "TaskFamily",
+    "TaskLoss",
     "Tasks",
     "Theta",
     "Truncated",
@@ -107,7 +121,9 @@ __all__ = [
     "Unrolled",
     "UpdateRule",
     "Validation",
+    "WeightedExamples",
     "evaluate",
+    "inner_objectives",
     "load",
     "optimizers",
     "predict_peak",

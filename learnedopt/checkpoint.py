@@ -63,7 +63,7 @@ def save(
     check_theta(rule, theta, str(path), inner_objective)
     config = {"format": FORMAT, "rule": optimizers.describe(rule), "metadata": metadata or {}}
     if inner_objective is not None and not isinstance(inner_objective, TaskLoss):
-        from learnedopt import inner_objectives  # pyright: ignore[reportAttributeAccessIssue]
+        from learnedopt import inner_objectives
 
         config["inner_objective"] = inner_objectives.describe(inner_objective)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in theta.items()}
@@ -113,7 +113,7 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
     try:
         rule, inner_objective = optimizers.build(described), TaskLoss()
         if inner is not None:
-            from learnedopt import inner_objectives  # pyright: ignore[reportAttributeAccessIssue]
+            from learnedopt import inner_objectives
 
             inner_objective = inner_objectives.build(inner)
     except (TypeError, ValueError) as error:

@@ -14,8 +14,6 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.checkpoint import check_theta, load
 from learnedopt.core import tree
-from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import pull
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 
@@ -43,8 +41,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         deltas, state = rule.update(theta, grads, state, params, loss),    param += lr * delta
 
-    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left plus
-    the gradient of the rule's regularizer, if it has one. A parameter whose ``grad`` is None is not moved: the rule
+    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left. A
+    parameter whose ``grad`` is None is not moved: the rule
     sees a zero gradient there, so that the memory it keeps for the other coordinates stays theirs. Without any gradient
     at all nothing happens. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was, then
     load. The rule's memory keeps its own dtype, whatever the parameters' is.
@@ -282,10 +280,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     "build the layer with sparse=False, or give its parameters another optimizer"
                 )
             grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
-        if not self.rule.has_regularizer:
-            return grads
-        pulls = pull(self.rule, TaskMap(1), self.theta, params, create_graph=False)
-        return {k: g + pulls[k] for k, g in grads.items()}
+        return grads
 
     def _update(
         self, grads: Params, state: State, params: Params, loss: Any, whole: bool

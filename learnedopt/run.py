@@ -18,8 +18,7 @@ from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.inner_objective import InnerObjective
-from learnedopt.core.task import TaskFamily
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.tree import Params
 from learnedopt.execution.memory import predict_peak
 from learnedopt.recipes.recipe import Recipe
@@ -43,11 +42,11 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     families = {
         split: tasks.make(recipe.family.name, **{**given, "meta_split": split}) for split, given in options.items()
     }
-    template = one_tasks_params(families["train"], recipe.seed)
+    sample = families["train"].sample(1, torch.Generator().manual_seed(recipe.seed))
+    template = {name: param[0] for name, param in families["train"].init_params(sample).items()}
     rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
-    inner_objective = make_inner_objective(recipe, template)
-    descends = {} if inner_objective is None else {"inner_objective": inner_objective}
-    loops = {split: InnerLoop(family, rule, recipe.execution, **descends) for split, family in families.items()}
+    descended = inner_objective(recipe, template)
+    loops = {split: InnerLoop(family, rule, recipe.execution, descended) for split, family in families.items()}
     held_out = recipe.validation
     every = min(held_out.every, recipe.num_meta_steps)
     validation = Validation(
@@ -57,18 +56,12 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     return loops["train"], validation
 
 
-def one_tasks_params(family: TaskFamily, seed: int) -> Params:
-    """Return the starting point of one task, which rules and inner objectives take as template."""
-    params = family.init_params(family.sample(1, torch.Generator().manual_seed(seed)))
-    return {name: param[0] for name, param in params.items()}
+def inner_objective(recipe: Recipe, template: Params) -> InnerObjective:
+    """Return what the recipe's inner steps descend."""
+    from learnedopt import inner_objectives
 
-
-def make_inner_objective(recipe: Recipe, template: Params) -> InnerObjective | None:
-    """Return what the recipe's inner steps descend, None for the task's loss."""
     if recipe.inner_objective is None:
-        return None
-    from learnedopt import inner_objectives  # pyright: ignore[reportAttributeAccessIssue]
-
+        return TaskLoss()
     return inner_objectives.make(recipe.inner_objective.name, template=template, **recipe.inner_objective.options)
 
 
@@ -145,10 +138,7 @@ def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult
 
     found = {"meta_step": result.meta_step, "best_validation": result.best_value}
     metadata = plain_json({**configuration(recipe), **found})
-    inner_objective = make_inner_objective(recipe, one_tasks_params(loop.family, recipe.seed))
-    theta = checkpoint.save(
-        folder / "theta.safetensors", loop.rule, result.best_theta, metadata, inner_objective=inner_objective
-    )
+    theta = checkpoint.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata, loop.inner_objective)
     figure = folder / "training.png"
     plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
     tracker.figure("training", figure)
@@ -191,9 +181,9 @@ def find_run(folder: Path, recipe: Recipe) -> str | None:
         ) from error
     config = configuration(recipe)
     saved = up_to_date(saved, recipe)
-    rule, inner_objective = split_imaml(saved.get("rule"))
-    if inner_objective is not None:
-        saved |= {"rule": rule, "inner_objective": inner_objective}
+    rule, descended = split_imaml(saved.get("rule"))
+    if descended is not None:
+        saved |= {"rule": rule, "inner_objective": descended}
     if saved == config:
         return run_id
     if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):

@@ -49,11 +49,6 @@ class Partition(UpdateRule):
         if wrong or not self.groups:
             raise ValueError(f"Partition: groups need labels without a slash, got {wrong or 'no group at all'}")
 
-    @property
-    def has_regularizer(self) -> bool:
-        """Whether any group's rule has one."""
-        return any(rule.has_regularizer for _, rule in self.groups.values())
-
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return all groups' theta, drawn in their order."""
         theta: Theta = {}
@@ -83,32 +78,6 @@ class Partition(UpdateRule):
             )
             deltas |= group_deltas
         return {name: deltas[name] for name in grads}, new_state
-
-    def regularizer(self, theta: Theta, params: Params) -> Tensor:
-        """Return the sum over the groups whose rule has one."""
-        terms = []
-        for label, names in self._assign(params).items():
-            _, rule = self.groups[label]
-            if rule.has_regularizer:
-                terms.append(rule.regularizer(unprefixed(label, theta), {name: params[name] for name in names}))
-        return torch.stack(terms).sum()
-
-    @property
-    def has_regularizer_gradient(self) -> bool:
-        """Whether all groups' rules that have a regularizer have its gradient."""
-        return self.has_regularizer and all(
-            rule.has_regularizer_gradient for _, rule in self.groups.values() if rule.has_regularizer
-        )
-
-    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
-        """Return each group's; zeros where its rule has no regularizer."""
-        found = {name: torch.zeros_like(p) for name, p in params.items()}
-        for label, names in self._assign(params).items():
-            _, rule = self.groups[label]
-            if rule.has_regularizer:
-                group = {name: params[name] for name in names}
-                found |= rule.regularizer_gradient(unprefixed(label, theta), group)
-        return found
 
     def _assign(self, names: Iterable[str]) -> dict[str, list[str]]:
         members: dict[str, list[str]] = {label: [] for label in self.groups}

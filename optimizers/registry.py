@@ -20,12 +20,17 @@ _TABLE = {
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
     "anil": "anil:ANIL",
-    "imaml": "imaml:IMAML",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
 }
-RULES = Registry(UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True)
+_RETIRED = {
+    "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
+    'template=..., lr=...) and learnedopt.inner_objectives.make("proximal", template=..., strength=...)',
+}
+RULES = Registry(
+    UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED
+)
 names, register, make = RULES.names, RULES.register, RULES.make
 describe, build = RULES.describe, RULES.build
 

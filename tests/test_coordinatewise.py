@@ -34,7 +34,7 @@ from learnedopt.core.estimator import Estimate
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Params
 from learnedopt.execution import coordinatewise
-from learnedopt.execution.compiled import CompileWarning
+from learnedopt.execution.programs import CompileWarning
 from learnedopt.optimizers import registry
 from learnedopt.optimizers.kernels import lstm_kernel
 

@@ -18,15 +18,15 @@ LAW: dict[str, tuple[str, ...]] = {
     "core": (),
     "execution": ("core",),
     "estimators": ("core", "execution"),
-    "optimizers": ("core",),
-    "tasks": ("core",),
+    **dict.fromkeys(("optimizers", "tasks", "inner_objectives"), ("core",)),
     "training": ("core",),
     "evaluation": ("core", "estimators"),
     "recipes": ("core", "estimators", "evaluation", "training"),
 }
-# The edge may import every room, the two folders only inside functions; no room imports the edge.
+# The edge may import every room, those with a registry only inside functions; no room imports the edge.
 EDGE = ("__init__", "optim", "checkpoint", "config", "run", "cli", "cli_train", "cli_evaluate")
-FOLDERS = ("optimizers", "tasks")
+FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
+REGISTRIES = (*FOLDERS, "inner_objectives")
 WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
 HEAVY = ("wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 
@@ -88,9 +88,9 @@ def violations(module: str, source: str) -> list[str]:
         if first != "learnedopt" or not room:
             continue
         target = others[0] if others and others[0] in (*LAW, *EDGE) else "__init__"
-        if target in FOLDERS and room not in FOLDERS and at_import_time:
-            found.append(where + "rules and families are imported lazily, inside functions")
-        elif room not in EDGE and target not in (room, *LAW[room], *(FOLDERS if room in LAZY else ())):
+        if target in REGISTRIES and room not in REGISTRIES and at_import_time:
+            found.append(where + "rules, families and inner objectives are imported lazily, inside functions")
+        elif room not in EDGE and target not in (room, *LAW[room], *(REGISTRIES if room in LAZY else ())):
             found.append(where + f"{room} may import only {', '.join(LAW[room]) or 'nothing'}")
     return found
 
@@ -135,6 +135,8 @@ def test_imports_follow_the_layout() -> None:
         ("learnedopt.optimizers.lstm", "from ..tasks import make"),
         ("learnedopt.optimizers.lstm", "from optimizers.registry import register"),
         ("learnedopt.tasks.quadratic", "if TYPE_CHECKING:\n    from learnedopt.optimizers import make"),
+        ("learnedopt.inner_objectives.l2", "from learnedopt.optimizers.learned_init import check_template"),
+        ("learnedopt.__init__", "from learnedopt.inner_objectives import L2"),
         ("learnedopt.utils", ""),
         ("learnedopt.training.trainer", "def f():\n    import wandb"),
         ("learnedopt.training.wandb_tracker", "import wandb"),

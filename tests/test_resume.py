@@ -39,7 +39,7 @@ from learnedopt import (
 )
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.core.inner import Rollout
+from learnedopt.core.carry import Rollout
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.task import Split
 from learnedopt.core.tree import Theta

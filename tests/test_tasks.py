@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from learnedopt import tasks as families
 from learnedopt.core import tree
+from learnedopt.core.carry import Tape
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import InnerLoop, Tape
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.optimizers import SGD

@@ -20,8 +20,8 @@ from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, SumOfLosses
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.estimator import Estimate, GradientEstimator
-from learnedopt.core.inner import Carry, Rollout
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics

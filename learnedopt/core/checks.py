@@ -6,15 +6,20 @@ Each question is asked before the first inner step, the one about an update at e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.inner_objective import InnerObjective, Penalty
 from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.task import Batch, TaskFamily
+from learnedopt.core.task import Batch, Split, TaskFamily
 from learnedopt.core.tree import Params, Theta
+
+if TYPE_CHECKING:
+    from learnedopt.core.carry import Carry
+    from learnedopt.core.execution import Execution
 
 
 def require_count(name: str, value: int, least: int = 0) -> None:
@@ -23,29 +28,80 @@ def require_count(name: str, value: int, least: int = 0) -> None:
         raise ValueError(f"{name}={value!r} is not a count; pass an integer of at least {least}")
 
 
-def theta_shapes(rule: UpdateRule) -> dict[str, torch.Size]:
-    """Return the shapes of the rule's own theta.
+def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, objective: InnerObjective) -> None:
+    """Raise TypeError unless an inner loop is made of what it is made of."""
+    if not hasattr(family, "loss") or not hasattr(rule, "update"):
+        raise TypeError(
+            f"InnerLoop takes a TaskFamily and an UpdateRule, got {type(family).__name__}, {type(rule).__name__}; "
+            "make them by name with learnedopt.tasks.make(name) and learnedopt.optimizers.make(name)"
+        )
+    if not hasattr(execution, "chunk_size"):
+        raise TypeError(f"execution={execution!r} is no Execution; pass Execution(chunk_size=...), or nothing")
+    if not isinstance(objective, InnerObjective):
+        raise TypeError(
+            f"inner_objective={objective!r} is no InnerObjective; pass an instance, such as TaskLoss(), or one of a "
+            "class of your own that derives from InnerObjective"
+        )
+
+
+def joined_theta(rule: UpdateRule, objective: InnerObjective, generator: torch.Generator) -> Theta:
+    """Return the rule's theta and the inner objective's as one dict.
 
     Raises:
-        ValueError: ``init_theta`` does not return tensors.
+        ValueError: ``init_theta`` does not return tensors; both have a meta-parameter of the same name.
     """
-    example = rule.init_theta(torch.Generator().manual_seed(0))
-    if not all(isinstance(v, Tensor) for v in example.values()):
-        kinds = {k: type(v).__name__ for k, v in example.items()}
-        raise ValueError(f"{type(rule).__name__}.init_theta must return a dict of tensors, got {kinds}")
-    return {k: v.shape for k, v in example.items()}
-
-
-def require_theta(rule: UpdateRule, theta: Theta, expected: dict[str, torch.Size]) -> None:
-    """Raise ValueError unless theta has the expected names and shapes, and is floating-point."""
-    if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
+    parts = []
+    for owner in (rule, objective):
+        theta = owner.init_theta(generator)
+        if not isinstance(theta, dict) or not all(isinstance(v, Tensor) for v in theta.values()):
+            kinds = {k: type(v).__name__ for k, v in theta.items()} if isinstance(theta, dict) else type(theta).__name__
+            raise ValueError(f"{type(owner).__name__}.init_theta must return a dict of tensors, got {kinds}")
+        parts.append(theta)
+    both = sorted(parts[0].keys() & parts[1].keys())
+    if both:
         raise ValueError(
-            f"this theta is not one of {type(rule).__name__}: expected {shapes(expected)}, got {shapes(theta)}; take "
-            "it from the rule's init_theta, or load it together with its rule"
+            f"the rule {type(rule).__name__} and the inner objective {type(objective).__name__} both have "
+            f"meta-parameters named {both}, and theta is one dict; rename the inner objective's, or give them a prefix"
+        )
+    return {**parts[0], **parts[1]}
+
+
+def theta_shapes(rule: UpdateRule, objective: InnerObjective) -> tuple[dict[str, torch.Size], set[str]]:
+    """Return the shapes of theta, and the names of the inner objective's own part."""
+    example = joined_theta(rule, objective, torch.Generator().manual_seed(0))
+    own = objective.init_theta(torch.Generator().manual_seed(0))
+    return {k: v.shape for k, v in example.items()}, set(own)
+
+
+def require_theta(
+    rule: UpdateRule, objective: InnerObjective, theta: Theta, expected: dict[str, torch.Size], num_tasks: int | None
+) -> None:
+    """Raise ValueError unless theta has the expected names and shapes, and is floating-point.
+
+    With ``num_tasks`` every shape has that leading dimension: one theta a task.
+    """
+    if num_tasks is not None:
+        expected = {k: torch.Size((num_tasks, *shape)) for k, shape in expected.items()}
+    if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
+        owner = type(rule).__name__ + ("" if objective.is_task_loss else f" on {type(objective).__name__}")
+        each = "" if num_tasks is None else f" for each of {num_tasks} tasks (theta_per_task=True)"
+        raise ValueError(
+            f"this theta is not one of {owner}{each}: expected {shapes(expected)}, got {shapes(theta)}; take it from "
+            "the loop's init_theta, or load it together with its rule and inner objective"
         )
     whole = sorted(k for k, v in theta.items() if not v.is_floating_point())
     if whole:
         raise ValueError(f"the meta-parameters {whole} are not floating-point, so they have no gradient; use float()")
+
+
+def require_begun(carry: Carry, split: Split) -> None:
+    """Raise ValueError unless a carry can be evaluated on that split."""
+    if split not in ("train", "valid"):
+        raise ValueError(f"split={split!r} is neither 'train' nor 'valid'; other tasks are another family's meta_split")
+    if carry.state is None:
+        raise ValueError(
+            "the carry has not begun: pass it through loop.begin(theta, carry), which applies the rule's init"
+        )
 
 
 def require_like(start: Params, own: Params) -> None:
@@ -87,16 +143,16 @@ def params_and_state(rule: UpdateRule, method: str, result: Any, params: Params)
     return found, state
 
 
-def pull_like(rule: UpdateRule, found: Any, params: Params) -> Params:
-    """Return what ``regularizer_gradient`` returned, in the order and dtypes of the parameters.
+def penalty_like(penalty: Penalty, found: Any, params: Params) -> Params:
+    """Return what a penalty's ``gradient`` returned, in the order and dtypes of the parameters.
 
     Raises:
         ValueError: it is not one tensor shaped as each parameter.
     """
     if not isinstance(found, dict) or {k: x.shape for k, x in found.items()} != {k: p.shape for k, p in params.items()}:
         raise ValueError(
-            f"{type(rule).__name__}.regularizer_gradient must return one gradient of the same shape per parameter: "
-            f"expected {shapes(params)}, got {shapes(found)}"
+            f"{type(penalty).__name__}.gradient must return one gradient of the same shape per parameter: expected "
+            f"{shapes(params)}, got {shapes(found)}"
         )
     return {k: found[k].to(p.dtype) for k, p in params.items()}
 
@@ -110,34 +166,48 @@ def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:
         )
 
 
-def scalar_loss(family: TaskFamily) -> Callable[[Params, Batch], Tensor]:
-    """Return the family's loss, which raises ValueError where it is no scalar tensor."""
+def losses_by_owner(
+    family: TaskFamily, objective: InnerObjective
+) -> list[tuple[str, Callable[[Theta, Params, Batch], Tensor]]]:
+    """Return every loss of ONE task that a loop calls, by whose it is; each raises ValueError where it is no scalar."""
+    named: list[tuple[str, Callable[[Theta, Params, Batch], Tensor]]] = []
+    if objective.descends_task_loss or objective.reads_task_loss:
+        named.append((f"{type(family).__name__}.loss", lambda theta, params, batch: family.loss(params, batch)))
+    own = type(objective).__name__
+    if not objective.descends_task_loss or objective.penalty is not None:
+        named.append((f"{own}.loss", lambda theta, params, batch: objective.loss(theta, family, params, batch)))
+    if not objective.reads_task_loss:
+        named.append(
+            (f"{own}.outer_loss", lambda theta, params, batch: objective.outer_loss(theta, family, params, batch))
+        )
+    return [(name, _scalar(name, loss)) for name, loss in named]
 
-    def loss(params: Params, batch: Batch) -> Tensor:
-        value = family.loss(params, batch)
+
+def _scalar(name: str, loss: Callable[..., Tensor]) -> Callable[[Theta, Params, Batch], Tensor]:
+    def checked(theta: Theta, params: Params, batch: Batch) -> Tensor:
+        value = loss(theta, params, batch)
         if not isinstance(value, Tensor) or value.ndim:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(
-                f"{type(family).__name__}.loss must return a scalar tensor for one task, got {got}; reduce it with "
-                "mean() or sum(), and keep it a tensor"
+                f"{name} must return a scalar tensor for one task, got {got}; reduce it with mean() or sum(), and keep "
+                "it a tensor"
             )
         return value
 
-    return loss
+    return checked
 
 
-def require_trainable(family: TaskFamily, losses: Tensor, params: Params) -> None:
+def require_trainable(name: str, losses: Tensor, params: Params) -> None:
     """Raise ValueError unless the losses (num_tasks,) are finite and depend on ``params``, which are leaves."""
-    name = type(family).__name__
     if not losses.isfinite().all():
         raise ValueError(
-            f"{name}.loss is not finite at the start: {losses.detach().tolist()}; check data and initialisation"
+            f"{name} is not finite at the start: {losses.detach().tolist()}; check data and initialisation"
         )
     found: tuple[Tensor | None, ...] = ()
     if losses.requires_grad:
         found = torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
     if all(g is None for g in found):
-        raise ValueError(f"{name}.loss does not depend on the parameters {sorted(params)}: there is nothing to train")
+        raise ValueError(f"{name} does not depend on the parameters {sorted(params)}: there is nothing to train")
 
 
 def shapes(tensors: Any) -> Any:

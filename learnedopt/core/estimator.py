@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape, narrow, pull
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner_gradient import step_gradient
 from learnedopt.core.objective import MetaObjective, TaskMean
-from learnedopt.core.task import Tasks
-from learnedopt.core.tree import Theta
+from learnedopt.core.task import Batch, Tasks
+from learnedopt.core.tree import Params, Theta
 
 
 class Estimate(NamedTuple):
@@ -71,8 +73,19 @@ class GradientEstimator(ABC):
 def as_leaves(theta: Theta) -> Theta:
     """Return theta's values as leaves of a new graph."""
     if not theta:
-        raise ValueError("theta is empty: this rule has no meta-parameters, so there is nothing to take a gradient of")
+        raise ValueError(
+            "theta is empty: neither rule nor inner objective has meta-parameters, so there is nothing to differentiate"
+        )
     return {k: v.detach().requires_grad_() for k, v in theta.items()}
+
+
+def check_loop(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool) -> None:
+    """Ask once what a loop and its theta must satisfy before the first estimate.
+
+    Raises:
+        ValueError: as ``InnerLoop.begin``.
+    """
+    loop.check_start(tree.detach(theta), carry)
 
 
 def call_objective(
@@ -106,8 +119,7 @@ def check_objective(
         if end_only and not objective.end_only:
             raise ValueError(_reads_path(name))
         return
-    key = (id(objective), num_steps, end_only)
-    if key in loop.vetted:
+    if loop.cache.seen(objective, num_steps, end_only):
         return
     theta = tree.detach(theta)
     begun = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
@@ -136,7 +148,7 @@ def check_objective(
         along = torch.autograd.grad(values[0], losses, allow_unused=True)[0]
         if along is not None:
             raise ValueError(_reads_path(name))
-    loop.vetted[key] = objective  # held, so that its id stays its own
+    loop.cache.saw(objective, num_steps, end_only)
 
 
 def _reads_path(name: str) -> str:
@@ -151,7 +163,8 @@ def check_paths(
 ) -> list[str]:
     """Check that every meta-parameter can reach the parameters at the end, by the structure of the rule alone.
 
-    The rule is run for a few updates of one task on stand-in gradients; the family is not called.
+    The rule is run for a few updates of one task on stand-in gradients; the family is called only where theta may enter
+    the inner objective.
 
     Args:
         from_start: whether the graph reaches back to the start, or covers only the last ``num_steps`` steps.
@@ -163,7 +176,7 @@ def check_paths(
         ValueError: a meta-parameter has no path to the objective.
     """
     key = ("paths", carry.state is None, num_steps, tape, from_start)
-    if key not in loop.vetted:
+    if key not in loop.cache:
         few = min(num_steps, 3)  # by the third update of most rules whatever enters a state has come out of it
         fresh = _reached(loop, theta, carry, few, tape, through_start=from_start)
         if theta.keys() - fresh and num_steps > few:
@@ -172,8 +185,8 @@ def check_paths(
         if lost:
             raise ValueError(no_path(lost, f"{num_steps} recorded inner steps with the {tape.value} tape"))
         begun = fresh if carry.state is None else _reached(loop, theta, carry, few, tape, through_start=False)
-        loop.vetted[key] = sorted(fresh - begun)
-    return loop.vetted[key]
+        loop.cache.put(key, sorted(fresh - begun))
+    return loop.cache.get(key)
 
 
 def no_path(names: Sequence[str], how: str) -> str:
@@ -187,22 +200,36 @@ def no_path(names: Sequence[str], how: str) -> str:
 def _reached(
     loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, *, through_start: bool
 ) -> set[str]:
-    rule, task_map = loop.rule, TaskMap(1)
+    """Return the meta-parameters that reach the parameters at the end, or the outer loss directly, of one task."""
     leaves = as_leaves(theta)
+    one = narrow(detach(carry), 0, 1)
     with torch.enable_grad():
-        params, state = loop._init(leaves, tree.detach(task_map.unbatch(tree.narrow(carry.params, 0, 1))))
+        params, state = loop.init_task(leaves, tree.squeeze(one.params))
         if not through_start:
             params, state = tree.detach(params), tree.detach(state)
+        batch = None if loop.inner_objective.is_task_loss else tree.squeeze(loop.batch(one.tasks, one.step, "train"))
+        total = torch.zeros(())
         for _ in range(num_steps):
-            stand_in = {k: torch.ones_like(p) for k, p in params.items()}
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
-            if rule.has_regularizer and tape is Tape.FULL:
-                pulls = pull(rule, task_map, leaves, params, create_graph=True)
-                stand_in = {k: 1.0 + pulls[k] for k in params}
+            stand_in, outer = _stand_ins(loop, leaves, params, batch, tape)
+            total = total + outer
             loss = next(iter(params.values())).new_ones(())
-            params, state = loop.move(task_map, leaves, stand_in, state, params, loss)
-        total = sum((p.sum() for p in params.values()), torch.zeros(()))
-        if not isinstance(total, Tensor) or not total.requires_grad:
+            params, state = loop.move(TaskMap(1), leaves, stand_in, state, params, loss)
+        total = sum((p.sum() for p in params.values()), total)
+        if not loop.inner_objective.reads_task_loss:
+            total = total + loop.inner_objective.outer_loss(leaves, loop.family, params, batch)
+        if not total.requires_grad:
             return set()
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def _stand_ins(loop: InnerLoop, theta: Theta, params: Params, batch: Batch, tape: Tape) -> tuple[Params, Tensor]:
+    """Return gradients of one, with theta's part of the inner objective's own added, and the outer loss where theta may
+    enter it: the family itself is called for an inner objective other than its loss alone."""
+    ones = {k: torch.ones_like(p) for k, p in params.items()}
+    if loop.inner_objective.is_task_loss:
+        return ones, torch.zeros(())
+    found = step_gradient(loop.family, loop.inner_objective, TaskMap(1), theta, params, batch, tape)
+    grads = {k: 1.0 + found.grads[k] for k in params} if tape is Tape.FULL else ones
+    return grads, torch.zeros(()) if loop.inner_objective.reads_task_loss else found.outer

@@ -31,6 +31,8 @@ class Execution:
             of an inner step is what is compiled.
         mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
             take second derivatives by forward mode over reverse mode, which runs the gradient a second time.
+        vet: evaluate the loss a few times before the first estimate, to find what would make meta-gradients silently
+            wrong (``learnedopt check`` says what that is).
     """
 
     chunk_size: int | None = None
@@ -38,11 +40,12 @@ class Execution:
     dtype: torch.dtype | None = None
     compile: bool = False
     mixed_mode: bool = False
+    vet: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             require_count("chunk_size", self.chunk_size, least=1)
-        for choice in ("compile", "mixed_mode"):
+        for choice in ("compile", "mixed_mode", "vet"):
             if not isinstance(getattr(self, choice), bool):
                 raise TypeError(f"{choice}={getattr(self, choice)!r} is neither True nor False")
         if self.compile and self.mixed_mode:
@@ -56,6 +59,7 @@ class TaskMap(NamedTuple):
     """How a function of one task is mapped over a chunk of them: called as it is for one, under vmap for several."""
 
     num_tasks: int
+    theta_per_task: bool = False
 
     def unbatch(self, batched: tree.Tree) -> tree.Tree:
         """Return a batched tree as ``apply`` takes it: without the leading dimension where there is one task."""
@@ -71,3 +75,9 @@ class TaskMap(NamedTuple):
             return fn(*shared, *each)
         in_dims = (None,) * len(shared) + (0,) * len(each)
         return torch.func.vmap(fn, in_dims=in_dims)(*shared, *each)
+
+    def apply_theta(self, fn: Callable[..., Any], theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Call ``fn(theta, *each)`` with one theta for all tasks or, with ``theta_per_task``, each one's own."""
+        if self.theta_per_task:
+            return self.apply(fn, (), theta, *each)
+        return self.apply(fn, (theta,), *each)

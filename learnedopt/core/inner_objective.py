@@ -19,16 +19,20 @@ class Penalty(ABC):
     def value(self, theta: Theta, params: Params) -> Tensor:
         """Return the scalar of ONE task; pure, and under vmap as well."""
 
-    def gradient(self, theta: Theta, params: Params) -> Params | None:
+    def gradient(self, theta: Theta, params: Params) -> Params:
         """Optional: the gradient of ``value`` at ``params`` in closed form, differentiable once more.
 
-        It spares each inner step a second back-propagation. None where it does not serve, which must not depend on
-        values.
+        It spares each inner step a second back-propagation.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} has no gradient in closed form")
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether ``gradient`` is defined."""
+        return type(self).gradient is not Penalty.gradient
 
 
-class InnerObjective(ABC):
+class InnerObjective(ABC):  # noqa: B024 - both losses have a default
     """What the inner steps descend, with the loop's ``theta`` (the rule's and its own, one dict) passed in explicitly.
 
     Both losses see ONE task, are pure, and must work under ``torch.func.vmap``. By default each is the family's loss.
@@ -44,8 +48,9 @@ class InnerObjective(ABC):
     """
 
     penalty: Penalty | None = None
-    """Optional, where ``loss`` is the family's loss plus a term of the parameters alone and ``outer_loss`` the family's
-    loss: that term. The engine then evaluates the family's loss once for both."""
+    """Optional, in place of a ``loss`` of one's own: a term that is added to the family's loss.
+
+    The engine then evaluates the family's loss once, for what is descended and what is read."""
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw the meta-parameters of its own that meta-training starts from; none by default."""
@@ -53,11 +58,27 @@ class InnerObjective(ABC):
 
     def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
         """Return the scalar that the inner steps descend, on the "train" split."""
-        return family.loss(params, batch)
+        value = family.loss(params, batch)
+        return value if self.penalty is None else value + self.penalty.value(theta, params)
 
     def outer_loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
         """Return the scalar that meta-objectives read, on either split."""
         return family.loss(params, batch)
+
+    @property
+    def descends_task_loss(self) -> bool:
+        """Whether the inner steps descend the family's loss, and the penalty where there is one."""
+        return type(self).loss is InnerObjective.loss
+
+    @property
+    def reads_task_loss(self) -> bool:
+        """Whether the outer loss is the family's."""
+        return type(self).outer_loss is InnerObjective.outer_loss
+
+    @property
+    def is_task_loss(self) -> bool:
+        """Whether both losses are the family's, and nothing else."""
+        return self.descends_task_loss and self.reads_task_loss and self.penalty is None
 
 
 @final

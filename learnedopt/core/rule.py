@@ -34,13 +34,6 @@ class UpdateRule(ABC):
     coordinatewise: bool = False
     """``update`` commutes with permuting coordinates."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Take a shortcut from whoever overrides only the method that it shortens: it would lead elsewhere."""
-        super().__init_subclass__(**kwargs)
-        for method, shortcut in (("update", "step"), ("regularizer", "regularizer_gradient")):
-            if method in cls.__dict__ and shortcut not in cls.__dict__:
-                setattr(cls, shortcut, getattr(UpdateRule, shortcut))
-
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw the meta-parameters that meta-training starts from."""
@@ -53,30 +46,9 @@ class UpdateRule(ABC):
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Return what to ADD to ``params``, and the new state.
 
-        ``grads`` is the gradient of the train loss (plus ``regularizer``, where there is one) at ``params``, ``loss``
-        the scalar train loss there.
+        ``grads`` is the gradient of the inner objective at ``params``, ``loss`` its scalar value there, less its
+        penalty where it has one.
         """
-
-    def regularizer(self, theta: Theta, params: Params) -> Tensor:
-        """Return a scalar, such as a proximal term, whose gradient is added to the loss's."""
-        raise NotImplementedError(f"{type(self).__name__} has no regularizer")
-
-    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
-        """Optional: the gradient of ``regularizer`` at ``params`` in closed form, differentiable once more.
-
-        It spares each inner step a second back-propagation.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no gradient of its regularizer in closed form")
-
-    @property
-    def has_regularizer_gradient(self) -> bool:
-        """Whether ``regularizer_gradient`` is defined; a wrapper answers for the rule that it wraps."""
-        return type(self).regularizer_gradient is not UpdateRule.regularizer_gradient
-
-    @property
-    def has_regularizer(self) -> bool:
-        """Whether ``regularizer`` is defined; a wrapper answers for the rule that it wraps."""
-        return type(self).regularizer is not UpdateRule.regularizer
 
     def step(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor

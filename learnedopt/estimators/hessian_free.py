@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, detach, join
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import Carry, InnerLoop, detach, join
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.linear_solvers import ConjugateGradient
 from learnedopt.estimators.systems import OptimalitySystem
@@ -20,7 +21,7 @@ from learnedopt.estimators.systems import OptimalitySystem
 @final
 @dataclass(frozen=True)
 class HessianFree:
-    """Minimise ``loss + regularizer`` by Newton-CG (Martens 2010; Nocedal and Wright 2006, algorithm 7.1).
+    """Minimise the inner objective by Newton-CG (Martens 2010; Nocedal and Wright 2006, algorithm 7.1).
 
     An ``inner`` solver of ``Implicit``, as iMAML's Hessian-free variant has it (Rajeswaran et al. 2019): each inner
     step is one Newton step, on that step's train batch. Its direction solves ``H d = -gradient`` by Hessian-vector
@@ -37,13 +38,13 @@ class HessianFree:
         max_backtracks: halvings of a step's length, at most.
         decrease: what part of the promised decrease is enough, in (0, 1/2); above that Newton steps are refused.
 
-    The rule gives the start and the regularizer; its ``update`` is not called, and its state stays as it begun.
+    The rule gives the start; its ``update`` is not called, and its state stays as it begun.
 
     Raises:
-        ValueError: the rule has no regularizer, so that its solution need not be a minimum of the loss.
+        ValueError: the inner objective is the family's loss alone, whose minimum theta does not move.
 
     Example:
-        >>> rule = learnedopt.optimizers.make("imaml", template=template, strength=2.0)
+        >>> loop = InnerLoop(family, make("maml", template=template), inner_objective=Proximal(template, 2.0))
         >>> estimator = Implicit(num_steps=5, inner=HessianFree(num_cg_iterations=10))
     """
 
@@ -60,10 +61,10 @@ class HessianFree:
     def __call__(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
         """Return the carry after ``num_steps`` Newton steps, without a graph; a fresh carry is begun first."""
         require_count("num_steps", num_steps)
-        if not loop.rule.has_regularizer:
+        if loop.inner_objective.is_task_loss:
             raise ValueError(
-                f"HessianFree minimises loss + regularizer, but {type(loop.rule).__name__} has no regularizer; use a "
-                "rule that has one, such as imaml, or the rule's own steps"
+                "HessianFree minimises the inner objective, and theta moves no minimum of the family's loss; pass "
+                "one that theta enters, such as inner_objective=Proximal(template, 2.0), or take the rule's steps"
             )
         theta = tree.detach(theta)
         chunks = []
@@ -105,12 +106,14 @@ class HessianFree:
 
 
 def _objective(loop: InnerLoop, theta: Theta, params: Params, batch: tree.Tree) -> Tensor:
-    """Return each task's loss + regularizer (num_tasks,), without a graph."""
+    """Return each task's inner objective (num_tasks,), without a graph."""
     task_map = TaskMap(tree.size(params))
+
+    def loss(theta: Theta, params: Params, batch: tree.Tree) -> Tensor:
+        return loop.inner_objective.loss(theta, loop.family, params, batch)
+
     with torch.no_grad():
-        inside = task_map.unbatch(params)
-        loss = task_map.apply(loop.family.loss, (), inside, task_map.unbatch(batch))
-        return task_map.rebatch(loss + task_map.apply(loop.rule.regularizer, (theta,), inside))
+        return task_map.rebatch(task_map.apply_theta(loss, theta, task_map.unbatch(params), task_map.unbatch(batch)))
 
 
 def _each(numbers: Tensor, like: Tensor) -> Tensor:

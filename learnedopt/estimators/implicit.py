@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout, detach, narrow
 from learnedopt.core.checks import require_count
-from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, call_objective, check_objective, no_path
-from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, Rollout, detach, narrow, solve_inner
+from learnedopt.core.estimator import (
+    Estimate,
+    GradientEstimator,
+    as_leaves,
+    call_objective,
+    check_loop,
+    check_objective,
+    no_path,
+)
+from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.estimators.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
-from learnedopt.estimators.systems import (
-    OptimalitySystem,
-    PublishedSystem,
-    StepMapSystem,
-    System,
-    does_not_move,
-    require_solution_moves,
-)
-from learnedopt.execution import compiled
+from learnedopt.estimators.solution import does_not_move, is_stationary_point, require_solution_moves
+from learnedopt.estimators.systems import OptimalitySystem, PublishedSystem, StepMapSystem, System
 from learnedopt.execution.allocator import keep_freed_memory
+from learnedopt.execution.programs import say_why_not
 
 
 class ConvergenceWarning(UserWarning):
@@ -37,9 +40,10 @@ class ConvergenceWarning(UserWarning):
 class Implicit(GradientEstimator):
     """The gradient of the inner problem's solution (iMAML, Rajeswaran et al. 2019; Bai et al. 2019 for fixed points).
 
-    Where the rule has a regularizer the solution satisfies ``grad(loss + regularizer) = 0``, and with H its Hessian the
-    meta-gradient is ``-u^T d grad(loss + regularizer)/d theta`` with ``H u = d objective/d params``. Otherwise it is
-    the fixed point of the step map ``z -> Phi(z, theta)`` on ``z = (params, state)``, and the meta-gradient is
+    Where theta enters an inner objective L that the rule descends to a stationary point, the solution satisfies
+    ``grad L = 0``, and with H its Hessian the meta-gradient is ``-u^T d grad L/d theta`` with ``H u = d objective/d
+    params``. Otherwise, and where the rule ends at a fixed point that is not stationary (at a bound, say), it is the
+    fixed point of the step map ``z -> Phi(z, theta)`` on ``z = (params, state)``, and the meta-gradient is
     ``u^T d Phi/d theta`` with ``(I - dPhi/dz)^T u = (d objective/d params, 0)``. ``Neumann`` without a step size always
     takes the step map, which has the same solution. Both are taken on the train batch of the last step.
 
@@ -55,8 +59,9 @@ class Implicit(GradientEstimator):
             the start's gradient has ``u + H_loss u / strength``; a biased gradient, for rules with one strength.
 
     ``info`` holds the worst over tasks of ``residual`` (of the linear system, relative), ``iterations`` and
-    ``stationarity``: the norm of grad(loss + regularizer) against its two terms', or the last step's length against the
-    first's.
+    ``stationarity``: the norm of grad L against its two terms' (with a penalty) or that at the start, or the last
+    step's length against the first's; ``zero_gradient``: entries of a learned start that the solution forgets, while
+    others (the body of ``anil``) do move it.
 
     Raises:
         ValueError: the objective reads the losses along the way; a meta-parameter does not move the solution, as a
@@ -89,30 +94,32 @@ class Implicit(GradientEstimator):
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Solve the inner problem without a graph, then one linear system per task."""
         if loop.execution.compile:
-            compiled.say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
+            say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
         keep_freed_memory()
-        fixed = tree.detach(theta)
-        loop.vet(fixed, carry)
-        one = loop.begin(fixed, narrow(carry, 0, 1))
-        leaves = as_leaves(theta)
-        system_type = self._system_type(loop)
+        if loop.execution.compile:
+            say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
+        fixed, leaves = tree.detach(theta), as_leaves(theta)
+        check_loop(loop, theta, carry, second_derivatives=True)
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
-        require_solution_moves(loop, fixed, one, system_type)
+        first = narrow(carry, 0, 1)
+        stationary = self._is_stationary_point(loop, fixed, first)
+        forgotten = require_solution_moves(loop, fixed, first, objective, stationary=stationary)
 
         num_tasks = tree.size(carry.params)
-        total, sums, reports, curves = torch.zeros(()), {}, [], []
+        total, sums, reports, curves, still = torch.zeros(()), {}, [], [], []
         for fresh in loop.split(carry):
             chunk = detach(loop.begin(fixed, fresh))
             weight = tree.size(chunk.params) / num_tasks
             rollout = solve_inner(loop, fixed, chunk, self.num_steps, self.inner)
-            system = system_type(loop, leaves, chunk, rollout.end)
-            value, grads, solution = self._differentiate(loop, leaves, objective, rollout, system)
-            self._refuse_vanishing(loop, system)
+            system = self._system(loop, leaves, chunk, rollout.end, stationary=stationary)
+            value, grads, solution = self._differentiate(loop, leaves, objective, rollout, system, fresh)
+            still.append(self._vanishing(loop, system))
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
             curves.append(weight * rollout.losses.mean(1))
+        self._refuse_vanishing(loop, still)
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
         info = {
             "residual": residual,
@@ -120,21 +127,45 @@ class Implicit(GradientEstimator):
             "stationarity": stationarity,
             "losses": torch.stack(curves).sum(0),
         }
+        if forgotten:
+            info["zero_gradient"] = forgotten
         self._warn(info)
         return Estimate(total, sums, None, info)
 
-    def _system_type(self, loop: InnerLoop) -> type[System]:
+    def _is_stationary_point(self, loop: InnerLoop, theta: Theta, carry: Carry) -> bool:
         if self.operator == "published":
-            if not loop.rule.has_regularizer:
+            if loop.inner_objective.penalty is None:
                 raise ValueError(
-                    f'operator="published" is that of a proximal term, but {type(loop.rule).__name__} has no '
-                    "regularizer; use imaml"
+                    f'operator="published" is that of a proximal term, but {type(loop.inner_objective).__name__} has '
+                    "no penalty; use InnerLoop(..., inner_objective=Proximal(template, strength))"
                 )
-            return PublishedSystem
-        return OptimalitySystem if loop.rule.has_regularizer and not self.solver.on_step_map else StepMapSystem
+            return True
+        if self.solver.on_step_map:
+            return False
+        return loop.cache.remember("rests", lambda: is_stationary_point(loop, theta, loop.begin(theta, carry)))
+
+    def _system(self, loop: InnerLoop, leaves: Theta, start: Carry, end: Carry, *, stationary: bool) -> System:
+        """Return the system of what the end solves.
+
+        A rule that descends may end where the gradient is not zero: at a bound, or where part of the parameters is not
+        moved. Then the end is a fixed point of the step map alone.
+        """
+        if self.operator == "published":
+            return PublishedSystem(loop, leaves, start, end)
+        if not stationary:
+            return StepMapSystem(loop, leaves, start, end)
+        system = OptimalitySystem(loop, leaves, start, end)
+        if self.inner is None and not self._converged(system):
+            fixed_point = StepMapSystem(loop, leaves, start, end)
+            if self._converged(fixed_point):
+                return fixed_point
+        return system
+
+    def _converged(self, system: System) -> bool:
+        return bool((system.stationarity() <= self.tolerance).all())
 
     def _differentiate(
-        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, rollout: Rollout, system: System
+        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, rollout: Rollout, system: System, fresh: Carry
     ) -> tuple[Tensor, Theta, Solution]:
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in system.end.params.items()}
@@ -147,33 +178,35 @@ class Implicit(GradientEstimator):
         if all(g is None for g in found[: len(params)]):
             name = getattr(objective, "__name__", type(objective).__name__)
             raise ValueError(no_path(sorted(leaves), f"the solution, which the objective {name} does not read"))
-        pulls = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
-        rhs = system.right_hand_side(pulls[: len(params)])
+        cotangents = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+        of_params, direct = cotangents[: len(params)], cotangents[len(params) :]
+        rhs = system.right_hand_side(of_params)
         if self.solver.needs_symmetry and not system.symmetric:  # each time: it depends on theta
-            skew = float(asymmetry(system.operator, rhs).max())
-            if skew > torch.finfo(rhs.dtype).eps ** 0.5:
-                raise ValueError(
-                    f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and "
-                    f"<b, M a> differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
-                )
+            _require_symmetry(system, rhs)
         # The objective is a mean over the chunk's tasks, so the systems' right-hand sides carry that factor already.
         solution = self.solver.solve(system.operator, rhs)
-        direct = pulls[len(params) :]
-        return (
-            value.detach(),
-            {k: d + g for (k, g), d in zip(system.pull_back(solution.x).items(), direct, strict=True)},
-            solution,
-        )
+        grads = {k: d + g for (k, g), d in zip(system.pull_back(solution.x).items(), direct, strict=True)}
+        of_start = system.of_start(solution.x, of_params)
+        if of_start is not None and fresh.state is None:
+            for k, g in _through_start(loop, leaves, fresh, of_start).items():
+                grads[k] = grads[k] + g
+        return value.detach(), grads, solution
 
-    def _refuse_vanishing(self, loop: InnerLoop, system: System) -> None:
-        """Check once, at the first solution that has converged: of any other point nothing can be said."""
-        if "vanishing" in loop.vetted or not float(system.stationarity().max()) <= self.tolerance:
+    def _vanishing(self, loop: InnerLoop, system: System) -> set[str] | None:
+        """Return what does not move a chunk's solution; None where it has not converged: nothing is known then."""
+        if "vanishing" in loop.cache or not self._converged(system):
+            return None
+        return set(system.vanishing())
+
+    def _refuse_vanishing(self, loop: InnerLoop, still: list[set[str] | None]) -> None:
+        """Judge once, over the whole meta-batch: what moves the solution of one task alone does move solutions."""
+        judged = [names for names in still if names is not None]
+        if len(judged) < len(still):
             return
-        still = system.vanishing()
-        if still:
+        everywhere = loop.cache.put("vanishing", set.intersection(*judged))
+        if everywhere:
             why = "its effect on a step vanishes with the step, within the stationarity error"
-            raise ValueError(does_not_move(still, why))
-        loop.vetted["vanishing"] = True
+            raise ValueError(does_not_move(sorted(everywhere), why))
 
     def _warn(self, info: dict[str, Any]) -> None:
         if not info["stationarity"] <= self.tolerance:
@@ -185,3 +218,24 @@ class Implicit(GradientEstimator):
                 ConvergenceWarning,
                 stacklevel=3,
             )
+
+
+def _require_symmetry(system: System, rhs: Tensor) -> None:
+    skew = float(asymmetry(system.operator, rhs).max())
+    if skew > torch.finfo(rhs.dtype).eps ** 0.5:
+        raise ValueError(
+            f"conjugate gradient needs a symmetric system, but this rule's step map is not: <a, M b> and <b, M a> "
+            f"differ by {skew:.1e}, relative; use GMRES(...) or Neumann(...)"
+        )
+
+
+def _through_start(loop: InnerLoop, leaves: Theta, fresh: Carry, cotangents: list[Tensor]) -> Theta:
+    """Return the gradient of theta through the starting parameters of a chunk of tasks."""
+    with torch.enable_grad():
+        start = loop.begin(leaves, fresh).params
+    pairs = [(p, c) for p, c in zip(start.values(), cotangents, strict=True) if p.requires_grad]
+    if not pairs:
+        return {}
+    outputs, given = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+    return {k: g for k, g in zip(leaves, found, strict=True) if g is not None}

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Tape
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
-from learnedopt.core.inner import Tape
-from learnedopt.core.inner_objective import InnerObjective
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
-from learnedopt.evaluation.loops import make_loop
 
 _SMALL = 1000  # parameters of a task, up to which tasks run together
 _TOGETHER = 50_000  # parameters that run together: a rule's states for them stay near the cache
@@ -86,7 +86,7 @@ def measure(
     inner_objective: InnerObjective | None = None,
 ) -> Outcome:
     """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``."""
-    loop = make_loop(family, rule, execution, inner_objective)
+    loop = InnerLoop(family, rule, execution, inner_objective or TaskLoss())
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
-from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, Rollout, solve_inner
-from learnedopt.core.inner_objective import InnerObjective
+from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.evaluation.comparison import Summary, align, summarise, write_text
-from learnedopt.evaluation.loops import make_loop
 from learnedopt.evaluation.plots import plot_adaptation
 
 LOSS, ACCURACY = "loss", "accuracy"
@@ -117,7 +117,7 @@ def adapt(
     require_count("num_steps", num_steps, least=1 if inner else 0)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     require_count("chunk", chunk, least=1)
-    loop = make_loop(family, rule, execution or Execution(), inner_objective)
+    loop = InnerLoop(family, rule, execution or Execution(), inner_objective or TaskLoss())
     theta = tree.to(tree.detach(theta), loop.execution.device, loop.execution.dtype)
     tasks = sample_fixed(family, num_tasks, seed)
     pieces = [

@@ -13,24 +13,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from learnedopt.core import inner, tree
+from learnedopt.core import carry as carries
+from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import call_objective
 from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import Carry, InnerLoop, Rollout, Tape
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.execution import compiled, flat_state
+from learnedopt.execution.adjoint import Adjoint, ChunkGradient
 from learnedopt.execution.flat_state import NAME, Axes
 
 logger = logging.getLogger("learnedopt")
 
-PIECE = 16384  # coordinates, of all tasks together, whose graph is held at a time
+COORDINATES_AT_A_TIME = 16384  # coordinates, of all tasks together, whose graph is held at a time
 
 
 class Window(NamedTuple):
@@ -46,22 +50,22 @@ def reason_against(loop: InnerLoop, theta: Theta, params: Params, tape: Tape) ->
     """Return why the coordinatewise adjoint does not apply to this loop, or None where it does; found out once."""
     if tape is not Tape.FIRST_ORDER:
         return "the tape is not FIRST_ORDER"
-    if "coordinatewise" not in loop.vetted:
-        loop.vetted["coordinatewise"] = _reason(loop.rule, tree.detach(theta), params)
-        found = loop.vetted["coordinatewise"]
+    if "coordinatewise" not in loop.cache:
+        found = loop.cache.put("coordinatewise", _reason(loop, tree.detach(theta), params))
         logger.info(
             "meta-gradients of %s by %s",
             type(loop.rule).__name__,
             "the coordinatewise adjoint" if found is None else f"the plain unroll, because {found}",
         )
-    return loop.vetted["coordinatewise"]
+    return loop.cache.get("coordinatewise")
 
 
-def _reason(rule: UpdateRule, theta: Theta, params: Params) -> str | None:
+def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
+    rule, theta = loop.rule, loop.rule_theta(theta)
     if not rule.coordinatewise:
         return "the rule is not coordinatewise"
-    if rule.has_regularizer:
-        return "the rule has a regularizer, whose pull depends on the parameters"
+    if not loop.inner_objective.is_task_loss:
+        return "the inner objective is not the task's loss alone"
     first = next(iter(params.values()))
     if any(p.dtype != first.dtype for p in params.values()):
         return "the parameters are of several dtypes"
@@ -98,30 +102,34 @@ def _separable(rule: UpdateRule, theta: Theta, grads: Params, at: Params) -> boo
     return bool(torch.allclose(whole, part, rtol=1e-4, atol=0, equal_nan=True))
 
 
-def back_propagate(
-    loop: InnerLoop, theta: Theta, objective: MetaObjective, chunk: Carry, num_steps: int, weight: float
-) -> tuple[Tensor, list[Tensor | None], Carry, bool, Tensor]:
-    """Return ``weight`` times the objective of a chunk of tasks, and its gradient, without a graph of the inner loop.
+@final
+@dataclass(frozen=True)
+class Coordinatewise(Adjoint):
+    """Go back through a window of steps without a graph of the inner loop; the loop has no ``reason_against``."""
 
-    Args:
-        loop: whose rule has no ``reason_against``.
-        theta: leaves.
-        objective: of the losses and the end.
-        chunk: begun or fresh.
-        num_steps: of the window.
-        weight: the chunk's share of all tasks.
+    num_steps: int
 
-    Returns:
-        The value; one gradient for each of theta's leaves, None where nothing reaches it; the carry to go on from;
-        whether the objective named that carry itself; the losses (num_steps, num_tasks).
-    """
+    def differentiate(
+        self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, chunk: Carry, weight: float | Tensor
+    ) -> ChunkGradient:
+        """Run the window, differentiate the objective of its losses and end, and go back through the rule."""
+        return _differentiate(loop, leaves, objective, chunk, self.num_steps, weight)
+
+    def example(self, carry: Carry) -> Carry:
+        """All coordinates go the same ways: two of them show which there are."""
+        return carry._replace(params={NAME: next(iter(carry.params.values())).new_zeros(1, 2)})
+
+
+def _differentiate(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, chunk: Carry, num_steps: int, weight: float | Tensor
+) -> ChunkGradient:
     rule, fixed = loop.rule, tree.detach(theta)
     with torch.enable_grad():
         begun = loop.begin(theta, chunk)  # a first state may depend on theta
         like, axes = flat_state.pattern(rule, fixed, next(iter(begun.params.values())))
-        memory = Memory(like, axes, begun)
+        memory = WindowState(like, axes, begun)
         first = memory.enter(begun.state)
-    window = _run(loop, fixed, inner.detach(begun), tree.detach(first), memory, num_steps)
+    window = _run(loop, fixed, carries.detach(begun), tree.detach(first), memory, num_steps)
     leaves = list(theta.values())
 
     with torch.enable_grad():
@@ -147,11 +155,11 @@ def back_propagate(
         d_end = None if cotangent_state is None else memory.enter(cotangent_state)
         d_theta = _pull_back(rule, theta, window.grads, first, cotangents, d_end, axes)
         grads = [d if g is None else g if d is None else g + d for g, d in zip(direct, d_theta, strict=True)]
-    carry = inner.detach(onward if onward is not None else window.end)
-    return value.detach(), grads, carry, onward is not None, window.losses
+    end = carries.detach(onward if onward is not None else window.end)
+    return ChunkGradient(value.detach(), grads, end, onward is not None, window.losses)
 
 
-class Memory:
+class WindowState:
     """How a rule's state is held during a window: flat, and of all tasks as one where no part of it is a task's own."""
 
     def __init__(self, like: State, axes: Axes, begun: Carry) -> None:
@@ -171,16 +179,17 @@ class Memory:
         return flat_state.restore(self.like, flat, self.begun.state, self.begun.params)
 
 
-def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Memory, num_steps: int) -> Window:
+def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: WindowState, num_steps: int) -> Window:
     task_map, like = TaskMap(memory.num_tasks), list(start.params.values())
     params, state = task_map.unbatch(start.params), tree.tree_map(torch.clone, memory.task_map.unbatch(first))
     x, losses, grads = tree.ravel(like), [], []
     for step in range(start.step, start.step + num_steps):
         batch = task_map.unbatch(loop.batch(start.tasks, step, "train"))
         if loop.execution.compile:
-            loss, slopes = compiled.gradient(loop, task_map, params, batch)
+            loss, slopes = compiled.step_gradient(loop, task_map, params, batch)
         else:
-            loss, slopes, _ = loop.gradient(task_map, theta, params, batch, Tape.NONE)
+            found = loop.gradient(task_map, theta, params, batch, Tape.NONE)
+            loss, slopes = found.loss, found.grads
         grads.append(tree.ravel(list(task_map.rebatch(slopes).values())))
         losses.append(task_map.rebatch(loss))
         with torch.no_grad():
@@ -194,7 +203,7 @@ def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Memo
     return Window(start, end, torch.stack(losses), torch.stack(grads))
 
 
-def _shape(memory: Memory, x: Tensor) -> tuple[int, ...]:
+def _shape(memory: WindowState, x: Tensor) -> tuple[int, ...]:
     return (x.numel(),) if memory.joined else (x.shape[1],)
 
 
@@ -254,17 +263,17 @@ def _pull_back(
     fixed, start = tree.detach(theta), tree.detach(first)
     learned = any(x.requires_grad for x in tree.leaves(first))
     served = rule.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
-    d_theta, d_start = served or _by_pieces(rule, fixed, grads, start, cotangents, end, axes)
+    d_theta, d_start = served or _by_slices(rule, fixed, grads, start, cotangents, end, axes)
     pulled: list[Tensor | None] = [d_theta[k] for k in theta]
     if learned:
         pairs = zip(tree.leaves(first), tree.leaves(d_start), strict=True)
-        outputs, pulls = zip(*[(x, d) for x, d in pairs if x.requires_grad], strict=True)
-        through = torch.autograd.grad(outputs, list(theta.values()), pulls, allow_unused=True)
+        outputs, of_start = zip(*[(x, d) for x, d in pairs if x.requires_grad], strict=True)
+        through = torch.autograd.grad(outputs, list(theta.values()), of_start, allow_unused=True)
         pulled = [g if s is None else s if g is None else g + s for g, s in zip(pulled, through, strict=True)]
     return pulled
 
 
-def _by_pieces(
+def _by_slices(
     rule: UpdateRule, theta: Theta, grads: Tensor, start: State, cotangents: Tensor, end: State | None, axes: Axes
 ) -> tuple[dict[str, Tensor | None], State]:
     """Back-propagate through ``rule.update`` over pieces of the coordinates."""
@@ -272,19 +281,19 @@ def _by_pieces(
     leaves = {k: v.requires_grad_() for k, v in tree.detach(theta).items()}
     totals: dict[str, Tensor | None] = dict.fromkeys(theta)
     d_start = tree.tree_map(torch.zeros_like, start)
-    task_map, size = TaskMap(num_tasks), max(1, PIECE // num_tasks)
+    task_map, size = TaskMap(num_tasks), max(1, COORDINATES_AT_A_TIME // num_tasks)
     for low in range(0, num_coordinates, size):
-        piece = slice(low, low + size)
+        part = slice(low, low + size)
         with torch.enable_grad():
-            begun = _leaves_of(flat_state.piece(start, axes, piece))
-            state, params = task_map.unbatch(begun), task_map.unbatch({NAME: torch.zeros_like(grads[0, :, piece])})
+            begun = _leaves_of(flat_state.coordinates(start, axes, part))
+            state, params = task_map.unbatch(begun), task_map.unbatch({NAME: torch.zeros_like(grads[0, :, part])})
             loss, total = task_map.unbatch(grads.new_ones(num_tasks)), grads.new_zeros(())
-            for g, cotangent in zip(grads[:, :, piece], cotangents[:, :, piece], strict=True):
+            for g, cotangent in zip(grads[:, :, part], cotangents[:, :, part], strict=True):
                 deltas, state = task_map.apply(rule.update, (leaves,), task_map.unbatch({NAME: g}), state, params, loss)
                 total = total + (task_map.rebatch(deltas)[NAME] * cotangent).sum()
             if end is not None:
                 last = task_map.rebatch(state)
-                total = total + _paired(last, flat_state.piece(end, axes, piece), axes, first=low == 0)
+                total = total + _paired(last, flat_state.coordinates(end, axes, part), axes, first=low == 0)
         sources = [x for x in tree.leaves(begun) if x.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(leaves) + len(sources))
         if total.requires_grad:
@@ -292,11 +301,11 @@ def _by_pieces(
         for k, g in zip(leaves, found, strict=False):
             before = totals[k]
             totals[k] = g if before is None else before if g is None else before + g
-        pulls = iter(found[len(leaves) :])
-        for x, target in zip(tree.leaves(begun), tree.leaves(flat_state.piece(d_start, axes, piece)), strict=True):
-            pull = next(pulls) if x.requires_grad else None
-            if pull is not None:
-                target.add_(pull)
+        given = iter(found[len(leaves) :])
+        for x, target in zip(tree.leaves(begun), tree.leaves(flat_state.coordinates(d_start, axes, part)), strict=True):
+            cotangent = next(given) if x.requires_grad else None
+            if cotangent is not None:
+                target.add_(cotangent)
     return totals, d_start
 
 

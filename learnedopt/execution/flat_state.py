@@ -85,7 +85,7 @@ def part_tasks(state: State, axes: Axes, num_tasks: int) -> State:
     return rebuild(parted)
 
 
-def piece(state: State, axes: Axes, which: slice) -> State:
+def coordinates(state: State, axes: Axes, which: slice) -> State:
     """Return some coordinates of a flat batched state (views); what belongs to no coordinate stays whole."""
     leaves, rebuild = tree.flatten(state)
     cut = [

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnedopt.core import inner, tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.estimator import GradientEstimator, check_objective, check_paths
-from learnedopt.core.inner import Carry, InnerLoop
+from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.execution import coordinatewise

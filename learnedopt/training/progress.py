@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.files import write_atomically
-from learnedopt.core.inner import Carry
 from learnedopt.core.tree import Theta
 
 FORMAT = "learnedopt-training-1"
 _COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
 _ADVICE = "choose another checkpoint path, or remove the file to start anew"
+_RENAMED = {("rule", "IMAML"): "LearnedInit"}
+"""What ``run`` said until version 0.1, where the proximal term was the rule's: its theta and its state are the same."""
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
 
 
@@ -78,9 +80,10 @@ def load_progress(
     saved, here = ({k: (tuple(v.shape), v.dtype) for k, v in t.items()} for t in (content["theta"], theta))
     if saved != here:
         raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
-    if content["run"] != run:
-        differing = [k for k in run if content["run"].get(k) != run[k]]
-        told = ", ".join(f"{k} {content['run'].get(k)!r} instead of {run[k]!r}" for k in differing)
+    written = {k: _RENAMED.get((k, v), v) for k, v in content["run"].items()}
+    if written != run:
+        differing = [k for k in run if written.get(k) != run[k]]
+        told = ", ".join(f"{k} {written.get(k)!r} instead of {run[k]!r}" for k in differing)
         raise ValueError(f"{path} was written for another training, with {told}; {_ADVICE}")
     carry = None if content["carry"] is None else _restore_carry(path, content["carry"], like())
     with torch.no_grad():

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.checks import require_count
 from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, call_objective, check_objective
-from learnedopt.core.inner import Carry, InnerLoop, InnerSolver, solve_inner
+from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training.progress import Progress, load_progress, require_loadable, save_progress
@@ -174,7 +175,7 @@ class MetaTrainer:
         self.tracker = tracker if isinstance(tracker, Trackers) else Trackers([tracker or NullTracker()])
         theta = self.options.theta
         if theta is None:
-            theta = loop.rule.init_theta(torch.Generator().manual_seed(self.options.seed))
+            theta = loop.init_theta(torch.Generator().manual_seed(self.options.seed))
         self.theta: Theta = as_leaves(
             {k: v.detach().clone().to(loop.execution.device or v.device) for k, v in theta.items()}
         )

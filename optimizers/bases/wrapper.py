@@ -36,16 +36,6 @@ class Wrapper(UpdateRule):
         """Whether the wrapped rule is."""
         return self.rule.coordinatewise
 
-    @property
-    def has_regularizer(self) -> bool:
-        """Whether the wrapped rule has one."""
-        return self.rule.has_regularizer
-
-    @property
-    def has_regularizer_gradient(self) -> bool:
-        """Whether the wrapped rule has one, and the wrapper leaves it as it is."""
-        return super().has_regularizer_gradient and self.rule.has_regularizer_gradient
-
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the wrapped rule's theta under the prefix."""
         return prefixed("rule", self.rule.init_theta(generator))
@@ -63,14 +53,6 @@ class Wrapper(UpdateRule):
     ) -> tuple[Params, State] | None:
         """Step as the wrapped rule does."""
         return self.rule.step(unprefixed("rule", theta), grads, state, params, loss)
-
-    def regularizer(self, theta: Theta, params: Params) -> Tensor:
-        """Return the wrapped rule's regularizer."""
-        return self.rule.regularizer(unprefixed("rule", theta), params)
-
-    def regularizer_gradient(self, theta: Theta, params: Params) -> Params:
-        """Return the gradient of the wrapped rule's regularizer."""
-        return self.rule.regularizer_gradient(unprefixed("rule", theta), params)
 
 
 def prefixed(prefix: str, theta: Theta) -> Theta:

@@ -1,0 +1,46 @@
+"""The registry of inner objectives: name -> inner objective, and inner objective <-> configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.registry import Registry
+from learnedopt.core.tree import Params
+
+_TABLE = {
+    "proximal": "proximal:Proximal",
+    "l2": "l2:L2",
+    "weighted-examples": "weighted_examples:WeightedExamples",
+    "learned-loss": "learned_loss:LearnedLoss",
+}
+"""name -> module in this package:class; imported when first made."""
+
+INNER_OBJECTIVES = Registry(
+    InnerObjective,
+    "inner objective",
+    "inner objectives",
+    "learnedopt.inner_objectives",
+    _TABLE,
+    templated=True,
+    registered={"task-loss": TaskLoss},  # the default, which lies in the core
+)
+names, register, make = INNER_OBJECTIVES.names, INNER_OBJECTIVES.register, INNER_OBJECTIVES.make
+describe, build = INNER_OBJECTIVES.describe, INNER_OBJECTIVES.build
+
+
+def example(name: str, template: Params, num_examples: int, num_outputs: int) -> InnerObjective:
+    """Make the named inner objective with options that have no default filled in: what tests walk over.
+
+    Args:
+        name: one of ``names()``.
+        template: one task's parameters.
+        num_examples: the size of the training set.
+        num_outputs: of the family's model for one example.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "l2": {"strength": 0.5},
+        "weighted-examples": {"num_examples": num_examples},
+        "learned-loss": {"num_outputs": num_outputs},
+    }
+    return make(name, template=template, **options.get(name, {}))
