@@ -284,8 +284,8 @@ def test_bad_wandb_mode_in_the_environment(
 @pytest.mark.parametrize(
     ("assignments", "told"),
     [
-        (["rule=sgd", "rule.learn=()"], "this rule has no meta-parameters"),
-        (["estimator=Implicit", "rule=imaml"], "SumOfLosses reads the losses along the way"),
+        (["rule=sgd", "rule.learn=()"], "neither rule nor inner objective has meta-parameters"),
+        (["estimator=Implicit", "rule=maml", "inner_objective=proximal"], "SumOfLosses reads the losses along the way"),
         (["estimator=Unrolled", "estimator.num_steps=0"], "have no path to the objective"),
         (["validation.objective=BootstrappedTarget"], "needs validation.objective.num_target_steps"),
     ],
