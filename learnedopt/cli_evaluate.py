@@ -81,8 +81,7 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     fresh, others = _families(arguments.family, _settings(arguments.set))
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     comparison = compare(
-        {label: (learned.rule, learned.theta)}, fresh, tuning_family=others,
-        inner_objectives={label: learned.inner_objective},
+        {label: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
         num_steps=100 if arguments.steps is None else arguments.steps,
         num_tasks=100 if arguments.tasks is None else arguments.tasks,
         num_tuning_tasks=arguments.tuning_tasks, seed=arguments.seed, tune_for=arguments.tune_for or "final_loss",

@@ -155,9 +155,8 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
     options = recipe.family.options
     fresh, others = (tasks.make(recipe.family.name, **{**options, "meta_split": split}) for split in ("test", "train"))
     comparison = evaluate.compare(
-        {recipe.name: (learned.rule, learned.theta)}, fresh, tuning_family=others,
-        num_steps=recipe.validation.num_steps, num_tasks=500,
-        inner_objectives={recipe.name: learned.inner_objective}, report=lambda line: print(line, flush=True),
+        {recipe.name: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
+        num_steps=recipe.validation.num_steps, num_tasks=500, report=lambda line: print(line, flush=True),
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")

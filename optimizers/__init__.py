@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.clip import Clip
-    from learnedopt.optimizers.imaml import IMAML
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
@@ -28,7 +27,6 @@ _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
     "Clip": "clip",
-    "IMAML": "imaml",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
@@ -51,7 +49,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "ANIL",
-    "IMAML",
     "LSTM",
     "SGD",
     "Adam",

@@ -284,8 +284,8 @@ def test_measure_casts_theta_to_the_dtype_of_the_execution() -> None:
     rule = optimizers.make("sgd", lr=0.01)
     family, execution = Bowls(), Execution(dtype=torch.float32)
     tasks = family.sample(2, torch.Generator().manual_seed(3))
-    outcome = measure(rule, rule.init_theta(torch.Generator()), family, tasks, 5, execution)
-    exact = measure(rule, rule.init_theta(torch.Generator()), family, tasks, 5, Execution())
+    outcome = measure((rule, rule.init_theta(torch.Generator())), family, tasks, 5, execution)
+    exact = measure((rule, rule.init_theta(torch.Generator())), family, tasks, 5, Execution())
     assert outcome.curve.dtype == torch.float64
     assert not torch.equal(outcome.curve, exact.curve)
     torch.testing.assert_close(outcome.curve, exact.curve, rtol=1e-4, atol=0)

@@ -63,7 +63,7 @@ class InnerLoop:
     family: TaskFamily
     rule: UpdateRule
     execution: Execution = Execution()
-    inner_objective: InnerObjective = field(default_factory=TaskLoss)
+    inner_objective: InnerObjective = TaskLoss()
     horizon: int | None = None
     cache: Cache = field(default_factory=Cache, repr=False)
 

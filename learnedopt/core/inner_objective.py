@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -83,5 +84,6 @@ class InnerObjective(ABC):  # noqa: B024 - both losses have a default
 
 
 @final
+@dataclass(frozen=True)
 class TaskLoss(InnerObjective):
     """The family's own loss, inside and outside."""

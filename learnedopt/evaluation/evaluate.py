@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from learnedopt.core.carry import Tape
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
@@ -76,17 +76,14 @@ BASELINES: Mapping[str, Baseline] = {
 """Momentum 0.9; everything else but the learning rate as in ``torch.optim``."""
 
 
-def measure(
-    rule: UpdateRule,
-    theta: Theta,
-    family: TaskFamily,
-    tasks: Tasks,
-    num_steps: int,
-    execution: Execution,
-    inner_objective: InnerObjective | None = None,
-) -> Outcome:
-    """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``."""
-    loop = InnerLoop(family, rule, execution, inner_objective or TaskLoss())
+Candidate: TypeAlias = "tuple[UpdateRule, Theta] | tuple[UpdateRule, Theta, InnerObjective]"
+"""A rule, its theta and, where that is not the task's loss, the inner objective whose theta is in it too."""
+
+
+def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution) -> Outcome:
+    """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``; losses are the outer ones."""
+    rule, theta, *objective = candidate
+    loop = InnerLoop(family, rule, execution, *objective)
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {
@@ -132,7 +129,7 @@ def tune(score: Callable[[float], float], rates: tuple[float, ...]) -> Tuning:
 
 
 def compare(
-    candidates: Mapping[str, tuple[UpdateRule, Theta]],
+    candidates: Mapping[str, Candidate],
     family: TaskFamily,
     *,
     tuning_family: TaskFamily | None = None,
@@ -143,13 +140,12 @@ def compare(
     baselines: Mapping[str, Baseline] = BASELINES,
     tune_for: Measure = "final_loss",
     execution: Execution | None = None,
-    inner_objectives: Mapping[str, InnerObjective] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Run candidates and tuned baselines on the same fresh tasks.
 
     Args:
-        candidates: label -> rule and theta.
+        candidates: label -> rule and theta, and the inner objective where that is not the task's loss.
         family: where the fresh tasks come from, such as a family with ``meta_split="test"``.
         tuning_family: where the baselines' tuning tasks come from, such as the same with ``meta_split="train"``; by
             default the family itself. Seeds differ between the two in any case.
@@ -161,8 +157,6 @@ def compare(
         tune_for: the measure whose mean over the tuning tasks chooses a learning rate.
         execution: how tasks are run; by default together, in chunks, where a task has at most 1,000 parameters, and
             as the engine likes it above.
-        inner_objectives: label -> what that candidate's inner steps descend, its meta-parameters in the candidate's
-            theta; the task's loss for the others.
         report: is told, in one line each, what goes on.
 
     Raises:
@@ -176,25 +170,24 @@ def compare(
         >>> print(comparison.markdown())
     """
     _check(candidates, baselines, num_steps, num_tasks, tune_for)
-    descended = inner_objectives or {}
     fresh = _sample(family, num_tasks, "fresh", seed)
     execution = execution or _fitting_execution(family, fresh)
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
-    for label, (rule, theta) in candidates.items():  # one that does not fit is refused before anything is run
-        measure(rule, theta, family, tree.narrow(fresh, 0, 1), 0, execution, descended.get(label))
+    for candidate in candidates.values():  # one that does not fit is refused before anything is run
+        measure(candidate, family, tree.narrow(fresh, 0, 1), 0, execution)
     outcomes = {}
-    for label, (rule, theta) in candidates.items():
+    for label, candidate in candidates.items():
         report(f"Running {label} on {num_tasks} tasks")
-        outcomes[label] = measure(rule, theta, family, fresh, num_steps, execution, descended.get(label))
+        outcomes[label] = measure(candidate, family, fresh, num_steps, execution)
     others_family = tuning_family or family
     others = _sample(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
         report(f"Tuning {label} on {num_tuning_tasks} other tasks")
         tuning = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
         report(f"Running {label} at learning rate {tuning.rate:.3g} on {num_tasks} tasks")
-        outcome = measure(*baseline.make(tuning.rate), family, fresh, num_steps, execution)
+        outcome = measure(baseline.make(tuning.rate), family, fresh, num_steps, execution)
         outcomes[label] = replace(outcome, tuning=tuning)
     settings = {
         "num_steps": num_steps, "num_tasks": num_tasks, "num_tuning_tasks": num_tuning_tasks, "seed": seed,
@@ -230,7 +223,7 @@ def _tune(
     label: str, baseline: Baseline, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
 ) -> Tuning:
     def score(rate: float) -> float:
-        return float(measure(*baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
+        return float(measure(baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
 
     try:
         tuning = tune(score, baseline.rates)

@@ -86,9 +86,9 @@ def adapt(
     num_tasks: int = 600,
     *,
     seed: int = 0,
+    inner_objective: InnerObjective = TaskLoss(),
     inner: InnerSolver | None = None,
     execution: Execution | None = None,
-    inner_objective: InnerObjective | None = None,
     chunk: int = 100,
 ) -> Adaptation:
     """Adapt to each of ``num_tasks`` fixed tasks, and measure after 0, 1, ..., ``num_steps`` steps.
@@ -100,10 +100,10 @@ def adapt(
         num_steps: inner steps; they may be more or fewer than in meta-training.
         num_tasks: at least 2.
         seed: of the tasks, see ``sample_fixed``.
+        inner_objective: what the steps descend; its own meta-parameters are in ``theta``.
         inner: solves the inner problem in place of the rule's own steps, such as ``HessianFree``; then only the start
             and the end are measured.
         execution: how tasks are run.
-        inner_objective: what the steps descend, its meta-parameters in ``theta``; by default the task's loss.
         chunk: tasks held in memory at a time; it does not change the result.
 
     Raises:
@@ -117,7 +117,7 @@ def adapt(
     require_count("num_steps", num_steps, least=1 if inner else 0)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     require_count("chunk", chunk, least=1)
-    loop = InnerLoop(family, rule, execution or Execution(), inner_objective or TaskLoss())
+    loop = InnerLoop(family, rule, execution or Execution(), inner_objective)
     theta = tree.to(tree.detach(theta), loop.execution.device, loop.execution.dtype)
     tasks = sample_fixed(family, num_tasks, seed)
     pieces = [
