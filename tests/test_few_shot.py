@@ -31,6 +31,7 @@ from learnedopt import (
     optimizers,
     tasks,
 )
+from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import recorded_solver
 from learnedopt.core.objective import BootstrappedTarget
 from learnedopt.core.registry import Choice
@@ -341,7 +342,8 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
 ) -> None:
     solver = HessianFree(2)
     run = train(
-        tmp_path, "newton", rule=Choice("imaml", {"strength": 0.5}), num_meta_steps=2,
+        tmp_path, "newton", rule=Choice("maml", {"lr": 0.1}), num_meta_steps=2,
+        inner_objective=Choice("proximal", {"strength": 0.5, "learn": True}),
         estimator=Implicit(2, inner=solver, tolerance=math.inf),
     )  # fmt: skip
     out = ["--out", str(tmp_path / "out")]
@@ -349,9 +351,13 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     assert f"by {solver}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "few_shot.json").read_text("utf-8"))
     assert saved["settings"]["inner"] == {"newton": str(solver)}
-    rule, theta = learnedopt.load(run)
+    rule, objective, theta, _ = load_checkpoint(run)
+    assert "strength" in theta
     family = Clusters(shots=2, meta_split="test")
-    by = {inner: adapt(rule, theta, family, 2, 9, inner=inner).values[LOSS][-1] for inner in (None, solver)}
+    by = {
+        inner: adapt(rule, theta, family, 2, 9, inner=inner, inner_objective=objective).values[LOSS][-1]
+        for inner in (None, solver)
+    }
     assert saved["methods"]["newton"]["measures"][LOSS][-1]["mean"] == pytest.approx(float(by[solver].mean()))
     assert float((by[solver] - by[None]).abs().max()) > 1e-3
     assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
