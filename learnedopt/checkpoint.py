@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from learnedopt.config import split_imaml
+from learnedopt.core.checks import joined_theta
 from learnedopt.core.files import write_atomically, write_json
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import UpdateRule
@@ -172,13 +173,8 @@ def _find(path_or_name: str | Path) -> Path:
 
 
 def _expected(rule: UpdateRule, inner_objective: InnerObjective | None = None) -> dict[str, torch.Size]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        k: v.shape
-        for owner in (rule, inner_objective)
-        if owner is not None
-        for k, v in owner.init_theta(generator).items()
-    }
+    theta = joined_theta(rule, inner_objective or TaskLoss(), torch.Generator().manual_seed(0))
+    return {k: v.shape for k, v in theta.items()}
 
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: InnerObjective | None = None) -> None:

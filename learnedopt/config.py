@@ -130,9 +130,10 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     if not whole:
         return _changed(before, below, f"{path}.", kinds)
     text = whole[-1]
-    if isinstance(before, Choice) or Choice in typing.get_args(hint):
-        optional = type(None) in typing.get_args(hint) and read_value(text) is None
-        return _changed(None if optional else Choice(text), below, f"{path}.", kinds)
+    if hint is Choice or Choice in typing.get_args(hint):
+        if read_value(text) is None and hint is Choice:
+            raise ValueError(f"{path}={text!r} names nothing, and the setting needs a name")
+        return _changed(None if read_value(text) is None else Choice(text), below, f"{path}.", kinds)
     group = next((group for group in kinds if type(before) in group), None)
     if group is None:
         return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
