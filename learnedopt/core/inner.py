@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +16,10 @@ from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution, TaskMap
 from learnedopt.core.inner_gradient import StepGradient, step_gradient
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def outside_inference_mode(method: Method) -> Method:
-    """Run a method with ordinary tensors: those of ``torch.inference_mode()`` cannot be differentiated again."""
-
-    @functools.wraps(method)
-    def run(*args: Any, **options: Any) -> Any:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **options)
-        with torch.inference_mode(False):
-            ordinary = tree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, args)
-            return method(*ordinary, **options)
-
-    return run  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +114,16 @@ class InnerLoop:
         """
         require_count("num_steps", num_steps)
         theta = tree.detach(theta) if tape is Tape.NONE else theta
-        carry = self.begin(theta, carry, theta_per_task)
-        pieces = []
-        for bounds in self._bounds(carry.params):
-            own = tree.narrow(theta, *bounds) if theta_per_task else theta
-            pieces.append(self._run_chunk(own, narrow(carry, *bounds), num_steps, tape, theta_per_task))
-        params, state = tree.concatenate([piece[:2] for piece in pieces])
-        start = detach(carry) if tape is Tape.NONE else carry
-        end = Carry(carry.tasks, params, state, carry.step + num_steps)
-        return Rollout(start, end, torch.cat([piece[2] for piece in pieces], dim=1))
+        with torch.set_grad_enabled(tape is not Tape.NONE):
+            carry = self.begin(theta, carry, theta_per_task)
+            pieces = []
+            for bounds in self._bounds(carry.params):
+                own = tree.narrow(theta, *bounds) if theta_per_task else theta
+                pieces.append(self._run_chunk(own, narrow(carry, *bounds), num_steps, tape, theta_per_task))
+            params, state = tree.concatenate([piece[:2] for piece in pieces])
+            start = detach(carry) if tape is Tape.NONE else carry
+            end = Carry(carry.tasks, params, state, carry.step + num_steps)
+            return Rollout(start, end, torch.cat([piece[2] for piece in pieces], dim=1))
 
     @outside_inference_mode
     def losses(self, theta: Theta, carry: Carry, split: Split, theta_per_task: bool = False) -> Tensor:
@@ -256,8 +241,7 @@ class InnerLoop:
             batch = task_map.unbatch(self.batch(carry.tasks, step, "train"))
             found = self.gradient(task_map, theta, params, batch, tape)
             params = tree.detach(found.params) if tape is Tape.NONE else found.params  # a rule may keep them
-            with torch.set_grad_enabled(tape is not Tape.NONE):
-                params, state = self.move(task_map, theta, found.grads, state, params, found.loss)
+            params, state = self.move(task_map, theta, found.grads, state, params, found.loss)
             losses.append(found.outer)
         num_tasks = tree.size(carry.params)
         like = tree.leaves(carry.params)[0]
@@ -280,7 +264,7 @@ class InnerLoop:
             with torch.enable_grad():
                 params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}
                 losses = self.over_tasks(loss, (tree.detach(theta),), params, batch)
-            checks.require_trainable(owner, losses, params)
+                checks.require_trainable(owner, losses, params)
         self.cache.put("losses", True)
 
 

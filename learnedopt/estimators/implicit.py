@@ -22,6 +22,7 @@ from learnedopt.core.estimator import (
     no_path,
 )
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
+from learnedopt.core.modes import recording_gradients
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.estimators.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
@@ -91,6 +92,7 @@ class Implicit(GradientEstimator):
                 "ConjugateGradient(5)"
             )
 
+    @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Solve the inner problem without a graph, then one linear system per task."""
         if loop.execution.compile:

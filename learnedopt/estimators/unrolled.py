@@ -23,6 +23,7 @@ from learnedopt.core.estimator import (
     no_path,
 )
 from learnedopt.core.inner import InnerLoop
+from learnedopt.core.modes import recording_gradients
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.execution.adjoint import Unroll
@@ -118,6 +119,7 @@ class Unrolled(GradientEstimator):
         """All steps, or a segment of them at a time."""
         return Recording(self.num_steps, self.tape, lambda n: Unrolled(n, self.tape), self.segment)
 
+    @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Run ``num_steps`` steps, and back-propagate through all of them."""
         unroll = Unroll(self.num_steps, self.tape, segment=self.segment, offload=self.offload)
@@ -164,6 +166,7 @@ class Truncated(GradientEstimator):
         """One window."""
         return Recording(self.num_steps, self.tape, lambda n: Unrolled(n, self.tape), goes_on=True)
 
+    @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Run one window from where the carry stands."""
         unroll = Unroll(self.num_steps, self.tape)
@@ -197,6 +200,7 @@ class TruncatedBackprop(GradientEstimator):
         """The last steps."""
         return Recording(self.num_backward_steps, Tape.FULL, Unrolled)
 
+    @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Run all steps, the last ones recorded with the full tape."""
         unroll = Unroll(self.num_backward_steps, Tape.FULL, ahead=self.num_steps - self.num_backward_steps)
