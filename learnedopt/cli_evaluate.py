@@ -116,17 +116,9 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     }  # fmt: skip
     require_count("num_steps", about["num_steps"])
     require_count("num_tasks", about["num_tasks"], least=2)
-    solvers: dict[str, InnerSolver | None] = {}
-    for label, (rule, inner_objective, theta, record) in loaded.items():  # refused, if so, before any is run
-        solvers[label] = recorded_solver(record)
-        require_count("num_steps", about["num_steps"], least=1 if solvers[label] else 0)
-        try:
-            steps = min(about["num_steps"], 1)
-            adapt(rule, theta, family, steps, 2, inner=solvers[label], inner_objective=inner_objective)
-        except ValueError as error:
-            trained = record.get("family", {})
-            hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""
-            raise ValueError(f"{label} does not fit {family}: {error}{hint}") from error
+    solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
+    for label, learned in loaded.items():  # one that does not fit is refused before any is run
+        _require_fit(label, learned, family, about["num_steps"], solvers[label])
     out = arguments.out or Path("runs") / f"evaluate-{'-'.join(labels)}-{name}"
     out.mkdir(parents=True, exist_ok=True)
     adaptations = {}
@@ -142,6 +134,23 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     _show_few_shot(WandbTracker(mode, group=labels[0], job_type="evaluate", dir=out), found, paths)
+
+
+def _require_fit(
+    label: str, learned: Checkpoint, family: TaskFamily, num_steps: int, inner: InnerSolver | None
+) -> None:
+    """Raise ValueError unless the checkpoint adapts to tasks of the family: to two of them, one step at most."""
+    from learnedopt.core.checks import require_count
+    from learnedopt.evaluation.few_shot import adapt
+
+    require_count("num_steps", num_steps, least=1 if inner else 0)
+    rule, inner_objective, theta, record = learned
+    try:
+        adapt(rule, theta, family, min(num_steps, 1), 2, inner=inner, inner_objective=inner_objective)
+    except ValueError as error:
+        trained = record.get("family", {})
+        hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""
+        raise ValueError(f"{label} does not fit {family}: {error}{hint}") from error
 
 
 def _labels(checkpoints: Sequence[str]) -> list[str]:

@@ -36,6 +36,7 @@ from learnedopt import (
     Truncated,
     Unrolled,
     Validation,
+    inner_objectives,
 )
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
@@ -108,12 +109,14 @@ class Spiky(TaskMean):
 
 def trainer(family: TaskFamily, rule: str, estimator: Any, objective: Any, **options: Any) -> Make:
     """Return a function that makes the trainer anew, as a new process would."""
-    rule_options = options.pop("rule_options", {})
+    rule_options, descended = options.pop("rule_options", {}), options.pop("inner_objective", "task-loss")
 
     def make(folder: Path, kill_at: int | None = None, **changed: Any) -> MetaTrainer:
         sample = family.sample(1, torch.Generator().manual_seed(0))
         template = {k: p[0] for k, p in family.init_params(sample).items()}
-        loop = InnerLoop(family, rules.make(rule, template=template, **rule_options), Execution(chunk_size=8))
+        inner_objective = inner_objectives.make(descended, template=template)
+        made = rules.make(rule, template=template, **rule_options)
+        loop = InnerLoop(family, made, Execution(chunk_size=8), inner_objective)
         settings: dict[str, Any] = {
             "meta_optimizer": lambda params: torch.optim.Adam(params, 1e-2),
             "num_tasks": 2,
@@ -149,9 +152,11 @@ CASES: dict[str, Make] = {
     ),
     "implicit": trainer(
         families.make("linear-regression", dim=3, condition_number=2.0),
-        "imaml",
+        "maml",
         Implicit(40, ConjugateGradient(3), tolerance=0.1),
         FinalLoss(),
+        rule_options={"lr": 0.1},
+        inner_objective="proximal",
     ),
 }
 LAST = 9
