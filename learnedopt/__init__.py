@@ -20,7 +20,7 @@ from learnedopt.core.objective import (
     SumOfLosses,
 )
 from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.task import Batch, ModuleFamily, TaskFamily, Tasks
+from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
+    "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
     "load": "learnedopt.checkpoint",
     "predict_peak": "learnedopt.execution.memory",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.optim import LearnedOptimizer
+    from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
 
 

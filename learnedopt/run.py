@@ -185,7 +185,8 @@ def find_run(folder: Path, recipe: Recipe) -> str | None:
         saved |= {"rule": rule, "inner_objective": descended}
     if saved == config:
         return run_id
-    if (folder / "checkpoint.pt").exists() or (record.exists() and read_metrics(record)):
+    rows = read_metrics(record) if record.exists() else []  # row 0 is the validation of the start
+    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows):
         changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
         raise ValueError(
             f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "

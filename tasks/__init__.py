@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
     from learnedopt.tasks.mini_imagenet import MiniImageNet
+    from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.tasks.omniglot import Omniglot
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
@@ -28,6 +29,7 @@ _LAZY = {
     "LinearRegression": "regression",
     "LogisticRegression": "logistic",
     "MiniImageNet": "mini_imagenet",
+    "ModuleFamily": "module_family",
     "ModuleOnImages": "data.few_shot",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
@@ -50,6 +52,7 @@ __all__ = [
     "LinearRegression",
     "LogisticRegression",
     "MiniImageNet",
+    "ModuleFamily",
     "ModuleOnImages",
     "Omniglot",
     "Quadratic",

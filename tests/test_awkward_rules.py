@@ -200,7 +200,7 @@ def test_what_cannot_work_is_said_before_the_first_step() -> None:
         Unrolled(1).estimate(loop, {"lr": torch.tensor(0.1)}, FinalLoss, carry)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="neither 'train' nor 'valid'"):
         loop.losses({}, loop.begin({"lr": torch.tensor(0.1)}, carry), "test")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="no option"):
+    with pytest.raises(TypeError, match="number_of_tasks"):
         MetaTrainer(loop, Unrolled(1), FinalLoss(), number_of_tasks=3)
 
 

@@ -19,7 +19,7 @@ def run(name: str, folder: Path) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert all(line.startswith("Meta-") for line in done.stderr.splitlines())  # the progress of a training, no more
     assert not list(folder.iterdir())
     return done.stdout
 

@@ -28,7 +28,7 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.training.trainer import VALIDATION, task_generator
+from learnedopt.training.validation import VALIDATION, task_generator
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
 import random
@@ -13,8 +15,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,15 +43,17 @@ from learnedopt import (
 )
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
-from learnedopt.core.carry import Rollout
-from learnedopt.core.objective import TaskMean
-from learnedopt.core.task import Split
+from learnedopt.core.carry import Rollout, Tape
+from learnedopt.core.estimator import Estimate, GradientEstimator
+from learnedopt.core.objective import MetaObjective, TaskMean
+from learnedopt.core.task import Split, Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker, Trackers
 from learnedopt.training.trainer import TrainingResult
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
 Make = Callable[..., MetaTrainer]
 
 
@@ -66,7 +71,7 @@ def same(a: Any, b: Any) -> bool:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Return the record's metrics without the only ones that no second run repeats."""
     found = read_metrics(folder / "metrics.jsonl")
-    assert all(row.pop("step_ms") > 0 for row in found)
+    assert all(row.pop("step_ms") > 0 for row in found if row["step"] > 0)
     return found
 
 
@@ -105,6 +110,64 @@ class Spiky(TaskMean):
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         value = FinalLoss()(loop, theta, rollout)
         return torch.where((1e4 * value).floor() % 3 == 0, torch.nan, value)
+
+
+class Pair(NamedTuple):
+    """Two of something."""
+
+    plus: Any
+    minus: Any
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where random numbers come from."""
+
+    seed: int
+    scale: float
+
+
+class Antithetic(GradientEstimator):
+    """Differences of the objective at theta plus and minus noise, with a memory that is no ``Carry``.
+
+    In it there are two inner loops in a named tuple, a dataclass, a list that grows, what was None at first, the theta
+    that the episode began with, an integer of 64 bits, truth values and floats that are not finite.
+    """
+
+    def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> Any:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return {
+            "loops": Pair(loop.start(tasks), loop.start(tasks)),
+            "noise": Noise(seed, 1e-2),
+            "last": (None, {}),
+            "seen": [math.inf],
+            "began": theta,
+            7: {"over": False, "big": 2**64 + seed},
+        }
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Any) -> Estimate:
+        noise, last = carry["noise"], carry["last"][1]
+        generator = torch.Generator().manual_seed(noise.seed % 2**63)
+        eps = {k: noise.scale * torch.randn(v.shape, generator=generator) for k, v in theta.items()}
+        values, ends = [], []
+        for sign, inner in zip((1, -1), carry["loops"], strict=True):
+            moved = {k: (v + sign * eps[k]).detach() for k, v in theta.items()}
+            rollout = loop.run(moved, inner, 2, Tape.NONE)
+            values.append(objective(loop, moved, rollout))
+            ends.append(rollout.end)
+        slope = (values[0] - values[1]) / (2 * noise.scale**2)
+        grads = {k: slope * e + 0.1 * (theta[k].detach() - carry["began"][k]) for k, e in eps.items()}
+        grads = {k: g + 0.5 * last[k] if last else g for k, g in grads.items()}
+        onward = {
+            "loops": Pair(*ends),
+            "noise": Noise(noise.seed * 5 % 2**62, noise.scale),
+            "last": (slope, grads),
+            "seen": [*carry["seen"], float(slope), torch.full((len(carry["seen"]),), float(slope))],
+            "began": carry["began"],
+            7: {"over": True, "big": carry[7]["big"] + 1},
+        }
+        over = ends[0].step >= 8
+        return Estimate(torch.stack(values).mean(), grads, None if over else onward, {})
 
 
 def trainer(family: TaskFamily, rule: str, estimator: Any, objective: Any, **options: Any) -> Make:
@@ -158,6 +221,9 @@ CASES: dict[str, Make] = {
         rule_options={"lr": 0.1},
         inner_objective="proximal",
     ),
+    "a memory that is no Carry": trainer(
+        step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
+    ),
 }
 LAST = 9
 
@@ -184,7 +250,7 @@ def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(case: st
         again = make(folder).run(LAST)  # finished: nothing is left to do
         assert same(again, expected) and same(rows(folder), rows(tmp_path / "whole"))
     assert (expected.num_skipped > 1) == ("skipped" in case)
-    assert len(rows(tmp_path / "whole")) == expected.meta_step == LAST
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [*range(LAST + 1)] and expected.meta_step == LAST
 
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop"]
@@ -210,14 +276,55 @@ def test_any_meta_optimizer_goes_on_exactly(optimizer: str, tmp_path: Path) -> N
     assert not same(expected.theta, theta)
 
 
-def test_a_training_that_is_extended_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_training_that_is_extended_goes_on(every: int, tmp_path: Path) -> None:
     make = CASES["a learned start and a stateful rule in windows"]
-    expected = make(tmp_path / "whole").run(7)
-    make(tmp_path / "parts").run(3)
-    assert same(make(tmp_path / "parts").run(7), expected)
-    continued = make(tmp_path / "object")
+    loop = make(tmp_path / "whole").loop
+    validation = Validation(loop, FinalLoss(), num_steps=3, num_tasks=2, every=every)
+    expected = make(tmp_path / "whole", validation=validation).run(7)
+    for first in (0, 3):
+        make(tmp_path / f"parts-{first}", validation=validation).run(first)
+    continued = make(tmp_path / "object", validation=validation)
     continued.run(4)
-    assert same(continued.run(7), expected)
+    found = [make(tmp_path / f"parts-{first}", validation=validation).run(7) for first in (0, 3)]
+    found.append(continued.run(7))
+    for result, first, name in zip(found, (0, 3, 4), ("parts-0", "parts-3", "object"), strict=True):
+        assert same(result.theta, expected.theta)
+        measured = [row["step"] for row in rows(tmp_path / name) if "validation" in row]
+        # The end of the first part was measured too: the only thing that can make a difference, to the best theta.
+        assert measured == sorted({0, first, 7, *range(every, 8, every)})
+        assert result.best_value <= expected.best_value and (every > 1 or same(result, expected))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["training-1.pt", "training-2.pt"])
+def test_a_checkpoint_of_before_goes_on_to_where_it_would_have(name: str, tmp_path: Path) -> None:
+    family = families.make("quadratic", dim=2)
+    template = {k: p[0] for k, p in family.init_params(family.sample(1, torch.Generator().manual_seed(0))).items()}
+    inner = {"name": "momentum", "options": {"lr": 0.005, "learn": ["lr", "momentum"]}}
+    loop = InnerLoop(family, rules.make("learned-init", template=template, rule=inner), Execution(chunk_size=8))
+    trainer = MetaTrainer(
+        loop,
+        Truncated(2, horizon=8),
+        SumOfLosses(),
+        lambda params: torch.optim.SGD(params, 1e-3, momentum=0.9),
+        tracker=None,
+        num_tasks=2,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
+        max_grad_norm=1.0,
+        validation=Validation(loop, FinalLoss(), num_steps=3, num_tasks=2, every=3),
+        checkpoint=shutil.copy(DATA / name, tmp_path),
+    )
+    result = trainer.run(9)
+    expected = json.loads((DATA / "training-1.json").read_text("utf-8"))
+    assert result.best_value == pytest.approx(expected["best_value"], rel=1e-12)
+    for which, theta in (("theta", result.theta), ("best_theta", result.best_theta)):
+        assert theta.keys() == expected[which].keys()
+        for k, v in theta.items():
+            assert v.tolist() == pytest.approx(expected[which][k], rel=1e-12, abs=0), k
+    assert torch.load(tmp_path / name, weights_only=True)["format"] == "learnedopt-training-2"
+    before = torch.load(DATA / name, weights_only=True)
+    assert before["format"] == f"learnedopt-{name.partition('.')[0]}" and before["carry"] is not None
 
 
 # A real process, killed by a real signal
@@ -283,7 +390,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert (folder / "theta.safetensors").read_bytes() == (expected / "theta.safetensors").read_bytes()
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
     assert same(*states) and states[0]["best_theta"] is not None
-    assert same(rows(folder), rows(expected)) and len(rows(folder)) == 60
+    assert same(rows(folder), rows(expected)) and [row["step"] for row in rows(folder)] == [*range(61)]
     assert not [*folder.glob(".*")]
 
 
@@ -381,7 +488,8 @@ BAD: dict[str, Callable[[bytes, Path], bytes]] = {
     "foreign state dict": foreign({"weight": torch.ones(3)}),
     "foreign list": foreign([1, 2]),
     "other format": foreign({"format": "learnedopt-training-0"}),
-    "nothing but the format": foreign({"format": "learnedopt-training-1"}),
+    "nothing but the format": foreign({"format": "learnedopt-training-2"}),
+    "nothing but the format of before": foreign({"format": "learnedopt-training-1"}),
     "theta": lambda data, path: (path.parent / "theta.safetensors").read_bytes(),
 }
 

@@ -1,4 +1,4 @@
-"""Every registered task family against its contract; known values, the data sets, and any module as a family."""
+"""Every registered task family against its contract; known values, and the data sets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from torch import Tensor, nn
 
 from learnedopt import tasks as families
 from learnedopt.core import tree
-from learnedopt.core.carry import Tape
-from learnedopt.core.execution import Execution
-from learnedopt.core.inner import InnerLoop
-from learnedopt.core.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
-from learnedopt.optimizers import SGD
 from learnedopt.tasks import (
     ImageMLP,
     LinearRegression,
@@ -709,153 +705,3 @@ def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatc
     for value, where in ((torch.ones(2), ""), (float("inf"), ""), ((1.0, (2.0, object())), r"\[1\]\[1\]")):
         with pytest.raises(TypeError, match=rf"bowl\.center{where} is"):
             describe(Bowl(value))
-
-
-# Any module as a family.
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2))
-
-
-def points(seed: int, step: int, split: Split) -> tuple[Tensor, Tensor]:
-    generator = seeded(1000 * (seed % 1000) + 2 * step + (split == "valid"))
-    inputs = torch.randn(8, 3, generator=generator)
-    return inputs, (inputs[:, :2] > 0).double()
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3])
-def test_a_module_is_trained_as_it_is_without_the_engine(chunk_size: int) -> None:
-    family = ModuleFamily(mlp, nn.functional.mse_loss, points)
-    loop = InnerLoop(family, SGD(lr=0.3), Execution(chunk_size=chunk_size))
-    tasks = family.sample(3, seeded())
-    theta = loop.rule.init_theta(seeded())
-    rollout = loop.run(theta, loop.start(tasks), 10, Tape.NONE)
-    valid = loop.losses(theta, rollout.end, "valid")
-    for i, seed in enumerate(tasks["seed"].tolist()):
-        torch.manual_seed(seed)
-        module = mlp()
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
-        for step in range(10):
-            inputs, targets = points(seed, step, "train")
-            loss = nn.functional.mse_loss(module(inputs), targets)
-            torch.testing.assert_close(rollout.losses[step, i], loss.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        for name, p in module.named_parameters():
-            torch.testing.assert_close(rollout.end.params[name][i], p.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-        inputs, targets = points(seed, 10, "valid")
-        expected = nn.functional.mse_loss(module(inputs), targets).detach()
-        torch.testing.assert_close(valid[i], expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-def test_a_module_family_leaves_global_randomness_alone() -> None:
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    family = ModuleFamily(mlp, nn.functional.mse_loss, points)
-    tasks = family.sample(2, seeded())
-    params = family.init_params(tasks)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(params["0.weight"][0], params["0.weight"][1])
-    torch.rand(3)
-    assert_equal(family.init_params(tree.narrow(tasks, 1, 2)), tree.narrow(params, 1, 2))
-
-
-def test_a_module_family_seeds_no_accelerator_that_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it has not, a seed would be kept for later and change what the user draws there."""
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA was seeded"))
-    family = ModuleFamily(mlp, nn.functional.mse_loss, points)
-    family.init_params(family.sample(2, seeded()))
-
-
-class WithConstants(nn.Module):
-    """A module with a trained and a frozen layer, a buffer, and one weight used twice."""
-
-    def __init__(self, frozen: nn.Linear, shift: Tensor) -> None:
-        super().__init__()
-        self.frozen, self.first, self.again = frozen.requires_grad_(False), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.again.weight = self.first.weight
-        self.register_buffer("shift", shift)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.again(torch.tanh(self.first(self.frozen(inputs)) + self.shift))
-
-
-def test_frozen_parameters_and_buffers_are_constants() -> None:
-    frozen, shift = nn.Linear(3, 4), torch.arange(4.0)
-    family = ModuleFamily(lambda: WithConstants(frozen, shift), nn.functional.mse_loss, points)
-    tasks = family.sample(2, seeded())
-    params = family.init_params(tasks)
-    assert set(params) == {"first.weight", "first.bias", "again.bias"}
-    one, inputs = tree.tree_map(lambda x: x[1], params), torch.randn(8, 3, generator=seeded())
-    hidden = torch.tanh(frozen(inputs) @ one["first.weight"].T + one["first.bias"] + shift)
-    expected = hidden @ one["first.weight"].T + one["again.bias"]
-    found = family.outputs(one, {"inputs": inputs})
-    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
-    rounded = family.outputs(tree.to(one, None, torch.float32), {"inputs": inputs.float()})
-    torch.testing.assert_close(rounded, expected.float(), rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_may_be_a_tree() -> None:
-    def data(seed: int, step: int, split: Split) -> tuple[Any, Any]:
-        inputs, targets = points(seed, step, split)
-        return {"points": inputs, "scale": torch.tensor(2.0)}, (targets, targets + 1)
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-            return inputs["scale"] * self.layer(inputs["points"])
-
-    family = ModuleFamily(Scaled, lambda out, targets: (out - targets[1]).square().mean(), data)
-    tasks = family.sample(2, seeded())
-    params, batch = family.init_params(tasks), family.batch(tasks, 0, "train")
-    assert batch["inputs"]["points"].shape == (2, 8, 3) and batch["targets"][1].shape == (2, 8, 2)
-    found = torch.func.vmap(family.loss)(params, batch)
-    for i, seed in enumerate(tasks["seed"].tolist()):
-        inputs, targets = points(seed, 0, "train")
-        out = 2 * (inputs @ params["layer.weight"][i].T + params["layer.bias"][i])
-        torch.testing.assert_close(found[i], (out - targets - 1).square().mean(), rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("module", "error", "message"),
-    [
-        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), ValueError, r"module '1' \(Dropout\) is active"),
-        (lambda: nn.Sequential(nn.Linear(3, 2), nn.AlphaDropout(0.1)), ValueError, "active dropout.*set p=0"),
-        (lambda: nn.Sequential(nn.Linear(3, 2), nn.RReLU()), ValueError, "RReLU"),
-        (lambda: nn.LSTM(3, 2, num_layers=2, dropout=0.1), ValueError, r"module 'itself' \(LSTM\) is active dropout"),
-        (lambda: nn.MultiheadAttention(4, 2, dropout=0.1), ValueError, "MultiheadAttention"),
-        (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), ValueError, "'1'.*running statistics.*=False"),
-        (lambda: nn.InstanceNorm1d(2, affine=True, track_running_stats=True), ValueError, "running statistics"),
-        (lambda: nn.Tanh(), ValueError, "nothing to train"),
-        (lambda: nn.Linear(3, 2).requires_grad_(False), ValueError, "nothing to train"),
-        (lambda: WithConstants(nn.Linear(3, 4), torch.zeros(4)), ValueError, "'frozen.weight'.*differs from one build"),
-        (lambda: WithConstants(nn.Linear(3, 4).apply(nullify), torch.rand(4)), ValueError, "'shift'.*differs"),
-        (lambda: {"weight": torch.ones(3)}, TypeError, "build returned a dict"),
-    ],
-)
-def test_what_is_no_pure_module_is_refused(module: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        ModuleFamily(module, nn.functional.mse_loss, points)
-
-
-def nullify(module: nn.Module) -> None:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.zero_()
-
-
-@pytest.mark.parametrize(
-    "part",
-    [nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(2).eval()],
-)
-def test_what_is_switched_off_is_accepted(part: nn.Module) -> None:
-    family = ModuleFamily(lambda: nn.Sequential(nn.Linear(3, 2), part.double()), nn.functional.mse_loss, points)
-    tasks = family.sample(1, seeded())
-    params, batch = tree.squeeze((family.init_params(tasks), family.batch(tasks, 0, "train")))
-    assert torch.equal(family.loss(params, batch), family.loss(params, batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -86,39 +87,111 @@ class Terminal(io.StringIO):
         return True
 
 
+class Clock:
+    """Shows the time that it is set to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_console_prints_sentences_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
-    now = iter([0.0, 0.0, 4.0, 10.0, 10.0, 11.0, 11.0])
-    console = ConsoleTracker(total=20, clock=lambda: next(now))
-    console.start({"recipe": "lstm-quadratic", "seed": 3, "rule": {"hidden": 20}})
+    clock = Clock()
+    console = ConsoleTracker(total=3, clock=clock)
+    console.start({"recipe": "lstm-quadratic", "seed": 3, "num_meta_steps": 20, "rule": {"hidden": 20}})
     metrics = {"meta_loss": 0.123456, "grad_norm": 12.3456, "step_ms": 34.56, "skipped": 0, "inner_loss": [2.0, 1.0]}
-    console.log({**metrics, "validation": 0.5}, 1)  # at 0 s: the first is shown
-    console.log({**metrics, "meta_loss": 9.0}, 2)  # at 4 s: too early
-    console.log({**metrics, "meta_loss": math.nan, "skipped": 1}, 3)  # at 10 s, with the validation of meta-step 1
-    console.log({**metrics, "meta_loss": 0.25}, 4)  # at 11 s: too early, so shown at the end
+    console.log({"validation": 0.5}, 0)
+    clock.now = 12.0
+    console.log(metrics, 1)
+    clock.now = 16.0
+    console.log({**metrics, "meta_loss": 9.0}, 2)  # too early
+    clock.now = 22.0
+    console.log({**metrics, "meta_loss": math.nan, "skipped": 1}, 3)  # with the validation of meta-step 0
+    clock.now = 24.0
+    console.log({**metrics, "meta_loss": 0.25}, 4)  # too early, so shown at the end
     console.figure("loss", Path("runs/a/loss.png"))
     console.finish(143)
     console.finish()
     out = capsys.readouterr().out
+    # The pace is that since the end of the first meta-step, whose 12 seconds may have been a compiler's.
     assert out.splitlines() == [
-        "Meta-training starts with recipe=lstm-quadratic, seed=3.",
-        "Meta-step 1 of 20: meta-loss 0.1235, validation 0.5, gradient norm 12.3, 34.6 ms/step, 0 skipped.",
-        "Meta-step 3 of 20: meta-loss nan, validation 0.5, gradient norm 12.3, 34.6 ms/step, 1 skipped.",
+        "Meta-training starts with recipe=lstm-quadratic, seed=3, num_meta_steps=20.",
+        "Meta-step 0 of 20: validation 0.5.",
+        "Meta-step 1 of 20: meta-loss 0.1235, validation 0.5, gradient norm 12.3, 0 skipped.",
+        "Meta-step 3 of 20 (0.2 meta-steps/s, 85 s left): meta-loss nan, validation 0.5, gradient norm 12.3, "
+        "1 skipped.",
         "Figure loss is at runs/a/loss.png.",
-        "Meta-step 4 of 20: meta-loss 0.25, validation 0.5, gradient norm 12.3, 34.6 ms/step, 0 skipped.",
+        "Meta-step 4 of 20 (0.25 meta-steps/s, 64 s left): meta-loss 0.25, validation 0.5, gradient norm 12.3, "
+        "0 skipped.",
         "Meta-training stopped with exit code 143 after meta-step 4.",
     ]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)
 
 
 def test_console_rewrites_its_line_on_a_terminal() -> None:
-    terminal = Terminal()
-    console = ConsoleTracker(interval=0, stream=terminal)
+    terminal, clock = Terminal(), Clock()
+    console = ConsoleTracker(interval=0, stream=terminal, clock=clock)
     console.log({"meta_loss": 2.0}, 1)
+    clock.now = 0.5
     console.log({"meta_loss": 1.0}, 2)
     console.finish()
     assert terminal.getvalue() == (
-        "\r\x1b[KMeta-step 1: meta-loss 2.\r\x1b[KMeta-step 2: meta-loss 1.\nMeta-training ended after meta-step 2.\n"
+        "\r\x1b[KMeta-step 1: meta-loss 2.\r\x1b[KMeta-step 2 (2 meta-steps/s): meta-loss 1.\n"
+        "Meta-training ended after meta-step 2.\n"
     )
+
+
+def test_a_line_that_would_wrap_on_the_terminal_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal = Terminal()
+    ConsoleTracker(stream=terminal).log({"meta_loss": 2.0, "grad_norm": 0.123456}, 1)
+    assert terminal.getvalue() == "\r\x1b[KMeta-step 1: meta-loss 2, gra"
+
+
+def test_a_long_training_that_is_piped_says_little(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    console = ConsoleTracker(clock=clock)
+    console.start({"num_meta_steps": 172_800})
+    for step in range(1, 86_401):  # a day of one meta-step a second
+        clock.now = step
+        console.log({"meta_loss": 1.0}, step)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    steps = [int(line.split()[1]) for line in lines]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert steps[0] == 1 and gaps[0] == 10 and max(gaps) == 600 and len(steps) < 250
+    assert "(1 meta-steps/s, 2 d 0 h left)" in lines[1] and "(1 meta-steps/s, 24 h 9 min left)" in lines[-1]
+
+
+def test_a_console_serves_a_training_that_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    console = ConsoleTracker(interval=0, clock=clock)
+    for first, last in ((1, 2), (3, 4)):
+        console.start({"num_meta_steps": last})
+        clock.now += 1000  # a break that is no part of the pace
+        for step in range(first, last + 1):
+            clock.now += 60
+            console.log({"meta_loss": 1.0}, step)
+        console.finish()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "Meta-step 4 of 4 (0.0167 meta-steps/s, 0 s left): meta-loss 1.",
+        "Meta-training ended after meta-step 4.",
+    ]
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (5969, "99 min"), (6000, "1 h 40 min"), (172_800, "2 d 0 h")],
+)
+def test_time_left_is_told_in_two_units_at_most(seconds: float, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    console = ConsoleTracker(interval=0, total=1002, clock=clock)
+    console.log({}, 1)
+    clock.now = seconds / 1000 or 1e-9
+    console.log({}, 2)
+    assert f", {told} left)" in capsys.readouterr().out
 
 
 def test_console_refuses_a_negative_interval() -> None:
@@ -181,6 +254,23 @@ def test_resume_leaves_each_step_once_after_a_torn_line(tmp_path: Path) -> None:
     events = [json.loads(line).get("event") for line in path.read_text("utf-8").splitlines()]
     assert [event for event in events if event] == ["start", "start", "finish"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_record_goes_back_to_before_the_start(tmp_path: Path) -> None:
+    record = JsonLinesTracker(tmp_path / "metrics.jsonl")
+    record.start({})
+    record.log({"validation": 2.0}, 0)
+    record.log({"meta_loss": 1.0}, 1)
+    record.rewind(0)
+    assert [row["step"] for row in read_metrics(record.path)] == [0]
+    record.rewind(-1)
+    assert read_metrics(record.path) == []
+    record.finish()
+    assert json.loads(record.path.read_text("utf-8").splitlines()[-1]) == {
+        "event": "finish",
+        "step": None,
+        "exit_code": 0,
+    }
 
 
 def test_start_alone_cuts_a_torn_line(tmp_path: Path) -> None:

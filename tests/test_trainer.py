@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
+from learnedopt.training.clipping import clip, norm_of
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker
 from learnedopt.training.trainer import TrainingDiverged, TrainingResult
@@ -114,11 +118,12 @@ def test_meta_training_improves_what_is_held_out() -> None:
     result = trainer.run(40)
     assert result.best_value < 0.6 * start
     assert result.best_value == validation.measure(result.best_theta)
-    assert [row["step"] for row in recorder.rows if "validation" in row] == [*range(5, 41, 5)]
+    assert [row["step"] for row in recorder.rows if "validation" in row] == [*range(0, 41, 5)]
+    assert recorder.rows[0] == {"step": 0, "validation": start, "best_validation": start}
     assert result.best_value == min(row["validation"] for row in recorder.rows if "validation" in row)
     assert recorder.rows[-1]["best_validation"] == result.best_value
-    assert [row["step"] for row in recorder.rows] == [*range(1, 41)] and result.meta_step == 40
-    assert all(len(row["inner_loss"]) == 8 and row["step_ms"] > 0 for row in recorder.rows)
+    assert [row["step"] for row in recorder.rows] == [*range(41)] and result.meta_step == 40
+    assert all(len(row["inner_loss"]) == 8 and row["step_ms"] > 0 for row in recorder.rows[1:])
 
 
 def test_validation_reads_what_it_will_read_from_the_first_on() -> None:
@@ -130,7 +135,7 @@ def test_validation_reads_what_it_will_read_from_the_first_on() -> None:
 
     trainer, _, _ = scripted(1.0, validation=held_out(tenth, num_steps=11, num_tasks=5, every=1))
     trainer.run(1)
-    assert sizes == [(11, 2), (11, 5)]
+    assert sizes == [(11, 2), (11, 5), (11, 5)]  # the vetting, the start, the end
 
 
 def test_bad_validation_is_refused_before_the_first_meta_step() -> None:
@@ -147,7 +152,7 @@ def test_bad_validation_is_refused_before_the_first_meta_step() -> None:
         assert trainer.progress.meta_step == 0 and not recorder.rows and not recorder.calls
 
 
-@pytest.mark.parametrize(("every", "best"), [(1, -3.0), (2, -4.0), (5, -5.0)])
+@pytest.mark.parametrize(("every", "best"), [(1, -3.0), (2, -4.0), (5, -5.0), (100, -6.0)])
 def test_the_best_theta_is_kept(every: int, best: float) -> None:
     def distance(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         return (theta["lr"] + 3.2).abs()
@@ -158,9 +163,32 @@ def test_the_best_theta_is_kept(every: int, best: float) -> None:
     assert result.best_theta["lr"] == best and result.best_value == pytest.approx(abs(best + 3.2))
 
 
+@pytest.mark.parametrize("num_meta_steps", [0, 1, 4])
+def test_the_best_is_never_worse_than_the_start_however_short_the_run(num_meta_steps: int) -> None:
+    def distance(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
+        return 1.69 + theta["lr"].square()
+
+    trainer, _, recorder = scripted(*[2.0] * 4, validation=held_out(distance, every=100))
+    result = trainer.run(num_meta_steps)
+    assert result.best_theta["lr"] == 0.0 and result.best_value == 1.69
+    assert result.theta["lr"] == -2.0 * num_meta_steps
+    measured = {row["step"]: row["validation"] for row in recorder.rows if "validation" in row}
+    assert measured == {0: 1.69, num_meta_steps: 1.69 + 4 * num_meta_steps**2}
+
+
+def test_a_training_that_goes_on_does_not_measure_its_start_again() -> None:
+    validation = held_out(FinalLoss(), every=3)
+    trainer, _, recorder = scripted(*[1.0] * 6, validation=validation)
+    trainer.run(2)
+    trainer.run(6)
+    assert [row["step"] for row in recorder.rows if "validation" in row] == [0, 2, 3, 6]
+
+
 def test_without_validation_the_last_theta_is_the_best_known() -> None:
-    result = scripted(1.0, 1.0)[0].run(2)
+    trainer, _, recorder = scripted(1.0, 1.0)
+    result = trainer.run(2)
     assert result.best_theta["lr"] == result.theta["lr"] == -2.0 and result.best_value == math.inf
+    assert [row["step"] for row in recorder.rows] == [1, 2]
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best() -> None:
@@ -249,6 +277,54 @@ def test_a_long_meta_gradient_is_scaled_down_and_its_own_norm_is_logged(limit: f
     assert moved["lr"] == pytest.approx(1 - 3 * length / 5, rel=1e-15)
     assert moved["momentum"] == pytest.approx(1 + 4 * length / 5, rel=1e-15)
     assert theta["lr"] == 1.0  # the caller's own is left alone
+
+
+class Steep(GradientEstimator):
+    """Its gradients of the given theta are ``size`` times 3 and -4."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
+        grads = {k: torch.full_like(v, self.size * d) for (k, v), d in zip(theta.items(), (3.0, -4.0), strict=True)}
+        return Estimate(torch.tensor(1.0), grads, None, {})
+
+
+SIZES = [
+    (torch.float64, 1e200), (torch.float64, 4e307), (torch.float64, 1.0), (torch.float64, 1e-200),
+    (torch.float32, 1e25), (torch.float32, 8e37), (torch.float32, 1e-30), (torch.bfloat16, 1e25),
+    (torch.bfloat16, 8e37), (torch.bfloat16, 1e-30), (torch.float16, 1e4), (torch.float16, 1e-4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3, 7.0])
+@pytest.mark.parametrize(("dtype", "size"), SIZES)
+def test_every_finite_meta_gradient_has_a_length_and_can_be_scaled_down(
+    dtype: torch.dtype, size: float, limit: float | None
+) -> None:
+    recorder, theta = Recorder(), {k: torch.zeros((), dtype=dtype) for k in ("lr", "momentum")}
+    loop, given = quadratic_loop("momentum", learn=("lr", "momentum")), Steep(size)
+    trainer = MetaTrainer(loop, given, FinalLoss(), plain_sgd, recorder, theta=theta, max_grad_norm=limit)
+    moved = trainer.run(1).theta
+    eps = torch.finfo(dtype).eps
+    assert recorder.rows[0]["skipped"] == 0 and recorder.rows[0]["grad_norm"] == pytest.approx(5 * size, rel=2 * eps)
+    fifth = min(size, (limit or math.inf) / 5)  # of the length, which may exceed every float
+    smallest = torch.finfo(dtype).smallest_normal * eps
+    assert float(moved["lr"]) == pytest.approx(-3 * fifth, rel=3 * eps, abs=smallest)
+    assert float(moved["momentum"]) == pytest.approx(4 * fifth, rel=3 * eps, abs=smallest)
+
+
+def test_a_length_beyond_all_floats_is_scaled_down_all_the_same() -> None:
+    grads = {"w": torch.full((1_000_000,), 1.5e308), "b": torch.tensor(-1e308)}
+    norm = norm_of(grads)
+    clipped = clip(grads, norm, 2.0)
+    assert norm.value == math.inf and math.isfinite(norm.mantissa)
+    assert clipped["w"][0] == pytest.approx(2e-3, rel=1e-6) and clipped["b"] == pytest.approx(-2e-3 / 1.5, rel=1e-6)
+    assert norm_of({"w": torch.zeros(3), "none": torch.zeros(0)}).value == 0.0
+    for bad in (math.nan, math.inf):
+        for order in (["bad", "good"], ["good", "bad"]):
+            found = norm_of({k: {"bad": torch.tensor([1.0, bad]), "good": torch.tensor(math.inf)}[k] for k in order})
+            assert not math.isfinite(found.mantissa) and (found.value == math.inf) == (bad == math.inf)
 
 
 # What is not finite
@@ -362,7 +438,25 @@ def test_the_report_comes_last_but_before_the_end_of_the_tracker() -> None:
 
     trainer, _, recorder = scripted(1.0, 1.0, report=report, config={"a": 1})
     trainer.run(2)
-    assert recorder.calls == ["start {'a': 1}", "figure curve", "finish"] and recorder.exit_codes == [0]
+    assert recorder.calls == ["start {'a': 1, 'num_meta_steps': 2}", "figure curve", "finish"]
+    assert recorder.exit_codes == [0]
+
+
+def test_progress_is_told_by_default_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    def train(**options: Any) -> tuple[str, str]:
+        theta = {"lr": torch.tensor(0.0)}
+        MetaTrainer(quadratic_loop(), Script(*[1.0] * 3), FinalLoss(), plain_sgd, theta=theta, **options).run(3)
+        return capsys.readouterr()
+
+    out, err = train()
+    assert out == ""
+    first, *_, last, end = err.splitlines()
+    assert first == "Meta-training starts with num_meta_steps=3."
+    assert re.fullmatch(r"Meta-step 3 of 3 \(\S+ meta-steps/s, 0 s left\): meta-loss 1, .*", last)
+    assert end == "Meta-training ended after meta-step 3."
+    assert train(tracker=None) == ("", "")
+    recorder = Recorder()
+    assert train(tracker=lambda: recorder) == ("", "") and len(recorder.rows) == 3
 
 
 def test_a_tracker_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -486,9 +580,82 @@ def test_a_state_that_no_checkpoint_could_keep_is_refused_before_the_work(tmp_pa
         scripted(1.0, meta_optimizer=adam, checkpoint=tmp_path / "checkpoint.pt")
 
 
-def test_an_unknown_setting_is_refused() -> None:
+def test_an_unknown_setting_is_refused_and_the_known_ones_are_in_the_signature() -> None:
     with pytest.raises(TypeError, match="max_norm"):
         scripted(1.0, max_norm=1.0)
+    parameters = inspect.signature(MetaTrainer).parameters.values()
+    assert {"num_tasks", "seed", "validation"} < {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert not [p for p in parameters if p.kind is p.VAR_KEYWORD]
+
+
+@dataclass
+class Pair:
+    """A dataclass, which a carry may hold."""
+
+    first: Any
+    second: Any
+
+
+STRANGE: dict[str, tuple[Any, str]] = {
+    "an object": (object(), "a object at carry, "),
+    "a generator": ({"noise": torch.Generator()}, r'a torch._C.Generator at carry\["noise"\].*get_state\(\)'),
+    "a string": ([0, (1.0, "up")], r'a str "up" at carry\[1\]\[1\]'),
+    "a NumPy number": ({"a": {7: np.float64(0.5)}}, r'a numpy.float64 .* at carry\["a"\]\[7\].*float\(\)'),
+    "a NumPy array": (np.zeros(2), "a numpy.ndarray at carry, "),
+    "a set": (Pair(1, {2}), r"a set at carry\.second"),
+    "a dict of strange keys": ({"a": {(1, 2): 3.0}}, r'a dict with the keys \[\(1, 2\)\] at carry\["a"\]'),
+    "a class": ({"kind": Pair}, r'a type at carry\["kind"\]'),
+    "a complex number": (Carry({}, {}, 1j), r"a complex at carry\.state"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_carry_that_no_checkpoint_could_keep_is_refused_before_the_first_step(kind: str) -> None:
+    strange, told = STRANGE[kind]
+
+    class Odd(Script):
+        def start(self, *args: Any) -> Any:
+            return strange
+
+    odd, recorder = Odd(1.0), Recorder()
+    trainer = MetaTrainer(quadratic_loop(), odd, FinalLoss(), plain_sgd, recorder, theta={"lr": torch.tensor(0.0)})
+    with pytest.raises(TypeError, match=f"the carry of Odd has {told}".replace('"', "['\"]")):
+        trainer.run(1)
+    assert not odd.thetas and not recorder.calls and trainer.progress.meta_step == 0
+
+
+def test_a_carry_that_turns_strange_is_refused_at_that_step(tmp_path: Path) -> None:
+    class Turning(Script):
+        def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Any) -> Estimate:
+            return super().estimate(loop, theta, objective, carry)._replace(carry=self.later)
+
+        later: Any = None
+
+    for later, told, options in (
+        ({"noise": "red"}, r"a str 'red' at carry\['noise'\]", {}),
+        (Pair(1, 2), r"holds \['.*:Pair'\], which are not in what Turning\.start", {"checkpoint": tmp_path / "a.pt"}),
+    ):
+        turning = Turning(1.0, 1.0)
+        turning.later = later
+        trainer = MetaTrainer(quadratic_loop(), turning, FinalLoss(), tracker=None, **options)
+        with pytest.raises(TypeError, match=told):
+            trainer.run(2)
+        assert len(turning.thetas) == 1 and trainer.progress.meta_step == 0
+
+
+def test_what_an_estimator_keeps_of_theta_does_not_move_with_it() -> None:
+    class Keeper(GradientEstimator):
+        def start(self, loop: InnerLoop, theta: Theta, tasks: Any, generator: torch.Generator) -> Any:
+            return [theta["lr"]]
+
+        def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Any) -> Estimate:
+            kept.append([float(x) for x in carry])
+            return Estimate(torch.tensor(1.0), {"lr": torch.tensor(1.0)}, [*carry, theta["lr"].detach()], {})
+
+    kept: list[list[float]] = []
+    theta = {"lr": torch.tensor(0.0)}
+    MetaTrainer(quadratic_loop(), Keeper(), FinalLoss(), plain_sgd, None, theta=theta).run(3)
+    assert kept == [[0.0], [0.0, 0.0], [0.0, 0.0, -1.0]]
 
 
 def test_a_rule_without_meta_parameters_is_refused() -> None:

@@ -166,6 +166,14 @@ def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:
         )
 
 
+def require_faultless(family: TaskFamily, params: Params, batch: Batch, *, second_derivatives: bool = False) -> None:
+    """Raise ValueError with what the family says is wrong with the loss of the first of these tasks."""
+    params, batch = tree.squeeze(tree.narrow((params, batch), 0, 1))
+    found = family.faults(tree.detach(params), batch, second_derivatives=second_derivatives)
+    if found:
+        raise ValueError(f"{type(family).__name__} cannot be trained inside a loop: " + "; ".join(found))
+
+
 def losses_by_owner(
     family: TaskFamily, objective: InnerObjective
 ) -> list[tuple[str, Callable[[Theta, Params, Batch], Tensor]]]:

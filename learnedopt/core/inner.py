@@ -260,6 +260,7 @@ class InnerLoop:
         """Check the losses once, by one forward pass, before the first inner step."""
         batch = self.batch(begun.tasks, begun.step, "train")
         checks.require_num_tasks(self.family, batch, tree.size(begun.params))
+        checks.require_faultless(self.family, begun.params, batch)
         for owner, loss in checks.losses_by_owner(self.family, self.inner_objective):
             with torch.enable_grad():
                 params = {k: p.detach().requires_grad_() for k, p in begun.params.items()}

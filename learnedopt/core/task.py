@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from learnedopt.core import tree
 from learnedopt.core.tree import Params
 
 Tasks: TypeAlias = Any
@@ -63,123 +61,14 @@ class TaskFamily(ABC):
         """Return scalars worth reporting beside the loss for ONE task, such as the accuracy."""
         return {}
 
+    def faults(self, params: Params, batch: Batch, *, second_derivatives: bool = False) -> list[str]:
+        """Say, a sentence each, why the loss of ONE task is not what this contract asks, as far as the family can tell.
 
-@final
-class ModuleFamily(TaskFamily):
-    """Turn any ``nn.Module`` and loss function into a family.
+        Asked once by a loop before its first step, on concrete tensors and never under vmap; what is said is raised.
 
-    A task is a seed: it initialises the module and, through ``data``, chooses the batches. The parameters are the
-    module's that require a gradient; frozen parameters and buffers are constants, the same for every task.
-
-    Args:
-        build: returns a new module; called twice for its structure and once per task, each time with torch's global
-            generators seeded, so that its layers may initialise themselves as usual, and put back afterwards.
-        loss_fn: ``(outputs, targets) -> scalar``, such as ``torch.nn.functional.cross_entropy``.
-        data: ``(seed, step, split) -> (inputs, targets)``, a pure function that yields ONE task's batch, tensors or
-            trees of them; ``split`` is "train" or "valid".
-
-    Raises:
-        TypeError: ``build`` returns something else than a module.
-        ValueError: the module has nothing to train; it holds active dropout, which draws random numbers of its own, or
-            running statistics, which a pure function cannot update; its constants differ from one build to the next.
-
-    Example:
-        >>> def data(seed, step, split):
-        ...     generator = torch.Generator().manual_seed(1000 * seed + step + 500 * (split == "valid"))
-        ...     x = torch.randn(16, 3, generator=generator)
-        ...     return x, x.sum(1, keepdim=True)
-        >>> family = ModuleFamily(lambda: nn.Linear(3, 1), nn.functional.mse_loss, data)
-    """
-
-    def __init__(
-        self,
-        build: Callable[[], nn.Module],
-        loss_fn: Callable[[Tensor, Any], Tensor],
-        data: Callable[[int, int, Split], tuple[Any, Any]],
-    ) -> None:
-        self.build, self.loss_fn, self.data = build, loss_fn, data
-        self.module = self._build(seed=0)  # for its structure and constants: parameters are passed in
-        _refuse_impure(self.module)
-        if not _trained(self.module):
-            raise ValueError(f"no parameter of {type(self.module).__name__} requires a gradient: nothing to train")
-        self.constants = _constants(self.module)
-        everything = [p for _, p in self.module.named_parameters(remove_duplicate=False)]
-        self._tied = len(everything) > len({id(p) for p in everything})
-        _refuse_unequal(self.constants, _constants(self._build(seed=1)))
-
-    def _build(self, seed: int) -> nn.Module:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices):
-            # Not torch.manual_seed: where CUDA has not started, its seed would stay behind and take effect later.
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            module = self.build()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"build returned a {type(module).__name__}, not an nn.Module; pass a function or a class")
-        return module
-
-    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
-        """Draw one seed a task."""
-        return {"seed": torch.randint(2**31, (num_tasks,), generator=generator, device=generator.device)}
-
-    def init_params(self, tasks: Tasks) -> Params:
-        """Build the module once per task under that task's seed."""
-        built = [_trained(self._build(seed)) for seed in tasks["seed"].tolist()]
-        return {name: torch.stack([params[name] for params in built]) for name in built[0]}
-
-    def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
-        """Stack the tasks' batches."""
-        batches = [self.data(seed, step, split) for seed in tasks["seed"].tolist()]
-        inputs, targets = tree.tree_map(lambda *each: torch.stack(each), *batches)
-        return {"inputs": inputs, "targets": targets}
-
-    def outputs(self, params: Params, batch: Batch) -> Tensor:
-        """Call the module with ``params`` on the inputs."""
-        like = next(iter(params.values()))
-        constants = tree.to(self.constants, like.device, like.dtype)
-        values = {**params, **constants} if constants else params
-        # Looking for shared parameters at every call costs as much as a small layer.
-        return torch.func.functional_call(self.module, values, (batch["inputs"],), tie_weights=self._tied)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Apply ``loss_fn`` to the outputs and the targets."""
-        return self.loss_fn(self.outputs(params, batch), batch["targets"])
-
-
-def _trained(module: nn.Module) -> Params:
-    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _constants(module: nn.Module) -> dict[str, Tensor]:
-    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
-    return frozen | dict(module.named_buffers())
-
-
-def _refuse_unequal(constants: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    for name, constant in constants.items():
-        if not torch.equal(constant, others[name]):
-            raise ValueError(
-                f"the module's {name!r} is not trained, and differs from one build to the next; make it once, outside "
-                "of build, or train it (requires_grad=True)"
-            )
-
-
-def _refuse_impure(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        where = f"module {name or 'itself'!r} ({type(part).__name__})"
-        # Dropout layers, and layers with dropout inside, such as nn.LSTM and nn.MultiheadAttention.
-        drops = part.p > 0 if isinstance(part, nn.modules.dropout._DropoutNd) else _rate(part) > 0
-        if part.training and (drops or isinstance(part, nn.RReLU)):
-            raise ValueError(
-                f"{where} is active dropout: the loss would draw random numbers of its own; set p=0 or eval()"
-            )
-        if getattr(part, "track_running_stats", False) and part.training:
-            raise ValueError(
-                f"{where} updates running statistics, which a pure loss cannot; build it with track_running_stats=False"
-            )
-
-
-def _rate(part: nn.Module) -> float:
-    rate = getattr(part, "dropout", 0.0)
-    return rate if isinstance(rate, int | float) else 0.0
+        Args:
+            params: one task's; must not be changed.
+            batch: one task's.
+            second_derivatives: whether they will be taken.
+        """
+        return []

@@ -18,7 +18,7 @@ from learnedopt.core.carry import Tape
 from learnedopt.core.checks import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.inner_objective import InnerObjective
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
@@ -82,8 +82,8 @@ Candidate: TypeAlias = "tuple[UpdateRule, Theta] | tuple[UpdateRule, Theta, Inne
 
 def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution) -> Outcome:
     """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``; losses are the outer ones."""
-    rule, theta, *objective = candidate
-    loop = InnerLoop(family, rule, execution, *objective)
+    rule, theta = candidate[:2]
+    loop = InnerLoop(family, rule, execution, candidate[2] if len(candidate) == 3 else TaskLoss())
     rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {

@@ -50,7 +50,8 @@ def predict_peak(
     few = inner.narrow(carry, 0, sum(tree.size(chunk.params) for chunk in chunks[:SOME]))
 
     def peak(num_steps: int) -> int:
-        check_objective(loop, theta, objective, few, num_steps)  # what is done once is not to be seen
+        loop.run(theta, few, 0, tape)  # what is done once is not to be seen
+        check_objective(loop, theta, objective, few, num_steps)
         check_paths(loop, theta, few, num_steps, tape)
         return peak_of(lambda: whole(num_steps).estimate(loop, theta, objective, few))
 

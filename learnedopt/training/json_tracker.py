@@ -76,14 +76,14 @@ class JsonLinesTracker:
     def rewind(self, step: int) -> None:
         """Drop a half-written last line and every line of a step after ``step``; lines without a step stay.
 
-        For a run that counts its meta-steps from 1, ``rewind(0)`` begins anew. The file is replaced as a whole: a kill
+        Meta-steps count from 1, and 0 is the start: ``rewind(-1)`` begins anew. The file is replaced as a whole: a kill
         in between leaves it as it was.
 
         Raises:
             ValueError: a line before the last is not JSON: this is not, or no longer, a record.
             OSError: the folder cannot be written.
         """
-        self._last_step = step
+        self._last_step = step if step >= 0 else None
         if not self.path.exists():
             return
         _mend_tail(self.path)

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,12 +17,17 @@ from learnedopt.core import tree
 from learnedopt.core.carry import Carry
 from learnedopt.core.files import write_atomically
 from learnedopt.core.tree import Theta
+from learnedopt.training import carries
 
-FORMAT = "learnedopt-training-1"
-_COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
-_ADVICE = "choose another checkpoint path, or remove the file to start anew"
+FORMAT = "learnedopt-training-2"
+FORMAT_1 = "learnedopt-training-1"
+"""Held a ``Carry`` at most, its tensors without their structure."""
+SHAPES = "inner_state"
+"""What the shapes and types of an inner loop's state are called in ``Training.run``."""
 _RENAMED = {("rule", "IMAML"): "LearnedInit"}
 """What ``run`` said until version 0.1, where the proximal term was the rule's: its theta and its state are the same."""
+_COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
+_ADVICE = "choose another checkpoint path, or remove the file to start anew"
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
 
 
@@ -36,64 +41,80 @@ class Progress:
     skips_in_a_row: int = 0
     best_value: float = math.inf
     best_theta: Theta | None = None
-    carry: Carry | None = None
+    carry: Any = None  # the estimator's own
 
 
-def save_progress(
-    path: Path, progress: Progress, theta: Theta, optimizer: torch.optim.Optimizer, scheduler: Any, run: dict[str, Any]
-) -> None:
-    """Write everything that the next meta-step depends on, atomically.
+class Training(NamedTuple):
+    """What a file is the state of, beside its progress.
 
-    ``run`` says in plain values which training this is; ``load_progress`` compares it.
+    Args:
+        theta: leaves, which ``load_progress`` writes to; so it does to ``optimizer`` and ``scheduler``.
+        optimizer: of theta.
+        scheduler: of the optimizer, or None.
+        run: plain values that say which training this is, for what no shape tells.
+        classes: what carries are made of beside plain containers; no others are ever made.
+        begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
     """
-    carry = progress.carry
+
+    theta: Theta
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    run: dict[str, Any]
+    classes: carries.Classes
+    begun: Callable[[], Any]
+
+
+def save_progress(path: Path, progress: Progress, training: Training) -> None:
+    """Write everything that the next meta-step depends on, atomically."""
+    scheduler = training.scheduler
     content = {
         "format": FORMAT,
-        "run": run,
-        "theta": {k: v.detach() for k, v in theta.items()},
-        "optimizer": optimizer.state_dict(),
+        "run": training.run,
+        "theta": {k: v.detach() for k, v in training.theta.items()},
+        "optimizer": training.optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if scheduler else None,
-        # Only the leaves of the carry: its structure comes from the family and the rule, so no class needs loading.
-        "carry": None if carry is None else {"leaves": _leaves(carry), "step": carry.step},
+        "carry": carries.pack(progress.carry, _home(training.theta)),
         "best_theta": progress.best_theta,
         **{k: getattr(progress, k) for k in _COUNTS},
     }
     write_atomically(path, lambda partial: torch.save(content, partial))
 
 
-def load_progress(
-    path: Path,
-    theta: Theta,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    run: dict[str, Any],
-    like: Callable[[], Carry],
-) -> Progress:
+def load_progress(path: Path, training: Training) -> Progress:
     """Restore theta, the optimizer and the scheduler in place, and return the progress.
 
-    ``like`` makes a begun carry of the structure that the saved one had. Only tensors and plain values are loaded.
+    Only tensors and plain values are loaded.
 
     Raises:
         ValueError: the file is corrupt, is no training state, or belongs to another run; nothing is restored then.
     """
-    content = _read(path)
-    saved, here = ({k: (tuple(v.shape), v.dtype) for k, v in t.items()} for t in (content["theta"], theta))
-    if saved != here:
-        raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
-    written = {k: _RENAMED.get((k, v), v) for k, v in content["run"].items()}
-    if written != run:
-        differing = [k for k in run if written.get(k) != run[k]]
-        told = ", ".join(f"{k} {written.get(k)!r} instead of {run[k]!r}" for k in differing)
-        raise ValueError(f"{path} was written for another training, with {told}; {_ADVICE}")
-    carry = None if content["carry"] is None else _restore_carry(path, content["carry"], like())
+    content, theta = _read(path), training.theta
+    _require_same_training(path, content, training)
+    carry = _carry(path, content, training)
     with torch.no_grad():
         for k, v in theta.items():
             v.copy_(content["theta"][k])
-    _restore_optimizer(optimizer, content["optimizer"])
-    if scheduler:
-        scheduler.load_state_dict(content["scheduler"])
+    _restore_optimizer(training.optimizer, content["optimizer"])
+    if training.scheduler:
+        training.scheduler.load_state_dict(content["scheduler"])
     best_theta = content["best_theta"] and {k: v.to(theta[k].device) for k, v in content["best_theta"].items()}
     return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry)
+
+
+def _require_same_training(path: Path, content: dict[str, Any], training: Training) -> None:
+    saved, here = (
+        {k: (tuple(v.shape), v.dtype) for k, v in theta.items()} for theta in (content["theta"], training.theta)
+    )
+    if saved != here:
+        raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
+    # Files of before say less.
+    written, run = {k: _RENAMED.get((k, str(v)), v) for k, v in content["run"].items()}, training.run
+    differing = [k for k in run if k in written and written[k] != run[k]]
+    if differing == [SHAPES]:
+        raise ValueError(f"{path} was written for other tasks: shapes or types of its inner state differ; {_ADVICE}")
+    if differing:
+        told = ", ".join(f"{k} {written[k]!r} instead of {run[k]!r}" for k in differing if k != SHAPES)
+        raise ValueError(f"{path} was written for another training, with {told}; {_ADVICE}")
 
 
 def require_loadable(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -134,17 +155,32 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a training state ({reason}): it is corrupt or foreign; {_ADVICE}"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.keys() != _KEYS:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, FORMAT_1) or content.keys() != _KEYS:
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
     return content
 
 
-def _restore_carry(path: Path, saved: dict[str, Any], like: Carry) -> Carry:
+def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
+    saved = content["carry"]
+    if content["format"] == FORMAT_1:
+        return None if saved is None else _carry_of_format_1(path, saved, training.begun())
+    try:
+        return carries.unpack(saved, training.classes, _home(training.theta))
+    except ValueError as error:
+        raise ValueError(f"{path} was written for another estimator or rule: {error}; {_ADVICE}") from error
+
+
+def _carry_of_format_1(path: Path, saved: dict[str, Any], like: Carry) -> Carry:
+    """Return the carry whose tensors alone were saved, in the order of those of a begun one."""
     flat, rebuild = tree.flatten(like[:3])
     leaves = saved["leaves"]
     if [(x.shape, x.dtype) for x in flat] != [(x.shape, x.dtype) for x in leaves]:
         raise ValueError(f"{path} was written for other tasks: shapes or types of its inner state differ; {_ADVICE}")
     return Carry(*rebuild([x.to(y.device) for x, y in zip(leaves, flat, strict=True)]), step=saved["step"])
+
+
+def _home(theta: Theta) -> torch.device:
+    return next(iter(theta.values())).device
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -156,8 +192,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
         for k, v in saved["state"].get(i, {}).items():
             if isinstance(v, torch.Tensor):
                 optimizer.state[p][k] = v.to(optimizer.state[p][k].device)
-
-
-def _leaves(carry: Carry) -> list[torch.Tensor]:
-    # Views of larger tensors would be saved whole: a copy is exactly as large as it looks.
-    return [x.detach().clone() for x in tree.leaves(carry[:3])]

@@ -4,15 +4,16 @@ A tracker only listens. Nothing that it does or fails to do may change a number 
 talks to one ``Trackers``, which keeps its sinks apart. ``json_tracker`` writes the record of a run; the console and
 W&B (``wandb_tracker``) are views of it.
 
-Metrics that the trainer logs and the console knows: ``meta_loss``, ``validation``, ``grad_norm``, ``step_ms``
+Metrics that the trainer logs: ``meta_loss``, ``validation``, ``best_validation``, ``grad_norm``, ``step_ms``
 (milliseconds per meta-step) and ``skipped`` (meta-steps skipped so far), each a number; ``inner_loss`` is a list, the
-mean training loss before each inner step.
+mean training loss before each inner step. Before the first meta-step, as step 0, there are the validations alone.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,10 @@ class Rewindable(Protocol):
     """A tracker whose record can be taken back to an earlier meta-step, which exact resume needs."""
 
     def rewind(self, step: int) -> None:
-        """Forget everything after meta-step ``step``, the last one that the resumed training will not repeat."""
+        """Forget everything after meta-step ``step``, the last one that the resumed training will not repeat.
+
+        -1 where it repeats all, the validation of the start included, which counts as meta-step 0.
+        """
         ...
 
 
@@ -130,20 +134,21 @@ _WORDS = {
     "meta_loss": "meta-loss {:.4g}",
     "validation": "validation {:.4g}",
     "grad_norm": "gradient norm {:.3g}",
-    "step_ms": "{:.3g} ms/step",
     "skipped": "{:.0f} skipped",
 }
 
 
 class ConsoleTracker:
-    """Tells the progress in one line: meta-step, meta-loss, validation, gradient norm, milliseconds per step, skipped.
+    """Tells the progress in one line: meta-step, rate, time left, meta-loss, validation, gradient norm, skipped.
 
-    On a terminal the line is rewritten in place; elsewhere (a pipe, a file) each is a sentence of its own, without
-    control codes.
+    On a terminal the line is rewritten in place; elsewhere (a pipe, a file, a notebook) each is a sentence of its own,
+    without control codes, and they become rarer with time.
 
     Args:
-        total: the number of meta-steps to come, shown beside the present one.
-        interval: seconds between two lines; None means 0.2 on a terminal and 10 elsewhere. 0 shows every call.
+        total: the number of meta-steps to come, shown beside the present one; by default the ``num_meta_steps`` that
+            the trainer tells at the start.
+        interval: seconds between two lines. None means 0.2 on a terminal; elsewhere a twentieth of the time since the
+            start, at least 10 and at most 600. 0 shows every call.
         stream: where to write; None means ``sys.stdout`` as it is at the time of writing.
         clock: seconds, monotonic.
     """
@@ -161,6 +166,7 @@ class ConsoleTracker:
         self._total, self._interval, self._stream, self._clock = total, interval, stream, clock
         self._latest: dict[str, float] = {}
         self._step: int | None = None
+        self._first: tuple[int, float] | None = None  # a meta-step, and when it was done
         self._shown_at = -math.inf
         self._pending = False  # the latest numbers have not been shown
         self._open_line = False  # the cursor stands behind a line that may be rewritten
@@ -170,14 +176,18 @@ class ConsoleTracker:
         """Print the top-level settings that are plain values."""
         plain = [f"{key}={value}" for key, value in config.items() if isinstance(value, str | int | float)]
         self._sentence("Meta-training starts" + (f" with {', '.join(plain)}." if plain else "."))
+        if isinstance(told := config.get("num_meta_steps"), int):
+            self._total = told
+        self._first, self._finished = None, False
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Show the latest value of every known metric, unless the last line is younger than the interval."""
         self._latest.update({name: float(value) for name, value in metrics.items() if not isinstance(value, list)})
-        self._step, self._pending = step, True
-        interval = self._interval if self._interval is not None else 0.2 if self._on_terminal() else 10.0
-        if self._clock() - self._shown_at >= interval:
-            self._show()
+        self._step, self._pending, now = step, True, self._clock()
+        if self._first is None and step > 0:  # from its end on: the first one may compile, load and check
+            self._first = step, now
+        if now - self._shown_at >= self._seconds_between(now):
+            self._show(now)
 
     def figure(self, name: str, path: Path) -> None:
         """Print where the figure is."""
@@ -193,21 +203,37 @@ class ConsoleTracker:
             return
         self._finished = True
         if self._pending:
-            self._show()
+            self._show(self._clock())
         how = "ended" if exit_code == 0 else f"stopped with exit code {exit_code}"
-        after = "before its first meta-step" if self._step is None else f"after meta-step {self._step}"
+        after = "before its first meta-step" if not self._step else f"after meta-step {self._step}"
         self._sentence(f"Meta-training {how} {after}.")
 
-    def _show(self) -> None:
+    def _seconds_between(self, now: float) -> float:
+        if self._interval is not None:
+            return self._interval
+        if self._on_terminal():
+            return 0.2
+        return 10.0 if self._first is None else min(max(10.0, (now - self._first[1]) / 20), 600.0)
+
+    def _show(self, now: float) -> None:
         of_total = "" if self._total is None else f" of {self._total}"
         known = [words.format(self._latest[name]) for name, words in _WORDS.items() if name in self._latest]
-        line = f"Meta-step {self._step}{of_total}" + (f": {', '.join(known)}" if known else "") + "."
-        self._shown_at, self._pending = self._clock(), False
+        line = f"Meta-step {self._step}{of_total}{self._pace(now)}" + (f": {', '.join(known)}" if known else "") + "."
+        self._shown_at, self._pending = now, False
         if self._on_terminal():
-            self._write(f"\r\x1b[K{line}")  # return to the line's start and erase it
+            # Return to the line's start and erase it. A line that wraps could not be erased: it is cut.
+            self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
             self._open_line = True
         else:
             self._write(f"{line}\n")
+
+    def _pace(self, now: float) -> str:
+        """Return the meta-steps per second since the first one seen, and the time left at that rate."""
+        if self._first is None or self._step is None or self._step <= self._first[0] or now <= self._first[1]:
+            return ""
+        rate = (self._step - self._first[0]) / (now - self._first[1])
+        left = "" if self._total is None else f", {_duration(max(self._total - self._step, 0) / rate)} left"
+        return f" ({rate:.3g} meta-steps/s{left})"
 
     def _sentence(self, text: str) -> None:
         self._write(("\n" if self._open_line else "") + text + "\n")
@@ -220,3 +246,18 @@ class ConsoleTracker:
         stream = self._stream or sys.stdout
         stream.write(text)
         stream.flush()
+
+
+def progress_line() -> ConsoleTracker:
+    """Return the console as a trainer has it by default: on stderr, so that what a script prints stays its own."""
+    return ConsoleTracker(stream=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from learnedopt.core.task import Batch, ModuleFamily, Split, TaskFamily, Tasks
+from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, conv_net, initial_params, streams
 from learnedopt.tasks.data.image_array import ClassImages
+from learnedopt.tasks.module_family import ModuleFamily
 
 BatchNorm: TypeAlias = Literal["transductive", "support"]
 
@@ -207,6 +208,10 @@ class ModuleOnImages(TaskFamily):
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Return the share of images that are classified right."""
         return {"accuracy": accuracy(self.outputs(params, batch), batch["targets"])}
+
+    def faults(self, params: Params, batch: Batch, *, second_derivatives: bool = False) -> list[str]:
+        """Say what ``learnedopt.ModuleFamily`` finds."""
+        return self.module.faults(params, batch, second_derivatives=second_derivatives)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""What vetting calls: a loop's losses, on copies of what they are given: nothing of the caller's is at risk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learnedopt.core import tree
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.task import Batch, Tasks
+from learnedopt.core.tree import Params, Theta
+
+if TYPE_CHECKING:
+    from learnedopt.core.inner import Carry, InnerLoop
+
+Loss = Callable[[Theta, Params, Batch], Tensor]
+"""Of ONE task."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One or two tasks of a loop, batched; their batch is that of the carry's step, on the "train" split.
+
+    ``together``: whether the loop runs the two at once.
+    """
+
+    loop: InnerLoop
+    theta: Theta
+    tasks: Tasks
+    params: Params
+    batch: Batch
+    step: int
+    together: bool
+
+    @property
+    def num_tasks(self) -> int:
+        """One or two."""
+        return tree.size(self.params)
+
+    def of_task(self, i: int) -> tuple[Params, Batch]:
+        """Return one task's parameters and batch (views)."""
+        params, batch = (tree.squeeze(tree.narrow(x, i, i + 1)) for x in (self.params, self.batch))
+        return params, batch
+
+
+def case_of(loop: InnerLoop, theta: Theta, carry: Carry) -> Case:
+    """Copy the first two tasks of a begun carry, and theta; ask the family for their batch."""
+    count = min(2, tree.size(carry.params))
+    tasks, params = tree.tree_map(_own, tree.narrow((carry.tasks, carry.params), 0, count))
+    two = carry._replace(tasks=tasks, params=params, state=())
+    # Not detached: whether the batch has a graph is one of the questions.
+    batch = tree.tree_map(lambda x: x.clone(), loop.batch(tasks, carry.step, "train"))
+    together = count > 1 and len(loop.split(two)) == 1
+    return Case(loop, tree.tree_map(_own, theta), tasks, params, batch, carry.step, together)
+
+
+def _own(x: Any) -> Any:
+    # The clone of a tensor that was made under inference_mode is an ordinary one.
+    return x.clone().detach() if isinstance(x, Tensor) else x
+
+
+def objective_of(loop: InnerLoop) -> InnerObjective:
+    """Return what the loop's inner steps descend."""
+    return getattr(loop, "inner_objective", TaskLoss())
+
+
+def losses_of(loop: InnerLoop) -> dict[str, Loss]:
+    """Return by name what the inner steps descend and, where it is another function, what the outer level reads."""
+    objective, family = objective_of(loop), loop.family
+
+    def descended(theta: Theta, params: Params, batch: Batch) -> Tensor:
+        return objective.loss(theta, family, params, batch)
+
+    def read(theta: Theta, params: Params, batch: Batch) -> Tensor:
+        return objective.outer_loss(theta, family, params, batch)
+
+    return {"inner loss": descended, "outer loss": read} if reads_theta(loop) else {"loss": descended}
+
+
+def reads_theta(loop: InnerLoop) -> bool:
+    """Return whether the inner objective is more than the family's loss."""
+    objective = objective_of(loop)
+    of_family = (type(objective).loss, type(objective).outer_loss) == (InnerObjective.loss, InnerObjective.outer_loss)
+    return not of_family or objective.penalty is not None
+
+
+def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tensor:
+    """Call a loss of one task.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is no scalar, or not finite.
+    """
+    value = loss(theta, params, batch)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the loss of one task must be a scalar tensor, got a {type(value).__name__}; do not call item()"
+        )
+    if value.ndim:
+        raise ValueError(f"the loss of one task must be a scalar, got shape {tuple(value.shape)}; use mean() or sum()")
+    if not torch.isfinite(value):
+        raise ValueError(f"the loss is {value.item()} at the start; check data and initialisation")
+    return value
