@@ -321,7 +321,7 @@ class Stranger(InnerObjective):
 
 
 def test_a_newly_registered_rule_is_enrolled_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     optimizers.register("newcomer", Newcomer)
     assert ("implicit gmres", "newcomer", "task-loss", "final loss") in [*cases()]
     check("unrolled", "newcomer", "task-loss", "final loss")

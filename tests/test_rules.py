@@ -673,7 +673,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
         (lambda: make("sgd", lr=True), TypeError, "lr=True"),
         (lambda: make("rmsprop", centered=1), TypeError, "centered=1"),
         (lambda: make("sgd", learn="lr"), TypeError, "learn='lr'"),
-        (lambda: make("meta-sgd", template=template(), rates="row"), TypeError, "rates='row'"),
+        (lambda: make("meta-sgd", template=template(), rates="raw"), ValueError, "rates='raw' is none of 'coordinate'"),
         (lambda: make("meta-sgd"), ValueError, "needs template=; template is one task's parameters"),
         (lambda: make("maml", template={"x": 1.0}), TypeError, "template="),  # pyright: ignore[reportArgumentType]
         (lambda: make("clip", max_value=1.0), ValueError, "needs rule="),
@@ -739,7 +739,7 @@ class Loose(Sign):
 
 
 def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     with pytest.raises(ValueError, match=r"Sign is not registered.*register\('<name>', Sign\)"):
         describe(Sign())
     register("sign", Sign)
@@ -757,7 +757,7 @@ def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     register("sign", Sign)
     with pytest.raises(ValueError, match="already registered"):
         register("sign", Loose)
