@@ -1,4 +1,4 @@
-"""What the plug-in is given: the rule, and the parameters with their names and groups; errors that say what is wrong."""
+"""What the plug-in is given: the rule, and parameters with names and groups; errors that say what is wrong."""
 
 from __future__ import annotations
 
