@@ -21,7 +21,17 @@ import torch
 
 import learnedopt
 from benchmarks.results_memory import MB, allocator_peak
-from learnedopt import ConjugateGradient, FinalLoss, FirstOrder, GradientEstimator, Implicit, InnerLoop, Unrolled
+from learnedopt import (
+    ConjugateGradient,
+    FinalLoss,
+    FirstOrder,
+    GradientEstimator,
+    Implicit,
+    InnerLoop,
+    Proximal,
+    TaskLoss,
+    Unrolled,
+)
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs" / "figures" / "few_shot_memory.png"
@@ -50,10 +60,9 @@ def measure_point(label: str, num_steps: int, ways: int = 20, width: int = 64) -
     generator = torch.Generator().manual_seed(0)
     tasks = family.sample(1, generator)
     template = {k: p[0] for k, p in family.init_params(tasks).items()}
-    options = {"lr": 0.1, "strength": 2.0} if label == IMPLICIT else {"lr": 0.1}
-    rule = learnedopt.optimizers.make("imaml" if label == IMPLICIT else "maml", template=template, **options)
-    loop = InnerLoop(family, rule)
-    theta, carry = rule.init_theta(generator), loop.start(tasks)
+    rule = learnedopt.optimizers.make("maml", template=template, lr=0.1)
+    loop = InnerLoop(family, rule, inner_objective=Proximal(template, 2.0) if label == IMPLICIT else TaskLoss())
+    theta, carry = loop.init_theta(generator), loop.start(tasks)
 
     def estimate(steps: int = num_steps) -> None:
         estimator(label, steps).estimate(loop, theta, FinalLoss(), carry)

@@ -25,9 +25,12 @@ from learnedopt import (
     MeanLogLoss,
     ModuleFamily,
     Neumann,
+    Params,
+    Proximal,
     SumOfLosses,
     Tape,
     TaskFamily,
+    TaskLoss,
     Theta,
     Truncated,
     TruncatedBackprop,
@@ -55,20 +58,26 @@ def tanh_mlp() -> TaskFamily:
     return ModuleFamily(build, functional.mse_loss, data)
 
 
-def make_rule(name: str, family: TaskFamily) -> UpdateRule:
-    """Return the rule at a learning rate that suits small problems."""
+def like(family: TaskFamily) -> Params:
+    """Return one task's parameters."""
     drawn = family.init_params(family.sample(1, torch.Generator().manual_seed(1)))
-    template = {k: p[0] for k, p in drawn.items()}
+    return {k: p[0] for k, p in drawn.items()}
+
+
+def make_rule(name: str, family: TaskFamily) -> UpdateRule:
+    """Return the rule at a learning rate that suits small problems; that of iMAML is MAML's."""
+    name = "maml" if name == "imaml" else name
     options = {} if name == "lstm" else {"lr": 0.02}
     # At the usual 1e-8 and 0.99, eps and 1 - alpha are small against the steps of finite differences.
     options |= {"rmsprop": {"eps": 0.1, "alpha": 0.9}, "adam": {"eps": 0.1}}.get(name, {})
-    return optimizers.make(name, template=template, **options)
+    return optimizers.make(name, template=like(family), **options)
 
 
-def setting(rule: UpdateRule, family: TaskFamily, chunk_size: int = 1, num_tasks: int = 2):
-    """Return the loop, theta and a fresh carry."""
-    loop = InnerLoop(family, rule, Execution(chunk_size))
-    theta = {k: v.double() for k, v in rule.init_theta(torch.Generator().manual_seed(2)).items()}
+def setting(name: str, family: TaskFamily, chunk_size: int = 1, num_tasks: int = 2):
+    """Return the loop, theta and a fresh carry; iMAML's loop descends a proximal inner objective."""
+    objective = Proximal(like(family), 1.0) if name == "imaml" else TaskLoss()
+    loop = InnerLoop(family, make_rule(name, family), Execution(chunk_size), objective)
+    theta = {k: v.double() for k, v in loop.init_theta(torch.Generator().manual_seed(2)).items()}
     return loop, theta, loop.start(family.sample(num_tasks, torch.Generator().manual_seed(3)))
 
 
@@ -105,7 +114,7 @@ def difference_error(value: Callable[[Theta], float], theta: Theta, grads: Theta
 def differences(family: TaskFamily) -> Iterable[tuple[str, float]]:
     """Yield the unrolled gradient against finite differences: of each rule its worst over objectives."""
     for name in RULES:
-        loop, theta, carry = setting(make_rule(name, family), family)
+        loop, theta, carry = setting(name, family)
         errors = []
         for objective in (*OBJECTIVES, BootstrappedTarget(2, 0.1)):
             estimate = Unrolled(4).estimate(loop, theta, objective, carry)
@@ -129,7 +138,7 @@ def held(loop: InnerLoop, objective, theta: Theta, carry) -> Callable[[Theta], f
 def pairs() -> Iterable[tuple[str, float]]:
     """Yield estimators that must agree."""
     mlp, quadratic = tanh_mlp(), tasks.make("quadratic", dim=4)
-    lstm = setting(make_rule("lstm", mlp), mlp)
+    lstm = setting("lstm", mlp)
 
     def grads(estimator: GradientEstimator, where: Any = lstm, objective: Any = SumOfLosses()) -> Theta:  # noqa: B008 - frozen
         return estimator.estimate(where[0], where[1], objective, where[2]).grads
@@ -139,17 +148,17 @@ def pairs() -> Iterable[tuple[str, float]]:
         "one window as long as the horizon against the unroll",
         error(grads(Truncated(6, 6, Tape.FULL)), grads(Unrolled(6))),
     )
-    together = setting(make_rule("lstm", mlp), mlp, chunk_size=2)
+    together = setting("lstm", mlp, chunk_size=2)
     yield "vmapped against looped tasks", error(grads(Unrolled(6), together), grads(Unrolled(6)))
     for name in ("lstm", "meta-sgd"):
-        where = setting(make_rule(name, mlp), mlp)
+        where = setting(name, mlp)
         scaled = {k: 0.3 * g for k, g in grads(Unrolled(4), where, FinalLoss()).items()}
         target = BootstrappedTarget(1, 0.3)
         yield (
             f"bootstrapped, L = 1, against 0.3 x the final loss's, {name}",
             error(grads(Unrolled(4), where, target), scaled),
         )
-    where = setting(make_rule("imaml", quadratic), quadratic)
+    where = setting("imaml", quadratic)
     series = grads(Implicit(4000, Neumann(7)), where, FinalLoss())
     yield (
         "K-RMD against 7 terms of the Neumann series",
@@ -163,7 +172,7 @@ def closed_form(where) -> Theta:
     """Return ``strength P^-1 grad L(x*)`` for quadratics ``|W x - y|^2`` with ``P = 2 W^T W + strength I``."""
     loop, theta, carry = where
     w, y, start = carry.tasks["W"], carry.tasks["y"], theta["init/x"]
-    strength = loop.rule.strength
+    strength = loop.inner_objective.strength
     hessian, pull = 2 * w.mT @ w, 2 * (w.mT @ y[..., None]).squeeze(-1)
     p = hessian + strength * torch.eye(4)
     x = torch.linalg.solve(p, pull + strength * start)

@@ -23,6 +23,7 @@ from learnedopt import (
     Implicit,
     InnerLoop,
     LinearSolver,
+    Proximal,
     Solution,
     Tape,
     TaskFamily,
@@ -86,7 +87,9 @@ def methods(num_steps: int, end: Carry) -> dict[str, GradientEstimator]:
 def measure(steps: tuple[int, ...] = STEPS, num_problems: int = NUM_PROBLEMS) -> dict[str, list[float]]:
     """Return each method's mean relative error of the meta-gradient over problems, for each number of inner steps."""
     family, start = Regressions(), torch.ones(DIM, dtype=torch.float64)
-    loop = InnerLoop(family, optimizers.make("imaml", template={"x": start}, lr=RATE, strength=STRENGTH))
+    template = {"x": start}
+    rule = optimizers.make("maml", template=template, lr=RATE)
+    loop = InnerLoop(family, rule, inner_objective=Proximal(template, STRENGTH))
     tasks = family.sample(num_problems, torch.Generator().manual_seed(0))
     exact = closed_form(tasks, start)
     sums: dict[str, list[float]] = {}

@@ -26,7 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from learnedopt import ConjugateGradient, FinalLoss, GradientEstimator, Implicit, InnerLoop, ModuleFamily, Unrolled
+from learnedopt import (
+    ConjugateGradient,
+    FinalLoss,
+    GradientEstimator,
+    Implicit,
+    InnerLoop,
+    ModuleFamily,
+    Proximal,
+    Unrolled,
+)
 from learnedopt import optimizers as rules
 
 STEPS = (5, 10, 20, 40, 80)
@@ -72,8 +81,9 @@ def measure_point(label: str, num_steps: int) -> Point:
     generator = torch.Generator().manual_seed(0)
     tasks = family.sample(1, generator)
     template = {k: p[0] for k, p in family.init_params(tasks).items()}
-    loop = InnerLoop(family, rules.make("imaml", template=template, lr=0.01, strength=1.0))
-    theta, carry = loop.rule.init_theta(generator), loop.start(tasks)
+    rule = rules.make("maml", template=template, lr=0.01)
+    loop = InnerLoop(family, rule, inner_objective=Proximal(template, 1.0))
+    theta, carry = loop.init_theta(generator), loop.start(tasks)
 
     def estimate(steps: int) -> None:
         estimators(steps)[label].estimate(loop, theta, FinalLoss(), carry)

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.networks import Problem, Stored, at
 from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from benchmarks.workloads_maml import Pose, conv_problem, mlp_problem
-from learnedopt import ConjugateGradient, FinalLoss, Implicit, InnerLoop
+from learnedopt import ConjugateGradient, FinalLoss, Implicit, InnerLoop, Proximal
 from learnedopt import optimizers as rules
 
 LR, STRENGTH, PRODUCTS = 0.05, 2.0, 5
@@ -23,10 +23,10 @@ def ours(pose: Pose) -> Callable[[Size], Call]:
 
     def build(size: Size) -> Call:
         problem = pose(size)
-        rule = rules.make("imaml", template=problem.start, lr=LR, strength=STRENGTH)
+        rule = rules.make("maml", template=problem.start, lr=LR)
         family, generator = Stored(problem), torch.Generator().manual_seed(0)
-        loop = InnerLoop(family, rule)
-        theta, tasks = rule.init_theta(generator), family.sample(size.tasks, generator)
+        loop = InnerLoop(family, rule, inner_objective=Proximal(problem.start, STRENGTH))
+        theta, tasks = loop.init_theta(generator), family.sample(size.tasks, generator)
         estimator = Implicit(size.steps, ConjugateGradient(PRODUCTS), tolerance=math.inf)
 
         def call() -> list[Tensor]:

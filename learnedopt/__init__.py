@@ -19,7 +19,7 @@ from learnedopt.core.objective import (
     SquaredDistance,
     SumOfLosses,
 )
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.hessian_free import HessianFree
@@ -97,6 +97,7 @@ __all__ = [
     "InnerLoop",
     "InnerObjective",
     "KLDivergence",
+    "Kernel",
     "LearnedLoss",
     "LearnedOptimizer",
     "LinearSolver",

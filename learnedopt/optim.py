@@ -288,17 +288,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Return the deltas or, where the rule adds them itself, new parameters; the new state; and which it is."""
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else _scalar(loss, _common_device(params))
+        kernel, arguments = self.rule.kernel, (self.theta, grads, state, params, scalar)
         try:
-            stepped = self.rule.step(self.theta, grads, state, params, scalar) if whole else None
+            stepped = kernel.step(*arguments) if kernel is not None and whole else None
             if stepped is not None:
                 found, state = stepped
             else:
-                deltas = self.rule.update_in_place(self.theta, grads, state, params, scalar) if self._owned else None
-                found, state = (
-                    (deltas, state)
-                    if deltas is not None
-                    else self.rule.update(self.theta, grads, state, params, scalar)
-                )
+                deltas = kernel.update_in_place(*arguments) if kernel is not None and self._owned else None
+                found, state = (deltas, state) if deltas is not None else self.rule.update(*arguments)
         except KeyError as error:
             raise ValueError(_unknown(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:

@@ -30,17 +30,20 @@ from learnedopt.core.tree import Params
 
 
 class Path(NamedTuple):
-    """One task's inner loop: num_steps + 1 points (params, state), and what was met at each of the first num_steps."""
+    """One task's inner loop: num_steps + 1 points (params, state), and what was met at each of the first num_steps.
+
+    ``losses`` are the outer losses, ``told`` what the rule was told: the loss descended less its penalty.
+    """
 
     points: list[tuple[Params, Any]]
     losses: list[Tensor]
+    told: list[Tensor]
     grads: list[Params]
     first_step: int
 
 
 def walk(
-    family: TaskFamily,
-    rule: UpdateRule,
+    loop: InnerLoop,
     theta: Theta,
     task: Tasks,
     num_steps: int,
@@ -50,24 +53,43 @@ def walk(
     start: tuple[Params, Any] | None = None,
     first_step: int = 0,
 ) -> Path:
-    """Run one task (a batched tree of one) step by step; ``held`` replays recorded gradients and losses instead."""
+    """Run one task (a batched tree of one) step by step; ``held`` replays recorded gradients and losses instead.
+
+    What is held are the gradients and losses that the rule was given: the outer losses that are read along the way are
+    computed anew, where the replay has come to.
+    """
+    family, rule, objective = loop.family, loop.rule, loop.inner_objective
+    rules_own = rule_theta(rule, theta)
     own = {k: p[0] for k, p in family.init_params(task).items()}
-    points, losses, grads = [rule.init(theta, own) if start is None else start], [], []
+    points, losses, told, grads = [rule.init(rules_own, own) if start is None else start], [], [], []
     for i in range(num_steps):
         params, state = points[-1]
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
-        loss = family.loss(params, data(family, task, first_step + i, "train"))
-        total = loss + rule.regularizer(theta, params) if rule.has_regularizer else loss
+        batch = data(family, task, first_step + i, "train")
+        losses.append(objective.outer_loss(theta, family, params, batch))
         if held is None:
+            total, loss = descended(loop, theta, params, batch)
             found = torch.autograd.grad(total, list(params.values()), create_graph=full, retain_graph=True)
             grad, seen = dict(zip(params, found, strict=True)), loss if full else loss.detach()
         else:
-            grad, seen = held.grads[i], held.losses[i].detach()
-        deltas, state = rule.update(theta, grad, state, params, seen)
+            grad, seen = held.grads[i], held.told[i].detach()
+        deltas, state = rule.update(rules_own, grad, state, params, seen)
         points.append(({k: p + deltas[k] for k, p in params.items()}, state))
-        losses.append(loss)
+        told.append(seen)
         grads.append({k: g.detach() for k, g in grad.items()})
-    return Path(points, losses, grads, first_step)
+    return Path(points, losses, told, grads, first_step)
+
+
+def descended(loop: InnerLoop, theta: Theta, params: Params, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return what an inner step descends, and the same less its penalty."""
+    objective = loop.inner_objective
+    total = objective.loss(theta, loop.family, params, batch)
+    return total, total if objective.penalty is None else loop.family.loss(params, batch)
+
+
+def rule_theta(rule: UpdateRule, theta: Theta) -> Theta:
+    """Return the part of theta that the rule is handed."""
+    return {k: theta[k] for k in rule.init_theta(torch.Generator())}
 
 
 def data(family: TaskFamily, task: Tasks, step: int, split: Any) -> Any:
@@ -75,16 +97,17 @@ def data(family: TaskFamily, task: Tasks, step: int, split: Any) -> Any:
     return pytree.tree_map(lambda x: x[0], family.batch(task, step, split))
 
 
-def value_of(
-    objective: MetaObjective, family: TaskFamily, rule: UpdateRule, theta: Theta, task: Tasks, path: Path, target: Any
-) -> Tensor:
+def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Tasks, path: Path, target: Any) -> Tensor:
     """Return one task's objective, written out a second time; ``target`` is held fixed where one is needed."""
-    step, end = path.first_step + len(path.losses), path.points[-1][0]
+    family, step, end = loop.family, path.first_step + len(path.losses), path.points[-1][0]
+
+    def outer_loss(split: str) -> Tensor:
+        return loop.inner_objective.outer_loss(theta, family, end, data(family, task, step, split))
+
     if isinstance(objective, FinalLoss):
-        return family.loss(end, data(family, task, step, "valid"))
+        return outer_loss("valid")
     if isinstance(objective, SumOfLosses | MeanLogLoss):
-        last = family.loss(end, data(family, task, step, "train"))
-        losses = torch.stack([*path.losses[1:], last])
+        losses = torch.stack([*path.losses[1:], outer_loss("train")])
         return losses.sum() if isinstance(objective, SumOfLosses) else losses.log().mean()
     assert isinstance(objective, BootstrappedTarget)
     if isinstance(objective.matching, KLDivergence):
@@ -94,17 +117,16 @@ def value_of(
     return 0.5 * sum(((end[k] - target[k]) ** 2).sum() for k in end)
 
 
-def target_of(
-    objective: MetaObjective, family: TaskFamily, rule: UpdateRule, theta: Theta, task: Tasks, path: Path
-) -> Params | None:
-    """Return one task's bootstrapped target: further steps of the rule, then a plain gradient step."""
+def target_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Tasks, path: Path) -> Params | None:
+    """Return one task's bootstrapped target: further steps of the rule, then a plain step down the outer loss."""
     if not isinstance(objective, BootstrappedTarget):
         return None
     step, steps = path.first_step + len(path.losses), objective.num_target_steps - 1
     start = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, path.points[-1])
-    x = walk(family, rule, theta, task, steps, full=False, start=start, first_step=step).points[-1][0]
+    x = walk(loop, theta, task, steps, full=False, start=start, first_step=step).points[-1][0]
     x = {k: p.detach().requires_grad_() for k, p in x.items()}
-    loss = family.loss(x, data(family, task, step + steps, objective.split))
+    batch = data(loop.family, task, step + steps, objective.split)
+    loss = loop.inner_objective.outer_loss(theta, loop.family, x, batch)
     grads = torch.autograd.grad(loss, list(x.values()))
     return {k: (p - objective.step_size * g).detach() for (k, p), g in zip(x.items(), grads, strict=True)}
 
@@ -130,18 +152,18 @@ class Reference:
         skip: int = 0,
         whole: bool = False,
     ) -> None:
-        self.family, self.rule, self.objective, self.full = loop.family, loop.rule, objective, full
+        self.loop, self.objective, self.full = loop, objective, full
         self.theta, self.num_steps, self.skip = theta, num_steps, skip
         self.tasks = one_by_one(tasks)
         self.starts, self.held, self.targets, self.before = [], [], [], []
         for task in self.tasks:
-            ahead = walk(self.family, self.rule, theta, task, skip, full=False)
+            ahead = walk(loop, theta, task, skip, full=False)
             start = pytree.tree_map(lambda x: x.detach(), ahead.points[-1]) if skip else None
-            path = walk(self.family, self.rule, theta, task, num_steps, full=False, start=start, first_step=skip)
+            path = walk(loop, theta, task, num_steps, full=False, start=start, first_step=skip)
             self.starts.append(start)
             self.before.append([x.detach() for x in ahead.losses] if whole else [])
             self.held.append(path)
-            self.targets.append(target_of(objective, self.family, self.rule, theta, task, path))
+            self.targets.append(target_of(objective, loop, theta, task, path))
 
     def value(self, theta: Theta, *, differences: bool = False) -> Tensor:
         """Return the mean over tasks, with a graph to theta or for ``differences`` of values.
@@ -152,8 +174,7 @@ class Reference:
         cases = zip(self.tasks, self.starts, self.held, self.targets, self.before, strict=True)
         for task, start, held, target, before in cases:
             path = walk(
-                self.family,
-                self.rule,
+                self.loop,
                 theta,
                 task,
                 self.num_steps,
@@ -163,7 +184,7 @@ class Reference:
                 first_step=self.skip,
             )
             path = path._replace(losses=before + path.losses, first_step=path.first_step - len(before))
-            values.append(value_of(self.objective, self.family, self.rule, theta, task, path, target))
+            values.append(value_of(self.objective, self.loop, theta, task, path, target))
         return torch.stack(values).mean()
 
     def gradient(self) -> Theta:
@@ -215,86 +236,3 @@ def relative_error(found: Theta, expected: Theta) -> float:
 def worst(errors: Iterable[float]) -> float:
     """Return the largest; NaN, which no comparison of Python's ``max`` would notice, where there is one."""
     return float(torch.tensor(list(errors), dtype=FLOAT).max())
-
-
-def implicit_gradient(
-    loop: InnerLoop,
-    theta: Theta,
-    objective: MetaObjective,
-    tasks: Tasks,
-    num_steps: int,
-    *,
-    step_map: bool,
-    num_terms: int | None = None,
-    damping: float = 0.0,
-) -> Theta:
-    """Return the implicit gradient at the end of the rule's own steps, by dense matrices, a mean over tasks.
-
-    Args:
-        step_map: solve with I - dPhi/dz on (params, state) instead of the Hessian of loss + regularizer.
-        num_terms: sum so many terms of the Neumann series instead.
-        damping: added to the Hessian's diagonal.
-    """
-    totals = {k: torch.zeros_like(v) for k, v in theta.items()}
-    count = len(one_by_one(tasks))
-    for task in one_by_one(tasks):
-        path = walk(loop.family, loop.rule, theta, task, num_steps, full=False)
-        target = target_of(objective, loop.family, loop.rule, theta, task, path)
-        end = pytree.tree_map(lambda x: x.detach(), path.points[-1])
-        params = {k: p.requires_grad_() for k, p in end[0].items()}
-        value = value_of(
-            objective, loop.family, loop.rule, theta, task, path._replace(points=[(params, end[1])]), target
-        )
-        cotangents = torch.autograd.grad(value, list(params.values()))
-        batch = data(loop.family, task, max(num_steps - 1, 0), "train")
-        system = _step_map_system if step_map else _optimality_system
-        map_of, z, num_params = system(loop, batch, pytree.tree_map(lambda x: x.detach(), end))
-        v = torch.cat([*[c.reshape(-1) for c in cotangents], torch.zeros(len(z) - num_params, dtype=FLOAT)])
-        jacobian = torch.func.jacrev(map_of)(z, theta).mT
-        if num_terms is not None:
-            u = sum(torch.linalg.matrix_power(jacobian, k) @ v for k in range(num_terms))
-        elif step_map:
-            u = torch.linalg.solve(torch.eye(len(z), dtype=FLOAT) - jacobian, v)
-        else:
-            u = -torch.linalg.solve(jacobian + damping * torch.eye(len(z), dtype=FLOAT), v)
-        pulled = torch.func.vjp(lambda th, f=map_of, at=z: f(at, th), theta)[1](u)[0]
-        totals = {k: t + pulled[k] / count for k, t in totals.items()}
-    return totals
-
-
-def _step_map_system(loop: InnerLoop, batch: Any, end: Any) -> tuple[Callable[[Tensor, Theta], Tensor], Tensor, int]:
-    """Return Phi on vectors of all floating-point numbers in (params, state), and where to take it."""
-    flat, spec = pytree.tree_flatten(end)
-    moving = [i for i, x in enumerate(flat) if x.is_floating_point()]
-
-    def step(z: Tensor, theta: Theta) -> Tensor:
-        pieces = z.split([flat[i].numel() for i in moving])
-        filled = list(flat)
-        for i, piece in zip(moving, pieces, strict=True):
-            filled[i] = piece.reshape(flat[i].shape)
-        params, state = pytree.tree_unflatten(filled, spec)
-        grads, loss = torch.func.grad_and_value(_total, has_aux=True)(params, loop, theta, batch)
-        deltas, state = loop.rule.update(theta, grads, state, params, loss[1])
-        image = pytree.tree_leaves(({k: p + deltas[k] for k, p in params.items()}, state))
-        return torch.cat([image[i].reshape(-1) for i in moving])
-
-    return step, torch.cat([flat[i].reshape(-1) for i in moving]), sum(p.numel() for p in end[0].values())
-
-
-def _optimality_system(loop: InnerLoop, batch: Any, end: Any) -> tuple[Callable[[Tensor, Theta], Tensor], Tensor, int]:
-    """Return the gradient of loss + regularizer on vectors of the parameters, and where to take it."""
-    flat, spec = pytree.tree_flatten(end[0])
-
-    def gradient(z: Tensor, theta: Theta) -> Tensor:
-        pieces = z.split([x.numel() for x in flat])
-        params = pytree.tree_unflatten([p.reshape(x.shape) for p, x in zip(pieces, flat, strict=True)], spec)
-        grads = torch.func.grad(lambda p: _total(p, loop, theta, batch)[0])(params)
-        return torch.cat([g.reshape(-1) for g in grads.values()])
-
-    z = torch.cat([x.reshape(-1) for x in flat])
-    return gradient, z, len(z)
-
-
-def _total(params: Params, loop: InnerLoop, theta: Theta, batch: Any) -> tuple[Tensor, Tensor]:
-    loss = loop.family.loss(params, batch)
-    return (loss + loop.rule.regularizer(theta, params) if loop.rule.has_regularizer else loss), loss

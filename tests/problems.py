@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learnedopt import TaskFamily, Tasks, Theta, UpdateRule
+from learnedopt import Execution, InnerLoop, InnerObjective, Proximal, TaskFamily, Tasks, Theta, UpdateRule, optimizers
 from learnedopt.core.tree import Params
 
 FLOAT = torch.float64
@@ -82,6 +82,30 @@ class LayerNormMLP(TanhMLP):
         return super().batch(tasks, 0, split)  # one batch, so that there is a solution
 
 
+class Labelled(TaskFamily):
+    """Two logits of 8 points with 3 features, the first of them 0; what inner objectives of examples read is there."""
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        x = torch.randn(num_tasks, 2, 8, 3, generator=generator, dtype=FLOAT)
+        start = torch.randn(num_tasks, 4, generator=generator, dtype=FLOAT)
+        return {"x": x, "start": start, "y": torch.randint(2, (num_tasks, 8), generator=generator)}
+
+    def init_params(self, tasks: Tasks) -> Params:
+        return {"w": tasks["start"][:, :3], "b": tasks["start"][:, 3:]}
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        wave = 0.3 * torch.sin(torch.arange(24, dtype=FLOAT) + step).reshape(8, 3)
+        order = torch.tensor([3, 0, 4, 7, 1, 6, 2, 5]).expand(len(tasks["y"]), 8)
+        return {"x": tasks["x"][:, int(split == "valid")] + wave, "targets": tasks["y"], "index": order}
+
+    def outputs(self, params: Params, batch: Any) -> Tensor:
+        logits = batch["x"] @ params["w"] + params["b"]
+        return torch.stack([torch.zeros_like(logits), logits], dim=-1)
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        return functional.cross_entropy(self.outputs(params, batch), batch["targets"])
+
+
 class Logistic(TaskFamily):
     """Logistic regression on 6 points with 3 features; not regularised: a rule does that."""
 
@@ -152,15 +176,14 @@ class Sensitive(UpdateRule):
         return {k: -rate * g for k, g in grads.items()}, {"last": loss}
 
 
-class Proximal(UpdateRule):
-    """Descent on loss + ``strength/2 |x - start|^2`` for any family, with both learned."""
+class FromStart(UpdateRule):
+    """Descent from a learned start, for any family."""
 
     def __init__(self, template: Params, lr: float = 0.3) -> None:
         self.template, self.lr = template, lr
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        start = {f"start/{k}": p.detach().clone() for k, p in self.template.items()}
-        return {**start, "strength": torch.tensor(0.8, dtype=FLOAT)}
+        return {f"start/{k}": p.detach().clone() for k, p in self.template.items()}
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
         return {k: theta[f"start/{k}"] for k in params}, ()
@@ -168,9 +191,47 @@ class Proximal(UpdateRule):
     def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
         return {k: -self.lr * g for k, g in grads.items()}, state
 
-    def regularizer(self, theta: Theta, params: Params) -> Tensor:
+
+class Tied(InnerObjective):
+    """``loss + strength/2 |x - start|^2`` with the start of ``FromStart``: a loss of a user's own, and no penalty."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"strength": torch.tensor(0.8, dtype=FLOAT)}
+
+    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Any) -> Tensor:
         squares = [(p - theta[f"start/{k}"]).square().sum() for k, p in params.items()]
-        return 0.5 * theta["strength"] * torch.stack(squares).sum()
+        return family.loss(params, batch) + 0.5 * theta["strength"] * torch.stack(squares).sum()
+
+
+class Both(InnerObjective):
+    """Theta in what is descended and, otherwise, in what is read: nothing of one is the other."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"gain": torch.tensor(0.2, dtype=FLOAT), "tilt": torch.tensor([0.3, -0.2], dtype=FLOAT)}
+
+    def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Any) -> Tensor:
+        return theta["gain"].exp() * family.loss(params, batch) + theta["tilt"][0] * self._squares(params)
+
+    def outer_loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Any) -> Tensor:
+        return (1 + theta["tilt"][1] ** 2) * family.loss(params, batch) + theta["gain"] ** 2 * self._squares(params)
+
+    def _squares(self, params: Params) -> Tensor:
+        return 0.5 * torch.stack([p.square().sum() for p in params.values()]).sum()
+
+
+def tied_loop(family: TaskFamily, execution: Execution = Execution(), lr: float = 0.3) -> InnerLoop:  # noqa: B008
+    """Return descent from a learned start that is pulled to it by an inner objective of a user's own."""
+    return InnerLoop(family, FromStart(template(family), lr), execution, Tied())
+
+
+def imaml_loop(
+    family: TaskFamily, execution: Execution = Execution(), *, lr: float = 0.1, strength: float = 1.0,  # noqa: B008
+    per: Any = "scalar", learn: bool = False,
+) -> InnerLoop:  # fmt: skip
+    """Return iMAML: MAML's rule on a proximal inner objective."""
+    like = template(family)
+    objective = Proximal(like, strength, per=per, learn=learn)
+    return InnerLoop(family, optimizers.make("maml", template=like, lr=lr), execution, objective)
 
 
 def join(params: Params) -> Tensor:
@@ -188,12 +249,12 @@ def template(family: TaskFamily, seed: int = 11) -> Params:
     return {k: p[0] for k, p in family.init_params(sample(family, 1, seed)).items()}
 
 
-def generic_theta(rule: UpdateRule, seed: int = 3) -> Theta:
+def generic_theta(owner: UpdateRule | InnerLoop, seed: int = 3) -> Theta:
     """Return a theta without special values: known hyperparameters at moderate ones, everything else perturbed."""
     moderate = {"lr": 0.06, "momentum": 0.7, "beta1": 0.8, "beta2": 0.9, "alpha": 0.85, "eps": 0.05}
     moderate |= {"weight_decay": 0.1, "dampening": 0.2, "strength": 1.3}
     generator = torch.Generator().manual_seed(seed)
-    theta = {k: v.to(FLOAT) for k, v in rule.init_theta(generator).items()}
+    theta = {k: v.to(FLOAT) for k, v in owner.init_theta(generator).items()}
     for key, value in theta.items():
         name = key.rsplit("/", 1)[-1]
         noise = 0.05 * torch.randn(value.shape, generator=generator, dtype=FLOAT)

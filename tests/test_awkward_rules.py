@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, final
 
 import pytest
@@ -16,18 +15,19 @@ from learnedopt import (
     FinalLoss,
     Implicit,
     InnerLoop,
+    InnerObjective,
     LearnedOptimizer,
     MetaTrainer,
+    Penalty,
+    Proximal,
     Tape,
     TaskFamily,
     Unrolled,
     UpdateRule,
     optimizers,
 )
-from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import pull
-from learnedopt.optimizers import IMAML, SGD, Partition
-from learnedopt.optimizers.bases.wrapper import Wrapper
+from learnedopt.core.rule import Kernel
+from learnedopt.optimizers import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -115,11 +115,11 @@ def test_deltas_that_would_merely_broadcast_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_plug_in_takes_the_engines_step_to_the_bit_with_a_regularizer_too(dtype: torch.dtype) -> None:
+def test_the_plug_in_takes_the_engines_step_to_the_bit(dtype: torch.dtype) -> None:
     family = Scaled(dtype)
     tasks = sample(family, 1)
     own = {k: p[0].clone() for k, p in family.init_params(tasks).items()}
-    rule = optimizers.make("imaml", template={k: 0.9 * p for k, p in own.items()}, lr=0.07, strength=0.3)
+    rule = optimizers.make("maml", template={k: 0.9 * p for k, p in own.items()}, lr=0.07)
     theta = rule.init_theta(torch.Generator())
     loop = InnerLoop(family, rule)
     params = {k: torch.nn.Parameter(p) for k, p in own.items()}
@@ -204,14 +204,22 @@ def test_what_cannot_work_is_said_before_the_first_step() -> None:
         MetaTrainer(loop, Unrolled(1), FinalLoss(), number_of_tasks=3)
 
 
-class Backwards(Descent):
-    """Descent with a step in another order, in float64 whatever the parameters are."""
-
-    def init(self, theta: Any, params: Any) -> Any:
-        return params, ()
+@final
+class ReversedStep(Kernel):
+    """Descent with the parameters in another order, in float64 whatever they are."""
 
     def step(self, theta: Any, grads: Any, state: Any, params: Any, loss: Tensor) -> Any:
         return {k: params[k] - theta["lr"].double() * grads[k].double() for k in reversed(list(params))}, state
+
+
+@final
+class Backwards(Descent):
+    """Descent with such a kernel."""
+
+    kernel = ReversedStep()
+
+    def init(self, theta: Any, params: Any) -> Any:
+        return params, ()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3])
@@ -225,66 +233,84 @@ def test_a_step_changes_neither_the_order_nor_the_dtype_of_parameters(chunk_size
     assert [(k, p.dtype) for k, p in end.params.items()] == [("w", torch.float32), ("log_scale", torch.float32)]
 
 
-class Pulled(Wrapper):
-    """Adds an L2 penalty to the wrapped rule's regularizer, if any."""
-
-    has_regularizer = True
-
-    def regularizer(self, theta: Any, params: Any) -> Tensor:
-        own = sum((p.square().sum() for p in params.values()), torch.zeros(()))
-        return own + (super().regularizer(theta, params) if self.rule.has_regularizer else 0.0)
-
-
-@final
-@dataclass(frozen=True)
 class Backward(SGD):
     """Climbs."""
+
+    kernel = None
 
     def update(self, theta: Any, grads: Any, state: Any, params: Any, loss: Tensor) -> Any:
         deltas, state = super().update(theta, grads, state, params, loss)
         return {k: -d for k, d in deltas.items()}, state
 
 
-def test_who_overrides_a_method_loses_the_shortcut_to_it() -> None:
-    family = Scaled()
-    tasks = sample(family, 1)
-    own = {k: p[0] for k, p in family.init_params(tasks).items()}
-    for inside in (SGD(0.1), optimizers.make("imaml", template=own)):
-        rule = Pulled(inside)
-        theta = rule.init_theta(torch.Generator())
-        moved = {k: p + 0.1 for k, p in own.items()}
-        found = pull(rule, TaskMap(1), theta, moved, create_graph=False)
-        expected = torch.func.grad(lambda at, rule=rule, theta=theta: rule.regularizer(theta, at))(moved)
-        torch.testing.assert_close(found, expected)
-    loop = InnerLoop(family, Backward(0.1))
-    rollout = loop.run(loop.rule.init_theta(torch.Generator()), loop.start(tasks), 3, Tape.NONE)
-    assert (rollout.losses[1:] > rollout.losses[:-1]).all()
+def test_the_engine_follows_an_update_that_is_overridden() -> None:
+    loop = InnerLoop(Scaled(), Backward(0.1))
+    theta, carry = loop.rule.init_theta(torch.Generator()), loop.start(sample(loop.family, 1))
+    losses = loop.run(theta, carry, 3, Tape.NONE).losses
+    assert (losses[1:] > losses[:-1]).all()
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["without a closed form", "of a partition"])
-def test_regularizers_go_with_offloaded_segments(own: bool) -> None:
+class Squares(Penalty):
+    """``factor |w|^2``, which knows no closed form, and nothing of the other parameter."""
+
+    def value(self, theta: Any, params: Any) -> Tensor:
+        return theta["factor"] * params["w"].square().sum()
+
+
+class Pulled(InnerObjective):
+    """The family's loss with a penalty of a user's own."""
+
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
+
+    def init_theta(self, generator: torch.Generator) -> Any:
+        return {"factor": torch.tensor(0.4)}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("own", [True, False], ids=["without a closed form", "to a learned start"])
+def test_penalties_go_with_offloaded_segments(own: bool, chunk_size: int) -> None:
     family = Scaled()
     template = {k: 0.9 * p[0] for k, p in family.init_params(sample(family, 1)).items()}
-    groups = {"w": ("w", IMAML({"w": template["w"]}, lr=0.1)), "rest": ("*", SGD(0.1))}
-    rule = Pulled(SGD(0.1)) if own else Partition(groups)
-    loop, theta = InnerLoop(family, rule), rule.init_theta(torch.Generator())
-    carry = loop.start(sample(family, 2))
+    inner = Pulled(Squares()) if own else Proximal(template, 0.7, learn=True)
+    loop = InnerLoop(family, optimizers.make("maml", template=template), Execution(chunk_size), inner)
+    theta, carry = loop.init_theta(torch.Generator()), loop.start(sample(family, 2))
     whole = Unrolled(4).estimate(loop, theta, FinalLoss(), carry)
     pieces = Unrolled(4, segment=2, offload=True).estimate(loop, theta, FinalLoss(), carry)
     torch.testing.assert_close(pieces.grads, whole.grads, rtol=1e-12, atol=1e-14)
+    assert all(g.any() for g in whole.grads.values())
 
 
-def test_a_pull_of_another_shape_is_refused() -> None:
-    class Broadcasts(Descent):
-        def init(self, theta: Any, params: Any) -> Any:
-            return params, ()
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("tape", [Tape.FULL, Tape.NONE], ids=lambda tape: tape.value)
+def test_a_penalty_is_a_term_of_the_loss_whose_gradient_is_taken_apart(tape: Tape, chunk_size: int) -> None:
+    class Whole(Pulled):
+        def loss(self, theta: Any, family: TaskFamily, params: Any, batch: Any) -> Tensor:
+            return family.loss(params, batch) + Squares().value(theta, params)
 
-        def regularizer(self, theta: Any, params: Any) -> Tensor:
-            return params["w"].sum()
+    family = Scaled()
+    theta = {"lr": torch.tensor(0.1), "factor": torch.tensor(0.4)}
+    for objective in (Pulled(Squares()), Whole(None)):
+        loop = InnerLoop(family, Descent(), Execution(chunk_size), objective)
+        leaves = {k: v.clone().requires_grad_() for k, v in theta.items()}
+        rollout = loop.run(leaves, loop.start(sample(family, 2)), 3, tape)
+        total = loop.losses(leaves, rollout.end, "valid").mean() + rollout.losses.mean()
+        found = torch.autograd.grad(total, [*leaves.values()]) if tape is Tape.FULL else ()
+        if objective.penalty is not None:
+            expected = (total.detach(), *found)
+    torch.testing.assert_close((total.detach(), *found), expected, rtol=1e-12, atol=1e-14)
 
-        def regularizer_gradient(self, theta: Any, params: Any) -> Any:
-            return {k: torch.ones(1) for k in params}
 
-    loop = InnerLoop(Scaled(), Broadcasts())
-    with pytest.raises(ValueError, match="regularizer_gradient must return one gradient of the same shape"):
-        loop.run({"lr": torch.tensor(0.1)}, loop.start(sample(loop.family)), 1)
+@pytest.mark.parametrize(
+    "gradient",
+    [lambda params: {k: torch.ones(1) for k in params}, lambda params: {"w": params["w"]}, lambda params: params["w"]],
+    ids=["shapes", "names", "no dict"],
+)
+def test_a_penaltys_gradient_of_another_shape_is_refused(gradient: Any) -> None:
+    class Broadcasts(Squares):
+        def gradient(self, theta: Any, params: Any) -> Any:
+            return gradient(params)
+
+    loop = InnerLoop(Scaled(), Descent(), inner_objective=Pulled(Broadcasts()))
+    with pytest.raises(ValueError, match=r"Broadcasts\.gradient must return one gradient of the same shape"):
+        loop.run(loop.init_theta(torch.Generator()), loop.start(sample(loop.family)), 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FLOAT, Proximal, Quadratic, Skewed, generic_theta, sample, template
+from problems import FLOAT, FromStart, Quadratic, Skewed, Tied, generic_theta, sample, template, tied_loop
 from torch import Tensor
 
 from learnedopt import (
@@ -23,10 +23,13 @@ from learnedopt import (
     GradientEstimator,
     Implicit,
     InnerLoop,
+    InnerObjective,
     MeanLogLoss,
     Neumann,
+    Proximal,
     SumOfLosses,
     Tape,
+    TaskLoss,
     Theta,
     Truncated,
     TruncatedBackprop,
@@ -70,21 +73,26 @@ def refuses(
     estimator: GradientEstimator,
     objective: MetaObjective | None = None,
     *,
-    family: Watched | None = None,
-    theta: Any = None,
+    inner: InnerObjective | None = None,
     num_passes: int = 1,
+    probed: bool = False,
 ) -> None:
-    """Assert the error, and that no inner step was taken: the loss was never looked at anywhere but at the start."""
-    family = Watched() if family is None else family
+    """Assert the error, and that no inner step was taken: the loss was never looked at anywhere but at the start.
+
+    Where ``probed``, theta's paths through an inner objective are looked for by a few updates at stand-in gradients:
+    then the number of passes alone tells.
+    """
+    family = Watched()
     tasks = sample(family, NUM_TASKS)
-    loop = InnerLoop(family, rule, Execution(1))
-    theta = generic_theta(rule) if theta is None else theta
+    loop = InnerLoop(family, rule, Execution(1), inner or TaskLoss())
+    theta = generic_theta(loop)
     with pytest.raises(ValueError, match=message):
         estimator.estimate(loop, theta, objective or FinalLoss(), loop.start(tasks))
     starts = family.init_params(tasks)["w"]
     if any(k.endswith("init/w") or k == "start/w" for k in rule.init_theta(torch.Generator())):
         starts = torch.stack([v for k, v in theta.items() if k in ("init/w", "start/w")])
-    assert all(any(torch.equal(point, start) for start in starts) for point in family.points), "an inner step was taken"
+    at_start = all(any(torch.equal(point, start) for start in starts) for point in family.points)
+    assert at_start or probed, "an inner step was taken"
     assert len(family.points) <= num_passes * NUM_TASKS
 
 
@@ -104,16 +112,16 @@ def refuses(
     ],
 )
 def test_theta_of_another_rule_or_shape(estimator: GradientEstimator, theta: Any, shown: str) -> None:
-    family, rule = Watched(), Proximal(template(Quadratic()))
-    loop = InnerLoop(family, rule)
-    with pytest.raises(ValueError, match=rf"this theta is not one of Proximal: .*{shown}.*init_theta"):
+    family = Watched()
+    loop = tied_loop(family)
+    with pytest.raises(ValueError, match=rf"this theta is not one of FromStart on Tied: .*{shown}.*init_theta"):
         estimator.estimate(loop, theta, FinalLoss(), loop.start(sample(family)))
     assert not family.points
 
 
 def test_theta_of_another_family() -> None:
     """The start has the right shape for its rule, but not for what is trained."""
-    rule = Proximal({"w": torch.zeros(3, 2), "b": torch.zeros(1)})
+    rule = FromStart({"w": torch.zeros(3, 2), "b": torch.zeros(1)})
     refuses(r"starts from parameters .*\(2, 3, 2\).*the family's are .*\(2, 2, 2\).*template", rule, Unrolled(2))
     wrong = {"w": torch.zeros(2, 2, dtype=FLOAT), "c": torch.zeros(1, dtype=FLOAT)}
     refuses("build the rule with a template", optimizers.make("maml", template=wrong), Unrolled(2))
@@ -171,9 +179,9 @@ def test_a_family_whose_loss_cannot_be_trained_on(
             calls.append(1)
             return loss(self, params, batch)
 
-    loop = InnerLoop(Bad(0.0), Proximal(template(Quadratic())), Execution(chunk_size))
+    loop = tied_loop(Bad(0.0), Execution(chunk_size))
     with pytest.raises(ValueError, match=rf"Bad\.{message}"):
-        estimator.estimate(loop, generic_theta(loop.rule), FinalLoss(), loop.start(sample(loop.family)))
+        estimator.estimate(loop, generic_theta(loop), FinalLoss(), loop.start(sample(loop.family)))
     assert len(calls) <= NUM_TASKS // chunk_size
 
 
@@ -183,7 +191,7 @@ def test_a_loss_that_reads_some_of_the_parameters_is_fine() -> None:
             return params["w"].square().sum()
 
     loop = InnerLoop(Partial(), optimizers.make("sgd"))
-    found = Unrolled(2).estimate(loop, generic_theta(loop.rule), FinalLoss(), loop.start(sample(loop.family)))
+    found = Unrolled(2).estimate(loop, generic_theta(loop), FinalLoss(), loop.start(sample(loop.family)))
     assert found.grads["lr"] < 0
 
 
@@ -241,8 +249,8 @@ def test_rules_that_count_have_no_fixed_point(solver: Any) -> None:
         refuses("counts its steps.*no fixed point", rule, Implicit(50, solver))
 
 
-def test_a_rule_that_counts_may_have_a_regularizer() -> None:
-    class ProximalWarmup(Proximal):
+def test_a_rule_that_counts_may_descend_an_inner_objective_of_its_own() -> None:
+    class Counting(FromStart):
         def init(self, theta, params):
             return super().init(theta, params)[0], {"count": torch.zeros((), dtype=FLOAT)}
 
@@ -250,13 +258,12 @@ def test_a_rule_that_counts_may_have_a_regularizer() -> None:
             return {k: -self.lr * g for k, g in grads.items()}, {"count": state["count"] + 1}
 
     family = Quadratic(0.0)
-    loop = InnerLoop(family, ProximalWarmup(template(family)))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(family))
-    plain = InnerLoop(family, Proximal(template(family)))
-    expected = Implicit(100).estimate(plain, theta, FinalLoss(), carry)
+    loop = InnerLoop(family, Counting(template(family)), inner_objective=Tied())
+    theta, carry = generic_theta(loop), loop.start(sample(family))
+    expected = Implicit(100).estimate(tied_loop(family), theta, FinalLoss(), carry)
     found = Implicit(100).estimate(loop, theta, FinalLoss(), carry)
     assert all(torch.equal(found.grads[k], g) for k, g in expected.grads.items())
-    with pytest.raises(ValueError, match="counts its steps"):  # the step map of this rule has none, regularizer or not
+    with pytest.raises(ValueError, match="counts its steps"):  # the step map has no fixed point, whatever is descended
         Implicit(100, Neumann(5)).estimate(loop, theta, FinalLoss(), carry)
 
 
@@ -296,23 +303,29 @@ def test_conjugate_gradient_on_a_symmetric_step_map() -> None:
 def test_a_meta_parameter_without_a_path_is_named(
     estimator: GradientEstimator, name: str, entries: str, how: str, objective: MetaObjective
 ) -> None:
-    class Idle(Proximal):
+    class Idle(FromStart):
         def init_theta(self, generator: torch.Generator) -> Theta:
             return {**super().init_theta(generator), "idle": torch.ones(3, dtype=FLOAT)}
 
     like = template(Quadratic())
-    rules = {
-        "strength": lambda: optimizers.make("imaml", template=like, learn_strength=True),
-        "idle": lambda: Idle(like),
+    message = rf"{entries} have no path to the objective through {how}.*silent zero"
+    maml = optimizers.make("maml", template=like)
+    on_inner = {
+        "imaml": (maml, Proximal(like)),
+        "strength": (maml, Proximal(like, learn=True)),
+        "idle": (Idle(like), Tied()),
     }
-    rule = rules[name]() if name in rules else optimizers.example(name, like)
-    refuses(rf"{entries} have no path to the objective through {how}.*silent zero", rule, estimator, objective)
+    if name in on_inner:
+        rule, inner = on_inner[name]
+        refuses(message, rule, estimator, objective, inner=inner, num_passes=6, probed=True)
+    else:
+        refuses(message, optimizers.example(name, like), estimator, objective)
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(4), Truncated(2, 4), Implicit(50)], ids=str)
 def test_an_objective_that_does_not_read_the_inner_loop(estimator: GradientEstimator) -> None:
-    loop = InnerLoop(Quadratic(0.0), Proximal(template(Quadratic()), lr=0.3))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(loop.family))
+    loop = tied_loop(Quadratic(0.0), lr=0.3)
+    theta, carry = generic_theta(loop), loop.start(sample(loop.family))
     theta = {k: 1 * v for k, v in theta.items()}
     blind = [
         lambda loop, theta, rollout: loop.losses(theta, rollout.end, "valid").detach().mean(),
@@ -370,7 +383,7 @@ def test_negative_counts_and_rates(make: Callable[[], Any], message: str) -> Non
 def test_a_negative_number_of_steps_in_a_run() -> None:
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
     with pytest.raises(ValueError, match="num_steps=-2 is not a count"):
-        loop.run(generic_theta(loop.rule), loop.start(sample(loop.family)), -2)
+        loop.run(generic_theta(loop), loop.start(sample(loop.family)), -2)
 
 
 def test_what_is_no_linear_solver() -> None:
@@ -401,12 +414,12 @@ def path_median(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
 @pytest.mark.parametrize("objective", [summed, worst_task, root_mean_square, summed_path, path_median])
 @pytest.mark.parametrize("estimator", ESTIMATORS[:6], ids=str)
 def test_an_objective_that_is_no_mean_over_tasks(estimator: GradientEstimator, objective: MetaObjective) -> None:
-    rule = Proximal(template(Quadratic()))
+    rule, inner, num_passes = FromStart(template(Quadratic())), Tied(), 5
     if isinstance(estimator, Truncated) or estimator == FirstOrder(4):
-        rule = optimizers.make("sgd")
+        rule, inner, num_passes = optimizers.make("sgd"), TaskLoss(), 4
     # Whether it is a mean shows in its value on two tasks and on each alone: forward passes, all at the start.
     message = rf"the objective {objective.__name__} is not a mean over tasks: on two tasks it gives"
-    refuses(message, rule, estimator, objective, num_passes=4)
+    refuses(message, rule, estimator, objective, inner=inner, num_passes=num_passes)
 
 
 def path_of_the_worst_task(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
@@ -417,20 +430,20 @@ def test_an_objective_that_is_no_mean_is_noticed_on_tasks_that_start_alike() -> 
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
     twins = {k: v.expand(2, *v.shape[1:]) for k, v in sample(loop.family, 1).items()}
     with pytest.raises(ValueError, match="path_of_the_worst_task is not a mean over tasks"):
-        Unrolled(2).estimate(loop, generic_theta(loop.rule), path_of_the_worst_task, loop.start(twins))
+        Unrolled(2).estimate(loop, generic_theta(loop), path_of_the_worst_task, loop.start(twins))
 
 
 def test_a_sum_over_a_single_task_is_still_a_sum() -> None:
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
     with pytest.raises(ValueError, match="not a mean over tasks"):
-        Unrolled(2).estimate(loop, generic_theta(loop.rule), summed, loop.start(sample(loop.family, 1)))
+        Unrolled(2).estimate(loop, generic_theta(loop), summed, loop.start(sample(loop.family, 1)))
 
 
 def test_a_matching_that_is_no_distance_per_task() -> None:
     objective = BootstrappedTarget(2, 0.1, matching=lambda loop, target, end, split: end.params["w"].square().sum())
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
     with pytest.raises(ValueError, match=r"one distance per task, shape \(1,\), got \(\)"):
-        Unrolled(2).estimate(loop, generic_theta(loop.rule), objective, loop.start(sample(loop.family)))
+        Unrolled(2).estimate(loop, generic_theta(loop), objective, loop.start(sample(loop.family)))
 
 
 def per_task(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
@@ -443,9 +456,9 @@ def as_number(loop: InnerLoop, theta: Theta, rollout: Any) -> float:
 
 @pytest.mark.parametrize("estimator", [Unrolled(4), Implicit(4)], ids=str)
 def test_an_objective_that_returns_no_scalar(estimator: GradientEstimator) -> None:
-    rule = Proximal(template(Quadratic()))
-    refuses(r"must return a scalar tensor, got a tensor of shape \(2,\)", rule, estimator, per_task, num_passes=4)
-    refuses("must return a scalar tensor, got float", rule, estimator, as_number, num_passes=4)  # type: ignore[arg-type]
+    for message, objective in ((r"a tensor of shape \(2,\)", per_task), ("float", as_number)):
+        rule, message = FromStart(template(Quadratic())), f"must return a scalar tensor, got {message}"
+        refuses(message, rule, estimator, objective, inner=Tied(), num_passes=5)  # type: ignore[arg-type]
 
 
 def path_mean(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
@@ -455,20 +468,20 @@ def path_mean(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
 @pytest.mark.parametrize("objective", [SumOfLosses(), MeanLogLoss(), path_mean])
 @pytest.mark.parametrize("solver", [ConjugateGradient(5), GMRES(), Neumann(5)], ids=str)
 def test_an_objective_of_the_path_under_an_implicit_gradient(objective: MetaObjective, solver: Any) -> None:
-    rule = Proximal(template(Quadratic()))
     refuses(
         "reads the losses along the way; use an objective of the end",
-        rule,
+        FromStart(template(Quadratic())),
         Implicit(4, solver),
         objective,
-        num_passes=5,
+        inner=Tied(),
+        num_passes=6,
     )
 
 
 def test_an_unconverged_inner_problem_warns_after_the_run() -> None:
-    loop = InnerLoop(Quadratic(0.0), Proximal(template(Quadratic()), lr=0.01))
+    loop = tied_loop(Quadratic(0.0), lr=0.01)
     with pytest.warns(ConvergenceWarning, match=r"after 5 steps: stationarity .* linear residual .*Take more steps"):
-        found = Implicit(5).estimate(loop, generic_theta(loop.rule), FinalLoss(), loop.start(sample(loop.family)))
+        found = Implicit(5).estimate(loop, generic_theta(loop), FinalLoss(), loop.start(sample(loop.family)))
     assert all(g.isfinite().all() and g.any() for g in found.grads.values())
 
 
@@ -477,11 +490,11 @@ def test_an_unconverged_inner_problem_warns_after_the_run() -> None:
     [(lambda carry: carry.params, "dict"), (lambda carry: carry._replace(state=None), "without a state")],
 )
 def test_an_inner_solver_that_returns_no_carry(returned: Callable[[Carry], Any], got: str) -> None:
-    loop = InnerLoop(Quadratic(0.0), Proximal(template(Quadratic())))
+    loop = tied_loop(Quadratic(0.0))
     carry = loop.start(sample(loop.family))
     with pytest.raises(TypeError, match=rf"must return a begun Carry.*got .*{got}"):
         Implicit(5, inner=lambda loop, theta, carry, num_steps: returned(carry)).estimate(
-            loop, generic_theta(loop.rule), FinalLoss(), carry
+            loop, generic_theta(loop), FinalLoss(), carry
         )
 
 
@@ -513,4 +526,4 @@ def test_tasks_and_parameters_that_are_not_batched() -> None:
 
     once = InnerLoop(OneBatch(), loop.rule)
     with pytest.raises(ValueError, match=r"OneBatch\.batch must return a leading dimension of 3 tasks, got 1"):
-        once.begin(generic_theta(loop.rule), once.start(tasks))
+        once.begin(generic_theta(loop), once.start(tasks))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Quadratic, TanhMLP, generic_theta, sample, template
+from problems import Quadratic, TanhMLP, generic_theta, imaml_loop, sample, template
 from torch import Tensor
 
 from learnedopt import (
@@ -37,7 +37,7 @@ from learnedopt import (
 )
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Params
-from learnedopt.execution import compiled
+from learnedopt.execution import programs
 from learnedopt.execution.memory import peak_of
 
 pytestmark = [
@@ -159,7 +159,7 @@ def test_factors_that_compilers_drop_are_recorded_as_products(monkeypatch: pytes
         in_place = [a.clone().add_(b, alpha=2), a.clone().sub_(b, alpha=2)]
         return [torch.add(a, b, alpha=2), torch.sub(a, b, alpha=3), *products, *in_place]
 
-    record: Any = compiled._compiled(sums, (a, b, c))
+    record: Any = programs.compiled(sums, (a, b, c))
     torch.testing.assert_close(record(a, b, c), sums(a, b, c))
     factors = [x for node in record.graph.nodes for k, x in node.kwargs.items() if k in ("alpha", "beta")]
     assert all(x == 1 for x in factors) and any("mm" in str(node.target) for node in record.graph.nodes)
@@ -281,11 +281,10 @@ def test_what_leaves_torch_is_not_recorded_as_a_constant() -> None:
 
 def test_an_implicit_meta_gradient_says_once_that_it_is_not_compiled() -> None:
     family = Quadratic()
-    rule = optimizers.example("imaml", template(family))
-    estimator, theta = Implicit(4, ConjugateGradient(5), tolerance=math.inf), generic_theta(rule)
+    estimator, theta = Implicit(4, ConjugateGradient(5), tolerance=math.inf), generic_theta(imaml_loop(family))
     results = []
     for execution in (Execution(compile=True), Execution()):
-        loop = InnerLoop(family, rule, execution)
+        loop = imaml_loop(family, execution)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from oracles import difference_error, relative_error
-from problems import Logistic, Quadratic, TanhMLP, generic_theta, join, sample, template
+from problems import Logistic, Quadratic, TanhMLP, generic_theta, imaml_loop, join, sample, template, tied_loop
 from torch import Tensor, nn
 
 from learnedopt import (
@@ -19,6 +19,7 @@ from learnedopt import (
     InnerLoop,
     ModuleFamily,
     Neumann,
+    Proximal,
     SumOfLosses,
     Tape,
     TaskFamily,
@@ -36,14 +37,14 @@ pytestmark = pytest.mark.usefixtures("float64")
 def posed(
     family: TaskFamily, chunk_size: int = 2, num_tasks: int = 3, strength: float = 0.3
 ) -> tuple[InnerLoop, Theta]:
-    rule = optimizers.make("imaml", template=template(family), lr=0.1, strength=strength)
-    return InnerLoop(family, rule, Execution(chunk_size)), generic_theta(rule)
+    loop = imaml_loop(family, Execution(chunk_size), lr=0.1, strength=strength)
+    return loop, generic_theta(loop)
 
 
 def value(loop: InnerLoop, theta: Theta, carry: object, at: object) -> Tensor:
-    """Return each task's loss plus regularizer at the parameters of ``at``, on the batch of ``carry``."""
-    here = carry._replace(params=at.params, state=at.state)
-    return loop.losses(theta, here, "train") + torch.func.vmap(lambda p: loop.rule.regularizer(theta, p))(at.params)
+    """Return each task's loss plus penalty at the parameters of ``at``, on the batch of ``carry``."""
+    here, penalty = carry._replace(params=at.params, state=at.state), loop.inner_objective.penalty
+    return loop.losses(theta, here, "train") + torch.func.vmap(lambda p: penalty.value(theta, p))(at.params)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
@@ -131,15 +132,15 @@ def test_a_task_that_cannot_improve_stays() -> None:
 def test_float32_reaches_what_float64_does() -> None:
     loop, theta = posed(TanhMLP())
     carry, solve = loop.start(sample(TanhMLP(), 2)), HessianFree(10)
-    narrow = InnerLoop(TanhMLP(), loop.rule, Execution(2, dtype=torch.float32))
+    narrow = InnerLoop(TanhMLP(), loop.rule, Execution(2, dtype=torch.float32), loop.inner_objective)
     found = solve(narrow, {k: v.float() for k, v in theta.items()}, narrow.start(sample(TanhMLP(), 2)), 5)
     assert relative_error({k: p.double() for k, p in found.params.items()}, solve(loop, theta, carry, 5).params) < 1e-3
 
 
 def test_published_operator_is_the_one_of_the_code() -> None:
     family = tasks.make("linear-regression", dim=4, num_train=6)
-    rule = optimizers.make("imaml", template=template(family), lr=0.1, strength=0.7)
-    loop, theta = InnerLoop(family, rule), generic_theta(rule)
+    loop = imaml_loop(family, lr=0.1, strength=0.7)
+    theta = generic_theta(loop)
     drawn = family.sample(1, torch.Generator().manual_seed(1))
     carry = loop.start(drawn)
     estimator = Implicit(3, ConjugateGradient(4), inner=HessianFree(4), operator="published")
@@ -154,10 +155,8 @@ def test_published_operator_is_the_one_of_the_code() -> None:
 
 @pytest.mark.parametrize("strengths", ["tensor", "coordinate"])
 def test_learned_strengths_equal_a_long_unroll(strengths: str) -> None:
-    rule = optimizers.make(
-        "imaml", template=template(Quadratic()), lr=0.1, strength=0.6, learn_strength=True, strengths=strengths
-    )
-    loop, theta = InnerLoop(Quadratic(), rule), generic_theta(rule)
+    loop = imaml_loop(Quadratic(), lr=0.1, strength=0.6, learn=True, per=strengths)
+    theta = generic_theta(loop)
     theta = {k: v.abs() + 0.3 if k.startswith("strength") else v for k, v in theta.items()}
     # One batch for all steps: the problem that both solve.
     frozen = loop.start(sample(Quadratic(), 2))
@@ -171,8 +170,8 @@ def test_learned_strengths_equal_a_long_unroll(strengths: str) -> None:
 @pytest.mark.parametrize("strengths", ["tensor", "coordinate"])
 def test_learned_strengths_have_their_closed_form(strengths: str) -> None:
     still = Quadratic(drift=0.0)
-    rule = optimizers.make("imaml", template=template(still), strength=0.6, learn_strength=True, strengths=strengths)
-    loop, theta, drawn = InnerLoop(still, rule), generic_theta(rule), sample(still, 2)
+    loop = imaml_loop(still, strength=0.6, learn=True, per=strengths)
+    theta, drawn = generic_theta(loop), sample(still, 2)
     found = Implicit(2, ConjugateGradient(10), inner=HessianFree(10)).estimate(
         loop, theta, FinalLoss(), loop.start(drawn)
     )
@@ -194,8 +193,8 @@ def test_learned_strengths_have_their_closed_form(strengths: str) -> None:
 @pytest.mark.parametrize("strengths", ["scalar", "tensor", "coordinate"])
 def test_learned_strengths_equal_differences_of_the_solution(strengths: str) -> None:
     family, solve = Logistic(), HessianFree(10)
-    rule = optimizers.make("imaml", template=template(family), strength=0.6, learn_strength=True, strengths=strengths)
-    loop, theta = InnerLoop(family, rule), generic_theta(rule)
+    loop = imaml_loop(family, strength=0.6, learn=True, per=strengths)
+    theta = generic_theta(loop)
     carry = loop.start(sample(family, 2))
     found = Implicit(8, ConjugateGradient(10), inner=solve).estimate(loop, theta, FinalLoss(), carry)
 
@@ -208,21 +207,23 @@ def test_learned_strengths_equal_differences_of_the_solution(strengths: str) -> 
 
 def test_the_published_operator_follows_a_learned_strength_and_knows_no_other() -> None:
     still = Quadratic(drift=0.0)
-    rule = optimizers.make("imaml", template=template(still), strength=0.6, learn_strength=True)
-    loop, drawn = InnerLoop(still, rule), sample(still, 1)
+    loop, drawn = imaml_loop(still, strength=0.6, learn=True), sample(still, 1)
     estimator = Implicit(2, ConjugateGradient(10), inner=HessianFree(10), operator="published")
     for strength in (0.4, 2.5):
-        theta = {**generic_theta(rule), "strength": torch.tensor(strength)}
+        theta = {**generic_theta(loop), "strength": torch.tensor(strength)}
         found = estimator.estimate(loop, theta, FinalLoss(), loop.start(drawn)).grads
         hessian, c = drawn["hessian"][0], drawn["c"][0]
         start = join({k: theta[f"init/{k}"] for k in ("w", "b")})
         x = torch.linalg.solve(hessian + strength * torch.eye(5), c[0] + strength * start)
         expected = torch.linalg.solve(2 * torch.eye(5) + hessian / (strength + 10), hessian @ x - c[1])
         assert relative_error({"x": join({k: found[f"init/{k}"] for k in ("w", "b")})}, {"x": expected}) < 1e-10
-    several = optimizers.make("imaml", template=template(still), learn_strength=True, strengths="coordinate")
-    for other, message in ((several, "one strength, but"), (optimizers.make("sgd", lr=0.1), "SGD has no regularizer")):
+    for other, message in (
+        (imaml_loop(still, learn=True, per="coordinate"), "one strength, but"),
+        (InnerLoop(still, optimizers.make("sgd", lr=0.1)), "TaskLoss has no penalty"),
+        (tied_loop(still), "Tied has no penalty"),
+    ):
         with pytest.raises(ValueError, match=message):
-            estimator.estimate(InnerLoop(still, other), generic_theta(other), FinalLoss(), loop.start(drawn))
+            estimator.estimate(other, generic_theta(other), FinalLoss(), other.start(drawn))
 
 
 def test_it_converges_quadratically_on_logistic_regression() -> None:
@@ -263,10 +264,9 @@ def test_float32_convolutions_with_batch_statistics_are_descended_too() -> None:
         return torch.randn(5, 1, 8, 8, generator=generator, dtype=torch.float32), torch.arange(5)
 
     family = ModuleFamily(lambda: Net().float(), nn.functional.cross_entropy, draw)
-    rule = optimizers.make("imaml", template=template(family), strength=0.5)
     for chunk_size in (1, 2):
-        loop = InnerLoop(family, rule, Execution(chunk_size))
-        theta = rule.init_theta(torch.Generator())
+        loop = imaml_loop(family, Execution(chunk_size), strength=0.5)
+        theta = loop.init_theta(torch.Generator())
         carry = loop.begin(theta, loop.start(sample(family, 2)))
         end = HessianFree(5)(loop, theta, carry, 3)
         assert all(p.dtype is torch.float32 and p.isfinite().all() for p in end.params.values())
@@ -280,7 +280,7 @@ def test_float32_convolutions_with_batch_statistics_are_descended_too() -> None:
         (lambda: HessianFree(max_backtracks=-1), "max_backtracks=-1 is not a count"),
         (lambda: HessianFree(decrease=0.5), "decrease=0.5 is a part of the promised decrease"),
         (
-            lambda: optimizers.make("imaml", template=template(Quadratic()), strengths="tensor"),
+            lambda: Proximal(template(Quadratic()), per="tensor"),
             "all the same unless they are learned",
         ),
         (lambda: Implicit(3, operator="code"), "operator='code' is neither"),
@@ -292,7 +292,7 @@ def test_bad_arguments(make: object, message: str) -> None:
         make()
 
 
-def test_a_rule_without_a_regularizer_is_refused() -> None:
+def test_the_familys_loss_alone_is_refused() -> None:
     loop = InnerLoop(Quadratic(), optimizers.make("sgd", lr=0.1))
-    with pytest.raises(ValueError, match="SGD has no regularizer; use a rule that has one"):
-        HessianFree()(loop, generic_theta(loop.rule), loop.start(sample(Quadratic(), 1)), 1)
+    with pytest.raises(ValueError, match="theta moves no minimum of the family's loss; pass one that theta enters"):
+        HessianFree()(loop, generic_theta(loop), loop.start(sample(Quadratic(), 1)), 1)

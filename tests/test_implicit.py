@@ -7,19 +7,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import difference_error, implicit_gradient, relative_error
+from implicit_oracle import implicit_gradient
+from oracles import difference_error, relative_error
 from problems import (
     FLOAT,
+    FromStart,
     LayerNormMLP,
     Logistic,
-    Proximal,
     Quadratic,
     Skewed,
     TanhMLP,
+    Tied,
     generic_theta,
+    imaml_loop,
     join,
     sample,
     template,
+    tied_loop,
 )
 from torch import Tensor
 
@@ -33,9 +37,12 @@ from learnedopt import (
     FinalLoss,
     Implicit,
     InnerLoop,
+    InnerObjective,
     LinearSolver,
     Neumann,
+    Penalty,
     TaskFamily,
+    TaskLoss,
     Theta,
     TruncatedBackprop,
     Unrolled,
@@ -48,10 +55,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 STILL = Quadratic(drift=0.0)
 """Quadratics with one batch, so that there is a solution."""
-
-
-def imaml(family: TaskFamily, **options: object) -> UpdateRule:
-    return optimizers.make("imaml", template=template(family), **options)
 
 
 def closed_form(theta: Theta, tasks: dict[str, Tensor], damping: float = 0.0) -> Theta:
@@ -81,8 +84,8 @@ def closed_form(theta: Theta, tasks: dict[str, Tensor], damping: float = 0.0) ->
 )
 def test_quadratics_match_the_closed_form(solver: LinearSolver, chunk_size: int) -> None:
     tasks = sample(STILL, 3)
-    loop = InnerLoop(STILL, imaml(STILL, learn_strength=True, lr=0.3), Execution(chunk_size))
-    theta = generic_theta(loop.rule)
+    loop = imaml_loop(STILL, Execution(chunk_size), learn=True, lr=0.3)
+    theta = generic_theta(loop)
     found = Implicit(120, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     expected = closed_form(theta, tasks, damping=getattr(solver, "damping", 0.0))
     assert relative_error(found.grads, expected) < 1e-10
@@ -96,8 +99,8 @@ def test_conjugate_gradient_needs_as_many_iterations_as_there_are_distinct_eigen
 ) -> None:
     family, distinct = Quadratic(0.0, eigenvalues), len(set(eigenvalues))
     tasks = sample(family, 3)
-    loop = InnerLoop(family, imaml(family, learn_strength=True, lr=0.3))
-    theta = generic_theta(loop.rule)
+    loop = imaml_loop(family, learn=True, lr=0.3)
+    theta = generic_theta(loop)
     expected = closed_form(theta, tasks)
 
     def estimate(num_iterations: int):
@@ -114,8 +117,8 @@ def test_conjugate_gradient_needs_as_many_iterations_as_there_are_distinct_eigen
 
 @pytest.mark.parametrize("num_terms", [1, 3, 8])
 def test_truncated_backprop_is_the_truncated_neumann_series_on_a_quadratic(num_terms: int) -> None:
-    loop = InnerLoop(STILL, imaml(STILL, lr=0.2))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 3))
+    loop = imaml_loop(STILL, lr=0.2)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 3))
     path = TruncatedBackprop(30, num_terms).estimate(loop, theta, FinalLoss(), carry)
     series = Implicit(30, Neumann(num_terms)).estimate(loop, theta, FinalLoss(), carry)
     assert relative_error(series.grads, path.grads) < 1e-12
@@ -127,8 +130,8 @@ def test_truncated_backprop_is_the_truncated_neumann_series_on_a_quadratic(num_t
 def test_regularised_logistic_regression_matches_differences_of_converged_solutions(chunk_size: int) -> None:
     family = Logistic()
     tasks = sample(family, 3)
-    loop = InnerLoop(family, imaml(family, learn_strength=True), Execution(chunk_size))
-    theta = generic_theta(loop.rule)
+    loop = imaml_loop(family, Execution(chunk_size), learn=True)
+    theta = generic_theta(loop)
 
     def value(theta: Theta) -> float:
         losses = []
@@ -184,7 +187,7 @@ def lbfgs(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
         solver.zero_grad()
         each = [{k: p[i] for k, p in params.items()} for i in range(len(carry.tasks["y"]))]
         total = loop.losses(theta, carry._replace(params=params), "train").sum()
-        total = total + torch.stack([loop.rule.regularizer(theta, x) for x in each]).sum()
+        total = total + torch.stack([loop.inner_objective.penalty.value(theta, x) for x in each]).sum()
         total.backward()
         return total
 
@@ -196,8 +199,8 @@ def lbfgs(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_any_inner_solver_will_do(inner: InnerSolver, chunk_size: int) -> None:
     family = Logistic()
-    loop = InnerLoop(family, imaml(family, learn_strength=True, lr=0.3), Execution(chunk_size))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(family, 3))
+    loop = imaml_loop(family, Execution(chunk_size), learn=True, lr=0.3)
+    theta, carry = generic_theta(loop), loop.start(sample(family, 3))
     own = Implicit(200, ConjugateGradient(3)).estimate(loop, theta, FinalLoss(), carry)
     other = Implicit(60, ConjugateGradient(3), inner=inner).estimate(loop, theta, FinalLoss(), carry)
     assert relative_error(other.grads, own.grads) < 1e-7
@@ -227,7 +230,7 @@ MAPS = {
     "momentum with weight decay": lambda family: momentum_with_decay(),
     "dampened momentum with weight decay": lambda family: momentum_with_decay(dampening=0.2),
     "momentum with decoupled decay": lambda family: DecoupledMomentum(),
-    "proximal": lambda family: Proximal(template(family), lr=0.2),
+    "tied": lambda family: FromStart(template(family), lr=0.2),
     "clipped": lambda family: optimizers.make(
         "clip", rule=optimizers.make("sgd", lr=0.2, weight_decay=0.3, learn=("weight_decay",)), max_norm=50.0
     ),
@@ -240,8 +243,9 @@ MAPS = {
 @pytest.mark.parametrize("chunk_size", [1, 2])
 @pytest.mark.parametrize("name", MAPS)
 def test_fixed_points_match_a_long_unroll(name: str, chunk_size: int) -> None:
-    loop = InnerLoop(STILL, MAPS[name](STILL), Execution(chunk_size))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 2))
+    objective = Tied() if name == "tied" else TaskLoss()
+    loop = InnerLoop(STILL, MAPS[name](STILL), Execution(chunk_size), objective)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 2))
     path = Unrolled(200).estimate(loop, theta, FinalLoss(), carry)
     for solver in (GMRES(), Neumann(200)):
         found = Implicit(200, solver).estimate(loop, theta, FinalLoss(), carry)
@@ -249,12 +253,24 @@ def test_fixed_points_match_a_long_unroll(name: str, chunk_size: int) -> None:
         assert found.info["residual"] < 1e-11 and found.info["stationarity"] < 1e-11
 
 
-def test_a_pull_outside_the_regularizer_shows_as_an_unsolved_problem() -> None:
-    """The optimality condition is that of loss + regularizer: weight decay in the update alone solves another one."""
+class PullOfB(Penalty):
+    """``|b - start of b|^2 / 2``: a penalty without a gradient in closed form, on one parameter of two."""
+
+    def value(self, theta: Theta, params) -> Tensor:
+        return 0.5 * (params["b"] - theta["b/init/b"]).square().sum()
+
+
+class PullsB(InnerObjective):
+    penalty = PullOfB()
+
+
+def test_a_pull_outside_the_inner_objective_shows_as_an_unsolved_problem() -> None:
+    """The optimality condition is the inner objective's: weight decay in the update alone solves another one."""
     decayed = optimizers.make("sgd", lr=0.2, weight_decay=0.5, learn=())
-    proximal = optimizers.make("imaml", template={"b": template(STILL)["b"]}, lr=0.2)
-    loop = InnerLoop(STILL, optimizers.make("partition", groups={"w": ("w", decayed), "b": ("b", proximal)}))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 2))
+    started = optimizers.make("maml", template={"b": template(STILL)["b"]}, lr=0.2)
+    groups = {"w": ("w", decayed), "b": ("b", started)}
+    loop = InnerLoop(STILL, optimizers.make("partition", groups=groups), inner_objective=PullsB())
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 2))
     with pytest.warns(ConvergenceWarning, match="not converged"):
         Implicit(200, ConjugateGradient(5)).estimate(loop, theta, FinalLoss(), carry)
     path = Unrolled(200).estimate(loop, theta, FinalLoss(), carry)
@@ -263,8 +279,8 @@ def test_a_pull_outside_the_regularizer_shows_as_an_unsolved_problem() -> None:
 
 
 def test_the_bootstrapped_target_is_an_objective_of_the_end() -> None:
-    loop = InnerLoop(STILL, imaml(STILL, learn_strength=True, lr=0.3))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 3))
+    loop = imaml_loop(STILL, learn=True, lr=0.3)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 3))
     objective = BootstrappedTarget(1, 0.25)
     found = Implicit(200, ConjugateGradient(5)).estimate(loop, theta, objective, carry)
     plain = Implicit(200, ConjugateGradient(5)).estimate(loop, theta, FinalLoss(), carry)
@@ -272,8 +288,8 @@ def test_the_bootstrapped_target_is_an_objective_of_the_end() -> None:
 
 
 def test_what_an_objective_takes_from_theta_directly_is_added() -> None:
-    loop = InnerLoop(STILL, imaml(STILL, learn_strength=True, lr=0.3))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL, 3))
+    loop = imaml_loop(STILL, learn=True, lr=0.3)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 3))
 
     def penalised(loop: InnerLoop, theta: Theta, rollout) -> Tensor:
         return loop.losses(theta, rollout.end, "valid").mean() + theta["strength"] ** 2
@@ -316,8 +332,8 @@ def test_second_derivatives_of_layer_normalisation_are_right_in_the_modes_that_m
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_a_network_with_layer_normalisation_matches_the_dense_solve_and_a_long_unroll(chunk_size: int) -> None:
     family = LayerNormMLP()
-    loop = InnerLoop(family, Proximal(template(family), lr=0.15), Execution(chunk_size))
-    theta, tasks = generic_theta(loop.rule), sample(family)
+    loop = tied_loop(family, Execution(chunk_size), lr=0.15)
+    theta, tasks = generic_theta(loop), sample(family)
     path = Unrolled(150).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     expected = implicit_gradient(loop, theta, FinalLoss(), tasks, 150, step_map=False)
     for solver in (ConjugateGradient(20), GMRES(), Neumann(200)):
@@ -329,8 +345,8 @@ def test_a_network_with_layer_normalisation_matches_the_dense_solve_and_a_long_u
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_mini_batches_differentiate_the_last_one_met(chunk_size: int) -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, Proximal(template(family)), Execution(chunk_size))
-    theta, tasks = generic_theta(loop.rule), sample(family)
+    loop = tied_loop(family, Execution(chunk_size))
+    theta, tasks = generic_theta(loop), sample(family)
     for solver, step_map in ((ConjugateGradient(60), False), (GMRES(), False), (Neumann(250), True)):
         with pytest.warns(ConvergenceWarning):  # each batch has a solution of its own
             found = Implicit(20, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
@@ -339,8 +355,8 @@ def test_mini_batches_differentiate_the_last_one_met(chunk_size: int) -> None:
 
 
 def test_an_unsolved_inner_problem_is_a_warning_with_the_residual() -> None:
-    loop = InnerLoop(STILL, imaml(STILL, lr=0.05))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL))
+    loop = imaml_loop(STILL, lr=0.05)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL))
     with pytest.warns(ConvergenceWarning, match=r"not converged after 3 steps: stationarity \d.*residual \d") as seen:
         found = Implicit(3, ConjugateGradient(2)).estimate(loop, theta, FinalLoss(), carry)
     assert len(seen) == 1 and seen[0].filename == __file__
@@ -353,8 +369,8 @@ def test_an_unsolved_inner_problem_is_a_warning_with_the_residual() -> None:
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(5), Neumann(5), Neumann(5, step_size=0.1), GMRES()], ids=str)
 def test_a_diverged_inner_problem_is_a_warning_and_no_zero(solver: LinearSolver) -> None:
-    loop = InnerLoop(STILL, imaml(STILL, lr=50.0))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL))
+    loop = imaml_loop(STILL, lr=50.0)
+    theta, carry = generic_theta(loop), loop.start(sample(STILL))
     with pytest.warns(ConvergenceWarning, match="stationarity nan"):
         found = Implicit(400, solver).estimate(loop, theta, FinalLoss(), carry)
     assert not any(g.isfinite().any() for g in found.grads.values())
@@ -380,7 +396,7 @@ def test_a_rate_with_weight_decay_is_refused_at_the_solution(make: Callable[[], 
 def test_nothing_is_refused_for_a_problem_that_has_not_been_solved() -> None:
     """Far from the solution every effect is of the order of a step: that is a warning, and no reason to stop."""
     loop = InnerLoop(STILL, optimizers.make("sgd", lr=0.3, weight_decay=0.5))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(STILL))
+    theta, carry = generic_theta(loop), loop.start(sample(STILL))
     with pytest.warns(ConvergenceWarning, match="not converged after 6 steps"):
         Implicit(6, GMRES()).estimate(loop, theta, FinalLoss(), carry)
 

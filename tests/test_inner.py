@@ -7,7 +7,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from oracles import relative_error, walk, worst
-from problems import FLOAT, Anchored, Quadratic, Skewed, TanhMLP, generic_theta, one_by_one, sample, template
+from problems import (
+    FLOAT,
+    Anchored,
+    Quadratic,
+    Skewed,
+    TanhMLP,
+    generic_theta,
+    imaml_loop,
+    one_by_one,
+    sample,
+    template,
+)
 from torch import Tensor
 
 from learnedopt import (
@@ -29,21 +40,21 @@ pytestmark = pytest.mark.usefixtures("float64")
 FAMILY = Quadratic()
 
 
-def all_rules() -> dict[str, UpdateRule]:
-    like = template(FAMILY)
-    return {
-        **{name: optimizers.example(name, like) for name in optimizers.names()},
-        "anchored": Anchored(),
-        "skewed": Skewed(),
-    }
+def loop_of(name: str, execution: Execution = Execution()) -> InnerLoop:  # noqa: B008
+    """Return the loop of a rule, or of MAML's rule on a proximal inner objective."""
+    if name == "imaml":
+        return imaml_loop(FAMILY, execution)
+    own = {"anchored": Anchored, "skewed": Skewed}
+    rule = own[name]() if name in own else optimizers.example(name, template(FAMILY))
+    return InnerLoop(FAMILY, rule, execution)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 9])
-@pytest.mark.parametrize("name", [*optimizers.names(), "anchored", "skewed"])
+@pytest.mark.parametrize("name", [*optimizers.names(), "anchored", "skewed", "imaml"])
 def test_the_loop_is_a_plain_loop(name: str, chunk_size: int) -> None:
-    rule = all_rules()[name]
-    loop, theta, tasks = InnerLoop(FAMILY, rule, Execution(chunk_size)), generic_theta(rule), sample(FAMILY, 3)
-    expected = [walk(FAMILY, rule, theta, task, 6, full=False) for task in one_by_one(tasks)]
+    loop, tasks = loop_of(name, Execution(chunk_size)), sample(FAMILY, 3)
+    theta = generic_theta(loop)
+    expected = [walk(loop, theta, task, 6, full=False) for task in one_by_one(tasks)]
     rollout = loop.run(theta, loop.start(tasks), 6, Tape.NONE)
     assert rollout.losses.shape == (6, 3) and rollout.end.step == 6
     torch.testing.assert_close(
@@ -58,8 +69,8 @@ def test_the_loop_is_a_plain_loop(name: str, chunk_size: int) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "lstm", "imaml", "anchored"])
 def test_a_run_cut_anywhere_is_the_same_run(name: str) -> None:
-    rule = all_rules()[name]
-    loop, theta = InnerLoop(FAMILY, rule), generic_theta(rule)
+    loop = loop_of(name)
+    theta = generic_theta(loop)
     carry = loop.start(sample(FAMILY, 2))
     whole = loop.run(theta, carry, 7, Tape.NONE)
     first = loop.run(theta, carry, 3, Tape.NONE)
@@ -72,9 +83,8 @@ def test_a_run_cut_anywhere_is_the_same_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lstm", "meta-sgd", "imaml", "anchored"])
 def test_the_tape_changes_the_graph_and_not_the_values(name: str) -> None:
-    rule = all_rules()[name]
-    loop, tasks = InnerLoop(FAMILY, rule), sample(FAMILY, 2)
-    theta = {k: v.requires_grad_() for k, v in generic_theta(rule).items()}
+    loop, tasks = loop_of(name), sample(FAMILY, 2)
+    theta = {k: v.requires_grad_() for k, v in generic_theta(loop).items()}
     found = {tape: loop.run(theta, loop.start(tasks), 3, tape) for tape in Tape}
     for rollout in found.values():
         assert torch.equal(rollout.losses, found[Tape.NONE].losses)
@@ -101,8 +111,8 @@ def test_nothing_of_the_optimizees_second_derivatives_is_on_a_first_order_tape()
 
 
 def test_begin_applies_the_learned_start_once() -> None:
-    rule = all_rules()["learned-init"]
-    loop, theta = InnerLoop(FAMILY, rule), generic_theta(rule)
+    loop = loop_of("learned-init")
+    theta = generic_theta(loop)
     fresh = loop.start(sample(FAMILY, 2))
     assert fresh.state is None and fresh.step == 0
     assert relative_error(fresh.params, FAMILY.init_params(fresh.tasks)) == 0

@@ -21,7 +21,6 @@ from learnedopt import InnerLoop, LearnedOptimizer, ModuleFamily, Tape, UpdateRu
 from learnedopt.core import tree
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
-    IMAML,
     LSTM,
     SGD,
     Adam,
@@ -30,6 +29,7 @@ from learnedopt.optimizers import (
     LearnedRates,
     Momentum,
     Partition,
+    make,
     per_tensor,
 )
 
@@ -380,7 +380,7 @@ def test_other_errors_of_a_rule_are_its_own() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", ["lstm", "adam", "imaml"])
+@pytest.mark.parametrize("kind", ["lstm", "adam", "maml"])
 def test_a_parameter_without_a_gradient_stays_and_the_others_do_not_notice(kind: str) -> None:
     """It counts as one with a zero gradient, but for its own motion: a frozen layer in the middle."""
     rule = KINDS[kind](template())
@@ -500,7 +500,7 @@ def test_a_learned_start_is_adopted_once() -> None:
 
 
 def test_a_learned_start_of_another_model_is_refused() -> None:
-    rule = IMAML(template())
+    rule = make("maml", template=template())
     theta = moved_theta(rule)
     for parameters in (net().parameters(), nn.Linear(5, 6).named_parameters()):
         with pytest.raises(ValueError, match="the learned start is one of parameters"):
@@ -568,7 +568,7 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("param_dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["lstm", "adam, fast", "sgd", "partition with regularizer", "an lstm per tensor"])
+@pytest.mark.parametrize("kind", ["lstm", "adam, fast", "sgd", "partition with a start", "an lstm per tensor"])
 def test_training_goes_on_from_a_state_dict_as_if_it_had_not_stopped(kind: str, param_dtype: torch.dtype) -> None:
     rule = KINDS[kind](template())
     theta = moved_theta(rule)

@@ -34,8 +34,10 @@ from learnedopt import (
     InnerLoop,
     MetaTrainer,
     ModuleFamily,
+    Proximal,
     SumOfLosses,
     TaskFamily,
+    TaskLoss,
     Truncated,
     Unrolled,
     Validation,
@@ -171,12 +173,13 @@ class Antithetic(GradientEstimator):
 
 def trainer(family: TaskFamily, rule: str, estimator: Any, objective: Any, **options: Any) -> Make:
     """Return a function that makes the trainer anew, as a new process would."""
-    rule_options = options.pop("rule_options", {})
+    rule_options, inner = options.pop("rule_options", {}), options.pop("inner_objective", lambda like: TaskLoss())
 
     def make(folder: Path, kill_at: int | None = None, **changed: Any) -> MetaTrainer:
         sample = family.sample(1, torch.Generator().manual_seed(0))
         template = {k: p[0] for k, p in family.init_params(sample).items()}
-        loop = InnerLoop(family, rules.make(rule, template=template, **rule_options), Execution(chunk_size=8))
+        made = rules.make(rule, template=template, **rule_options)
+        loop = InnerLoop(family, made, Execution(chunk_size=8), inner(template))
         settings: dict[str, Any] = {
             "meta_optimizer": lambda params: torch.optim.Adam(params, 1e-2),
             "num_tasks": 2,
@@ -212,9 +215,11 @@ CASES: dict[str, Make] = {
     ),
     "implicit": trainer(
         families.make("linear-regression", dim=3, condition_number=2.0),
-        "imaml",
+        "maml",
         Implicit(40, ConjugateGradient(3), tolerance=0.1),
         FinalLoss(),
+        inner_objective=lambda like: Proximal(like, learn=True),
+        rule_options={"lr": 0.1},
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
@@ -499,7 +504,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_nothing_is_touched(
     path.write_bytes(BAD[kind](path.read_bytes(), path))
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 2
-    told = r"train_meta\.py: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n"
+    told = r"learnedopt train: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
     assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before  # the trap has not sprung either
 

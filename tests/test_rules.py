@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
     ANIL,
-    IMAML,
     LSTM,
     SGD,
     Adam,
@@ -37,6 +36,7 @@ from learnedopt.optimizers import (
     register,
     registry,
 )
+from learnedopt.optimizers.bases.wrapper import Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -67,12 +67,7 @@ def rollout(rule: UpdateRule, theta: Theta, params: Params, batches: list[tuple[
     params, state = rule.init(theta, params)
     total = torch.zeros(())
     for batch in batches[:-1]:
-
-        def objective(at: Params, batch: tuple[Tensor, Tensor] = batch) -> tuple[Tensor, Tensor]:
-            loss = loss_of(at, batch)
-            return (loss + rule.regularizer(theta, at) if rule.has_regularizer else loss), loss
-
-        grads, (_, loss) = torch.func.grad_and_value(objective, has_aux=True)(params)
+        grads, loss = torch.func.grad_and_value(loss_of)(params, batch)
         deltas, state = rule.update(theta, grads, state, params, loss)
         params = {k: p + deltas[k] for k, p in params.items()}
         total = total + loss
@@ -97,22 +92,20 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
-    "imaml, strength per tensor": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="tensor"),
-    "imaml, strength per coordinate": lambda t: IMAML(t, lr=0.1, learn_strength=True, strengths="coordinate"),
-    "imaml, learned strength": lambda t: IMAML(t, lr=0.1, strength=0.7, learn_strength=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
-    "clip around a regularizer": lambda t: Clip(IMAML(t, lr=0.1), max_value=1.5),
+    "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
+    "learned start of an lstm": lambda t: LearnedInit(small_lstm(), t),
     "learned start of adam": lambda t: LearnedInit(Adam(lr=0.05, eps=1e-2), t),
     "an lstm per tensor": lambda t: per_tensor(LSTM(hidden_size=2, num_layers=1), t),
-    "partition with regularizer": lambda t: Partition(
+    "partition with a start": lambda t: Partition(
         {
             "scale": ("scale", Momentum(lr=0.05)),  # not the order of the parameters
-            "rest": ("*", IMAML({k: v for k, v in t.items() if k.startswith("layer")}, lr=0.1)),
+            "rest": ("*", make("maml", template={k: v for k, v in t.items() if k.startswith("layer")}, lr=0.1)),
         }
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = {"sgd", "maml", "meta-sgd", "imaml", "learned-rates"}  # rules that add their deltas themselves
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -173,6 +166,15 @@ def moves_start(theta: Theta, name: str) -> bool:
 
 
 @every_rule
+def test_theta_lies_on_the_generators_device(kind: str) -> None:
+    rule, generator = RULES[kind](template()), torch.Generator(device="cpu")
+    with torch.device("meta"):  # where tensors lie that are made without a device
+        assert torch.zeros(1).is_meta
+        theta = rule.init_theta(generator)
+    assert {v.device.type for v in theta.values()} <= {"cpu"}
+
+
+@every_rule
 def test_update_is_pure(kind: str) -> None:
     rule, theta = prepared(kind)
     params = template(seed=2)
@@ -202,18 +204,22 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
         for i, task in enumerate(tasks):
             delta, states[i] = rule.update(theta, each[i], states[i], task, losses[i])
             assert_close(tree.tree_map(lambda x, i=i: x[i], (deltas, state)), (delta, states[i]))
-    if rule.has_regularizer:
-        terms = torch.func.vmap(rule.regularizer, in_dims=(None, 0))(theta, params)
-        assert_close(terms, torch.stack([rule.regularizer(theta, task) for task in tasks]))
 
 
 @every_rule
-def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
+def test_a_rule_with_a_kernel_is_final_and_what_alters_updates_hands_on_none(kind: str) -> None:
+    rule, _ = prepared(kind)
+    assert rule.kernel is None or getattr(type(rule), "__final__", False)
+    assert rule.kernel is None or kind.partition(",")[0] not in ("clip", "partition", "an lstm per tensor")
+
+
+@every_rule
+def test_a_kernels_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
     rule, theta = prepared(kind)
     params, grads, along = template(seed=2), random_like(template(), 3), random_like(template(), 4)
     _, state = rule.init(theta, params)
-    loss = torch.tensor(0.7)
-    found = rule.step(theta, grads, state, params, loss)
+    loss, kernel = torch.tensor(0.7), rule.kernel or Kernel()
+    found = kernel.step(theta, grads, state, params, loss)
     assert (found is not None) == (kind.partition(",")[0] in STEPS and "decayed" not in kind and "constant" not in kind)
     if found is None:
         return
@@ -221,7 +227,7 @@ def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
     assert_close(found, ({k: p + deltas[k] for k, p in params.items()}, new_state))
 
     def by_step(theta: Theta, grads: Params, params: Params) -> Tensor:
-        moved, _ = rule.step(theta, grads, state, params, loss) or ({}, None)
+        moved, _ = kernel.step(theta, grads, state, params, loss) or ({}, None)
         return torch.stack([(moved[k] * along[k]).sum() for k in along]).sum()
 
     def by_update(theta: Theta, grads: Params, params: Params) -> Tensor:
@@ -233,24 +239,66 @@ def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
 
 
 @every_rule
-def test_the_gradient_of_a_regularizer_is_that_and_has_its_derivatives(kind: str) -> None:
+def test_a_kernels_step_in_place_is_the_update_to_the_bit(kind: str) -> None:
     rule, theta = prepared(kind)
-    params, along = template(seed=2), random_like(template(), 3)
-    assert rule.has_regularizer_gradient == rule.has_regularizer  # none of ours lacks it
-    if not rule.has_regularizer:
+    params, kernel, loss = template(seed=2), rule.kernel or Kernel(), torch.tensor(0.7)
+    _, state = updates(rule, theta, [random_like(params, 2)], params)
+    own, grads = copy.deepcopy(state), random_like(params, 3)
+    with torch.no_grad():
+        expected, after = rule.update(theta, grads, state, params, loss)
+        found = kernel.update_in_place(theta, grads, own, params, loss)
+    assert (found is not None) == (kind in ("lstm", "learned start of an lstm"))
+    torch.testing.assert_close(own, state if found is None else after, rtol=0, atol=0)
+    if found is not None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@every_rule
+@pytest.mark.parametrize("with_end", [True, False])
+def test_a_kernels_adjoint_is_that_of_the_updates(kind: str, with_end: bool) -> None:
+    rule, theta = prepared(kind)
+    kernel = rule.kernel or Kernel()
+    flat = {"x": torch.cat([p.reshape(-1) for p in template().values()])}
+    start = tree.tree_map(lambda x: x + 0.1, rule.init(theta, template())[1])
+    generator = torch.Generator().manual_seed(5)
+    grads, cotangents = (torch.randn(3, 1, len(flat["x"]), generator=generator) for _ in range(2))
+    end = tree.tree_map(lambda x: torch.randn(1, *x.shape, generator=generator), start) if with_end else None
+    served = kernel.adjoint(theta, grads, tree.unsqueeze(start), cotangents, end)
+    assert (served is not None) == (kind in ("lstm", "learned start of an lstm"))
+    if served is None:
         return
 
-    def slope(gradient: Callable[[Theta, Params], Params]) -> Callable[[Theta, Params], Tensor]:
-        return lambda *at: torch.stack([(g * along[k]).sum() for k, g in gradient(*at).items()]).sum()
+    def total(theta: Theta, state: State) -> Tensor:
+        value = torch.zeros(())
+        for g, cotangent in zip(grads[:, 0], cotangents[:, 0], strict=True):
+            deltas, state = rule.update(theta, {"x": g}, state, flat, torch.tensor(0.7))
+            value = value + (deltas["x"] * cotangent).sum()
+        pairs = zip(tree.leaves(state), tree.leaves(end), strict=True) if end is not None else ()
+        return value + sum((x * d[0]).sum() for x, d in pairs)
 
-    expected = torch.func.grad(rule.regularizer, argnums=1)
-    assert_close(rule.regularizer_gradient(theta, params), expected(theta, params))
-    first, second = (torch.func.grad(slope(f), argnums=(0, 1)) for f in (rule.regularizer_gradient, expected))
-    assert_close(first(theta, params), second(theta, params))
-    assert any(g.any() for g in first(theta, params)[0].values())
-    both = tree.tree_map(lambda a, b: torch.stack([a, b]), params, template(seed=4))
-    batched = torch.func.vmap(rule.regularizer_gradient, in_dims=(None, 0))(theta, both)
-    assert_close({k: g[0] for k, g in batched.items()}, expected(theta, params))
+    leaves, first = (tree.tree_map(lambda x: x.detach().requires_grad_(), x) for x in (theta, start))
+    wanted = [*leaves.values(), *tree.leaves(first)]
+    expected = torch.autograd.grad(total(leaves, first), wanted, materialize_grads=True)
+    assert list(served[0]) == list(theta)
+    assert_close([*served[0].values(), *(d[0] for d in tree.leaves(served[1]))], list(expected))
+
+
+def test_an_update_of_ones_own_takes_no_kernel_of_another() -> None:
+    class Climbs:
+        def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Any:
+            return {k: g.clone() for k, g in grads.items()}, state
+
+    own = {"update": Climbs.update}
+    for base in (SGD, LearnedRates, LSTM, LearnedInit):
+        with pytest.raises(
+            TypeError, match=f"Up takes update from Up and its kernel from {base.__name__}, .* kernel = None"
+        ):
+            type("Up", (base,), own)
+    with pytest.raises(TypeError, match="takes update from Climbs and its kernel from SGD"):
+        type("Mixed", (Climbs, SGD), {})
+    assert SGD(0.1).kernel is not None and type("Up", (SGD,), {**own, "kernel": None})(0.1).kernel is None
+    # A wrapper hands on none unless it says so, whatever the wrapped rule has.
+    assert type("Around", (Wrapper,), own)(SGD(0.1)).kernel is None and Clip(LSTM(), max_value=1.0).kernel is None
 
 
 @every_rule
@@ -281,9 +329,37 @@ def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str)
         assert all(d.abs().max() <= TOLERANCE for d in difference.values())
 
 
+@every_rule
+@pytest.mark.parametrize("wrap", ["bare", "clipped by value", "clipped by norm", "from a learned start"])
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
+def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: str, wrap: str, factor: float) -> None:
+    rule, _ = prepared(kind)
+    rule = {
+        "bare": lambda: rule,
+        "clipped by value": lambda: Clip(rule, max_value=0.2),
+        "clipped by norm": lambda: Clip(rule, max_norm=3.0),
+        "from a learned start": lambda: LearnedInit(rule, template()),
+    }[wrap]()
+    if not rule.coordinatewise:
+        assert wrap == "clipped by norm" or kind.partition(",")[0] in NOT_COORDINATEWISE
+        return
+    theta, params = rule.init_theta(torch.Generator().manual_seed(7)), template(seed=2)
+    largest = 0.0
+    for magnitude in (1e-5, 1.0, 1e5):
+        grads = [{k: magnitude * g for k, g in random_like(params, seed).items()} for seed in (3, 4, 5)]
+        changed = [{**g, "layer.weight": g["layer.weight"] * torch.tensor([factor, 1.0])} for g in grads]
+        before, after = (updates(rule, theta, each, params)[0] for each in (grads, changed))
+        moved = [(b["layer.weight"] - a["layer.weight"]).abs() for b, a in zip(before, after, strict=True)]
+        largest = max(largest, *(float(m[:, 0].max()) for m in moved))
+        assert all(m[:, 1].max() == 0 for m in moved)
+        others = [{k: d for k, d in each.items() if k != "layer.weight"} for each in (*before, *after)]
+        torch.testing.assert_close(others[:3], others[3:], rtol=0, atol=0)
+    assert largest > 0
+
+
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with regularizer",
+    "partition with a start",
 )  # fmt: skip
 
 
@@ -366,7 +442,7 @@ def test_describe_and_build_give_the_same_rule(kind: str) -> None:
     drawn = again.init_theta(torch.Generator().manual_seed(0))
     assert {k: (v.shape, v.dtype) for k, v in drawn.items()} == {k: (v.shape, v.dtype) for k, v in theta.items()}
     params, batches = template(seed=2), [data(step) for step in range(4)]
-    assert (again.coordinatewise, again.has_regularizer) == (rule.coordinatewise, rule.has_regularizer)
+    assert again.coordinatewise == rule.coordinatewise
     assert float(rollout(again, theta, params, batches)) == float(rollout(rule, theta, params, batches))
 
 
@@ -473,7 +549,6 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: LearnedRates({}), ValueError, "an empty one"),
         (lambda: LearnedInit(SGD(), {"n": torch.tensor(1)}), ValueError, r"\['n'\] are no floating-point"),
         (lambda: LearnedInit(template(), template()), TypeError, "not an update rule"),  # pyright: ignore[reportArgumentType]
-        (lambda: IMAML(template(), strength=0.0), ValueError, "strength=0"),
         (lambda: Clip(SGD()), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_value=1.0, max_norm=1.0), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_norm=0.0), ValueError, "positive bound"),
@@ -487,7 +562,7 @@ def test_a_bad_value_is_refused(make_rule: Callable[[], UpdateRule], error: type
         make_rule()
 
 
-# Learned starts, learned rates and the proximal rule against closed forms.
+# Learned starts and learned rates against closed forms.
 
 
 def test_meta_sgd_meta_gradient_has_its_closed_form(generator: torch.Generator) -> None:
@@ -527,29 +602,6 @@ def test_maml_learns_the_start_alone() -> None:
     assert_close(start, template())
     deltas, _ = rule.update(theta, random_like(start, 0), state, start, torch.zeros(()))
     assert_close(deltas, {k: -0.3 * g for k, g in random_like(start, 0).items()})
-
-
-def test_imaml_pulls_to_its_start() -> None:
-    rule, params = IMAML(template(), lr=0.2, strength=0.7), template(seed=2)
-    theta = rule.init_theta(torch.Generator())
-    assert set(theta) == {f"init/{k}" for k in params}
-    pull = torch.func.grad(rule.regularizer, argnums=1)(theta, params)
-    assert_close(pull, {k: 0.7 * (p - template()[k]) for k, p in params.items()})
-    learned = IMAML(template(), strength=0.7, learn_strength=True)
-    theta = learned.init_theta(torch.Generator())
-    slope = torch.func.grad(learned.regularizer)(theta, params)["strength"]
-    assert_close(slope, 0.5 * sum((p - template()[k]).square().sum() for k, p in params.items()))
-
-
-def test_a_wrapped_regularizer_goes_on_counting() -> None:
-    params, groups = template(seed=2), {"all": ("*", IMAML(template(), strength=0.7))}
-    inside = IMAML(template(), strength=0.7)
-    expected = inside.regularizer(inside.init_theta(torch.Generator()), params)
-    for rule in (Clip(inside, max_value=1.0), Clip(Clip(inside, max_norm=1.0), max_value=1.0), Partition(groups)):
-        assert rule.has_regularizer
-        assert_close(rule.regularizer(rule.init_theta(torch.Generator()), params), expected)
-    assert not Clip(SGD(), max_value=1.0).has_regularizer
-    assert not Partition({"all": ("*", SGD())}).has_regularizer
 
 
 def test_a_learned_start_refuses_other_parameters() -> None:
@@ -606,7 +658,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
-        "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "imaml", "partition", "clip",
+        "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil",
     } <= set(names())  # fmt: skip
 
@@ -621,7 +673,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
         (lambda: make("sgd", lr=True), TypeError, "lr=True"),
         (lambda: make("rmsprop", centered=1), TypeError, "centered=1"),
         (lambda: make("sgd", learn="lr"), TypeError, "learn='lr'"),
-        (lambda: make("meta-sgd", template=template(), rates="row"), TypeError, "rates='row'"),
+        (lambda: make("meta-sgd", template=template(), rates="raw"), ValueError, "rates='raw' is none of 'coordinate'"),
         (lambda: make("meta-sgd"), ValueError, "needs template=; template is one task's parameters"),
         (lambda: make("maml", template={"x": 1.0}), TypeError, "template="),  # pyright: ignore[reportArgumentType]
         (lambda: make("clip", max_value=1.0), ValueError, "needs rule="),
@@ -687,7 +739,7 @@ class Loose(Sign):
 
 
 def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     with pytest.raises(ValueError, match=r"Sign is not registered.*register\('<name>', Sign\)"):
         describe(Sign())
     register("sign", Sign)
@@ -705,7 +757,7 @@ def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     register("sign", Sign)
     with pytest.raises(ValueError, match="already registered"):
         register("sign", Loose)

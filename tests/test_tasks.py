@@ -721,7 +721,7 @@ class Loose(Bowl):
 
 
 def test_a_users_own_family_joins_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.FAMILIES, "registered", {})
     with pytest.raises(ValueError, match=r"Bowl is not registered.*register\('<name>', Bowl\)"):
         describe(Bowl(1.0))
     register("bowl", Bowl)
@@ -736,7 +736,7 @@ def test_a_users_own_family_joins_the_registry(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.FAMILIES, "registered", {})
     register("bowl", Bowl)
     for name, factory in (("bowl", Loose), ("quadratic", Bowl)):
         with pytest.raises(ValueError, match="already registered"):

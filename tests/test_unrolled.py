@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import Reference, data, gradient_of, relative_error
-from problems import FLOAT, Anchored, Proximal, Quadratic, Sensitive, Skewed, TanhMLP, generic_theta, sample, template
+from problems import (
+    FLOAT,
+    Anchored,
+    FromStart,
+    Quadratic,
+    Sensitive,
+    Skewed,
+    TanhMLP,
+    Tied,
+    generic_theta,
+    imaml_loop,
+    sample,
+    template,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +38,7 @@ from learnedopt import (
     SumOfLosses,
     Tape,
     TaskFamily,
+    TaskLoss,
     Tasks,
     Theta,
     Truncated,
@@ -56,15 +70,21 @@ def variants(family: TaskFamily) -> dict[str, UpdateRule]:
         "dampened momentum": optimizers.make("momentum", dampening=0.2, weight_decay=0.1),
         "centered rmsprop": optimizers.make("rmsprop", centered=True, momentum=0.5, weight_decay=0.1),
         "decayed adam": optimizers.make("adam", weight_decay=0.1),
-        "learned strength": optimizers.make("imaml", template=like, learn_strength=True),
         "lstm on a learned start": optimizers.make("learned-init", template=like, rule=lstm),
         "clipped norm": optimizers.make("clip", rule=optimizers.make("nesterov"), max_norm=0.7),
         "partition": optimizers.make("partition", groups=groups),
     }
 
 
-def rule_of(name: str, family: TaskFamily) -> UpdateRule:
-    return optimizers.example(name, template(family)) if name in optimizers.names() else variants(family)[name]
+PROXIMAL = ("imaml", "learned strength")
+
+
+def loop_of(name: str, family: TaskFamily, execution: Execution = Execution()) -> InnerLoop:  # noqa: B008
+    """Return the loop of a rule, or of MAML's rule on a proximal inner objective."""
+    if name in PROXIMAL:
+        return imaml_loop(family, execution, learn=name == "learned strength")
+    rule = optimizers.example(name, template(family)) if name in optimizers.names() else variants(family)[name]
+    return InnerLoop(family, rule, execution)
 
 
 def objective_id(objective: MetaObjective) -> str:
@@ -73,12 +93,12 @@ def objective_id(objective: MetaObjective) -> str:
 
 @pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=objective_id)
-@pytest.mark.parametrize("name", [*optimizers.names(), *variants(TanhMLP())])
+@pytest.mark.parametrize("name", [*optimizers.names(), *variants(TanhMLP()), *PROXIMAL])
 def test_a_network_matches_finite_differences(name: str, objective: MetaObjective, tape: Tape) -> None:
     """Detached tapes with the recorded gradients and losses held; a bootstrapped target at its base value."""
     family, num_steps = TanhMLP(), 3
-    loop = InnerLoop(family, rule_of(name, family))
-    theta, tasks = generic_theta(loop.rule), sample(family, 1)
+    loop = loop_of(name, family)
+    theta, tasks = generic_theta(loop), sample(family, 1)
     if name == "learned strength" and tape is Tape.FIRST_ORDER:
         with pytest.raises(ValueError, match=r"\['strength'\] have no path.*first-order tape"):
             Unrolled(num_steps, tape).estimate(loop, theta, objective, loop.start(tasks))
@@ -105,11 +125,11 @@ def test_awkward_rules_match_a_plain_loop(
 
 
 @pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("name", ["lstm", "adam", "meta-sgd", "lstm on a learned start", "partition"])
+@pytest.mark.parametrize("name", ["lstm", "adam", "meta-sgd", "lstm on a learned start", "partition", "imaml"])
 def test_segments_match_the_plain_unroll(name: str, tape: Tape) -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, rule_of(name, family), Execution(2))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(family, 3))
+    loop = loop_of(name, family, Execution(2))
+    theta, carry = generic_theta(loop), loop.start(sample(family, 3))
     for objective in (SumOfLosses(), BootstrappedTarget(2, 0.3, "train", KLDivergence())):
         plain = Unrolled(5, tape).estimate(loop, theta, objective, carry)
         for segment in (1, 2, 9):
@@ -133,8 +153,8 @@ def test_offloaded_segments_are_put_aside_and_match(monkeypatch: pytest.MonkeyPa
 
 def test_segments_go_on_from_a_begun_carry() -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, rule_of("lstm", family))
-    theta = generic_theta(loop.rule)
+    loop = loop_of("lstm", family)
+    theta = generic_theta(loop)
     carry = loop.run(theta, loop.start(sample(family)), 3, Tape.NONE).end
     plain = Unrolled(4).estimate(loop, theta, SumOfLosses(), carry)
     found = Unrolled(4, segment=3).estimate(loop, theta, SumOfLosses(), carry)
@@ -143,11 +163,11 @@ def test_segments_go_on_from_a_begun_carry() -> None:
 
 @pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
 @pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("name", optimizers.names())
+@pytest.mark.parametrize("name", [*optimizers.names(), "imaml"])
 def test_one_window_as_long_as_the_horizon_is_the_unroll_exactly(name: str, chunk_size: int, tape: Tape) -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, rule_of(name, family), Execution(chunk_size))
-    theta, carry = generic_theta(loop.rule), loop.start(sample(family, 3))
+    loop = loop_of(name, family, Execution(chunk_size))
+    theta, carry = generic_theta(loop), loop.start(sample(family, 3))
     whole = Unrolled(4, tape).estimate(loop, theta, SumOfLosses(), carry)
     window = Truncated(4, 4, tape).estimate(loop, theta, SumOfLosses(), carry)
     assert window.carry is None and torch.equal(window.loss, whole.loss)
@@ -159,8 +179,8 @@ def test_one_window_as_long_as_the_horizon_is_the_unroll_exactly(name: str, chun
 @pytest.mark.parametrize("name", ["lstm", "adam", "imaml", "meta-sgd", "lstm on a learned start"])
 def test_windows_are_unrolls_detached_by_hand_and_the_episode_ends(name: str, chunk_size: int, tape: Tape) -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, rule_of(name, family), Execution(chunk_size))
-    theta, tasks = generic_theta(loop.rule), sample(family, 3)
+    loop = loop_of(name, family, Execution(chunk_size))
+    theta, tasks = generic_theta(loop), sample(family, 3)
     carry, lost = loop.start(tasks), [k for k in theta if k.startswith("init/") and name != "imaml"]
     if name == "imaml" and tape is Tape.FIRST_ORDER:
         lost = [k for k in theta if k.startswith("init/")]  # the pull is part of the gradient, which is detached
@@ -180,8 +200,8 @@ def test_windows_are_unrolls_detached_by_hand_and_the_episode_ends(name: str, ch
 
 def test_k_rmd_of_all_steps_is_the_unroll_and_of_fewer_is_cut_by_hand() -> None:
     family = TanhMLP()
-    loop = InnerLoop(family, rule_of("lstm", family))
-    theta, tasks = generic_theta(loop.rule), sample(family)
+    loop = loop_of("lstm", family)
+    theta, tasks = generic_theta(loop), sample(family)
     whole = Unrolled(5).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     for num_backward_steps in (1, 3, 5):
         found = TruncatedBackprop(5, num_backward_steps).estimate(loop, theta, FinalLoss(), loop.start(tasks))
@@ -202,12 +222,12 @@ class PartlyDead(Quadratic):
 
 
 @pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("name", [*optimizers.names(), *variants(Quadratic())])
+@pytest.mark.parametrize("name", [*optimizers.names(), *variants(Quadratic()), *PROXIMAL])
 def test_coordinates_without_a_gradient_leave_no_nan(name: str, tape: Tape) -> None:
     """Roots and logarithms have no derivative at 0."""
     family = PartlyDead()
-    loop = InnerLoop(family, rule_of(name, family))
-    theta, tasks = generic_theta(loop.rule), sample(family, 1)
+    loop = loop_of(name, family)
+    theta, tasks = generic_theta(loop), sample(family, 1)
     if name == "learned strength" and tape is Tape.FIRST_ORDER:
         with pytest.raises(ValueError, match="no path"):
             Unrolled(3, tape).estimate(loop, theta, SumOfLosses(), loop.start(tasks))
@@ -257,7 +277,7 @@ def test_meta_sgd_has_its_closed_form_on_quadratics() -> None:
     family = Quadratic()
     tasks = sample(family, 3)
     loop = InnerLoop(family, optimizers.make("meta-sgd", template=template(family)))
-    theta = generic_theta(loop.rule)
+    theta = generic_theta(loop)
 
     def flat(prefix: str) -> Tensor:
         return torch.cat([theta[f"{prefix}/{k}"].reshape(-1) for k in ("w", "b")])
@@ -325,8 +345,8 @@ ESTIMATORS: dict[str, tuple[GradientEstimator, UpdateRule, TaskFamily]] = {
     "flags and counts": (Unrolled(4, segment=3), Anchored(), Quadratic()),
     "truncated": (Truncated(2, 4), optimizers.make("lstm", hidden_size=3), TanhMLP()),
     "k-rmd": (TruncatedBackprop(5, 2), optimizers.make("rmsprop"), TanhMLP()),
-    "implicit cg": (Implicit(50, ConjugateGradient(5)), Proximal(template(STILL)), STILL),
-    "implicit neumann": (Implicit(50, Neumann(9)), Proximal(template(STILL)), STILL),
+    "implicit cg": (Implicit(50, ConjugateGradient(5)), FromStart(template(STILL)), STILL),
+    "implicit neumann": (Implicit(50, Neumann(9)), FromStart(template(STILL)), STILL),
     "implicit gmres": (Implicit(70, GMRES()), Skewed(), STILL),
 }
 
@@ -334,10 +354,11 @@ ESTIMATORS: dict[str, tuple[GradientEstimator, UpdateRule, TaskFamily]] = {
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_tasks_one_by_one_in_chunks_and_all_at_once_agree(name: str) -> None:
     estimator, rule, family = ESTIMATORS[name]
-    theta, tasks = generic_theta(rule), sample(family, 5)
-    found = {}
+    objective = Tied() if isinstance(rule, FromStart) else TaskLoss()
+    tasks, found = sample(family, 5), {}
+    theta = generic_theta(InnerLoop(family, rule, inner_objective=objective))
     for chunk_size in (1, 2, 99):
-        loop = InnerLoop(family, rule, Execution(chunk_size))
+        loop = InnerLoop(family, rule, Execution(chunk_size), objective)
         found[chunk_size] = estimator.estimate(loop, theta, FinalLoss(), loop.start(tasks))
     for chunk_size, other in found.items():
         assert abs(float(other.loss - found[1].loss)) < 1e-12, chunk_size
@@ -347,7 +368,7 @@ def test_tasks_one_by_one_in_chunks_and_all_at_once_agree(name: str) -> None:
             assert relative_error(other.carry.params, found[1].carry.params) < 1e-12
     alone = []
     for i in range(5):
-        loop = InnerLoop(family, rule)
+        loop = InnerLoop(family, rule, inner_objective=objective)
         one = {k: v[i : i + 1] for k, v in tasks.items()}
         alone.append(estimator.estimate(loop, theta, FinalLoss(), loop.start(one)).grads)
     mean = {k: torch.stack([g[k] for g in alone]).mean(0) for k in theta}
@@ -380,7 +401,7 @@ def test_a_late_path_is_a_path() -> None:
 def test_an_objective_of_ones_own_is_differentiated_as_it_is() -> None:
     family = TanhMLP()
     loop = InnerLoop(family, optimizers.make("lstm", hidden_size=3))
-    theta, tasks = generic_theta(loop.rule), sample(family, 3)
+    theta, tasks = generic_theta(loop), sample(family, 3)
 
     def weighted(loop: InnerLoop, theta: Theta, rollout) -> Tensor:
         lengths = torch.stack([v.square().sum() for v in theta.values()]).sum()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import learnedopt
 from learnedopt import Execution, InnerLoop, ModuleFamily, TaskFamily, Tasks
 from learnedopt.core import mixed_mode
-from learnedopt.core.inner_objective import InnerObjective, Penalty
+from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import Finding, examine, report, vet
 
@@ -64,9 +64,8 @@ def ask(
     theta: Theta | None = None, **execution: Any,
 ) -> list[Finding]:  # fmt: skip
     """Examine a loop of gradient descent on the first tasks of a family."""
-    loop = InnerLoop(family, learnedopt.optimizers.make("sgd", lr=0.1), Execution(**execution))
-    if objective is not None:
-        object.__setattr__(loop, "inner_objective", objective)
+    rule = learnedopt.optimizers.make("sgd", lr=0.1)
+    loop = InnerLoop(family, rule, Execution(**execution), objective or TaskLoss())
     theta = theta or loop.rule.init_theta(torch.Generator().manual_seed(0))
     carry = loop.start(family.sample(num_tasks, torch.Generator().manual_seed(3)))
     return examine(loop, theta, carry._replace(state=()), second_derivatives=second_derivatives)
@@ -308,14 +307,15 @@ def with_second(shapes: dict[str, tuple[int, ...]], loss: OneLoss, **options: An
 class Attending(nn.Module):
     """A small transformer layer over the six points."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Any = nn.attention.SDPBackend.MATH) -> None:
         super().__init__()
+        self.backend = backend
         self.up = nn.Linear(3, 4)
         self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        with nn.attention.sdpa_kernel(self.backend):
             return self.head(self.layer(self.up(x)[None])[0])
 
 
@@ -460,7 +460,6 @@ INNOCENT: dict[str, Callable[[], TaskFamily]] = {
 
 
 EXECUTIONS = {"alone": {}, "together": {"chunk_size": 2}, "mixed": {"mixed_mode": True}}
-NO_FORWARD_MODE = ("checkpoint with parameters passed", "huber", "layer norm", "cholesky", "computes in float32")
 LOUD = {  # what torch refuses by itself
     "checkpoint with parameters passed": ("together",),
     "through NumPy": ("together",),
@@ -472,8 +471,6 @@ LOUD = {  # what torch refuses by itself
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("kind", INNOCENT)
 def test_an_innocent_loss_passes(kind: str, execution: str, seed: None) -> None:
-    if execution == "mixed" and kind in NO_FORWARD_MODE:
-        pytest.skip("that mode's own tests have these")
     findings = ask(INNOCENT[kind](), **EXECUTIONS[execution])
     if execution in LOUD.get(kind, ()):
         assert [finding.error is not None for finding in findings if not finding.passed] == [True], report(findings)
@@ -571,6 +568,13 @@ def test_what_takes_no_tasks_together_says_what_to_do() -> None:
     lstm = nn.LSTM(3, 4)
     family = Given(*of_module(nn.Sequential(lstm, Last())))
     assert "Execution(chunk_size=1)" in failed(ask(family, second_derivatives=False, chunk_size=2))
+
+
+def test_attention_without_second_derivatives_says_what_to_do() -> None:
+    torch.manual_seed(0)
+    family = Given(*of_module(Attending(nn.attention.SDPBackend.FLASH_ATTENTION)))
+    assert not any_failed(ask(family, second_derivatives=False))
+    assert "SDPBackend.MATH" in failed(ask(family))
 
 
 class Last(nn.Module):

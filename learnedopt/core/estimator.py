@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt.core import tree
+from learnedopt.core import checks, tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
@@ -21,6 +21,7 @@ from learnedopt.core.inner_gradient import step_gradient
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.core.vetting import vet
 
 
 class Estimate(NamedTuple):
@@ -80,12 +81,22 @@ def as_leaves(theta: Theta) -> Theta:
 
 
 def check_loop(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool) -> None:
-    """Ask once what a loop and its theta must satisfy before the first estimate.
+    """Vet a loop once, before its first estimate: is what it differentiates a function, and differentiated right?
 
     Raises:
-        ValueError: as ``InnerLoop.begin``.
+        ValueError: as ``InnerLoop.begin``; what was found, and what to do. ``Execution(vet=False)`` leaves vetting out.
     """
-    loop.check_start(tree.detach(theta), carry)
+    theta = tree.detach(theta)
+    loop.check_start(theta, carry)
+    vetted = ("vetted", True) in loop.cache or ("vetted", second_derivatives) in loop.cache
+    if vetted or not loop.execution.vet:
+        return
+    two = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+    if second_derivatives:  # what the family itself says comes first: it may name the layer
+        batch = loop.batch(two.tasks, two.step, "train")
+        checks.require_faultless(loop.family, two.params, batch, second_derivatives=True)
+    vet(loop, theta, two, second_derivatives=second_derivatives)
+    loop.cache.put(("vetted", second_derivatives), True)
 
 
 def call_objective(

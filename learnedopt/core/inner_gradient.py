@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,12 @@ class StepGradient(NamedTuple):
 
 def step_gradient(
     family: TaskFamily, objective: InnerObjective, task_map: TaskMap, theta: Theta, params: Params, batch: Batch,
-    tape: Tape, *, forward_over_reverse: bool = False,
+    tape: Tape, *, mixed_plans: dict[Hashable, Any] | None = None,
 ) -> StepGradient:  # fmt: skip
     """Evaluate and differentiate the inner objective on the train batch.
 
     Parameters without a graph become leaves: the gradient is taken with respect to what the loss has read. With
-    ``forward_over_reverse`` derivatives of the gradient are taken in mixed mode.
+    ``mixed_plans``, what mixed mode has found out about this loss, it takes the derivatives of the gradient.
     """
 
     def descended(theta: Theta, params: Params, batch: Batch) -> Tensor:
@@ -45,15 +46,16 @@ def step_gradient(
             return family.loss(params, batch)
         return objective.loss(theta, family, params, batch)
 
-    def losses(params: Params) -> Tensor:
+    def losses(params: Params, theta: Theta) -> Tensor:
         return task_map.apply_theta(descended, theta, params, batch)
 
     with torch.enable_grad():
         params = {k: p if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
-        if forward_over_reverse and tape is Tape.FULL:
-            loss, found = mixed_mode.value_and_gradient(losses, params)
+        read = {} if objective.descends_task_loss else theta
+        if mixed_plans is not None and tape is Tape.FULL:
+            loss, found = mixed_mode.value_and_gradient(losses, params, read, mixed_plans)
         else:
-            loss = losses(params)
+            loss = losses(params, read)
             found = _gradient(loss, params, create_graph=tape is Tape.FULL)
         outer = _outer(family, objective, task_map, theta, params, batch, tape, (loss, found))
         penalty = None

@@ -218,7 +218,7 @@ class Implicit(GradientEstimator):
                 f"after {info['iterations']} iterations; the implicit meta-gradient is inexact by about as much. Take "
                 "more steps, or smaller ones where it diverges",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

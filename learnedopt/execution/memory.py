@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learnedopt.core import inner, tree
-from learnedopt.core.carry import Carry
-from learnedopt.core.estimator import GradientEstimator, check_objective, check_paths
+from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Tape, narrow
+from learnedopt.core.estimator import GradientEstimator, check_loop, check_objective, check_paths
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.tree import Theta
@@ -45,14 +45,17 @@ def predict_peak(
         return None
     num_recorded, tape, whole, segment, goes_on = recording
     objective = FinalLoss() if objective is None else objective
-    loop = InnerLoop(loop.family, loop.rule, replace(loop.execution, compile=False))
+    execution = replace(loop.execution, compile=False)
+    loop = InnerLoop(loop.family, loop.rule, execution, loop.inner_objective, loop.horizon)
     chunks = loop.split(carry)
-    few = inner.narrow(carry, 0, sum(tree.size(chunk.params) for chunk in chunks[:SOME]))
+    few = narrow(carry, 0, sum(tree.size(chunk.params) for chunk in chunks[:SOME]))
 
     def peak(num_steps: int) -> int:
-        loop.run(theta, few, 0, tape)  # what is done once is not to be seen
+        # What is done once is not to be seen.
+        check_loop(loop, theta, few, second_derivatives=tape is Tape.FULL)
         check_objective(loop, theta, objective, few, num_steps)
         check_paths(loop, theta, few, num_steps, tape)
+        coordinatewise.reason_against(loop, theta, one, tape)
         return peak_of(lambda: whole(num_steps).estimate(loop, theta, objective, few))
 
     begun = loop.begin(tree.detach(theta), chunks[0])

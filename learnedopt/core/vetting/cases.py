@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
 
 if TYPE_CHECKING:
-    from learnedopt.core.inner import Carry, InnerLoop
+    from learnedopt.core.carry import Carry
+    from learnedopt.core.inner import InnerLoop
 
 Loss = Callable[[Theta, Params, Batch], Tensor]
 """Of ONE task."""
@@ -63,14 +63,9 @@ def _own(x: Any) -> Any:
     return x.clone().detach() if isinstance(x, Tensor) else x
 
 
-def objective_of(loop: InnerLoop) -> InnerObjective:
-    """Return what the loop's inner steps descend."""
-    return getattr(loop, "inner_objective", TaskLoss())
-
-
 def losses_of(loop: InnerLoop) -> dict[str, Loss]:
     """Return by name what the inner steps descend and, where it is another function, what the outer level reads."""
-    objective, family = objective_of(loop), loop.family
+    objective, family = loop.inner_objective, loop.family
 
     def descended(theta: Theta, params: Params, batch: Batch) -> Tensor:
         return objective.loss(theta, family, params, batch)
@@ -78,14 +73,7 @@ def losses_of(loop: InnerLoop) -> dict[str, Loss]:
     def read(theta: Theta, params: Params, batch: Batch) -> Tensor:
         return objective.outer_loss(theta, family, params, batch)
 
-    return {"inner loss": descended, "outer loss": read} if reads_theta(loop) else {"loss": descended}
-
-
-def reads_theta(loop: InnerLoop) -> bool:
-    """Return whether the inner objective is more than the family's loss."""
-    objective = objective_of(loop)
-    of_family = (type(objective).loss, type(objective).outer_loss) == (InnerObjective.loss, InnerObjective.outer_loss)
-    return not of_family or objective.penalty is not None
+    return {"inner loss": descended, "outer loss": read} if not objective.is_task_loss else {"loss": descended}
 
 
 def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tensor:

@@ -246,11 +246,12 @@ def _product(point: Point, direction: Params) -> Params:
 
 
 def _mixed_product(point: Point, direction: Params) -> Params:
-    """Return the product with respect to the parameters, which is what this mode differentiates."""
-    rest = {k: x.detach() for k, x in point.at.items() if k not in direction}
-    leaves = {k: point.at[k].detach().requires_grad_() for k in direction}
-    _, grads = mixed_mode.value_and_gradient(lambda params: point.loss(params | rest), leaves)
-    along = torch.stack([(g * direction[k]).sum() for k, g in zip(leaves, grads, strict=True)]).sum()
+    leaves = {k: x.detach().requires_grad_() for k, x in point.at.items()}
+    params, theta = ({k: x for k, x in leaves.items() if (k in direction) is own} for own in (True, False))
+    _, grads = mixed_mode.value_and_gradient(lambda params, theta: point.loss(params | theta), params, theta, {})
+    along = torch.stack([(g * direction[k]).sum() for k, g in zip(params, grads, strict=True)]).sum()
+    if not along.requires_grad:  # a loss that is linear in its parameters
+        return {k: torch.zeros_like(x) for k, x in leaves.items()}
     found = torch.autograd.grad(along, list(leaves.values()), materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
@@ -295,7 +296,9 @@ def _moved(at: Params, direction: Params, step: float) -> Params:
 
 def _sizes(tensors: Params) -> dict[str, float]:
     """Return each tensor's root mean square; of a tensor of zeros that of all, and 1 where all are zeros."""
-    squares = {k: x.detach().double().square().mean().item() if x.numel() else 0.0 for k, x in tensors.items()}
+    # On the CPU, since not every device has float64.
+    wide = {k: x.detach().to("cpu", torch.float64) for k, x in tensors.items() if x.numel()}
+    squares = {k: wide[k].square().mean().item() if k in wide else 0.0 for k in tensors}
     overall = math.sqrt(sum(squares.values()) / max(sum(s > 0 for s in squares.values()), 1)) or 1.0
     return {k: math.sqrt(s) if s > 0 else overall for k, s in squares.items()}
 

@@ -35,7 +35,7 @@ _ADVICE = {
         "from each task's own seed, and compute nothing across tasks"
     ),
     TOGETHER: "run tasks one by one with Execution(chunk_size=1)",
-    PENALTY: "the inner steps would descend something else than the loss; correct it, or let gradient return None",
+    PENALTY: "the inner steps would descend something else than the loss; correct it, or leave gradient() out",
     GRADIENT: (
         "the inner steps would not descend the loss, and the meta-gradient be that of neither. Known causes: "
         "torch.utils.checkpoint inside a module that functional_call gives its parameters, as it recomputes with the "

@@ -13,7 +13,7 @@ from learnedopt.core.execution import TaskMap
 from learnedopt.core.tree import Params
 from learnedopt.core.vetting import findings
 from learnedopt.core.vetting.captured import Watch, find, random_states, seed_everything
-from learnedopt.core.vetting.cases import Case, Loss, call_number, objective_of
+from learnedopt.core.vetting.cases import Case, Loss, call_number
 from learnedopt.core.vetting.differences import promoted
 from learnedopt.core.vetting.findings import Finding, first_line
 
@@ -48,7 +48,7 @@ def function(case: Case, loss: Loss) -> Iterator[Finding]:
 
 def _holders(case: Case) -> dict[str, Any]:
     """Return whatever may hold tensors that the loss reads: the family, the inner objective and their methods."""
-    family, objective = case.loop.family, objective_of(case.loop)
+    family, objective = case.loop.family, case.loop.inner_objective
     methods = {type(family): ("loss", "outputs"), type(objective): ("loss", "outer_loss")}
     names = {f"{kind.__name__}.{m}": getattr(kind, m) for kind, each in methods.items() for m in each}
     return {type(family).__name__: family, type(objective).__name__: objective, **names}
@@ -100,8 +100,9 @@ def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
         waiting += [before for before, _ in node.next_functions]
 
 
@@ -168,13 +169,15 @@ def _values_and_gradients(losses: Any, params: Params) -> tuple[Tensor, Params]:
 def _largest_gap(a: tuple[Tensor, Params], b: tuple[Tensor, Params], params: Params) -> float:
     """Return the largest difference of losses, and of gradients times the size of their parameters; relative."""
 
-    def length(grads: Params) -> float:
-        sizes = {k: p.detach().double().square().mean().sqrt().clamp(min=1e-30) for k, p in params.items()}
-        return torch.stack([(sizes[k] * g.double()).norm() for k, g in grads.items()]).norm().item()
+    def wide(x: Tensor) -> Tensor:
+        return x.detach().to("cpu", torch.float64)  # which not every device has
 
-    slopes = length({k: a[1][k].double() - g.double() for k, g in b[1].items()}) / max(length(b[1]), 1e-300)
-    values = (a[0].double() - b[0].double()).abs().max() / b[0].double().abs().max().clamp(min=1e-300)
-    return max(slopes, values.item())
+    sizes = {k: wide(p).square().mean().sqrt().clamp(min=1e-30) for k, p in params.items()}
+    expected = [sizes[k] * wide(g) for k, g in b[1].items()]
+    errors = [sizes[k] * wide(a[1][k]) - x for k, x in zip(b[1], expected, strict=True)]
+    slopes, length = (torch.stack([x.norm() for x in each]).norm() for each in (errors, expected))
+    gap, size = (wide(a[0]) - wide(b[0])).abs().max(), wide(b[0]).abs().max()
+    return max((error / of.clamp(min=1e-300)).item() for error, of in ((slopes, length), (gap, size)))
 
 
 def _listed(names: Sequence[str]) -> str:

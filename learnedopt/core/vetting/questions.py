@@ -11,11 +11,12 @@ from torch import Tensor
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import differences, findings, purity
 from learnedopt.core.vetting.captured import random_states_restored
-from learnedopt.core.vetting.cases import Case, Loss, case_of, losses_of, objective_of, reads_theta
+from learnedopt.core.vetting.cases import Case, Loss, case_of, losses_of
 from learnedopt.core.vetting.findings import Finding, first_line
 
 if TYPE_CHECKING:
-    from learnedopt.core.inner import Carry, InnerLoop
+    from learnedopt.core.carry import Carry
+    from learnedopt.core.inner import InnerLoop
 
 
 def examine(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool) -> list[Finding]:
@@ -44,8 +45,9 @@ def vet(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool
                 continue
             if finding.question == findings.NUMBER and finding.error is not None:
                 raise finding.error
+            advice = finding.advice[:1].upper() + finding.advice[1:]
             raise ValueError(
-                f"{type(loop.family).__name__}: {finding.question} No: {finding.answer}. {finding.advice}. "
+                f"{type(loop.family).__name__}: {finding.question} No: {finding.answer}. {advice}. "
                 "(Execution(vet=False) leaves the check out.)"
             ) from finding.error
 
@@ -61,14 +63,14 @@ def _questions(loop: InnerLoop, theta: Theta, carry: Carry, second_derivatives: 
         yield purity.swapped(case, loss)
         if descended and case.together:
             yield purity.together(case, loss)
-        if descended and objective_of(loop).penalty is not None:
+        if descended and loop.inner_objective.penalty is not None:
             yield _penalty(case)
         yield from _derivatives(case, loss, second_derivatives and descended)
 
 
 def _derivatives(case: Case, loss: Loss, second_derivatives: bool) -> Iterator[Finding]:
     params, batch = case.of_task(0)
-    theta = {f"theta[{k!r}]": k for k in case.theta} if reads_theta(case.loop) else {}
+    theta = {f"theta[{k!r}]": k for k in case.theta} if not case.loop.inner_objective.is_task_loss else {}
     if any(x.is_complex() for x in params.values()):
         yield Finding(findings.GRADIENT, "not asked: complex parameters have no direction to try", True)
         return
@@ -96,13 +98,13 @@ def _derivatives(case: Case, loss: Loss, second_derivatives: bool) -> Iterator[F
 
 def _penalty(case: Case) -> Finding:
     """Compare the closed form with automatic differentiation, and the loss with its parts, in float64."""
-    objective, family = objective_of(case.loop), case.loop.family
+    objective, family = case.loop.inner_objective, case.loop.family
     penalty = objective.penalty
     assert penalty is not None
     params, batch = case.of_task(0)
 
     def parts(theta: Theta, params: Params) -> Tensor:
-        closed = penalty.gradient(theta, params)
+        closed = penalty.gradient(theta, params) if penalty.has_gradient else None
         term = penalty.value(theta, params)
         slopes = torch.autograd.grad(term, list(params.values()), materialize_grads=True)
         gaps = [] if closed is None else [(closed[k] - g).norm() for k, g in zip(params, slopes, strict=True)]
