@@ -121,6 +121,7 @@ def draw(weights: Tensor, wrong: Tensor, losses: list[float], auc: float) -> Non
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
     left, right = figure.subplots(1, 2)
     bins = torch.linspace(0, 1, 41).tolist()
     for label, colour, chosen in (("label is right", "#0072B2", ~wrong), ("label is wrong", "#D55E00", wrong)):
