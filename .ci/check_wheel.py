@@ -69,6 +69,7 @@ def main() -> None:
         run(*pip, torch, cwd=empty)  # first and alone, so that the chosen build is kept
         run(*pip, wheel, cwd=empty)
         run(python.with_name("learnedopt"), "--help", cwd=empty)
+        run(python.with_name("learnedopt"), "train", "--list", cwd=empty)
         run(python, "-c", INSIDE, cwd=empty)  # compiles the byte code
         seconds = min(float(run(python, "-c", INSIDE, cwd=empty)) for _ in range(5))
         assert seconds < MAX_IMPORT_SECONDS, f"import learnedopt takes {seconds:.2f} s more than import torch"

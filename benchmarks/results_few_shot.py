@@ -16,8 +16,9 @@ import torch
 
 import learnedopt
 from learnedopt import checkpoint
+from learnedopt.config import recorded_solver
 from learnedopt.evaluation.comparison import align
-from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, FewShot, adapt, recorded_solver, show
+from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
 
 NUM_TASKS = 600
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "few_shot_omniglot.png"
@@ -47,11 +48,14 @@ RECIPES = METHODS | {
 
 def measure(run: Path, method: Method, device: str | None = None) -> Adaptation:
     """Adapt the run's theta to the test tasks of the family that it was validated on."""
-    rule, theta, record = checkpoint.load_with_metadata(run)
+    rule, inner_objective, theta, record = checkpoint.load_checkpoint(run)
     options = {**record["family"]["options"], **record["validation"]["family_options"], "meta_split": "test"}
     family = learnedopt.tasks.make(record["family"]["name"], **options)
     execution = learnedopt.Execution(device=device)
-    return adapt(rule, theta, family, method.num_steps, NUM_TASKS, inner=recorded_solver(record), execution=execution)
+    return adapt(
+        rule, theta, family, method.num_steps, NUM_TASKS, inner=recorded_solver(record), execution=execution,
+        inner_objective=inner_objective,
+    )  # fmt: skip
 
 
 def main() -> None:

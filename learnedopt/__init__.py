@@ -19,7 +19,7 @@ from learnedopt.core.objective import (
     SquaredDistance,
     SumOfLosses,
 )
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.hessian_free import HessianFree
@@ -34,9 +34,9 @@ from learnedopt.estimators.linear_solvers import (
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
 
-MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names before version 0.2, kept for one version
+MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names in version 0.1, kept for one version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {
@@ -97,6 +97,7 @@ __all__ = [
     "InnerLoop",
     "InnerObjective",
     "KLDivergence",
+    "Kernel",
     "LearnedLoss",
     "LearnedOptimizer",
     "LinearSolver",

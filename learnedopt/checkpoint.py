@@ -5,28 +5,49 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from learnedopt.config import split_imaml
+from learnedopt.core.checks import joined_theta
 from learnedopt.core.files import write_atomically, write_json
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 
-FORMAT = "learnedopt-rule-1"
+FORMAT = "learnedopt-rule-2"
+FORMATS = ("learnedopt-rule-1", FORMAT)
+"""What is read: the first knew no inner objectives, and had the rule ``imaml``."""
 
 
-def save(path: str | Path, rule: UpdateRule, theta: Theta, metadata: dict[str, Any] | None = None) -> Path:
+class Checkpoint(NamedTuple):
+    """What a file holds: ``theta`` is the rule's and the inner objective's, as ``InnerLoop`` takes it."""
+
+    rule: UpdateRule
+    inner_objective: InnerObjective
+    theta: Theta
+    metadata: dict[str, Any]
+
+
+def save(
+    path: str | Path,
+    rule: UpdateRule,
+    theta: Theta,
+    metadata: dict[str, Any] | None = None,
+    inner_objective: InnerObjective | None = None,
+) -> Path:
     """Write ``theta`` and the description of its rule to ``path``, and the description to a .json beside.
 
     Args:
         path: where to; the suffix ``.safetensors`` is added where there is none.
         rule: a registered rule, so that it can be built again by name.
-        theta: the rule's meta-parameters.
+        theta: the meta-parameters of the rule, and of the inner objective where there are some.
         metadata: anything JSON can hold that is worth knowing, such as how theta was trained.
+        inner_objective: what the inner steps descended, a registered one; by default the task's loss.
 
     Returns:
         The path written.
@@ -40,8 +61,12 @@ def save(path: str | Path, rule: UpdateRule, theta: Theta, metadata: dict[str, A
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    check_theta(rule, theta, str(path))
+    check_theta(rule, theta, str(path), inner_objective)
     config = {"format": FORMAT, "rule": optimizers.describe(rule), "metadata": metadata or {}}
+    if inner_objective is not None and not isinstance(inner_objective, TaskLoss):
+        from learnedopt import inner_objectives
+
+        config["inner_objective"] = inner_objectives.describe(inner_objective)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in theta.items()}
     # The description inside the file is what load reads: one file cannot disagree with itself.
     header = {"learnedopt": json.dumps(config)}
@@ -53,7 +78,8 @@ def save(path: str | Path, rule: UpdateRule, theta: Theta, metadata: dict[str, A
 def load(path_or_name: str | Path) -> tuple[UpdateRule, Theta]:
     """Return ``(rule, theta)`` from a checkpoint file, a run's folder, or the name of a packaged optimizer.
 
-    Nothing in a file is ever executed: tensors come from safetensors, the rule is built by its registered name.
+    ``theta`` is the rule's own, without an inner objective's, which ``load_checkpoint`` returns as well. Nothing in a
+    file is ever executed: tensors come from safetensors, the rule is built by its registered name.
 
     Raises:
         FileNotFoundError: there is no such file and no such packaged name.
@@ -67,9 +93,45 @@ def load(path_or_name: str | Path) -> tuple[UpdateRule, Theta]:
 
 def load_with_metadata(path_or_name: str | Path) -> tuple[UpdateRule, Theta, dict[str, Any]]:
     """Return what ``load`` returns, and the metadata that ``save`` was given."""
+    rule, _, theta, metadata = load_checkpoint(path_or_name)
+    return rule, own_theta(rule, theta), metadata
+
+
+def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
+    """Return everything that ``save`` was given; see ``load``.
+
+    Example:
+        >>> rule, inner_objective, theta, _ = load_checkpoint("runs/imaml-omniglot")
+        >>> loop = InnerLoop(family, rule, inner_objective=inner_objective)
+    """
     from learnedopt import optimizers
 
     path = _find(path_or_name)
+    config, theta = _read(path)
+    described, inner = config["rule"], config.get("inner_objective")
+    if config["format"] == FORMATS[0]:
+        described, inner = split_imaml(described)
+    try:
+        rule, inner_objective = optimizers.build(described), TaskLoss()
+        if inner is not None:
+            from learnedopt import inner_objectives
+
+            inner_objective = inner_objectives.build(inner)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a rule or inner objective that cannot be built: {error}") from error
+    check_theta(rule, theta, str(path), inner_objective)
+    return Checkpoint(
+        rule, inner_objective, {k: theta[k] for k in _expected(rule, inner_objective)}, config.get("metadata", {})
+    )
+
+
+def own_theta(rule: UpdateRule, theta: Theta) -> Theta:
+    """Return the meta-parameters of the rule alone, out of those of a loop."""
+    return {k: theta[k] for k in _expected(rule)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Theta]:
+    """Return the description and the tensors of a file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
@@ -80,19 +142,14 @@ def load_with_metadata(path_or_name: str | Path) -> tuple[UpdateRule, Theta, dic
         ) from error
     try:
         config = json.loads(header["learnedopt"])
-        described = config["rule"]
-        if config["format"] != FORMAT:
+        if config["format"] not in FORMATS or "rule" not in config:
             raise KeyError(config["format"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is a safetensors file, but learnedopt.save did not write it (its header has no {FORMAT!r})"
+            f"{path} is a safetensors file, but learnedopt.save did not write it (its header has none of "
+            f"{', '.join(FORMATS)})"
         ) from error
-    try:
-        rule = optimizers.build(described)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes a rule that cannot be built: {error}") from error
-    check_theta(rule, theta, str(path))
-    return rule, {k: theta[k] for k in _expected(rule)}, config.get("metadata", {})
+    return config, theta
 
 
 def packaged() -> list[str]:
@@ -115,16 +172,19 @@ def _find(path_or_name: str | Path) -> Path:
     )
 
 
-def _expected(rule: UpdateRule) -> dict[str, torch.Size]:
-    return {k: v.shape for k, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
+def _expected(rule: UpdateRule, inner_objective: InnerObjective | None = None) -> dict[str, torch.Size]:
+    theta = joined_theta(rule, inner_objective or TaskLoss(), torch.Generator().manual_seed(0))
+    return {k: v.shape for k, v in theta.items()}
 
 
-def check_theta(rule: UpdateRule, theta: Theta, where: str) -> None:
-    """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the rule's own."""
-    expected = {k: tuple(v) for k, v in _expected(rule).items()}
+def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: InnerObjective | None = None) -> None:
+    """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the owners' own."""
+    expected = {k: tuple(v) for k, v in _expected(rule, inner_objective).items()}
     got = {k: tuple(v.shape) for k, v in theta.items() if isinstance(v, Tensor)} if isinstance(theta, dict) else None
     if expected != got or len(theta) != len(expected):
+        plain = inner_objective is None or isinstance(inner_objective, TaskLoss)
+        descends = "" if plain else f" with the inner objective {type(inner_objective).__name__}"
         raise ValueError(
-            f"{where}: theta does not fit the rule {type(rule).__name__}: expected tensors of shapes {expected}, got "
-            f"{type(theta).__name__ if got is None else got}"
+            f"{where}: theta does not fit the rule {type(rule).__name__}{descends}: expected tensors of shapes "
+            f"{expected}, got {type(theta).__name__ if got is None else got}"
         )

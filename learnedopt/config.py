@@ -1,26 +1,43 @@
-"""Typed overrides ``key=value`` of nested frozen dataclasses, with errors that name the nearest valid key."""
+"""Configurations: typed overrides ``key=value`` of nested frozen dataclasses, and configurations as plain values.
+
+Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
+
+from learnedopt.core.inner import InnerSolver
+from learnedopt.core.objective import (
+    BootstrappedTarget,
+    FinalLoss,
+    KLDivergence,
+    MeanLogLoss,
+    SquaredDistance,
+    SumOfLosses,
+)
+from learnedopt.core.registry import Choice, nearest
+from learnedopt.estimators.hessian_free import HessianFree
+from learnedopt.estimators.implicit import Implicit
+from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
+from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
+from learnedopt.evaluation.few_shot import ErrorRate
 
 T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[type]]
 """Groups of dataclasses that may stand for one another."""
+INTERCHANGEABLE: Kinds = (
+    (Unrolled, Truncated, TruncatedBackprop, Implicit),
+    (FinalLoss, SumOfLosses, MeanLogLoss, BootstrappedTarget, ErrorRate),
+    (SquaredDistance, KLDivergence),
+    (ConjugateGradient, Neumann, GMRES),
+)
+"""What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
 _Change: TypeAlias = tuple[list[str], str]  # the keys that remain, and the text
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A registered rule or family: its name, and options that the registry checks when it is made."""
-
-    name: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
@@ -29,7 +46,8 @@ def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
     Args:
         value: a frozen dataclass; fields may be dataclasses again, reached by dots.
         assignments: each ``path.to.field=text``; the text is read as the field's type, and of two for the same field
-            the later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another.
+            the later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another
+            (``choice=null`` none, where there may be none).
         kinds: a field that holds a dataclass out of one of these groups takes the name of another class of the group;
             the fields that the two have in common are kept.
 
@@ -112,8 +130,10 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     if not whole:
         return _changed(before, below, f"{path}.", kinds)
     text = whole[-1]
-    if isinstance(before, Choice):
-        return _changed(Choice(text), below, f"{path}.", kinds)
+    if hint is Choice or Choice in typing.get_args(hint):
+        if read_value(text) is None and hint is Choice:
+            raise ValueError(f"{path}={text!r} names nothing, and the setting needs a name")
+        return _changed(None if read_value(text) is None else Choice(text), below, f"{path}.", kinds)
     group = next((group for group in kinds if type(before) in group), None)
     if group is None:
         return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
@@ -152,9 +172,64 @@ def _typed(text: str, hint: Any, path: str) -> Any:
         raise ValueError(f"{path}={text!r} is not of the setting's type {name}{near}") from error
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean ...?"`` with the word of ``valid`` that is most like ``word``, or nothing for none."""
-    # Upper and lower case are one: a name in the wrong case is nearer than any other.
-    by_folded = {name.casefold(): name for name in valid}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.0)
-    return f"; did you mean {by_folded[near[0]]!r}?" if near else ""
+def as_config(value: Any) -> Any:
+    """Return a configuration as nested dicts of plain values; dataclasses name the types they were, but for choices."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_config(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if isinstance(value, Choice) else {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {k: as_config(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_config(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def up_to_date(saved: Any, value: Any) -> Any:
+    """Return a configuration of before as ``as_config`` would write it today.
+
+    Args:
+        saved: what ``as_config`` returned, maybe in an earlier version.
+        value: what it is to be compared with; fields that its dataclasses have gained are taken to have had their
+            defaults.
+    """
+    if not isinstance(saved, dict) or not dataclasses.is_dataclass(value) or isinstance(value, (type, Choice)):
+        return saved
+    if saved.get("type", type(value).__name__) != type(value).__name__:
+        return saved
+    defaults = {f.name: _default(f) for f in dataclasses.fields(value) if f.name not in saved}
+    gained = {name: as_config(default) for name, default in defaults.items() if default is not dataclasses.MISSING}
+    return {**{k: up_to_date(v, getattr(value, k, None)) for k, v in saved.items()}, **gained}
+
+
+def split_imaml(rule: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Return the configurations of a rule and of its inner objective, None for the task's loss.
+
+    Until version 0.1 the rule ``imaml`` held its proximal term: it is ``maml`` with the inner objective ``proximal``.
+    """
+    if not isinstance(rule, Mapping) or rule.get("name") != "imaml" or not isinstance(rule.get("options"), Mapping):
+        return rule, None
+    options = {"lr": 0.1, "strength": 1.0, **rule["options"]}  # its defaults
+    template = {"template": options.pop("template")} if "template" in options else {}
+    renamed = {"strength": "strength", "learn_strength": "learn", "strengths": "per"}
+    proximal = {renamed[key]: options.pop(key) for key in renamed if key in options}
+    maml = {"name": "maml", "options": {**template, **options}}
+    return maml, {"name": "proximal", "options": {**template, **proximal}}
+
+
+def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
+    """Return what solved the inner problem of the run that left ``record``: None for the rule's own steps.
+
+    Raises:
+        ValueError: it was a solver of the user's own, which a record cannot hold.
+    """
+    estimator = record.get("estimator")
+    found = estimator.get("inner") if isinstance(estimator, dict) else None
+    if found is None:
+        return None
+    names = {field.name for field in dataclasses.fields(HessianFree)}
+    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
+        raise ValueError(
+            f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
+            "it to learnedopt.evaluation.few_shot.adapt"
+        )
+    return HessianFree(**{key: value for key, value in found.items() if key != "type"})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
+from learnedopt.optimizers.bases.precision import wide_dtype, zeros
 
 
 @final
@@ -52,10 +53,8 @@ class Adam(HandDesigned):
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start where the parameters are, with zero averages."""
         first = next(iter(params.values()))
-        # At least float32: a bfloat16 counter would stand still at 256.
-        step = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
-        mean, square = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
-        return params, {"mean": mean, "square": square, "step": step}
+        step = torch.zeros((), dtype=wide_dtype(first), device=first.device)
+        return params, {"mean": zeros(params), "square": zeros(params), "step": step}
 
     def update(
         self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
@@ -68,11 +67,11 @@ class Adam(HandDesigned):
         correction2 = (1 - exact["beta2"] ** step).sqrt()
         deltas, means, squares = {}, {}, {}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
+            hyper = values[wide_dtype(grad)]
             beta1, beta2 = hyper["beta1"], hyper["beta2"]
-            grad = self.decayed(hyper, grad, params[name])
+            dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])
             means[name] = beta1 * state["mean"][name] + (1 - beta1) * grad
             squares[name] = beta2 * state["square"][name] + (1 - beta2) * grad * grad
             root = sqrt(squares[name]) / correction2.to(grad.dtype) + hyper["eps"]
-            deltas[name] = -hyper["lr"] * (means[name] / correction1.to(grad.dtype)) / root
+            deltas[name] = (-hyper["lr"] * (means[name] / correction1.to(grad.dtype)) / root).to(dtype)
         return deltas, {"mean": means, "square": squares, "step": step}

@@ -13,6 +13,7 @@ from torch import Tensor
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.precision import wide
 from learnedopt.optimizers.learned_init import check_template, initial_start, learned_start
 
 
@@ -65,5 +66,8 @@ class ANIL(UpdateRule):
     ) -> tuple[Params, tuple[()]]:
         """Step against the head's gradient."""
         lr = theta["lr"] if self.learn_lr else self.lr
-        moves = {name: fnmatchcase(name, self.head) for name in grads}
-        return {name: (-lr * g).to(g.dtype) if moves[name] else torch.zeros_like(g) for name, g in grads.items()}, state
+        deltas = {
+            name: (-lr * wide(g)).to(g.dtype) if fnmatchcase(name, self.head) else torch.zeros_like(g)
+            for name, g in grads.items()
+        }
+        return deltas, state

@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import Wrapper
 
 
@@ -58,15 +59,16 @@ class Clip(Wrapper):
         """Move as the rule does on clipped gradients."""
         if self.max_norm is not None:
             scale = _scale(grads, self.max_norm)
-            clipped = {name: scale.to(grad.dtype) * grad for name, grad in grads.items()}
+            clipped = {name: scale.to(wide_dtype(grad)) * wide(grad) for name, grad in grads.items()}
         else:
             assert self.max_value is not None  # one of the two is given
-            clipped = {name: grad.clamp(-self.max_value, self.max_value) for name, grad in grads.items()}
-        return super().update(theta, clipped, state, params, loss)
+            clipped = {name: wide(grad).clamp(-self.max_value, self.max_value) for name, grad in grads.items()}
+        deltas, state = super().update(theta, clipped, state, params, loss)
+        return {name: deltas[name].to(grad.dtype) for name, grad in grads.items()}, state
 
 
 def _scale(grads: Params, max_norm: float) -> Tensor:
-    squared = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
+    squared = torch.stack([wide(grad).square().sum() for grad in grads.values()]).sum()
     long = squared > max_norm**2
     # The root's derivative is infinite at 0, so it only ever sees squares that it is used for.
     return torch.where(long, max_norm * torch.where(long, squared, 1.0).rsqrt(), 1.0)

@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import State
+from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers.bases.wrapper import Wrapper, prefixed, unprefixed
+from learnedopt.optimizers.bases.wrapper import Wrapper, handed_on, prefixed, unprefixed
 
 
 @final
@@ -39,6 +39,11 @@ class LearnedInit(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(type(self).__name__, self.template)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The rule's own: a start changes no update."""
+        return handed_on(self.rule)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return copies of the template, and the rule's theta."""

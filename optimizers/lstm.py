@@ -9,8 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import UpdateRule
+from learnedopt.core.rule import Kernel, UpdateRule
 from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.precision import wide_dtype
 from learnedopt.optimizers.kernels import lstm_kernel
 
 State = dict[str, Tensor]
@@ -59,7 +60,7 @@ class LSTM(UpdateRule):
         bound = 1 / math.sqrt(self.hidden_size)
 
         def uniform(*shape: int) -> Tensor:
-            return (2 * torch.rand(shape, generator=generator) - 1) * bound
+            return (2 * torch.rand(shape, generator=generator, device=generator.device) - 1) * bound
 
         theta = {}
         for layer in range(1, self.num_layers + 1):
@@ -69,45 +70,22 @@ class LSTM(UpdateRule):
         return {**theta, "readout/weight": uniform(1, self.hidden_size), "readout/bias": uniform(1)}
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
-        """Start where the parameters are, with zero states in theta's dtype."""
+        """Start where the parameters are, with zero states in the dtype that theta is computed in."""
         num_coordinates = sum(p.numel() for p in params.values())
-        weight, device = theta["readout/weight"], next(iter(params.values())).device
-        zeros = torch.zeros(self.hidden_size, num_coordinates, dtype=weight.dtype, device=device)
+        dtype, device = wide_dtype(theta["readout/weight"]), next(iter(params.values())).device
+        zeros = torch.zeros(self.hidden_size, num_coordinates, dtype=dtype, device=device)
         return params, {name: zeros.clone() for name in self._state_names}
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Apply the network to all coordinates at once."""
-        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
+        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(wide_dtype(theta["readout/weight"]))
         out, new_state = self._network(theta, self._inputs(flat), state)
         return self._deltas(out, grads), new_state
 
-    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
-        """Write the new state over the old, to the same bits; None where no compiled step serves."""
-        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(theta["readout/weight"].dtype)
-        if lstm_kernel.computed_dtype(flat) != flat.dtype or not all(h.is_contiguous() for h in state.values()):
-            return None
-        weights, states = [theta[k] for k in self._theta_names], [state[k] for k in self._state_names]
-        out = lstm_kernel.step_in_place(weights, self._inputs(flat), states)
-        return self._deltas(out, grads)
-
-    def adjoint(
-        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
-    ) -> tuple[Theta, State | None] | None:
-        """Back-propagate through a window of steps, a block of coordinates at a time."""
-        dtype = lstm_kernel.computed_dtype(grads.to(theta["readout/weight"].dtype))
-        if dtype is None:
-            return None
-        num_steps, num_tasks, num_coordinates = grads.shape
-        x = self._inputs(grads.to(dtype).reshape(num_steps, -1))
-        d_out = self.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
-        weights, states = [theta[k].to(dtype) for k in self._theta_names], self._side_by_side(state, dtype)
-        d_end = None if end is None else self._side_by_side(end, dtype)
-        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end, with_states=with_state)
-        of_theta = {k: d.to(theta[k].dtype) for k, d in zip(self._theta_names, d_theta, strict=True)}
-        if d_states is None:
-            return of_theta, None
-        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
-        return of_theta, {k: d.to(state[k].dtype) for k, d in zip(self._state_names, d_states, strict=True)}
+    @property
+    def kernel(self) -> Compiled:
+        """The compiled step and its adjoint."""
+        return Compiled(self)
 
     @property
     def _theta_names(self) -> list[str]:
@@ -128,11 +106,11 @@ class LSTM(UpdateRule):
 
     def _network(self, theta: Theta, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the read-out (num_coordinates,) and the new state."""
-        dtype = lstm_kernel.computed_dtype(inputs)
-        if dtype is not None:
-            weights = [theta[k].to(dtype) for k in self._theta_names]
-            out, new = lstm_kernel.step(weights, inputs.to(dtype), [state[k].to(dtype) for k in self._state_names])
-            return out.to(inputs.dtype), {k: h.to(inputs.dtype) for k, h in zip(self._state_names, new, strict=True)}
+        theta, state = ({k: v.to(inputs.dtype) for k, v in tensors.items()} for tensors in (theta, state))
+        if lstm_kernel.computed_dtype(inputs) is not None:
+            states = [state[k] for k in self._state_names]
+            out, new = lstm_kernel.step([theta[k] for k in self._theta_names], inputs, states)
+            return out, dict(zip(self._state_names, new, strict=True))
         new_state, signal = {}, inputs
         for layer in range(1, self.num_layers + 1):
             h, c = _cell(
@@ -145,6 +123,46 @@ class LSTM(UpdateRule):
     def _deltas(self, out: Tensor, grads: Params) -> Params:
         pieces = (self.output_scale * out).split([g.numel() for g in grads.values()])
         return {k: piece.reshape(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
+
+
+@final
+@dataclass(frozen=True)
+class Compiled(Kernel):
+    """The LSTM's step in place and its adjoint, where there are compiled ones; its ``update`` uses them by itself."""
+
+    rule: LSTM
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Write the new state over the old, to the same bits; None where no compiled step serves."""
+        rule = self.rule
+        flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(wide_dtype(theta["readout/weight"]))
+        if lstm_kernel.computed_dtype(flat) != flat.dtype:
+            return None
+        if any(h.dtype != flat.dtype or not h.is_contiguous() for h in state.values()):
+            return None
+        weights, states = [theta[k].to(flat.dtype) for k in rule._theta_names], [state[k] for k in rule._state_names]
+        out = lstm_kernel.step_in_place(weights, rule._inputs(flat), states)
+        return rule._deltas(out, grads)
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
+        """Back-propagate through a window of steps, a block of coordinates at a time."""
+        rule = self.rule
+        dtype = lstm_kernel.computed_dtype(grads.to(wide_dtype(theta["readout/weight"])))
+        if dtype is None:
+            return None
+        num_steps, num_tasks, num_coordinates = grads.shape
+        x = rule._inputs(grads.to(dtype).reshape(num_steps, -1))
+        d_out = rule.output_scale * cotangents.to(dtype).reshape(num_steps, -1)
+        weights, states = [theta[k].to(dtype) for k in rule._theta_names], rule._side_by_side(state, dtype)
+        d_end = None if end is None else rule._side_by_side(end, dtype)
+        d_theta, d_states, _ = lstm_kernel.adjoint(weights, x, states, d_out, d_end, with_states=with_state)
+        of_theta = {k: d.to(theta[k].dtype) for k, d in zip(rule._theta_names, d_theta, strict=True)}
+        if d_states is None:
+            return of_theta, None
+        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
+        return of_theta, {k: d.to(state[k].dtype) for k, d in zip(rule._state_names, d_states, strict=True)}
 
 
 def preprocess(grads: Tensor, factor: float) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import prefixed
 from learnedopt.optimizers.learned_init import LearnedInit, check_template
-from learnedopt.optimizers.sgd import SGD, descend
+from learnedopt.optimizers.sgd import SGD, Descent
 
 Rates: TypeAlias = Literal["coordinate", "tensor", "step"]
 
@@ -78,15 +79,15 @@ class LearnedRates(UpdateRule):
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Step against the gradient at each one's rate."""
         rates, state = self._rates_now(theta, grads, state)
-        return {name: -rates[name] * grad for name, grad in grads.items()}, state
+        return {name: (-rates[name] * wide(grad)).to(grad.dtype) for name, grad in grads.items()}, state
 
-    def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        """Step in one pass."""
-        rates, state = self._rates_now(theta, grads, state)
-        return {name: descend(p, rates[name], grads[name]) for name, p in params.items()}, state
+    @property
+    def kernel(self) -> Descent:
+        """One pass."""
+        return Descent(self._rates_now)
 
     def _rates_now(self, theta: Theta, grads: Params, state: State) -> tuple[Params, State]:
-        rates = {name: theta[f"lr/{name}"].to(grad.dtype) for name, grad in grads.items()}
+        rates = {name: theta[f"lr/{name}"].to(wide_dtype(grad)) for name, grad in grads.items()}
         if self.num_steps is not None:
             now = state["step"].clamp(max=self.num_steps - 1).reshape(1)
             rates = {name: rate.index_select(0, now).squeeze(0) for name, rate in rates.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned
+from learnedopt.optimizers.bases.precision import wide_dtype, zeros
 
 
 @final
@@ -46,9 +47,10 @@ class Momentum(HandDesigned):
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start where the parameters are, with zero buffers."""
-        state: dict[str, Any] = {"buffer": {name: torch.zeros_like(p) for name, p in params.items()}}
+        state: dict[str, Any] = {"buffer": zeros(params)}
         if self.uses("dampening"):
-            state["started"] = next(iter(params.values())).new_zeros(())
+            first = next(iter(params.values()))
+            state["started"] = first.new_zeros((), dtype=wide_dtype(first))
         return params, state
 
     def update(
@@ -58,13 +60,13 @@ class Momentum(HandDesigned):
         values = self.values(theta, grads.values())
         deltas, buffers = {}, {}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
-            grad = self.decayed(hyper, grad, params[name])
+            hyper = values[wide_dtype(grad)]
+            dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])
             if self.uses("dampening"):
                 damped = (1 - hyper["dampening"]) * grad
                 grad = torch.where(state["started"] > 0, damped, grad)
             buffers[name] = hyper["momentum"] * state["buffer"][name] + grad
-            deltas[name] = -hyper["lr"] * buffers[name]
+            deltas[name] = (-hyper["lr"] * buffers[name]).to(dtype)
         new_state: dict[str, Any] = {"buffer": buffers}
         if self.uses("dampening"):
             new_state["started"] = torch.ones_like(state["started"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned
+from learnedopt.optimizers.bases.precision import wide_dtype, zeros
 
 
 @final
@@ -46,7 +46,7 @@ class Nesterov(HandDesigned):
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Params]]:
         """Start where the parameters are, with zero buffers."""
-        return params, {"buffer": {name: torch.zeros_like(p) for name, p in params.items()}}
+        return params, {"buffer": zeros(params)}
 
     def update(
         self, theta: Theta, grads: Params, state: dict[str, Params], params: Params, loss: Tensor
@@ -55,8 +55,8 @@ class Nesterov(HandDesigned):
         values = self.values(theta, grads.values())
         deltas, buffers = {}, {}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
-            grad = self.decayed(hyper, grad, params[name])
+            hyper = values[wide_dtype(grad)]
+            dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])
             buffers[name] = hyper["momentum"] * state["buffer"][name] + grad
-            deltas[name] = -hyper["lr"] * (grad + hyper["momentum"] * buffers[name])
+            deltas[name] = (-hyper["lr"] * (grad + hyper["momentum"] * buffers[name])).to(dtype)
         return deltas, {"buffer": buffers}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
+from learnedopt.optimizers.bases.precision import wide_dtype, zeros
 
 
 @final
@@ -52,7 +52,7 @@ class RMSprop(HandDesigned):
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Params]]:
         """Start where the parameters are, with zero averages."""
         kept = ["square", *["mean"] * self.centered, *["buffer"] * self.uses("momentum")]
-        return params, {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kept}
+        return params, {kind: zeros(params) for kind in kept}
 
     def update(
         self, theta: Theta, grads: Params, state: dict[str, Params], params: Params, loss: Tensor
@@ -62,9 +62,9 @@ class RMSprop(HandDesigned):
         deltas: Params = {}
         new_state: dict[str, Params] = {kind: {} for kind in state}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
+            hyper = values[wide_dtype(grad)]
             alpha = hyper["alpha"]
-            grad = self.decayed(hyper, grad, params[name])
+            dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])
             spread = new_state["square"][name] = alpha * state["square"][name] + (1 - alpha) * grad * grad
             if self.centered:
                 mean = new_state["mean"][name] = alpha * state["mean"][name] + (1 - alpha) * grad
@@ -72,5 +72,5 @@ class RMSprop(HandDesigned):
             step = grad / (sqrt(spread) + hyper["eps"])
             if self.uses("momentum"):
                 step = new_state["buffer"][name] = hyper["momentum"] * state["buffer"][name] + step
-            deltas[name] = -hyper["lr"] * step
+            deltas[name] = (-hyper["lr"] * step).to(dtype)
         return deltas, new_state

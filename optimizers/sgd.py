@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned
+from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned, Hyper
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 
 
 @final
@@ -44,22 +47,39 @@ class SGD(HandDesigned):
         values = self.values(theta, grads.values())
         deltas = {}
         for name, grad in grads.items():
-            hyper = values[grad.dtype]
-            deltas[name] = -hyper["lr"] * self.decayed(hyper, grad, params[name])
+            hyper = values[wide_dtype(grad)]
+            deltas[name] = (-hyper["lr"] * self.decayed(hyper, grad, params[name])).to(grad.dtype)
         return deltas, state
 
-    def step(
-        self, theta: Theta, grads: Params, state: tuple[()], params: Params, loss: Tensor
-    ) -> tuple[Params, tuple[()]] | None:
-        """Step in one pass; not with a weight decay."""
-        if self.uses("weight_decay"):
-            return None
+    @property
+    def kernel(self) -> Descent | None:
+        """One pass; None with a weight decay."""
+        return None if self.uses("weight_decay") else Descent(self._rates)
+
+    def _rates(self, theta: Theta, params: Params, state: tuple[()]) -> tuple[dict[str, Hyper], tuple[()]]:
         values = self.values(theta, params.values())
-        return {k: descend(p, values[p.dtype]["lr"], grads[k].to(p.dtype)) for k, p in params.items()}, state
+        return {name: values[wide_dtype(p)]["lr"] for name, p in params.items()}, state
 
 
-def descend(param: Tensor, rate: float | Tensor, grad: Tensor) -> Tensor:
-    """Return ``param - rate * grad``."""
+@final
+@dataclass(frozen=True)
+class Descent(Kernel):
+    """``params - rate * grads`` in one pass over memory.
+
+    Args:
+        rates: takes theta, parameters and state, and returns each parameter's rate and the new state.
+    """
+
+    rates: Callable[[Theta, Params, Any], tuple[Mapping[str, Hyper], Any]]
+
+    def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
+        """Descend each parameter at its rate."""
+        rates, state = self.rates(theta, params, state)
+        grads = {name: grads[name].to(wide_dtype(p)) for name, p in params.items()}
+        return {name: _descend(wide(p), rates[name], grads[name]).to(p.dtype) for name, p in params.items()}, state
+
+
+def _descend(param: Tensor, rate: Hyper, grad: Tensor) -> Tensor:
     if isinstance(rate, Tensor):
         return torch.addcmul(param, rate, grad, value=-1)
     return torch.add(param, grad, alpha=-rate)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from learnedopt.tasks.logistic import LogisticRegression
     from learnedopt.tasks.mini_imagenet import MiniImageNet
     from learnedopt.tasks.module_family import ModuleFamily
+    from learnedopt.tasks.noisy_images import NoisyImages
     from learnedopt.tasks.omniglot import Omniglot
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
@@ -31,6 +32,7 @@ _LAZY = {
     "MiniImageNet": "mini_imagenet",
     "ModuleFamily": "module_family",
     "ModuleOnImages": "data.few_shot",
+    "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
     "Sine": "sine",
@@ -54,6 +56,7 @@ __all__ = [
     "MiniImageNet",
     "ModuleFamily",
     "ModuleOnImages",
+    "NoisyImages",
     "Omniglot",
     "Quadratic",
     "Sine",

@@ -19,11 +19,12 @@ from learnedopt.tasks.data import arguments, streams
 class LinearRegression(TaskFamily):
     """Linear regression with a chosen condition number: ``½ mean (a·w − t)²`` over the points.
 
-    Inputs a are N(0, diag λ) with λ falling geometrically from 1 to 1/condition_number; targets are
-    ``t = a·w* + noise·N(0, 1)`` for true weights w* from N(mean_weight, 1), so that tasks have a mean which a learned
-    start can find. The Hessian is the points' own second moment ``AᵀA/num_train``, whose condition number is larger
-    than λ's for few points, and infinite for fewer points than dimensions. Parameters: ``weight`` (dim,). A batch is
-    ``{"inputs": (points, dim), "targets": (points,)}``, the same at every step; the splits are different points.
+    Inputs a are N(0, diag λ) with λ falling geometrically from 1 to 1/condition_number; targets are ``t = a·w* +
+    noise·N(0, 1)`` for true weights w* from N(mean_weight, 1), so that tasks have a mean which a learned start can
+    find; those after the first ``num_relevant`` are 0, which a learned regularization can find. The Hessian is the
+    points' own second moment ``AᵀA/num_train``, whose condition number is larger than λ's for few points, and infinite
+    for fewer points than dimensions. Parameters: ``weight`` (dim,). A batch is ``{"inputs": (points, dim), "targets":
+    (points,)}``, the same at every step; the splits are different points.
 
     Args:
         dim: of the inputs.
@@ -35,6 +36,7 @@ class LinearRegression(TaskFamily):
         start_scale: the standard deviation of the starting point's entries; 0 starts at the origin.
         dtype: "float32" or "float64"; by default torch's default dtype when tasks are sampled.
         meta_split: changes nothing, as every split is the same distribution: sample with other generators.
+        num_relevant: how many of the true weights are not 0, the same ones in every task; by default all.
 
     Raises:
         ValueError: an option is out of its range.
@@ -49,6 +51,7 @@ class LinearRegression(TaskFamily):
     start_scale: float = 0.0
     dtype: arguments.DType | None = None
     meta_split: arguments.MetaSplit = "train"
+    num_relevant: int | None = None
 
     def __post_init__(self) -> None:
         for option in ("dim", "num_train", "num_valid"):
@@ -58,6 +61,10 @@ class LinearRegression(TaskFamily):
         arguments.require_number("mean_weight", self.mean_weight)
         arguments.require_number("start_scale", self.start_scale, least=0)
         arguments.require_common(self.dtype, self.meta_split)
+        if self.num_relevant is not None:
+            arguments.require_count("num_relevant", self.num_relevant)
+            if self.num_relevant > self.dim:
+                raise ValueError(f"num_relevant={self.num_relevant} of dim={self.dim} weights; pass at most that many")
         if self.dim == 1 and self.condition_number != 1:
             raise ValueError(f"condition_number={self.condition_number!r}: in one dimension it is 1; pass that")
 
@@ -65,6 +72,8 @@ class LinearRegression(TaskFamily):
         """Draw the points of both splits and the starting point."""
         num_points = self.num_train + self.num_valid
         true = self.mean_weight + streams.normal((num_tasks, self.dim, 1), generator)
+        if self.num_relevant is not None:
+            true[:, self.num_relevant :] = 0
         inputs = streams.normal((num_tasks, num_points, self.dim), generator)
         spectrum = self.condition_number ** -torch.linspace(0, 1, self.dim, dtype=torch.float64)
         inputs = inputs * spectrum.sqrt().to(inputs.device)

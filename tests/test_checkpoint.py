@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from test_rules import RULES, template
 
 import learnedopt
-from learnedopt import LearnedOptimizer, checkpoint
+from learnedopt import LearnedOptimizer, checkpoint, inner_objectives
 from learnedopt.core import files
+from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers import LSTM, SGD, describe
@@ -79,6 +80,41 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
     assert beside == {"format": checkpoint.FORMAT, "rule": describe(rule), "metadata": metadata}
     (tmp_path / "mine.json").write_text("{}")  # for readers only: the file alone decides
     assert checkpoint.load_with_metadata(path)[2] == metadata
+
+
+@pytest.mark.parametrize("per", ["scalar", "coordinate"])
+def test_an_inner_objective_and_its_theta_come_back(per: str, tmp_path: Path) -> None:
+    rule, like = LSTM(hidden_size=3), template()
+    inner_objective = inner_objectives.make("l2", template=like, strength=0.5, per=per)
+    own = rule.init_theta(torch.Generator().manual_seed(4))
+    extra = {k: v + 0.1 for k, v in inner_objective.init_theta(torch.Generator()).items()}
+    assert extra
+    path = learnedopt.save(tmp_path / "mine", rule, {**own, **extra}, {"a": 1}, inner_objective)
+    described = inner_objectives.describe(inner_objective)
+    assert json.loads(path.with_suffix(".json").read_text("utf-8"))["inner_objective"] == described
+    again, found, theta, metadata = checkpoint.load_checkpoint(path)
+    assert describe(again) == describe(rule) and metadata == {"a": 1}
+    assert inner_objectives.describe(found) == described
+    assert list(theta) == [*own, *extra] and all(torch.equal(theta[k], v) for k, v in {**own, **extra}.items())
+    assert list(learnedopt.load(path)[1]) == list(own)  # the rule's alone: what LearnedOptimizer steps with
+    for wrong in (own, extra, {**own, **extra, "more": torch.ones(())}):
+        with pytest.raises(ValueError, match="theta does not fit the rule LSTM with the inner objective L2"):
+            learnedopt.save(path, rule, wrong, inner_objective=inner_objective)
+    with pytest.raises(ValueError, match="theta does not fit the rule LSTM: "):
+        learnedopt.save(path, rule, {**own, **extra})
+
+
+def test_an_inner_objective_that_nothing_can_build(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file(lstm()[1], path, metadata=header(lstm()[0], inner_objective={"name": "os", "options": {}}))
+    with pytest.raises(ValueError, match=r"mine\.safetensors describes .* no inner objective 'os'"):
+        learnedopt.load(path)
+
+
+def test_the_tasks_loss_is_not_worth_a_word(tmp_path: Path) -> None:
+    path = learnedopt.save(tmp_path / "mine", *lstm(), inner_objective=TaskLoss())
+    assert "inner_objective" not in json.loads(path.with_suffix(".json").read_text("utf-8"))
+    assert isinstance(checkpoint.load_checkpoint(path).inner_objective, TaskLoss)
 
 
 def test_a_folder_of_a_run_is_a_checkpoint(tmp_path: Path) -> None:
@@ -192,8 +228,8 @@ def test_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None) ->
         ({"name": "lstm", "options": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
         ({"name": "lstm", "options": {"hidden_size": "3"}}, "hidden_size='3'"),
         ({"name": "lstm", "options": {"hidden_size": -3}}, "hidden_size=-3"),
-        ({"name": "lstm"}, "no configuration of a rule"),
-        ("lstm", "no configuration of a rule"),
+        ({"name": "lstm"}, "no configuration of update rules"),
+        ("lstm", "no configuration of update rules"),
         ({"name": "learned-rates", "options": {"template": {"w": {"shape": [2], "dtype": "object"}}}}, "dtype"),
     ],
 )

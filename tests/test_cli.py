@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import learnedopt
-from learnedopt import cli, evaluate, optimizers, tasks
+from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
 from learnedopt.evaluation.comparison import MEASURES
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -72,6 +72,21 @@ def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoi
     assert list(record.parent.glob("files/media/images/loss_curves*.png"))
 
 
+def test_an_inner_objective_is_descended_with_its_theta(tmp_path: Path, no_wandb: None) -> None:
+    family, like = tasks.make("quadratic", dim=3), {"x": torch.zeros(3)}
+    rule, pull = optimizers.make("sgd", lr=0.03), inner_objectives.make("l2", template=like, strength=0.5)
+    rate, strength = {"lr": torch.tensor(0.03)}, pull.init_theta(torch.Generator())
+    assert strength
+    learned = learnedopt.save(tmp_path / "pulled", rule, {**rate, **strength}, inner_objective=pull)
+    assert cli.main(["evaluate", str(learned), *QUICK, "--seed", "4", "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["optimizers"]["pulled"]["measures"]
+    given = {"pulled": (rule, {**rate, **strength}, pull), "plain": (rule, rate)}
+    here = evaluate.compare(given, family, num_steps=12, num_tasks=5, num_tuning_tasks=3, seed=4).outcomes
+    means = {label: float(outcome.values["final_loss"].mean()) for label, outcome in here.items()}
+    assert saved["final_loss"]["mean"] == pytest.approx(means["pulled"], rel=1e-6)
+    assert means["pulled"] != pytest.approx(means["plain"], rel=1e-2)
+
+
 def test_evaluate_tells_wandb_the_numbers_of_the_table(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,9 +140,10 @@ def test_the_output_folder_is_named_after_the_run(
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, families, packaged = done.stdout.splitlines()
+    rules, families, known, packaged = done.stdout.splitlines()
     assert rules.split(": ")[1].split(", ") == optimizers.names()
     assert families.split(": ")[1].split(", ") == tasks.names()
+    assert known.split(": ")[1].split(", ") == recipes.names()
     assert packaged.startswith("Packaged optimizers: ")
 
 

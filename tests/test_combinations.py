@@ -215,7 +215,7 @@ REFUSED = [
     Refusal(None, (*RULES.keys() - {"maml"},), PULLED, None, "pulls to the rule's learned start|theta is empty"),
     # Nothing but a start moves the end of an inner loop without steps.
     Refusal(
-        ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, None, "no path to the objective through 0 recorded"
+        ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, None, "no path to the objective through 0 "
     ),
     Refusal(("no steps",), None, INSIDE, None, "no path to the objective through 0 recorded"),
     Refusal(("no steps",), ("momentum", "lstm"), None, None, "no path to the objective through 0 recorded"),
@@ -321,7 +321,7 @@ class Stranger(InnerObjective):
 
 
 def test_a_newly_registered_rule_is_enrolled_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     optimizers.register("newcomer", Newcomer)
     assert ("implicit gmres", "newcomer", "task-loss", "final loss") in [*cases()]
     check("unrolled", "newcomer", "task-loss", "final loss")

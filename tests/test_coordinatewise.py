@@ -29,6 +29,7 @@ from learnedopt import (
     TaskFamily,
     Theta,
     Truncated,
+    Unrolled,
     UpdateRule,
     optimizers,
 )
@@ -37,7 +38,7 @@ from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Params
 from learnedopt.execution import coordinatewise
 from learnedopt.execution.programs import CompileWarning
-from learnedopt.optimizers import registry
+from learnedopt.optimizers import SGD, Clip, LearnedInit, registry
 from learnedopt.optimizers.kernels import lstm_kernel
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -83,9 +84,72 @@ class Awkward(UpdateRule):
         scale = {
             "params": lambda k: 1 + 0.1 * params[k],
             "loss": lambda k: 1 + 0.01 * loss,
-            "norm": lambda k: 1 / torch.cat([g.flatten() for g in grads.values()]).norm(),
+            "ranks": lambda k: 0.5 + 0.1 * params[k].ndim,
+            "names": lambda k: {"w": 0.5, "b": 0.7}[k],
         }[self.kind]
         return {k: -theta["lr"] * scale(k) * g for k, g in grads.items()}, state
+
+
+def joined(grads: Params) -> Tensor:
+    return torch.cat([g.flatten() for g in grads.values()])
+
+
+Scale = Callable[[Params, Any], dict[str, Any]]
+LIES: dict[str, Scale] = {
+    **{
+        f"clipped at {bound:g}": lambda grads, norm, bound=bound: dict.fromkeys(
+            grads, bound / joined(grads).norm().clamp(min=bound)
+        )
+        for bound in (1e-5, 1e-2, 1.0, 30.0, 1e4)
+    },
+    "normalised": lambda grads, norm: dict.fromkeys(grads, 1 / joined(grads).norm()),
+    "normalised by tensor": lambda grads, norm: {k: 1 / g.norm() for k, g in grads.items()},
+    "matrices normalised": lambda grads, norm: {k: 1 / g.norm() if g.ndim > 1 else 1.0 for k, g in grads.items()},
+    "mean": lambda grads, norm: {k: g.abs().mean() for k, g in grads.items()},
+    "largest alone": lambda grads, norm: {k: (g.abs() >= joined(grads).abs().max()) for k, g in grads.items()},
+    "by the last step's norm": lambda grads, norm: dict.fromkeys(grads, 1 / (1 + norm)),
+    "by the number of coordinates": lambda grads, norm: dict.fromkeys(grads, joined(grads).numel() ** -0.5),
+}
+NOT_BY_GRADIENTS = ("by the number of coordinates",)
+
+
+@final
+class Lying(UpdateRule):
+    """Descent that calls itself coordinatewise, and scales gradients by something of all of them."""
+
+    coordinatewise = True
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"lr": torch.tensor(0.1, dtype=FLOAT)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, {"norm": torch.zeros((), dtype=FLOAT)}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        scales = LIES[self.kind](grads, state["norm"])
+        return {k: -theta["lr"] * scales[k] * g for k, g in grads.items()}, {"norm": joined(grads).norm()}
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution(chunk_size=3)], ids=["one by one", "at once"])
+@pytest.mark.parametrize("kind", LIES)
+def test_a_rule_that_lies_about_itself_is_refused(kind: str, execution: Execution) -> None:
+    loop = InnerLoop(Quadratic(), Lying(kind), execution)
+    theta, carry = generic_theta(loop.rule), loop.start(sample(loop.family, 3))
+    with pytest.raises(ValueError, match="Lying says coordinatewise = True, but its coordinates interact"):
+        FirstOrder(4).estimate(loop, theta, FinalLoss(), carry)
+    full = Unrolled(4).estimate(loop, theta, FinalLoss(), carry)  # which makes no use of what it says
+    assert full.grads["lr"].isfinite()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LIES if kind not in NOT_BY_GRADIENTS])
+def test_a_lie_is_found_under_a_start_of_its_own_too(kind: str) -> None:
+    rule = LearnedInit(Lying(kind), template(Quadratic()))
+    loop = InnerLoop(Quadratic(), rule)
+    with pytest.raises(ValueError, match="LearnedInit says coordinatewise = True"):
+        FirstOrder(4).estimate(loop, generic_theta(rule), FinalLoss(), loop.start(sample(loop.family, 3)))
 
 
 def reads_the_last_state(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
@@ -204,7 +268,9 @@ def test_a_learned_first_state_gets_its_gradient(
         (lambda like: registry.example("learned-init", like), Tape.FIRST_ORDER, "a start of its own"),
         (lambda like: Awkward("params"), Tape.FIRST_ORDER, "reads the parameters or the loss"),
         (lambda like: Awkward("loss"), Tape.FIRST_ORDER, "reads the parameters or the loss"),
-        (lambda like: Awkward("norm"), Tape.FIRST_ORDER, "interact"),
+        (lambda like: Awkward("ranks"), Tape.FIRST_ORDER, "tells tensors apart"),
+        (lambda like: Awkward("names"), Tape.FIRST_ORDER, "tells tensors apart"),
+        (lambda like: Clip(SGD(0.1), max_norm=1.0), Tape.FIRST_ORDER, "not coordinatewise"),
     ],
 )  # fmt: skip
 def test_elsewhere_the_reason_is_given(make: Callable[[Params], UpdateRule], tape: Tape, reason: str) -> None:
@@ -222,7 +288,7 @@ def test_it_serves_the_tasks_loss_alone(inner: InnerObjective) -> None:
     assert found == "the inner objective is not the task's loss alone"
 
 
-@pytest.mark.parametrize("kind", ["params", "loss", "norm"])
+@pytest.mark.parametrize("kind", ["params", "loss", "ranks", "names"])
 def test_what_it_does_not_serve_is_unrolled(kind: str) -> None:
     found, expected = (
         windows(Truncated(3, 30), Awkward(kind), SumOfLosses(), Execution(), plain=plain) for plain in (False, True)
@@ -233,9 +299,9 @@ def test_what_it_does_not_serve_is_unrolled(kind: str) -> None:
 def test_which_way_was_taken_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="learnedopt"):
         windows(Truncated(3, 30), optimizers.make("sgd"), SumOfLosses(), Execution(), plain=False)
-        windows(Truncated(3, 30), Awkward("norm"), SumOfLosses(), Execution(), plain=False)
+        windows(Truncated(3, 30), Awkward("loss"), SumOfLosses(), Execution(), plain=False)
     said = [record.getMessage() for record in caplog.records if "meta-gradients of" in record.getMessage()]
-    assert len(said) == 2 and "coordinatewise adjoint" in said[0] and "interact" in said[1]
+    assert len(said) == 2 and "coordinatewise adjoint" in said[0] and "the loss" in said[1]
 
 
 class CountingMLP(TanhMLP):

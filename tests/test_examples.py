@@ -24,7 +24,7 @@ def run(name: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["own_rule", "own_task"])
+@pytest.mark.parametrize("name", ["own_rule", "own_task", "own_inner_objective"])
 def test_own_parts_are_short_and_meta_training_helps(name: str, tmp_path: Path) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) <= 25
     before, after = map(float, re.findall(r"\d+\.\d+", run(name, tmp_path)))
@@ -39,4 +39,5 @@ def test_the_learned_optimizer_plugged_into_mnist_beats_tuned_adam(data_root: Pa
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"own_rule", "own_task", "plug_into_mnist"}
+    expected = {"own_rule", "own_task", "own_inner_objective", "plug_into_mnist"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == expected

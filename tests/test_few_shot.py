@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 import learnedopt
-import train_meta
 from benchmarks import results_few_shot, results_sine
 from learnedopt import (
     Carry,
@@ -32,8 +31,10 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.config import Choice
+from learnedopt.checkpoint import load_checkpoint
+from learnedopt.config import recorded_solver
 from learnedopt.core.objective import BootstrappedTarget
+from learnedopt.core.registry import Choice
 from learnedopt.core.tree import Params
 from learnedopt.estimators.unrolled import Unrolled
 from learnedopt.evaluation.comparison import summarise
@@ -44,10 +45,12 @@ from learnedopt.evaluation.few_shot import (
     ErrorRate,
     FewShot,
     adapt,
-    recorded_solver,
     sample_fixed,
     show,
 )
+from learnedopt.recipes import HeldOut, MetaLearning, Recipe
+from learnedopt.run import build
+from learnedopt.run import train as train_recipe
 from learnedopt.tasks import registry
 from learnedopt.training.wandb_tracker import WandbTracker
 from tests import problems
@@ -257,19 +260,19 @@ def test_the_loss_is_the_table_where_there_is_no_accuracy() -> None:
 
 @pytest.fixture
 def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._registered, "clusters", Clusters)
+    monkeypatch.setitem(registry.FAMILIES.registered, "clusters", Clusters)
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 def train(folder: Path, name: str = "maml", family_options: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Meta-train a few meta-steps on ``clusters`` and return the run's folder."""
-    recipe = train_meta.Recipe(
+    recipe = Recipe(
         name=name, family=Choice("clusters", {"shots": 2}), rule=Choice("meta-sgd", {"lr": 0.5}),
         estimator=Unrolled(1), objective=FinalLoss(), num_meta_steps=20, num_tasks=4,
-        meta=train_meta.MetaLearning(lr=0.05),
-        validation=train_meta.HeldOut(ErrorRate(), 1, 30, every=10, family_options=family_options or {}),
+        meta=MetaLearning(lr=0.05),
+        validation=HeldOut(ErrorRate(), 1, 30, every=10, family_options=family_options or {}),
     )  # fmt: skip
-    train_meta.train(train_meta.replace(recipe, **changes), folder / name)
+    train_recipe(replace(recipe, **changes), folder / name)
     return folder / name
 
 
@@ -339,7 +342,8 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
 ) -> None:
     solver = HessianFree(2)
     run = train(
-        tmp_path, "newton", rule=Choice("imaml", {"strength": 0.5}), num_meta_steps=2,
+        tmp_path, "newton", rule=Choice("maml", {"lr": 0.1}), num_meta_steps=2,
+        inner_objective=Choice("proximal", {"strength": 0.5, "learn": True}),
         estimator=Implicit(2, inner=solver, tolerance=math.inf),
     )  # fmt: skip
     out = ["--out", str(tmp_path / "out")]
@@ -347,9 +351,13 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     assert f"by {solver}" in capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "few_shot.json").read_text("utf-8"))
     assert saved["settings"]["inner"] == {"newton": str(solver)}
-    rule, theta = learnedopt.load(run)
+    rule, objective, theta, _ = load_checkpoint(run)
+    assert "strength" in theta
     family = Clusters(shots=2, meta_split="test")
-    by = {inner: adapt(rule, theta, family, 2, 9, inner=inner).values[LOSS][-1] for inner in (None, solver)}
+    by = {
+        inner: adapt(rule, theta, family, 2, 9, inner=inner, inner_objective=objective).values[LOSS][-1]
+        for inner in (None, solver)
+    }
     assert saved["methods"]["newton"]["measures"][LOSS][-1]["mean"] == pytest.approx(float(by[solver].mean()))
     assert float((by[solver] - by[None]).abs().max()) > 1e-3
     assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
@@ -387,11 +395,11 @@ def test_validation_may_take_other_options_than_training(clusters: None, tmp_pat
     theta = learnedopt.load(run)[1]
     metadata = json.loads((run / "theta.json").read_text("utf-8"))["metadata"]
     family = Clusters(shots=1, meta_split="valid")
-    recipe = train_meta.Recipe(
+    recipe = Recipe(
         "reptile", Choice("clusters", {"shots": 2}), Choice("maml", {"lr": 0.5}), Unrolled(0), target, 20,
-        validation=train_meta.HeldOut(ErrorRate(), 1, 30, every=10, family_options={"shots": 1}),
+        validation=HeldOut(ErrorRate(), 1, 30, every=10, family_options={"shots": 1}),
     )  # fmt: skip
-    _, validation = train_meta.build(recipe)
+    _, validation = build(recipe)
     assert validation.loop.family == family
     assert validation.measure(theta) == pytest.approx(metadata["best_validation"], abs=1e-15)
 

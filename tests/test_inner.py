@@ -7,7 +7,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from oracles import relative_error, walk, worst
-from problems import FLOAT, Anchored, Quadratic, Skewed, TanhMLP, generic_theta, imaml_loop, one_by_one, sample, template
+from problems import (
+    FLOAT,
+    Anchored,
+    Quadratic,
+    Skewed,
+    TanhMLP,
+    generic_theta,
+    imaml_loop,
+    one_by_one,
+    sample,
+    template,
+)
 from torch import Tensor
 
 from learnedopt import (

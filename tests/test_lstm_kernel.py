@@ -82,10 +82,10 @@ def test_window_adjoint_equals_autograd_of_pure_torch(size: tuple, monkeypatch: 
     # Two tasks: the second one runs the steps backwards.
     both = torch.stack([grads, grads.flip(0)], 1), torch.stack([cotangents, cotangents], 1)
     starts, d_end = ({k: torch.stack([h, -h]) for k, h in x.items()} for x in (state, ends))
-    served = rule.adjoint(theta, both[0], starts, both[1], d_end)
+    served = rule.kernel.adjoint(theta, both[0], starts, both[1], d_end)
     assert served is not None
     monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
-    assert rule.adjoint(theta, both[0], starts, both[1], d_end) is None
+    assert rule.kernel.adjoint(theta, both[0], starts, both[1], d_end) is None
     leaves, first = ({k: v.clone().requires_grad_() for k, v in x.items()} for x in (theta, starts))
     total = torch.zeros(())
     for task in range(2):
@@ -124,11 +124,11 @@ def test_in_place_step_has_the_same_bits() -> None:
     rule, theta, grads, state = problem((20, 2, 10.0, 200), torch.float32)
     deltas, new = rule.update(theta, {"x": grads[0]}, state, {}, grads.sum())
     own = {k: h.clone() for k, h in state.items()}
-    found = rule.update_in_place(theta, {"x": grads[0]}, own, {}, grads.sum())
+    found = rule.kernel.update_in_place(theta, {"x": grads[0]}, own, {}, grads.sum())
     assert found is not None and torch.equal(found["x"], deltas["x"])
     assert all(torch.equal(own[k], new[k]) for k in new)
     turned = {k: h.t().contiguous().t() for k, h in own.items()}
-    assert rule.update_in_place(theta, {"x": grads[0]}, turned, {}, grads.sum()) is None
+    assert rule.kernel.update_in_place(theta, {"x": grads[0]}, turned, {}, grads.sum()) is None
 
 
 def test_threads_share_the_work_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +144,12 @@ def test_threads_share_the_work_to_the_same_bits(monkeypatch: pytest.MonkeyPatch
 def test_bfloat16_is_computed_in_float32() -> None:
     rule, theta, grads, state = problem((20, 2, 10.0, 70), torch.bfloat16)
     deltas, new = rule.update(theta, {"x": grads[0]}, state, {}, grads.sum())
-    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.bfloat16
+    assert deltas["x"].dtype is torch.bfloat16 and new["h1"].dtype is torch.float32
     wide = [{k: v.float() for k, v in x.items()} for x in (theta, state)]
-    x = rule._inputs(grads[0]).float()
-    exact, _ = lstm_kernel.step(list(wide[0].values()), x, list(wide[1].values()))
-    assert torch.equal(deltas["x"], rule.output_scale * exact.bfloat16())
+    x = rule._inputs(grads[0].float())
+    exact, states = lstm_kernel.step(list(wide[0].values()), x, list(wide[1].values()))
+    assert torch.equal(deltas["x"], (rule.output_scale * exact).bfloat16())
+    assert torch.equal(new["h1"], states[0])
 
 
 def test_infinities_saturate_and_nan_stays_nan() -> None:

@@ -50,6 +50,7 @@ class Settings:
     mode: Literal["slow", "fast"] = "slow"
     shape: Any = field(default_factory=lambda: Box(2, 8.0))
     family: Choice = field(default_factory=lambda: Choice("quadratic", {"dim": 10, "noise": 0.1}))
+    also: Choice | None = None
 
 
 KINDS = ((Square, Box, Circle), (Settings,))
@@ -100,6 +101,9 @@ def test_an_override_replaces_one_field_typed(assignment: str, expected: dict[st
             {"shape": Circle(inside=Box(2, 4.0, Colour.RED))},
         ),
         (["family.dim=3", "family=sine", "family.dim=4"], {"family": Choice("sine", {"dim": 4})}),
+        (["also=l2"], {"also": Choice("l2")}),
+        (["also.strength=0.5", "also=l2"], {"also": Choice("l2", {"strength": 0.5})}),
+        (["also=l2", "also=null"], {"also": None}),
     ],
 )
 def test_overrides_are_applied_at_once(assignments: list[str], expected: dict[str, Any]) -> None:
@@ -123,6 +127,8 @@ def test_a_required_field_of_another_class_can_be_given_or_is_asked_for() -> Non
         ("shape.side.deep=1", r"no setting 'shape\.side\.deep': 'shape\.side' is 2, which has no fields"),
         ("family.options.dim=3", r"'family\.options\.dim' names the options of 'quadratic', .*directly: 'family\.dim'"),
         ("family.dim.deep=1", r"'family\.dim\.deep' reaches into an option of 'quadratic'; set 'family\.dim'"),
+        ("also.strength=1", r"no setting 'also\.strength': 'also' is None, which has no fields"),
+        ("family=null", r"family='null' names nothing, and the setting needs a name"),
         ("count", r"'count' is not of the form key=value"),
         ("=1", r"'=1' is not of the form key=value"),
         ("count=three", r"count='three' is not of the setting's type int$"),

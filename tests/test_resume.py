@@ -219,6 +219,7 @@ CASES: dict[str, Make] = {
         Implicit(40, ConjugateGradient(3), tolerance=0.1),
         FinalLoss(),
         inner_objective=lambda like: Proximal(like, learn=True),
+        rule_options={"lr": 0.1},
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
@@ -503,7 +504,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_nothing_is_touched(
     path.write_bytes(BAD[kind](path.read_bytes(), path))
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 2
-    told = r"train_meta\.py: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n"
+    told = r"learnedopt train: .*checkpoint\.pt (cannot be read as|is no|is corrupt).*remove the file.*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
     assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before  # the trap has not sprung either
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import (
     ANIL,
@@ -36,6 +36,7 @@ from learnedopt.optimizers import (
     register,
     registry,
 )
+from learnedopt.optimizers.bases.wrapper import Wrapper
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -93,6 +94,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
     "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
+    "learned start of an lstm": lambda t: LearnedInit(small_lstm(), t),
     "learned start of adam": lambda t: LearnedInit(Adam(lr=0.05, eps=1e-2), t),
     "an lstm per tensor": lambda t: per_tensor(LSTM(hidden_size=2, num_layers=1), t),
     "partition with a start": lambda t: Partition(
@@ -103,7 +105,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = {"sgd", "maml", "meta-sgd", "learned-rates"}  # rules that add their deltas themselves
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -164,6 +166,15 @@ def moves_start(theta: Theta, name: str) -> bool:
 
 
 @every_rule
+def test_theta_lies_on_the_generators_device(kind: str) -> None:
+    rule, generator = RULES[kind](template()), torch.Generator(device="cpu")
+    with torch.device("meta"):  # where tensors lie that are made without a device
+        assert torch.zeros(1).is_meta
+        theta = rule.init_theta(generator)
+    assert {v.device.type for v in theta.values()} <= {"cpu"}
+
+
+@every_rule
 def test_update_is_pure(kind: str) -> None:
     rule, theta = prepared(kind)
     params = template(seed=2)
@@ -196,12 +207,19 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
 
 
 @every_rule
-def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
+def test_a_rule_with_a_kernel_is_final_and_what_alters_updates_hands_on_none(kind: str) -> None:
+    rule, _ = prepared(kind)
+    assert rule.kernel is None or getattr(type(rule), "__final__", False)
+    assert rule.kernel is None or kind.partition(",")[0] not in ("clip", "partition", "an lstm per tensor")
+
+
+@every_rule
+def test_a_kernels_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
     rule, theta = prepared(kind)
     params, grads, along = template(seed=2), random_like(template(), 3), random_like(template(), 4)
     _, state = rule.init(theta, params)
-    loss = torch.tensor(0.7)
-    found = rule.step(theta, grads, state, params, loss)
+    loss, kernel = torch.tensor(0.7), rule.kernel or Kernel()
+    found = kernel.step(theta, grads, state, params, loss)
     assert (found is not None) == (kind.partition(",")[0] in STEPS and "decayed" not in kind and "constant" not in kind)
     if found is None:
         return
@@ -209,7 +227,7 @@ def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
     assert_close(found, ({k: p + deltas[k] for k, p in params.items()}, new_state))
 
     def by_step(theta: Theta, grads: Params, params: Params) -> Tensor:
-        moved, _ = rule.step(theta, grads, state, params, loss) or ({}, None)
+        moved, _ = kernel.step(theta, grads, state, params, loss) or ({}, None)
         return torch.stack([(moved[k] * along[k]).sum() for k in along]).sum()
 
     def by_update(theta: Theta, grads: Params, params: Params) -> Tensor:
@@ -218,6 +236,69 @@ def test_a_step_is_the_update_added_with_its_derivatives(kind: str) -> None:
 
     first, second = (torch.func.grad(f, argnums=(0, 1, 2))(theta, grads, params) for f in (by_step, by_update))
     assert_close(first, second)
+
+
+@every_rule
+def test_a_kernels_step_in_place_is_the_update_to_the_bit(kind: str) -> None:
+    rule, theta = prepared(kind)
+    params, kernel, loss = template(seed=2), rule.kernel or Kernel(), torch.tensor(0.7)
+    _, state = updates(rule, theta, [random_like(params, 2)], params)
+    own, grads = copy.deepcopy(state), random_like(params, 3)
+    with torch.no_grad():
+        expected, after = rule.update(theta, grads, state, params, loss)
+        found = kernel.update_in_place(theta, grads, own, params, loss)
+    assert (found is not None) == (kind in ("lstm", "learned start of an lstm"))
+    torch.testing.assert_close(own, state if found is None else after, rtol=0, atol=0)
+    if found is not None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@every_rule
+@pytest.mark.parametrize("with_end", [True, False])
+def test_a_kernels_adjoint_is_that_of_the_updates(kind: str, with_end: bool) -> None:
+    rule, theta = prepared(kind)
+    kernel = rule.kernel or Kernel()
+    flat = {"x": torch.cat([p.reshape(-1) for p in template().values()])}
+    start = tree.tree_map(lambda x: x + 0.1, rule.init(theta, template())[1])
+    generator = torch.Generator().manual_seed(5)
+    grads, cotangents = (torch.randn(3, 1, len(flat["x"]), generator=generator) for _ in range(2))
+    end = tree.tree_map(lambda x: torch.randn(1, *x.shape, generator=generator), start) if with_end else None
+    served = kernel.adjoint(theta, grads, tree.unsqueeze(start), cotangents, end)
+    assert (served is not None) == (kind in ("lstm", "learned start of an lstm"))
+    if served is None:
+        return
+
+    def total(theta: Theta, state: State) -> Tensor:
+        value = torch.zeros(())
+        for g, cotangent in zip(grads[:, 0], cotangents[:, 0], strict=True):
+            deltas, state = rule.update(theta, {"x": g}, state, flat, torch.tensor(0.7))
+            value = value + (deltas["x"] * cotangent).sum()
+        pairs = zip(tree.leaves(state), tree.leaves(end), strict=True) if end is not None else ()
+        return value + sum((x * d[0]).sum() for x, d in pairs)
+
+    leaves, first = (tree.tree_map(lambda x: x.detach().requires_grad_(), x) for x in (theta, start))
+    wanted = [*leaves.values(), *tree.leaves(first)]
+    expected = torch.autograd.grad(total(leaves, first), wanted, materialize_grads=True)
+    assert list(served[0]) == list(theta)
+    assert_close([*served[0].values(), *(d[0] for d in tree.leaves(served[1]))], list(expected))
+
+
+def test_an_update_of_ones_own_takes_no_kernel_of_another() -> None:
+    class Climbs:
+        def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Any:
+            return {k: g.clone() for k, g in grads.items()}, state
+
+    own = {"update": Climbs.update}
+    for base in (SGD, LearnedRates, LSTM, LearnedInit):
+        with pytest.raises(
+            TypeError, match=f"Up takes update from Up and its kernel from {base.__name__}, .* kernel = None"
+        ):
+            type("Up", (base,), own)
+    with pytest.raises(TypeError, match="takes update from Climbs and its kernel from SGD"):
+        type("Mixed", (Climbs, SGD), {})
+    assert SGD(0.1).kernel is not None and type("Up", (SGD,), {**own, "kernel": None})(0.1).kernel is None
+    # A wrapper hands on none unless it says so, whatever the wrapped rule has.
+    assert type("Around", (Wrapper,), own)(SGD(0.1)).kernel is None and Clip(LSTM(), max_value=1.0).kernel is None
 
 
 @every_rule
@@ -246,6 +327,34 @@ def test_a_coordinatewise_rule_treats_all_coordinates_alike_and_apart(kind: str)
         assert difference["layer.bias"][0] != 0
         difference["layer.bias"][0] = 0
         assert all(d.abs().max() <= TOLERANCE for d in difference.values())
+
+
+@every_rule
+@pytest.mark.parametrize("wrap", ["bare", "clipped by value", "clipped by norm", "from a learned start"])
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e6])
+def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: str, wrap: str, factor: float) -> None:
+    rule, _ = prepared(kind)
+    rule = {
+        "bare": lambda: rule,
+        "clipped by value": lambda: Clip(rule, max_value=0.2),
+        "clipped by norm": lambda: Clip(rule, max_norm=3.0),
+        "from a learned start": lambda: LearnedInit(rule, template()),
+    }[wrap]()
+    if not rule.coordinatewise:
+        assert wrap == "clipped by norm" or kind.partition(",")[0] in NOT_COORDINATEWISE
+        return
+    theta, params = rule.init_theta(torch.Generator().manual_seed(7)), template(seed=2)
+    largest = 0.0
+    for magnitude in (1e-5, 1.0, 1e5):
+        grads = [{k: magnitude * g for k, g in random_like(params, seed).items()} for seed in (3, 4, 5)]
+        changed = [{**g, "layer.weight": g["layer.weight"] * torch.tensor([factor, 1.0])} for g in grads]
+        before, after = (updates(rule, theta, each, params)[0] for each in (grads, changed))
+        moved = [(b["layer.weight"] - a["layer.weight"]).abs() for b, a in zip(before, after, strict=True)]
+        largest = max(largest, *(float(m[:, 0].max()) for m in moved))
+        assert all(m[:, 1].max() == 0 for m in moved)
+        others = [{k: d for k, d in each.items() if k != "layer.weight"} for each in (*before, *after)]
+        torch.testing.assert_close(others[:3], others[3:], rtol=0, atol=0)
+    assert largest > 0
 
 
 NOT_COORDINATEWISE = (
@@ -564,7 +673,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
         (lambda: make("sgd", lr=True), TypeError, "lr=True"),
         (lambda: make("rmsprop", centered=1), TypeError, "centered=1"),
         (lambda: make("sgd", learn="lr"), TypeError, "learn='lr'"),
-        (lambda: make("meta-sgd", template=template(), rates="row"), TypeError, "rates='row'"),
+        (lambda: make("meta-sgd", template=template(), rates="raw"), ValueError, "rates='raw' is none of 'coordinate'"),
         (lambda: make("meta-sgd"), ValueError, "needs template=; template is one task's parameters"),
         (lambda: make("maml", template={"x": 1.0}), TypeError, "template="),  # pyright: ignore[reportArgumentType]
         (lambda: make("clip", max_value=1.0), ValueError, "needs rule="),
@@ -630,7 +739,7 @@ class Loose(Sign):
 
 
 def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     with pytest.raises(ValueError, match=r"Sign is not registered.*register\('<name>', Sign\)"):
         describe(Sign())
     register("sign", Sign)
@@ -648,7 +757,7 @@ def test_a_users_own_rule_joins_the_registry(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "registered", {})
     register("sign", Sign)
     with pytest.raises(ValueError, match="already registered"):
         register("sign", Loose)

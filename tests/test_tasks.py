@@ -25,6 +25,7 @@ from learnedopt.tasks import (
     ImageMLP,
     LinearRegression,
     LogisticRegression,
+    NoisyImages,
     Quadratic,
     build,
     describe,
@@ -46,12 +47,13 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
     "logistic": [{"start_scale": 0.7}],
-    "linear-regression": [{"start_scale": 0.7, "num_train": 4}],
+    "linear-regression": [{"start_scale": 0.7, "num_train": 4}, {"start_scale": 0.7, "dim": 4, "num_relevant": 2}],
     "image-mlp": [
         {"batch_size": 6},
         {"batch_size": 6, "hidden": (4, 3), "activation": "tanh", "init": "normal", "std": 0.3},
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
     ],
+    "noisy-images": [{"num_train": 30, "num_valid": 20}],
     "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,), "init_std": 0.3}],
     "omniglot": [
         {"ways": 3, "shots": 2, "queries": 3, "width": 4, "init_seed": None},
@@ -336,6 +338,45 @@ def test_linear_regressions_share_a_mean_and_differ_between_splits() -> None:
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-10)  # without noise both splits tell the true weights
     assert float(weights[0].mean()) == pytest.approx(-2.0, abs=5 / 1500**0.5)
     assert float(weights[0].std()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_irrelevant_weights_of_a_linear_regression_are_zero_in_every_task() -> None:
+    whole, few = (
+        LinearRegression(dim=4, num_train=9, condition_number=1.0, noise=0.0, num_relevant=n) for n in (None, 2)
+    )
+    batches = [family.batch(family.sample(50, seeded()), 0, "train") for family in (whole, few)]
+    assert torch.equal(batches[0]["inputs"], batches[1]["inputs"])
+    weights = [torch.linalg.lstsq(b["inputs"], b["targets"].unsqueeze(-1)).solution.squeeze(-1) for b in batches]
+    torch.testing.assert_close(weights[1][:, :2], weights[0][:, :2], rtol=1e-9, atol=1e-9)
+    assert float(weights[1][:, 2:].abs().max()) < 1e-9 < 0.1 < float(weights[0][:, 2:].std())
+
+
+@pytest.mark.usefixtures("no_files")
+def test_noisy_images_have_one_training_set_in_which_a_share_of_the_labels_is_random() -> None:
+    family = NoisyImages(num_train=300, num_valid=150, noise=0.5)
+    tasks = family.sample(2, seeded())
+    train, valid = (family.batch(tasks, 0, split) for split in SPLITS)
+    for entry in (*train.values(), *valid.values()):
+        assert torch.equal(entry[0], entry[1])
+    pixels, labels = made_images("mnist", "train")
+    chosen, _ = family._training_set()
+    assert len(set(chosen.tolist())) == 450
+    own, clean = chosen[:300], chosen[300:]
+    mean = pixels[own].double().mean(0)
+    torch.testing.assert_close(train["inputs"][0], (pixels[own].double() - mean) / 255)
+    torch.testing.assert_close(valid["inputs"][0], (pixels[clean].double() - mean) / 255)
+    assert torch.equal(train["index"][0], torch.arange(300)) and "index" not in valid
+    assert torch.equal(valid["targets"][0], labels[clean])
+    wrong = train["targets"][0] != labels[own]
+    assert torch.equal(family.wrong_labels(), wrong)
+    assert abs(int(wrong.sum()) - 135) < 15  # 150 are random, of which a tenth are right by chance
+    test = NoisyImages(num_train=300, num_valid=150, noise=0.5, meta_split="test")
+    assert_equal(test.batch(tasks, 3, "train"), train)  # weights of examples stay theirs
+    fresh = made_images("mnist", "test")
+    assert torch.equal(test.batch(tasks, 3, "valid")["targets"][1], fresh.labels)
+    torch.testing.assert_close(test.batch(tasks, 3, "valid")["inputs"][1], (fresh.pixels.double() - mean) / 255)
+    other = NoisyImages(num_train=300, num_valid=150, data_seed=1)
+    assert not torch.equal(other.batch(tasks, 0, "train")["targets"], train["targets"])
 
 
 @pytest.mark.parametrize("hidden", [(), (8,), (6, 5, 4)])
@@ -631,6 +672,9 @@ def test_names_are_those_that_the_documentation_names() -> None:
         (lambda: make("quadratic", start_scale=-1), ValueError, "start_scale=-1"),
         (lambda: make("quadratic", start_scale=float("nan")), ValueError, "start_scale=nan"),
         (lambda: make("logistic", num_train=0), ValueError, "num_train=0"),
+        (lambda: make("linear-regression", num_relevant=11), ValueError, "num_relevant=11 of dim=10"),
+        (lambda: make("noisy-images", noise=1.5), ValueError, "noise=1.5 is no share"),
+        (lambda: make("noisy-images", data_seed=None), TypeError, "data_seed=None"),
         (lambda: make("linear-regression", condition_number=0.5), ValueError, "condition_number=0.5"),
         (lambda: make("linear-regression", dim=1), ValueError, "in one dimension"),
         (lambda: make("linear-regression", noise="low"), TypeError, "noise='low'"),
@@ -677,7 +721,7 @@ class Loose(Bowl):
 
 
 def test_a_users_own_family_joins_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.FAMILIES, "registered", {})
     with pytest.raises(ValueError, match=r"Bowl is not registered.*register\('<name>', Bowl\)"):
         describe(Bowl(1.0))
     register("bowl", Bowl)
@@ -692,7 +736,7 @@ def test_a_users_own_family_joins_the_registry(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_join_the_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.FAMILIES, "registered", {})
     register("bowl", Bowl)
     for name, factory in (("bowl", Loose), ("quadratic", Bowl)):
         with pytest.raises(ValueError, match="already registered"):

@@ -28,11 +28,14 @@ from learnedopt import (
     Truncated,
     TruncatedBackprop,
     Unrolled,
+    recipes,
 )
-from learnedopt.config import Choice, override
+from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core.files import exclusive
+from learnedopt.core.registry import Choice
+from learnedopt.recipes import Recipe
+from learnedopt.run import build, configuration
 from learnedopt.training.json_tracker import read_metrics
-from train_meta import INTERCHANGEABLE, RECIPES, Recipe, as_config, build
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["num_meta_steps=2", "num_tasks=2", "validation.num_tasks=2", "validation.num_steps=2", "validation.every=1"]
@@ -40,7 +43,7 @@ TINY_WINDOWS = [*TINY, "estimator.num_steps=2", "estimator.horizon=4"]
 
 
 def configured(name: str, *assignments: str) -> Recipe:
-    return override(RECIPES[name](), assignments, INTERCHANGEABLE)
+    return override(recipes.make(name), assignments, INTERCHANGEABLE)
 
 
 def command(name: str, runs: Path, *assignments: str) -> list[str]:
@@ -58,15 +61,17 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_the_recipes_are_listed_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_meta.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert [line.split()[0] for line in lines] == recipes.names()
     assert all(re.fullmatch(r"\S+ +[A-Z].{20,}\.", line) and len(line) <= 140 for line in lines)
-    assert {"lstm-quadratic", "lstm-mnist", "meta-sgd-mnist", "bootstrapped-mnist", "imaml-regression"} <= set(RECIPES)
-    assert all(function().name == name for name, function in RECIPES.items())
+    assert {"lstm-quadratic", "lstm-mnist", "meta-sgd-mnist", "bootstrapped-mnist", "imaml-regression"} <= set(
+        recipes.names()
+    )
+    assert all(recipes.make(name).name == name for name in recipes.names())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    recipe = RECIPES[name]()
+    recipe = recipes.make(name)
     sets = [*TINY]
     if recipe.family.name == "image-mlp":
         request.getfixturevalue("data_root")
@@ -81,7 +86,7 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
     if recipe.execution.compile:  # what a compiler takes a minute for is tested elsewhere
         sets += ["execution.compile=false"]
     if recipe.start is not None:  # goes on from another run: here from that run's recipe, just as tiny
-        first = next(n for n in RECIPES if recipe.start == f"runs/{n}")
+        first = next(n for n in recipes.names() if recipe.start == f"runs/{n}")
         assert train_meta.main(command(first, tmp_path, *sets)) == 0
         sets += [f"start={tmp_path / first}"]
     assert train_meta.main(command(name, tmp_path, *sets)) == 0
@@ -92,7 +97,7 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
     expected = {"meta_loss", "grad_norm", "step_ms", "skipped", "inner_loss", "validation", "best_validation"}
     assert all(expected <= row.keys() and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows[1:])
     config = json.loads((folder / "config.json").read_text("utf-8"))["recipe"]
-    assert config == as_config(configured(name, *sets))
+    assert config == configuration(configured(name, *sets))
     rule, theta = learnedopt.load(folder)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["theta"].keys() == theta.keys()
     described = json.loads((folder / "theta.json").read_text("utf-8"))
@@ -107,7 +112,7 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
 
 def test_validation_solves_as_the_estimator_does(data_root: Path) -> None:
     for name in ("imaml-omniglot", "imaml-hf-omniglot", "imaml-hf-omniglot-paper"):
-        recipe = RECIPES[name]()
+        recipe = recipes.make(name)
         assert isinstance(recipe.estimator, Implicit)
         validation = build(recipe)[1]
         assert validation.inner == recipe.estimator.inner and (validation.inner is None) == (name == "imaml-omniglot")
@@ -148,7 +153,7 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
     assert recipe.seed == 3 and recipe.compare is True
     loop, validation = build(recipe)
     assert loop.family == learnedopt.tasks.make(
-        "image-mlp", **{**RECIPES["lstm-mnist"]().family.options, "hidden": (40,)}
+        "image-mlp", **{**recipes.make("lstm-mnist").family.options, "hidden": (40,)}
     )
     assert loop.rule == learnedopt.optimizers.make("lstm", preprocess_factor=10.0, output_scale=0.01)
     assert validation.loop.family != loop.family and validation.loop.rule is loop.rule
@@ -218,9 +223,9 @@ RUN = "lstm-quadratic"
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], r"name a recipe; --list shows all"),
-        (["lstm-mnits"], r"there is no recipe 'lstm-mnits'; did you mean 'lstm-mnist'\? \(--list shows all\)"),
-        ([RUN, "--sets", "a=1"], r"unrecognized arguments: --sets a=1"),
+        ([], r"name a recipe \(learnedopt train --list shows all\)"),
+        (["lstm-mnits"], r"there is no recipe 'lstm-mnits'; did you mean 'lstm-mnist'\? \(.* --list shows all\)"),
+        ([RUN, "--sets", "a=1"], r"unrecognized arguments: --sets a=1; did you mean --set\? .*"),
         ([RUN, "--wandb", "of"], r"argument --wandb: invalid choice: 'of' .*offline.*"),
         ([RUN, "--set", "num_meta_steps"], r"'num_meta_steps' is not of the form key=value.*"),
         (
@@ -261,13 +266,10 @@ def test_bad_input_ends_in_one_line_and_creates_nothing(
     arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        code = train_meta.main(arguments)
-    except SystemExit as end:  # argparse's way to end
-        code = end.code
+    code = train_meta.main(arguments)
     said = capsys.readouterr()
     assert code == 2 and said.out == ""
-    assert re.fullmatch(rf"train_meta\.py: {told}\n", said.err), said.err
+    assert re.fullmatch(rf"learnedopt(?: train)?: {told}\n", said.err), said.err
     assert not [*tmp_path.iterdir()]
 
 
@@ -276,15 +278,15 @@ def test_bad_wandb_mode_in_the_environment(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "of")
     assert train_meta.main([RUN, "--runs", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("train_meta.py: WANDB_MODE='of' is not a W&B mode")
+    assert capsys.readouterr().err.startswith("learnedopt train: WANDB_MODE='of' is not a W&B mode")
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
     ("assignments", "told"),
     [
-        (["rule=sgd", "rule.learn=()"], "this rule has no meta-parameters"),
-        (["estimator=Implicit", "rule=imaml"], "SumOfLosses reads the losses along the way"),
+        (["rule=sgd", "rule.learn=()"], "neither rule nor inner objective has meta-parameters"),
+        (["estimator=Implicit", "rule=maml", "inner_objective=proximal"], "SumOfLosses reads the losses along the way"),
         (["estimator=Unrolled", "estimator.num_steps=0"], "have no path to the objective"),
         (["validation.objective=BootstrappedTarget"], "needs validation.objective.num_target_steps"),
     ],
@@ -294,7 +296,7 @@ def test_what_only_the_engine_can_see_ends_in_one_line_too_and_the_folder_stays_
 ) -> None:
     assert train_meta.main(command(RUN, tmp_path, *TINY, *assignments)) == 2
     said = capsys.readouterr().err
-    assert told in said and re.fullmatch(r"train_meta\.py: .*\n", said)
+    assert told in said and re.fullmatch(r"learnedopt train: .*\n", said)
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 0  # the right command, in the same folder
 
 
@@ -303,7 +305,7 @@ def test_a_training_that_diverges_ends_with_code_1_and_one_line(
 ) -> None:
     sets = [*TINY_WINDOWS, "rule=sgd", "rule.lr=1e30", "num_meta_steps=20", "validation.every=20"]
     assert train_meta.main(command(RUN, tmp_path, *sets)) == 1
-    assert re.fullmatch(r"train_meta\.py: 10 meta-gradients in a row were not finite.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"learnedopt train: 10 meta-gradients in a row were not finite.*\n", capsys.readouterr().err)
     rows = read_metrics(tmp_path / RUN / "metrics.jsonl")
     assert [row["skipped"] for row in rows if row["step"] > 0] == [*range(1, 11)]
     assert not (tmp_path / RUN / "theta.safetensors").exists()
@@ -316,9 +318,7 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(
     before = contents(tmp_path)
     capsys.readouterr()
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS, "num_tasks=3", "rule.hidden_size=4")) == 2
-    told = (
-        r"train_meta\.py: .*lstm-quadratic holds a run with another configuration \(different: num_tasks, rule\); .*\n"
-    )
+    told = r"learnedopt train: .*lstm-quadratic holds a run with another .* \(different: num_tasks, rule\); .*\n"
     assert re.fullmatch(told, capsys.readouterr().err)
     assert contents(tmp_path) == before
     other = [*command(RUN, tmp_path, *TINY_WINDOWS, "num_tasks=3"), "--name", "other"]
@@ -343,7 +343,7 @@ def test_a_folder_where_another_process_trains_is_refused_and_left_alone(
         before = contents(tmp_path)
         capsys.readouterr()
         assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 2
-        assert re.fullmatch(r"train_meta\.py: another process is at work in .*; wait .*\n", capsys.readouterr().err)
+        assert re.fullmatch(r"learnedopt train: another process is at work in .*; wait .*\n", capsys.readouterr().err)
         assert contents(tmp_path) == before
         (tmp_path / RUN / "checkpoint.pt").unlink()
         (tmp_path / RUN / "metrics.jsonl").unlink()  # as in a run that has only begun
@@ -374,7 +374,7 @@ def test_a_damaged_configuration_is_refused(text: str, tmp_path: Path, capsys: p
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     before = contents(tmp_path)
     assert train_meta.main(command(RUN, tmp_path, *TINY_WINDOWS)) == 2
-    assert re.fullmatch(r"train_meta\.py: .*config\.json is no run's configuration .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"learnedopt train: .*config\.json is no run's configuration .*\n", capsys.readouterr().err)
     assert contents(tmp_path) == before
 
 
@@ -388,4 +388,4 @@ def test_the_script_itself_ends_without_a_traceback(tmp_path: Path) -> None:
     arguments = [RUN, "--runs", str(tmp_path), "--set", "estimator.horizon=90"]
     done = subprocess.run([sys.executable, ROOT / "train_meta.py", *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"train_meta\.py: horizon=90 .*\n", done.stderr)
+    assert re.fullmatch(r"learnedopt train: horizon=90 .*\n", done.stderr)

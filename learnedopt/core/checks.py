@@ -130,8 +130,8 @@ def require_tensors(rule: UpdateRule, state: State) -> None:
 
 
 def params_and_state(rule: UpdateRule, method: str, result: Any, params: Params) -> tuple[Params, State]:
-    """Return what ``update`` or ``step`` returned; raise ValueError unless it has a tensor shaped as each parameter."""
-    name, what = f"{type(rule).__name__}.{method}", {"update": "delta", "step": "new value"}[method]
+    """Return what ``update`` or the kernel returned; raise ValueError unless each parameter has its tensor in it."""
+    name, what = f"{type(rule).__name__}.{method}", {"update": "delta", "kernel.step": "new value"}[method]
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], dict):
         raise ValueError(f"{name} must return ({what}s, state), got {type(result).__name__}")
     found, state = result

@@ -199,9 +199,10 @@ class InnerLoop:
         return moved, new_state
 
     def _step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        found = self.rule.step(theta, grads, state, params, loss)
+        kernel = self.rule.kernel
+        found = None if kernel is None else kernel.step(theta, grads, state, params, loss)
         if found is not None:
-            values, state = checks.params_and_state(self.rule, "step", found, params)
+            values, state = checks.params_and_state(self.rule, "kernel.step", found, params)
             # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
             # promote to the wider one).
             moved = {k: _in_dtype_of(p, values[k]) for k, p in params.items()}

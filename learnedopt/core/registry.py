@@ -156,7 +156,7 @@ class Registry(Generic[T]):
     def _factory(self, name: str) -> Callable[..., T]:
         if name in self.registered:
             return self.registered[name]
-        if name not in self.table and name in self.retired:
+        if name in self.retired:
             raise ValueError(f"there is no {self.noun} {name!r} any more: {self.retired[name]}")
         if name not in self.table:
             raise ValueError(

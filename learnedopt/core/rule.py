@@ -14,6 +14,49 @@ State: TypeAlias = Any
 """A rule's memory: a named tuple or dict of tensors and of dicts keyed as the parameters; ``()`` for none."""
 
 
+class Kernel:
+    """Faster ways to compute a rule's ``update`` and its derivatives; each is None where it does not serve.
+
+    A kernel belongs to one ``update``: the class that defines one defines both, and whoever wraps a rule hands on its
+    kernel only if ``update`` stays what it is. Whether a method serves must not depend on values.
+    """
+
+    def step(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+    ) -> tuple[Params, State] | None:
+        """Return the new parameters and the new state, in fewer passes over memory.
+
+        They are the same as ``params + deltas``, but for rounding, and the state that ``update`` returns.
+        """
+        return None
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Return the deltas and write the new state over ``state``, without a graph, to the same bits as ``update``.
+
+        Where it does not serve, nothing is written.
+        """
+        return None
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
+        """Back-propagate a window of steps at once; for coordinatewise rules that read neither params nor loss.
+
+        Args:
+            theta: the meta-parameters, without a graph.
+            grads: of all steps, (num_steps, num_tasks, num_coordinates), as one flat parameter.
+            state: batched, before the first step, as ``init`` returns it for that parameter.
+            cotangents: of the deltas, of the same shape as ``grads``.
+            end: cotangents of the last state, structured as ``state``; None for zeros.
+            with_state: whether the cotangents of ``state`` are wanted.
+
+        Returns:
+            The cotangents of theta, and of ``state`` or None if not wanted. Where it does not serve, the engine
+            back-propagates through ``update`` over pieces of the coordinates.
+        """
+        return None
+
+
 class UpdateRule(ABC):
     """How one inner step moves, with the meta-parameters ``theta`` passed in explicitly.
 
@@ -32,11 +75,41 @@ class UpdateRule(ABC):
     """
 
     coordinatewise: bool = False
-    """``update`` commutes with permuting coordinates."""
+    """Coordinates do not interact: what ``update`` answers for one depends on no other one's gradient or memory.
+
+    False promises nothing. The engine holds a rule that says True to it where it makes use of it.
+    """
+
+    kernel: Kernel | None = None
+    """Faster ways to compute this class's ``update``, if there are any."""
+
+    reads_horizon: bool = False
+    """``update`` takes ``progress=``, the fraction of the horizon behind it, a scalar tensor in [0, 1].
+
+    The engine does not pass it yet: no rule says so so far.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an ``update`` that would leave the class with a kernel of another one.
+
+        Raises:
+            TypeError: the class overrides ``update`` of a base whose kernel it inherits.
+        """
+        super().__init_subclass__(**kwargs)
+        mro = cls.__mro__
+        update, kernel = (next(c for c in mro if name in c.__dict__) for name in ("update", "kernel"))
+        if mro.index(update) < mro.index(kernel) and kernel.__dict__["kernel"] is not None:
+            raise TypeError(
+                f"{cls.__name__} takes update from {update.__name__} and its kernel from {kernel.__name__}, which "
+                "computes another update; set kernel = None in the class, give it a kernel of its own, or wrap the rule"
+            )
 
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Draw the meta-parameters that meta-training starts from."""
+        """Draw the meta-parameters that meta-training starts from, on the generator's device.
+
+        What is made after tensors of the rule's own, such as a template, may lie where these do.
+        """
 
     @abstractmethod
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
@@ -50,38 +123,3 @@ class UpdateRule(ABC):
         penalty where it has one.
         """
 
-    def step(
-        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
-    ) -> tuple[Params, State] | None:
-        """Optional: ``update`` with the deltas added already, in fewer passes over memory.
-
-        Returns the new parameters, the same as ``params + deltas`` but for rounding, and the new state; None where it
-        does not serve, as by default, which must not depend on values.
-        """
-        return None
-
-    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
-        """Optional: ``update`` that writes the new state over ``state``, without a graph, to the same bits.
-
-        Returns the deltas; None, with nothing written, where it does not serve, as by default.
-        """
-        return None
-
-    def adjoint(
-        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
-    ) -> tuple[Theta, State | None] | None:
-        """Optional, of coordinatewise rules that read neither ``params`` nor ``loss``: back-propagate a window at once.
-
-        Args:
-            theta: the meta-parameters, without a graph.
-            grads: of all steps, (num_steps, num_tasks, num_coordinates), as one flat parameter.
-            state: batched, before the first step, as ``init`` returns it for that parameter.
-            cotangents: of the deltas, of the same shape as ``grads``.
-            end: cotangents of the last state, structured as ``state``; None for zeros.
-            with_state: whether the cotangents of ``state`` are wanted.
-
-        Returns:
-            The cotangents of theta, and of ``state`` or None if not wanted; None in place of both where it does not
-            serve, as by default: the engine then back-propagates through ``update`` over pieces of the coordinates.
-        """
-        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -23,7 +23,6 @@ from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
-from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.evaluation.comparison import Summary, align, summarise, write_text
 from learnedopt.evaluation.plots import plot_adaptation
 
@@ -77,25 +76,6 @@ def sample_fixed(family: TaskFamily, num_tasks: int, seed: int) -> Tasks:
     # Hashed, so that a training from a small seed does not draw the same tasks; torch reads 32 bits of a seed.
     digest = hashlib.sha256(f"learnedopt.evaluation.few_shot {seed}".encode()).digest()
     return family.sample(num_tasks, torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
-
-
-def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
-    """Return what solved the inner problem of the run that left ``record``: None for the rule's own steps.
-
-    Raises:
-        ValueError: it was a solver of the user's own, which a record cannot hold.
-    """
-    estimator = record.get("estimator")
-    found = estimator.get("inner") if isinstance(estimator, dict) else None
-    if found is None:
-        return None
-    names = {field.name for field in fields(HessianFree)}
-    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
-        raise ValueError(
-            f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
-            "it to learnedopt.evaluation.few_shot.adapt"
-        )
-    return HessianFree(**{key: value for key, value in found.items() if key != "type"})
 
 
 def adapt(

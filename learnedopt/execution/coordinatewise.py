@@ -28,7 +28,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
-from learnedopt.execution import compiled, flat_state
+from learnedopt.execution import compiled, flat_state, separability
 from learnedopt.execution.adjoint import Adjoint, ChunkGradient
 from learnedopt.execution.flat_state import NAME, Axes
 
@@ -47,7 +47,11 @@ class Window(NamedTuple):
 
 
 def reason_against(loop: InnerLoop, theta: Theta, params: Params, tape: Tape) -> str | None:
-    """Return why the coordinatewise adjoint does not apply to this loop, or None where it does; found out once."""
+    """Return why the coordinatewise adjoint does not apply to this loop, or None where it does; found out once.
+
+    Raises:
+        ValueError: the rule says that it is coordinatewise, and is not.
+    """
     if tape is not Tape.FIRST_ORDER:
         return "the tape is not FIRST_ORDER"
     if "coordinatewise" not in loop.cache:
@@ -64,6 +68,7 @@ def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
     rule, theta = loop.rule, loop.rule_theta(theta)
     if not rule.coordinatewise:
         return "the rule is not coordinatewise"
+    separability.require_apart(rule, theta, params)
     if not loop.inner_objective.is_task_loss:
         return "the inner objective is not the task's loss alone"
     first = next(iter(params.values()))
@@ -71,6 +76,9 @@ def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
         return "the parameters are of several dtypes"
     if any(p is not params[k] for k, p in rule.init(theta, params)[0].items()):
         return "the rule has a start of its own"
+    if separability.tells_tensors_apart(rule, theta, params):
+        return "the rule tells tensors apart"
+    separability.require_few_apart(rule, theta, first)
     like = first.new_zeros(())
     with torch.enable_grad():
         at, loss = {NAME: like.new_tensor([0.3, -0.2, 0.1]).requires_grad_()}, like.new_tensor(0.7).requires_grad_()
@@ -82,24 +90,7 @@ def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
             g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[NAME], loss], allow_unused=True)
         ):
             return "its update reads the parameters or the loss"
-    return None if _separable(rule, theta, grads, at) else "its coordinates interact"
-
-
-def _separable(rule: UpdateRule, theta: Theta, grads: Params, at: Params) -> bool:
-    """Whether two coordinates move alone as they move beside a third: a clipped norm, for one, is not so."""
-
-    def moved(keep: slice) -> Tensor:
-        params = {NAME: at[NAME].detach()[keep]}
-        _, state = rule.init(theta, params)
-        total = torch.zeros_like(params[NAME])
-        for factor in (1.0, -0.5, 2.0):
-            deltas, state = rule.update(theta, {NAME: factor * grads[NAME][keep]}, state, params, total.new_ones(()))
-            total = total + deltas[NAME]
-        return total
-
-    with torch.no_grad():
-        whole, part = moved(slice(None))[:2], moved(slice(2))
-    return bool(torch.allclose(whole, part, rtol=1e-4, atol=0, equal_nan=True))
+    return None
 
 
 @final
@@ -215,7 +206,9 @@ def _moved(rule: UpdateRule, task_map: TaskMap, theta: Theta, grads: Tensor, sta
     """
     flat = task_map.unbatch({NAME: grads})
     loss = task_map.unbatch(grads.new_ones(len(grads)))
-    deltas = rule.update_in_place(theta, flat, state, flat, loss) if task_map.num_tasks == 1 else None
+    deltas = None
+    if rule.kernel is not None and task_map.num_tasks == 1:
+        deltas = rule.kernel.update_in_place(theta, flat, state, flat, loss)
     if deltas is None:
         deltas, state = task_map.apply(rule.update, (theta,), flat, state, flat, loss)
     return deltas[NAME], () if state is None else state
@@ -262,7 +255,8 @@ def _pull_back(
     """Return the cotangents of theta's leaves through the rule's updates, and through its first state."""
     fixed, start = tree.detach(theta), tree.detach(first)
     learned = any(x.requires_grad for x in tree.leaves(first))
-    served = rule.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
+    kernel = rule.kernel
+    served = None if kernel is None else kernel.adjoint(fixed, grads, start, cotangents, end, with_state=learned)
     d_theta, d_start = served or _by_slices(rule, fixed, grads, start, cotangents, end, axes)
     pulled: list[Tensor | None] = [d_theta[k] for k in theta]
     if learned:

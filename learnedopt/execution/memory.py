@@ -55,6 +55,7 @@ def predict_peak(
         check_loop(loop, theta, few, second_derivatives=tape is Tape.FULL)
         check_objective(loop, theta, objective, few, num_steps)
         check_paths(loop, theta, few, num_steps, tape)
+        coordinatewise.reason_against(loop, theta, one, tape)
         return peak_of(lambda: whole(num_steps).estimate(loop, theta, objective, few))
 
     begun = loop.begin(tree.detach(theta), chunks[0])

@@ -24,6 +24,8 @@ FORMAT_1 = "learnedopt-training-1"
 """Held a ``Carry`` at most, its tensors without their structure."""
 SHAPES = "inner_state"
 """What the shapes and types of an inner loop's state are called in ``Training.run``."""
+_RENAMED = {("rule", "IMAML"): "LearnedInit"}
+"""What ``run`` said until version 0.1, where the proximal term was the rule's: its theta and its state are the same."""
 _COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
 _ADVICE = "choose another checkpoint path, or remove the file to start anew"
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
@@ -106,7 +108,7 @@ def _require_same_training(path: Path, content: dict[str, Any], training: Traini
     if saved != here:
         raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
     # Files of before say less.
-    written, run = content["run"], training.run
+    written, run = {k: _RENAMED.get((k, str(v)), v) for k, v in content["run"].items()}, training.run
     differing = [k for k in run if k in written and written[k] != run[k]]
     if differing == [SHAPES]:
         raise ValueError(f"{path} was written for other tasks: shapes or types of its inner state differ; {_ADVICE}")

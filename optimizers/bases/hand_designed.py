@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
+from learnedopt.optimizers.bases.precision import wide, wide_dtype
 
 Hyper: TypeAlias = float | Tensor
 """A hyperparameter's value: a constant, or a 0-d tensor out of theta."""
@@ -76,16 +77,17 @@ class HandDesigned(UpdateRule):
         return {name: torch.tensor(float(getattr(self, name)), device=generator.device) for name in self.learned}
 
     def values(self, theta: Theta, tensors: Iterable[Tensor]) -> dict[torch.dtype, dict[str, Hyper]]:
-        """Return all hyperparameters in each dtype that occurs among ``tensors``, so that none promotes another."""
+        """Return all hyperparameters by dtype: each that ``tensors`` are computed in, so that none promotes another."""
         constants = {name: getattr(self, name) for name in self.ranges if name not in self.learned}
         return {
             dtype: {**constants, **{name: theta[name].to(dtype) for name in self.learned}}
-            for dtype in {x.dtype for x in tensors}
+            for dtype in {wide_dtype(x) for x in tensors}
         }
 
     def decayed(self, hyper: dict[str, Hyper], grad: Tensor, param: Tensor) -> Tensor:
-        """Return the gradient plus that of ``weight_decay / 2 * |param|^2``."""
-        return grad + hyper["weight_decay"] * param if self.uses("weight_decay") else grad
+        """Return the gradient, in the dtype to compute in, plus that of ``weight_decay / 2 * |param|^2``."""
+        grad = wide(grad)
+        return grad + hyper["weight_decay"] * wide(param) if self.uses("weight_decay") else grad
 
 
 def check_number(owner: str, name: str, value: object, low: float, high: float) -> None:

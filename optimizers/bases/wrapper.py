@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 
 
 @dataclass(frozen=True, eq=False)
 class Wrapper(UpdateRule):
     """A rule around ``rule``, whose theta is found under ``rule/``; by itself it changes nothing.
+
+    It has no kernel: a wrapper that leaves ``update`` as it is may hand on the rule's by ``handed_on``.
 
     Args:
         rule: the rule that is wrapped.
@@ -48,13 +51,39 @@ class Wrapper(UpdateRule):
         """Move as the wrapped rule does."""
         return self.rule.update(unprefixed("rule", theta), grads, state, params, loss)
 
+
+
+@final
+@dataclass(frozen=True)
+class HandedOn(Kernel):
+    """The kernel of a wrapped rule, whose theta is found under ``rule/``."""
+
+    kernel: Kernel
+
     def step(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State] | None:
-        """Step as the wrapped rule does; not where a wrapper moves in a way of its own."""
-        if type(self).update is not Wrapper.update:
+        """Step as the wrapped rule's kernel does."""
+        return self.kernel.step(unprefixed("rule", theta), grads, state, params, loss)
+
+    def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
+        """Write over the state as the wrapped rule's kernel does."""
+        return self.kernel.update_in_place(unprefixed("rule", theta), grads, state, params, loss)
+
+    def adjoint(
+        self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
+    ) -> tuple[Theta, State | None] | None:
+        """Back-propagate as the wrapped rule's kernel does; ``update`` reads nothing else of theta."""
+        served = self.kernel.adjoint(unprefixed("rule", theta), grads, state, cotangents, end, with_state)
+        if served is None:
             return None
-        return self.rule.step(unprefixed("rule", theta), grads, state, params, loss)
+        zeros = {name: torch.zeros_like(value) for name, value in theta.items()}
+        return zeros | prefixed("rule", served[0]), served[1]
+
+
+def handed_on(rule: UpdateRule) -> HandedOn | None:
+    """Return the kernel of a wrapper of ``rule`` with the same ``update``."""
+    return None if rule.kernel is None else HandedOn(rule.kernel)
 
 
 def prefixed(prefix: str, theta: Theta) -> Theta:

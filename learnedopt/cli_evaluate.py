@@ -1,0 +1,241 @@
+"""The command ``learnedopt evaluate``: learned optimizers against baselines, and few-shot learners side by side."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from learnedopt.checkpoint import Checkpoint
+    from learnedopt.core.inner import InnerSolver
+    from learnedopt.core.task import TaskFamily
+    from learnedopt.evaluation.comparison import Comparison
+    from learnedopt.evaluation.few_shot import FewShot
+    from learnedopt.training.wandb_tracker import Mode, WandbTracker
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``evaluate`` to the commands of a parser."""
+    about = "run a learned optimizer against SGD, momentum, Nesterov, RMSprop and Adam, or few-shot learners"
+    evaluate = commands.add_parser(
+        "evaluate",
+        help=about,
+        description="Run a learned optimizer against SGD, momentum, Nesterov, RMSprop and Adam, each with its learning "
+        "rate tuned on other tasks of the same family, on fresh tasks. Writes a table (evaluation.md), all numbers "
+        "(evaluation.json) and the loss curves (evaluation.png). With --few-shot: adapt learned starts, side by side, "
+        "to the same fixed test tasks, and report the accuracy (or loss) by steps: few_shot.md, .json, .png.",
+    )
+    evaluate.set_defaults(command=run)
+    evaluate.add_argument(
+        "checkpoint", nargs="+", metavar="CHECKPOINT", help="a file, a run's folder, or a packaged name"
+    )
+    evaluate.add_argument("--few-shot", action="store_true", help="measure few-shot adaptation, without baselines")
+    evaluate.add_argument(
+        "--family", metavar="NAME", help="task family; see learnedopt list (few-shot: default as in meta-training)"
+    )
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the family, repeatable"
+    )
+    evaluate.add_argument("--steps", type=int, metavar="N", help="inner steps (default 100; few-shot: 10)")
+    evaluate.add_argument("--tasks", type=int, metavar="N", help="fresh tasks (default 100; few-shot: 600)")
+    evaluate.add_argument(
+        "--tuning-tasks", type=int, metavar="N", help="tasks to tune on (default: all N if small, else 8)"
+    )
+    evaluate.add_argument("--tune-for", metavar="MEASURE", help="final_loss (default), sum_of_losses or last_ten")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="of the tasks (default 0)")
+    evaluate.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default 1: tasks are small)")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default runs/evaluate-CHECKPOINT-FAMILY")
+    evaluate.add_argument(
+        "--wandb", metavar="MODE", help="online, offline or disabled (default: what WANDB_MODE says, else offline)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate as the arguments say; return the exit code."""
+    import torch
+
+    from learnedopt.training.wandb_tracker import resolve_mode
+
+    torch.set_num_threads(arguments.threads)
+    mode = resolve_mode(arguments.wandb)
+    (_few_shot if arguments.few_shot else _compare)(arguments, mode)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
+    from learnedopt import tasks
+    from learnedopt.evaluation.evaluate import compare
+    from learnedopt.training.wandb_tracker import WandbTracker
+
+    if arguments.family is None:
+        raise ValueError("the following arguments are required: --family")
+    if len(arguments.checkpoint) > 1:
+        raise ValueError(f"{len(arguments.checkpoint)} checkpoints are evaluated together only with --few-shot")
+    (label,) = _labels(arguments.checkpoint)
+    out = arguments.out or Path("runs") / f"evaluate-{label}-{arguments.family}"
+    learned = _load(arguments.checkpoint[0])
+    fresh, others = _families(arguments.family, _settings(arguments.set))
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
+    comparison = compare(
+        {label: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
+        num_steps=100 if arguments.steps is None else arguments.steps,
+        num_tasks=100 if arguments.tasks is None else arguments.tasks,
+        num_tuning_tasks=arguments.tuning_tasks, seed=arguments.seed, tune_for=arguments.tune_for or "final_loss",
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    about = {"checkpoint": arguments.checkpoint[0], "family": tasks.describe(fresh)}
+    comparison = replace(comparison, settings={**about, **comparison.settings})
+    print(f"\n{comparison.markdown()}", flush=True)
+    paths = comparison.save(out)
+    print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
+    _show(WandbTracker(mode, group=label, job_type="evaluate", dir=out), comparison, paths)
+
+
+def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
+    from learnedopt import tasks
+    from learnedopt.config import recorded_solver
+    from learnedopt.core.checks import require_count
+    from learnedopt.evaluation.few_shot import FewShot, adapt
+    from learnedopt.training.wandb_tracker import WandbTracker
+
+    unused = [f"--{name}" for name in ("tuning-tasks", "tune-for") if getattr(arguments, name.replace("-", "_"))]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} have no effect with --few-shot, which tunes nothing: leave them out")
+    labels = _labels(arguments.checkpoint)
+    loaded = {label: _load(name) for label, name in zip(labels, arguments.checkpoint, strict=True)}
+    family = _few_shot_family(arguments, loaded[labels[0]].metadata)
+    name = tasks.describe(family)["name"]
+    about = {
+        "checkpoints": arguments.checkpoint, "family": tasks.describe(family), "seed": arguments.seed,
+        "num_steps": 10 if arguments.steps is None else arguments.steps,
+        "num_tasks": 600 if arguments.tasks is None else arguments.tasks,
+    }  # fmt: skip
+    require_count("num_steps", about["num_steps"])
+    require_count("num_tasks", about["num_tasks"], least=2)
+    solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
+    for label, learned in loaded.items():  # one that does not fit is refused before any is run
+        _require_fit(label, learned, family, about["num_steps"], solvers[label])
+    out = arguments.out or Path("runs") / f"evaluate-{'-'.join(labels)}-{name}"
+    out.mkdir(parents=True, exist_ok=True)
+    adaptations = {}
+    for label, (rule, inner_objective, theta, _) in loaded.items():
+        inner = solvers[label]
+        print(f"Adapting {label} to {about['num_tasks']} tasks{f' by {inner}' if inner else ''}", flush=True)
+        adaptations[label] = adapt(
+            rule, theta, family, about["num_steps"], about["num_tasks"], seed=arguments.seed, inner=inner,
+            inner_objective=inner_objective,
+        )  # fmt: skip
+    found = FewShot({**about, "inner": {label: str(inner) for label, inner in solvers.items() if inner}}, adaptations)
+    print(f"\n{found.markdown()}", flush=True)
+    paths = found.save(out)
+    print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
+    _show_few_shot(WandbTracker(mode, group=labels[0], job_type="evaluate", dir=out), found, paths)
+
+
+def _require_fit(
+    label: str, learned: Checkpoint, family: TaskFamily, num_steps: int, inner: InnerSolver | None
+) -> None:
+    """Raise ValueError unless the checkpoint adapts to tasks of the family: to two of them, one step at most."""
+    from learnedopt.core.checks import require_count
+    from learnedopt.evaluation.few_shot import adapt
+
+    require_count("num_steps", num_steps, least=1 if inner else 0)
+    rule, inner_objective, theta, record = learned
+    try:
+        adapt(rule, theta, family, min(num_steps, 1), 2, inner=inner, inner_objective=inner_objective)
+    except ValueError as error:
+        trained = record.get("family", {})
+        hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""
+        raise ValueError(f"{label} does not fit {family}: {error}{hint}") from error
+
+
+def _labels(checkpoints: Sequence[str]) -> list[str]:
+    """Return what each checkpoint is called: its file's or folder's name, or the whole path where two share that."""
+    labels = [Path(name).name.removesuffix(".safetensors") or "learned" for name in checkpoints]
+    if len(set(labels)) < len(labels):
+        labels = [str(Path(name)).strip("/").replace("/", "-") for name in checkpoints]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the same checkpoint is named twice in {' '.join(checkpoints)}")
+    return labels
+
+
+def _few_shot_family(arguments: argparse.Namespace, record: dict[str, Any]) -> TaskFamily:
+    """Return the family as --family and --set say, or as the first checkpoint's record does; the split is "test"."""
+    name, options = arguments.family, {}
+    if name is None:
+        trained = record.get("family")
+        if not trained:
+            raise ValueError(f"{arguments.checkpoint[0]} has no record of a family; name one with --family")
+        held_out = (record.get("validation") or {}).get("family_options") or {}
+        name, options = trained["name"], {**trained["options"], **held_out}
+        options.pop("meta_split", None)
+    return _families(name, {**options, **_settings(arguments.set)})[0]
+
+
+def _load(checkpoint: str) -> Checkpoint:
+    from learnedopt.checkpoint import load_checkpoint, packaged
+
+    try:
+        return load_checkpoint(checkpoint)
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(checkpoint, packaged(), n=1)
+        raise FileNotFoundError(f"{error}" + (f"; did you mean {near[0]!r}?" if near else "")) from error
+
+
+def _settings(assignments: Sequence[str]) -> dict[str, Any]:
+    from learnedopt.config import read_value
+
+    settings = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {assignment!r} is not of the form KEY=VALUE, such as --set batch_size=64")
+        settings[key] = read_value(text)
+    return settings
+
+
+def _families(name: str, options: dict[str, Any]) -> tuple[TaskFamily, TaskFamily]:
+    """Return the family of fresh tasks and that of tasks to tune on, from different splits where there are any."""
+    from learnedopt import tasks
+
+    family = tasks.make(name, **options)
+    if not hasattr(family, "meta_split"):
+        return family, family
+    return tasks.make(name, **{"meta_split": "test", **options}), tasks.make(name, **{**options, "meta_split": "train"})
+
+
+def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path]) -> None:
+    """Log the table's numbers, the figure and the files to W&B."""
+    from learnedopt.evaluation.comparison import summarise
+
+    numbers = {
+        f"{measure}/{label}/{name}": value
+        for label, outcome in comparison.outcomes.items()
+        for measure, values in outcome.values.items()
+        for name, value in vars(summarise(values)).items()
+    }
+    tracker.start(comparison.settings)
+    tracker.log(numbers, step=0)
+    tracker.figure("loss_curves", paths["png"])
+    tracker.artifact(f"evaluation-{comparison.settings['family']['name']}", [*paths.values()], comparison.settings)
+    tracker.finish()
+
+
+def _show_few_shot(tracker: WandbTracker, found: FewShot, paths: dict[str, Path]) -> None:
+    """Log the course of every measure over the steps, the figure and the files to W&B."""
+    courses: dict[int, dict[str, float]] = {}
+    for label, adaptation in found.adaptations.items():
+        for measure in adaptation.values:
+            for step, summary in zip(adaptation.steps, adaptation.summaries(measure), strict=True):
+                entry = courses.setdefault(step, {})
+                entry |= {f"{measure}/{label}/{name}": value for name, value in vars(summary).items()}
+    tracker.start(found.settings)
+    for step, numbers in sorted(courses.items()):
+        tracker.log(numbers, step=step)
+    tracker.figure("adaptation", paths["png"])
+    tracker.artifact(f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
+    tracker.finish()

@@ -1,0 +1,81 @@
+"""The command ``learnedopt train``: recipes, with overrides, meta-trained in folders of their own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from learnedopt.recipes.recipe import Recipe
+
+DIVERGED, INTERRUPTED = 1, 130
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``train`` to the commands of a parser."""
+    about = "meta-train a recipe"
+    parser = commands.add_parser(
+        "train",
+        help=about,
+        description="Meta-train a recipe. A run writes RUNS/NAME: theta with its description, the configuration, the "
+        "metrics as JSON lines, and a figure. Started again with the same configuration it goes on where it stopped, "
+        "exactly.",
+    )
+    parser.set_defaults(command=run)
+    add_recipe_arguments(parser)
+    parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a recipe, which ``configured`` reads."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of --list")
+    parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as meta.lr=1e-3"
+    )
+
+
+def configured(arguments: argparse.Namespace) -> Recipe:
+    """Return the recipe that the arguments name, overrides applied."""
+    from learnedopt import recipes
+    from learnedopt.config import INTERCHANGEABLE, override
+
+    if arguments.recipe is None:
+        raise ValueError("name a recipe (learnedopt train --list shows all)")
+    return override(recipes.make(arguments.recipe), arguments.set, INTERCHANGEABLE)
+
+
+def list_recipes() -> int:
+    """Print the recipes, one line each, and return 0."""
+    from learnedopt import recipes
+
+    for name in recipes.names():
+        print(f"{name:24} {recipes.summary(name)}")
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130 or 143 after a signal."""
+    from learnedopt.run import train
+    from learnedopt.training.trainer import TrainingDiverged
+
+    if arguments.list:
+        return list_recipes()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    recipe = configured(arguments)
+    folder = arguments.runs / (arguments.name or arguments.recipe)
+    try:
+        result = train(recipe, folder, arguments.wandb)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
+    except TrainingDiverged as error:
+        print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
+        return DIVERGED
+    print(f"Best validation {result.best_value:.4g}; theta, configuration, metrics and figure are in {folder}.")
+    return 0

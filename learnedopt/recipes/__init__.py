@@ -1,0 +1,64 @@
+"""Recipes, one file per kind of run: functions that return a full configuration. Imports the rooms, no rule or family.
+
+A variant calls another and changes a line or two. Each is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from learnedopt.core.registry import nearest
+from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
+
+_TABLE = {
+    "demo": "lstm:demo",
+    "lstm-quadratic": "lstm:lstm_quadratic",
+    "lstm-mnist": "lstm:lstm_mnist",
+    "lstm-mnist-long": "lstm:lstm_mnist_long",
+    "meta-sgd-mnist": "rates:meta_sgd_mnist",
+    "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
+    "imaml-regression": "implicit:imaml_regression",
+    "maml-sine": "sine:maml_sine",
+    "meta-sgd-sine": "sine:meta_sgd_sine",
+    "maml-omniglot": "omniglot:maml_omniglot",
+    "maml-omniglot-paper": "omniglot:maml_omniglot_paper",
+    "meta-sgd-omniglot": "omniglot:meta_sgd_omniglot",
+    "meta-sgd-omniglot-paper": "omniglot:meta_sgd_omniglot_paper",
+    "reptile-omniglot": "omniglot:reptile_omniglot",
+    "reptile-omniglot-paper": "omniglot:reptile_omniglot_paper",
+    "imaml-omniglot": "implicit:imaml_omniglot",
+    "imaml-omniglot-paper": "implicit:imaml_omniglot_paper",
+    "imaml-hf-omniglot": "implicit:imaml_hf_omniglot",
+    "imaml-hf-omniglot-paper": "implicit:imaml_hf_omniglot_paper",
+}
+"""name -> module in this package:function."""
+
+
+def names() -> list[str]:
+    """Return the names of all recipes."""
+    return [*_TABLE]
+
+
+def make(name: str) -> Recipe:
+    """Return the recipe of that name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    return _function(name)()
+
+
+def summary(name: str) -> str:
+    """Return what the recipe trains, in one line."""
+    return (_function(name).__doc__ or "").partition("\n")[0]
+
+
+def _function(name: str) -> Callable[[], Recipe]:
+    if name not in _TABLE:
+        raise ValueError(f"there is no recipe {name!r}{nearest(name, _TABLE)} (learnedopt train --list shows all)")
+    module, _, function = _TABLE[name].partition(":")
+    return getattr(importlib.import_module(f"learnedopt.recipes.{module}"), function)
+
+
+__all__ = ["HeldOut", "MetaLearning", "Recipe", "make", "names", "summary"]

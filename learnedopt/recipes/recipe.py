@@ -1,0 +1,74 @@
+"""What a recipe says: the full configuration of one meta-training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from learnedopt.core.checks import require_count
+from learnedopt.core.estimator import GradientEstimator
+from learnedopt.core.execution import Execution
+from learnedopt.core.objective import FinalLoss
+from learnedopt.core.registry import Choice
+
+ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
+
+
+@dataclass(frozen=True)
+class MetaLearning:
+    """How theta moves: Adam, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``."""
+
+    lr: float = 1e-3
+    final_lr_fraction: float = 1.0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr!r} is a learning rate and must be positive")
+        if not self.final_lr_fraction >= 0:
+            raise ValueError(f"final_lr_fraction={self.final_lr_fraction!r} must not be negative; 1 keeps the rate")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be positive, or null for no clipping")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What validation measures: ``objective`` after ``num_steps`` steps on ``num_tasks`` tasks, the best theta kept.
+
+    Steps are those of the estimator's own inner solver where it has one.
+    """
+
+    objective: Any = field(default_factory=FinalLoss)
+    num_steps: int = 100
+    num_tasks: int = 16
+    every: int = 100
+    family_options: dict[str, Any] = field(default_factory=dict)  # those in which its tasks differ from training's
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A full configuration of one meta-training; ``inner_objective`` None descends the task's loss.
+
+    A field that joins later needs a default that trains as before it: runs on disk are taken to have had that.
+    """
+
+    name: str
+    family: Choice
+    rule: Choice
+    estimator: GradientEstimator
+    objective: Any
+    num_meta_steps: int
+    num_tasks: int = 1
+    meta: MetaLearning = field(default_factory=MetaLearning)
+    validation: HeldOut = field(default_factory=HeldOut)
+    execution: Execution = field(default_factory=Execution)
+    checkpoint_every: int = 100
+    seed: int = 0
+    start: str | None = None  # a run's folder, a checkpoint or a packaged name: where theta starts
+    num_threads: int = 1  # inner problems are small: more threads mostly wait for one another
+    compare: bool = False
+    inner_objective: Choice | None = None
+
+    def __post_init__(self) -> None:
+        for count in ("num_meta_steps", "num_tasks", "checkpoint_every"):
+            require_count(count, getattr(self, count), least=1)

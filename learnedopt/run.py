@@ -1,0 +1,202 @@
+"""Runs: what a recipe makes, trained in a folder of its own, and found there again.
+
+A run's folder holds theta with its description, the configuration, the metrics as JSON lines, and a figure. Started
+again with the same configuration it goes on where it stopped, exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnedopt import checkpoint
+from learnedopt.config import as_config, split_imaml, up_to_date
+from learnedopt.core.execution import Execution
+from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.tree import Params
+from learnedopt.execution.memory import predict_peak
+from learnedopt.recipes.recipe import Recipe
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
+from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
+from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
+
+
+def configuration(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain values: what tells one run from another."""
+    return {key: value for key, value in as_config(recipe).items() if key != "type"}
+
+
+def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
+    """Return the training loop, and the validation on the families' held-out tasks, once at least."""
+    from learnedopt import optimizers, tasks
+
+    require_device(recipe.execution)
+    options = {"train": recipe.family.options, "valid": {**recipe.family.options, **recipe.validation.family_options}}
+    families = {
+        split: tasks.make(recipe.family.name, **{**given, "meta_split": split}) for split, given in options.items()
+    }
+    sample = families["train"].sample(1, torch.Generator().manual_seed(recipe.seed))
+    template = {name: param[0] for name, param in families["train"].init_params(sample).items()}
+    rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
+    descended = inner_objective(recipe, template)
+    loops = {split: InnerLoop(family, rule, recipe.execution, descended) for split, family in families.items()}
+    held_out = recipe.validation
+    every = min(held_out.every, recipe.num_meta_steps)
+    validation = Validation(
+        loops["valid"], held_out.objective, held_out.num_steps, held_out.num_tasks, every, recipe.seed,
+        recipe.estimator.inner,
+    )  # fmt: skip
+    return loops["train"], validation
+
+
+def inner_objective(recipe: Recipe, template: Params) -> InnerObjective:
+    """Return what the recipe's inner steps descend."""
+    from learnedopt import inner_objectives
+
+    if recipe.inner_objective is None:
+        return TaskLoss()
+    return inner_objectives.make(recipe.inner_objective.name, template=template, **recipe.inner_objective.options)
+
+
+def require_device(execution: Execution) -> None:
+    """Raise ValueError where the execution's device is not to be had."""
+    try:
+        torch.empty(0, device=execution.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"execution.device={execution.device!r} cannot be used here: {reason}") from error
+
+
+def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> TrainingResult:
+    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one."""
+    torch.set_num_threads(recipe.num_threads)
+    loop, validation = build(recipe)
+    mode = resolve_mode(wandb_mode)
+    find_run(folder, recipe)  # refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        run_id = find_run(folder, recipe) or begin_run(folder, recipe)
+        remove_partials(folder)  # left by a kill in the middle of a write
+        tracker = trackers(recipe, folder, mode, run_id)
+        return meta_train(recipe, folder, (loop, validation), tracker)
+
+
+def trackers(recipe: Recipe, folder: Path, mode: Mode, run_id: str) -> Trackers:
+    """Return where a run's metrics go: the console, a file of JSON lines, Weights & Biases."""
+    return Trackers(
+        [
+            ConsoleTracker(total=recipe.num_meta_steps),
+            JsonLinesTracker(folder / "metrics.jsonl"),
+            WandbTracker(
+                mode, group=recipe.name, job_type="meta-train", name=folder.name, dir=folder, run_id=run_id
+            ),
+        ]
+    )  # fmt: skip
+
+
+def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker) -> TrainingResult:
+    """Meta-train what was built of the recipe, and leave theta, its configuration and a figure in ``folder``."""
+    loop, validation = built
+    meta = recipe.meta
+    trainer = MetaTrainer(
+        loop,
+        recipe.estimator,
+        recipe.objective,
+        lambda params: torch.optim.Adam(params, meta.lr),
+        tracker,
+        num_tasks=recipe.num_tasks,
+        seed=recipe.seed,
+        theta=checkpoint.load_checkpoint(recipe.start).theta if recipe.start else None,
+        max_grad_norm=meta.max_grad_norm,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
+        ),
+        validation=validation,
+        checkpoint=folder / "checkpoint.pt",
+        checkpoint_every=recipe.checkpoint_every,
+        config=configuration(recipe),
+        report=lambda result, tracker: report(recipe, folder, loop, result, tracker),
+    )
+    tasks = loop.family.sample(recipe.num_tasks, torch.Generator().manual_seed(recipe.seed))
+    carry = recipe.estimator.start(loop, trainer.theta, tasks, torch.Generator().manual_seed(recipe.seed))
+    peak = predict_peak(loop, trainer.theta, recipe.estimator, carry, recipe.objective)
+    if peak is not None:
+        print(f"One estimate of the meta-gradient takes about {peak / 1e6:.3g} MB.", flush=True)
+    return trainer.run(recipe.num_meta_steps)
+
+
+def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:
+    """Write the best theta and a figure into the run's folder, and tell the tracker."""
+    from learnedopt.evaluation import plots
+
+    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
+    metadata = plain_json({**configuration(recipe), **found})
+    theta = checkpoint.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata, loop.inner_objective)
+    figure = folder / "training.png"
+    plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
+    tracker.figure("training", figure)
+    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata)
+    if recipe.compare:
+        compare(recipe, folder, checkpoint.load_checkpoint(theta), tracker)
+
+
+def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracker: Tracker) -> None:
+    """Print the learned optimizer beside tuned hand-designed ones on fresh tasks, and draw their loss curves."""
+    from learnedopt import tasks
+    from learnedopt.evaluation import evaluate
+
+    options = recipe.family.options
+    fresh, others = (tasks.make(recipe.family.name, **{**options, "meta_split": split}) for split in ("test", "train"))
+    comparison = evaluate.compare(
+        {recipe.name: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
+        num_steps=recipe.validation.num_steps, num_tasks=500, report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    paths = comparison.save(folder)
+    print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
+    tracker.figure("evaluation", paths["png"])
+
+
+def find_run(folder: Path, recipe: Recipe) -> str | None:
+    """Return the id of the run of this recipe that ``folder`` holds, maybe of an earlier version; None for no run.
+
+    A run of another configuration does not count where not one meta-step was taken; otherwise it is refused.
+    """
+    path, record = folder / "config.json", folder / "metrics.jsonl"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        run_id, saved = str(found["run_id"]), dict(found["recipe"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
+        ) from error
+    config = configuration(recipe)
+    saved = up_to_date(saved, recipe)
+    rule, descended = split_imaml(saved.get("rule"))
+    if descended is not None:
+        saved |= {"rule": rule, "inner_objective": descended}
+    if saved == config:
+        return run_id
+    rows = read_metrics(record) if record.exists() else []  # row 0 is the validation of the start
+    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows):
+        changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
+        raise ValueError(
+            f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
+            "--name of its own, or remove that folder"
+        )
+    return None
+
+
+def begin_run(folder: Path, recipe: Recipe) -> str:
+    """Write the configuration of a new run into its folder; return the run's id."""
+    run_id = uuid.uuid4().hex[:8]
+    write_json(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
+    return run_id

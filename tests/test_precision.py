@@ -1,0 +1,131 @@
+"""Rules in bfloat16 and float16: they compute in float32 and round nothing but the deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_rules import RULES, every_rule, loss_of, random_like, template, updates
+from torch import Tensor
+
+from learnedopt import Execution, InnerLoop, Kernel, SumOfLosses, Tape, Truncated, UpdateRule
+from learnedopt import optimizers as rules
+from learnedopt import tasks as families
+from learnedopt.core import tree
+from learnedopt.core.tree import Params
+from learnedopt.optimizers import Adam
+
+LOW = [torch.bfloat16, torch.float16]
+low_precision = pytest.mark.parametrize("dtype", LOW, ids=str)
+
+
+@every_rule
+@low_precision
+def test_the_deltas_are_those_of_float32_rounded(kind: str, dtype: torch.dtype) -> None:
+    rule = RULES[kind](template(torch.float32))
+    theta = rule.init_theta(torch.Generator().manual_seed(7))
+    params = template(dtype, seed=2)
+    # From 256 on a float16 has no square.
+    grads = [{k: 100 * g for k, g in random_like(params, seed).items()} for seed in (3, 4, 5)]
+    deltas, state = updates(rule, theta, grads, params)
+    wide_grads, wide_params = tree.to(grads, None, torch.float32), tree.to(params, None, torch.float32)
+    expected, wide_state = updates(rule, theta, wide_grads, wide_params)
+    assert all(d.dtype == dtype for each in deltas for d in each.values())
+    torch.testing.assert_close(deltas, [tree.to(each, None, dtype) for each in expected], rtol=0, atol=0)
+    torch.testing.assert_close(state, wide_state, rtol=0, atol=0)
+    assert all(torch.isfinite(d).all() for each in deltas for d in each.values())
+
+
+@every_rule
+@low_precision
+def test_a_kernels_step_is_that_of_float32_rounded(kind: str, dtype: torch.dtype) -> None:
+    rule = RULES[kind](template(torch.float32))
+    theta, kernel = rule.init_theta(torch.Generator().manual_seed(7)), rule.kernel or Kernel()
+    params, grads, loss = template(dtype, seed=2), random_like(template(dtype), 3), torch.tensor(0.7)
+    state = rule.init(theta, params)[1]
+    found = kernel.step(theta, grads, state, params, loss)
+    expected = kernel.step(theta, *tree.to((grads, state, params, loss), None, torch.float32))
+    assert (found is None) == (expected is None)
+    if found is not None and expected is not None:
+        torch.testing.assert_close(found[0], tree.to(expected[0], None, dtype), rtol=0, atol=0)
+
+
+def trained(make: Callable[[Params], UpdateRule], dtype: torch.dtype) -> tuple[float, float, Params]:
+    """Return the loss before and after 30 steps on one batch in ``dtype``, and the last parameters in float32."""
+    rule, generator = make(template(dtype)), torch.Generator().manual_seed(3)
+    theta = rule.init_theta(torch.Generator().manual_seed(7))
+    params, state = rule.init(theta, template(dtype, seed=2))
+    batch = (torch.randn(8, 3, generator=generator).to(dtype), torch.randn(8, 2, generator=generator).to(dtype))
+    losses = []
+    for _ in range(30):
+        grads, loss = torch.func.grad_and_value(loss_of)(params, batch)
+        deltas, state = rule.update(theta, grads, state, params, loss)
+        params = {k: p + deltas[k] for k, p in params.items()}
+        losses.append(float(loss))
+    return losses[0], float(loss_of(params, batch)), tree.to(params, None, torch.float32)
+
+
+@every_rule
+@pytest.mark.parametrize(("dtype", "distance"), [(torch.bfloat16, 0.12), (torch.float16, 0.015)], ids=str)
+def test_every_rule_goes_where_it_goes_in_float32(kind: str, dtype: torch.dtype, distance: float) -> None:
+    start, end, params = trained(RULES[kind], dtype)
+    exact_start, exact_end, exact = trained(RULES[kind], torch.float32)
+    # Thirty roundings of numbers near one, each by up to half a unit in the last place.
+    assert max(float((params[k] - p).abs().max()) for k, p in exact.items()) < distance
+    gain = exact_start - exact_end
+    if gain > 0.05:  # else the steps are smaller than a unit in the last place
+        assert start - end > 0.7 * gain
+
+
+@low_precision
+def test_adam_stays_nearer_to_float32_than_that_of_torch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix, target = (torch.randn(size, generator=generator) for size in ((20, 10), (20,)))
+
+    def by_torch(dtype: torch.dtype) -> Tensor:
+        x = torch.zeros(10, dtype=dtype, requires_grad=True)
+        optimizer = torch.optim.Adam([x], lr=0.02)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (matrix.to(dtype) @ x - target.to(dtype)).square().mean().backward()
+            optimizer.step()
+        return x.detach().float()
+
+    def by_ours(dtype: torch.dtype) -> Tensor:
+        rule, params = Adam(lr=0.02), {"x": torch.zeros(10, dtype=dtype)}
+        theta = rule.init_theta(torch.Generator())
+        _, state = rule.init(theta, params)
+        for _ in range(200):
+            x = params["x"].clone().requires_grad_()
+            loss = (matrix.to(dtype) @ x - target.to(dtype)).square().mean()
+            (grad,) = torch.autograd.grad(loss, x)
+            deltas, state = rule.update(theta, {"x": grad}, state, params, loss.detach())
+            params = {"x": params["x"] + deltas["x"]}
+        return params["x"].float()
+
+    exact = by_torch(torch.float32)
+    torch.testing.assert_close(by_ours(torch.float32), exact, rtol=1e-4, atol=1e-5)
+    ours, theirs = ((f(dtype) - exact).abs().max() for f in (by_ours, by_torch))
+    assert ours < 1.05 * theirs
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm"])
+@low_precision
+def test_the_engine_runs_and_differentiates_rules_in_low_precision(
+    name: str, dtype: torch.dtype, chunk_size: int
+) -> None:
+    def estimated(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rule = rules.make(name) if name == "lstm" else rules.make(name, lr=0.01)
+        loop = InnerLoop(families.make("quadratic", dim=4), rule, Execution(chunk_size, dtype=dtype))
+        theta = rule.init_theta(torch.Generator().manual_seed(0))
+        carry = loop.start(loop.family.sample(4, torch.Generator().manual_seed(1)))
+        losses = loop.run(theta, carry, 30, Tape.NONE).losses.float()
+        grads = Truncated(5, 20).estimate(loop, theta, SumOfLosses(), carry).grads
+        return losses, torch.cat([g.flatten().float() for g in grads.values()])
+
+    (losses, grads), (exact_losses, exact_grads) = estimated(dtype), estimated(torch.float32)
+    torch.testing.assert_close(losses, exact_losses, rtol=0.03, atol=0.01 * float(exact_losses[0].max()))
+    assert name == "lstm" or (losses[-1] < losses[0]).all()
+    assert float(torch.nn.functional.cosine_similarity(grads, exact_grads, dim=0)) > 0.99

@@ -1,0 +1,86 @@
+"""The class behind the registries: a kind of thing is a table of a few lines. Rules and families: see their tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.registry import Registry
+from learnedopt.core.tree import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Pull(InnerObjective):
+    """A user's own, with every kind of option."""
+
+    template: Params
+    strength: float = 1.0
+    per: Literal["scalar", "tensor"] = "scalar"
+    also: InnerObjective | None = None
+
+
+TABLE = {"task-loss": "inner_objective:TaskLoss"}
+RETIRED = {"weight-decay": 'make("ridge")'}
+
+
+def registry(templated: bool = True) -> Registry[InnerObjective]:
+    """Return a third registry, as one of inner objectives is."""
+    return Registry(
+        InnerObjective, "inner objective", "inner objectives", "learnedopt.core", TABLE, templated, RETIRED
+    )  # fmt: skip
+
+
+def template() -> Params:
+    return {"w": torch.ones(2, 3), "b": torch.ones(2, dtype=torch.float64)}
+
+
+def test_a_third_kind_of_thing_is_made_described_and_built_again() -> None:
+    objectives = registry()
+    assert isinstance(objectives.make("task-loss"), TaskLoss)
+    assert objectives.describe(TaskLoss()) == {"name": "task-loss", "options": {}}
+    objectives.register("pull", Pull)
+    nested = {"name": "pull", "options": {"strength": 0.5}}
+    made: Any = objectives.make("pull", template=template(), also=nested, per="tensor")
+    assert made.also.strength == 0.5 and made.also.template.keys() == {"w", "b"}  # the template went on to it
+    described = json.loads(json.dumps(objectives.describe(made)))
+    assert described["options"]["template"]["b"] == {"shape": [2], "dtype": "float64"}
+    again: Any = objectives.build(described)
+    assert objectives.describe(again) == described and (again.per, again.also.strength) == ("tensor", 0.5)
+    assert all(isinstance(p, Tensor) and not p.any() for p in again.template.values())
+
+
+def test_registries_do_not_share_what_users_register() -> None:
+    first, second = registry(), registry()
+    first.register("pull", Pull)
+    assert first.names() == ["task-loss", "pull"] and second.names() == ["task-loss"]
+
+
+def test_where_nothing_takes_templates_one_is_an_option_like_any_other() -> None:
+    objectives = registry(templated=False)
+    with pytest.raises(ValueError, match="'task-loss' has no option 'template'"):
+        objectives.make("task-loss", template=template())
+    objectives.register("pull", Pull)
+    made: Any = objectives.make("pull", template=template())
+    assert made.template.keys() == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda r: r.make("task-los"), r"no inner objective 'task-los'; did you mean 'task-loss'\? All inner"),
+        (lambda r: r.make("weight-decay"), r"no inner objective 'weight-decay' any more: make\(\"ridge\"\)"),
+        (lambda r: r.register("weight-decay", Pull), "'weight-decay' of inner objectives is already registered"),
+        (lambda r: r.build({"name": "task-loss"}), "no configuration of inner objectives"),
+        (lambda r: r.describe(Pull({})), r"Pull is not registered.*learnedopt\.core\.register\('<name>', Pull\)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made_is_refused(call: Callable[[Registry[InnerObjective]], Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        call(registry())
