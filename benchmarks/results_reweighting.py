@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, Unrolled
+from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, recipes
 from learnedopt.core.files import write_atomically
 from learnedopt.inner_objectives import WeightedExamples
 from learnedopt.optimizers import SGD
 from learnedopt.tasks import NoisyImages
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reweighting.png"
-NUM_STEPS, NUM_META_STEPS, RATE = 40, 50, 4.0
+RECIPE = recipes.make("reweighting-mnist")
+NUM_STEPS, RATE = RECIPE.validation.num_steps, RECIPE.rule.options["lr"]
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SURE = 1e4
 """A raw weight whose sigmoid is 1, and with the other sign 0."""
@@ -43,14 +44,14 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
 
 
 def meta_train(family: NoisyImages) -> tuple[Theta, list[float]]:
-    """Return theta, and the loss on the clean images at each meta-step."""
+    """Return theta as the recipe trains it, and the loss on the clean images at each meta-step."""
     loop = inner_loop(family, RATE, WeightedExamples(family.num_train))
     generator, losses = torch.Generator().manual_seed(0), []
     theta = loop.init_theta(generator)
-    adam = torch.optim.Adam(theta.values(), 0.1)
-    for _ in range(NUM_META_STEPS):
+    adam = torch.optim.Adam(theta.values(), RECIPE.meta.lr)
+    for _ in range(RECIPE.num_meta_steps):
         carry = loop.start(family.sample(1, generator))
-        found = Unrolled(NUM_STEPS).estimate(loop, theta, FinalLoss(), carry)
+        found = RECIPE.estimator.estimate(loop, theta, FinalLoss(), carry)
         for name, value in theta.items():
             value.grad = found.grads[name]
         adam.step()
@@ -90,7 +91,7 @@ def main() -> None:
     print("| labels from seed | AUC | CPU s | way to train | test accuracy, % | rate |\n|---|---|---|---|---|---|")
     first = None
     for seed in range(3):
-        family = NoisyImages(data_seed=seed)
+        family = NoisyImages(**RECIPE.family.options, data_seed=seed)
         wrong = family.wrong_labels()
         began = time.process_time()
         theta, losses = meta_train(family)
