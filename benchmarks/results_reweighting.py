@@ -85,11 +85,23 @@ def tested(
     return Row(label, 100 * float(trained(inner_loop(test, scale * best, objective), theta)[1]), best)
 
 
+def compare(family: NoisyImages, theta: Theta, wrong: Tensor) -> list[Row]:
+    """Return what the learned weights reach, then what others do."""
+    objective = WeightedExamples(family.num_train)
+    # The mean is over all images: the rate makes up for those of weight 0.
+    alone, scale = {"example_weights": torch.where(wrong, -SURE, SURE)}, len(wrong) / int((~wrong).sum())
+    return [
+        tested("learned weights", family, (RATE,), objective, theta),
+        tested("rightly labelled images alone", family, RATES, objective, alone, scale),
+        tested("all images alike", family, RATES, TaskLoss(), {}),
+        tested("all images, labels right", dataclasses.replace(family, noise=0.0), RATES, TaskLoss(), {}),
+    ]
+
+
 def main() -> None:
     """Print the table and draw the figure."""
     torch.set_num_threads(1)
     print("| labels from seed | AUC | CPU s | way to train | test accuracy, % | rate |\n|---|---|---|---|---|---|")
-    first = None
     for seed in range(3):
         family = NoisyImages(**RECIPE.family.options, data_seed=seed)
         wrong = family.wrong_labels()
@@ -98,23 +110,10 @@ def main() -> None:
         seconds = time.process_time() - began
         weights = theta["example_weights"].sigmoid()
         auc = area_under_curve(-weights, wrong)
-        objective = WeightedExamples(family.num_train)
-        # The mean is over all images: the rate makes up for those of weight 0.
-        alone, share = {"example_weights": torch.where(wrong, -SURE, SURE)}, float((~wrong).double().mean())
-        rows = [
-            tested("learned weights", family, (RATE,), objective, theta),
-            tested("rightly labelled images alone, same rate", family, (RATE,), objective, alone, 1 / share),
-            tested("rightly labelled images alone", family, RATES, objective, alone, 1 / share),
-            tested("all images alike", family, RATES, TaskLoss(), {}),
-            tested("all images, labels right", dataclasses.replace(family, noise=0.0), RATES, TaskLoss(), {}),
-        ]
-        for row in rows:
-            print(
-                f"| {seed} | {auc:.3f} | {seconds:.0f} | {row.label} | {row.accuracy:.2f} | {row.rate:g} |", flush=True
-            )
-        first = first or (weights, wrong, losses, auc)
-    assert first is not None
-    draw(*first)
+        for label, accuracy, rate in compare(family, theta, wrong):
+            print(f"| {seed} | {auc:.3f} | {seconds:.0f} | {label} | {accuracy:.2f} | {rate:g} |", flush=True)
+        if seed == 0:
+            draw(weights, wrong, losses, auc)
 
 
 def draw(weights: Tensor, wrong: Tensor, losses: list[float], auc: float) -> None:
