@@ -34,9 +34,9 @@ from learnedopt.estimators.linear_solvers import (
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
 
-MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names before version 0.2, kept for one version
+MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names in version 0.1, kept for one version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {

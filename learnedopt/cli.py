@@ -1,4 +1,4 @@
-"""The command ``learnedopt``: train recipes, evaluate what was learned, and list what there is."""
+"""The command ``learnedopt``: train and check recipes, evaluate what was learned, and list what there is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from learnedopt import cli_evaluate, cli_train
+from learnedopt import cli_check, cli_evaluate, cli_train
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
-    for add_parser in (cli_train.add_parser, cli_evaluate.add_parser, _add_list):  # one for each command
+    # One for each command.
+    for add_parser in (cli_train.add_parser, cli_check.add_parser, cli_evaluate.add_parser, _add_list):
         add_parser(commands)
     return parser
 
@@ -71,9 +72,10 @@ def _add_list(commands: Any) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from learnedopt import checkpoint, optimizers, recipes, tasks
+    from learnedopt import checkpoint, inner_objectives, optimizers, recipes, tasks
 
     print("Update rules:", ", ".join(optimizers.names()))
+    print("Inner objectives:", ", ".join(inner_objectives.names()))
     print("Task families:", ", ".join(tasks.names()))
     print("Recipes:", ", ".join(recipes.names()))
     print("Packaged optimizers:", ", ".join(checkpoint.packaged()) or "none")

@@ -50,16 +50,22 @@ def configured(arguments: argparse.Namespace) -> Recipe:
     return override(recipes.make(arguments.recipe), arguments.set, INTERCHANGEABLE)
 
 
+def list_recipes() -> int:
+    """Print the recipes, one line each, and return 0."""
+    from learnedopt import recipes
+
+    for name in recipes.names():
+        print(f"{name:24} {recipes.summary(name)}")
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130 or 143 after a signal."""
-    from learnedopt import recipes
     from learnedopt.run import train
     from learnedopt.training.trainer import TrainingDiverged
 
     if arguments.list:
-        for name in recipes.names():
-            print(f"{name:24} {recipes.summary(name)}")
-        return 0
+        return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
     folder = arguments.runs / (arguments.name or arguments.recipe)

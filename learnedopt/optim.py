@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.utils import _pytree as pytree
 
-from learnedopt.checkpoint import check_theta, load
 from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
-
-FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
-"""Options that groups of other optimizers have, and that a learned rule could only ignore."""
-
-
-class Member(NamedTuple):
-    """A parameter, the name by which the rule knows it, and the group whose ``lr`` applies to it."""
-
-    name: str
-    param: Tensor
-    group: dict[str, Any]
-
-
-class Layout(NamedTuple):
-    """How a rule's state lies in ``Optimizer.state``: the key of each leaf, and what makes a tree of the leaves."""
-
-    keys: tuple[str, ...]
-    rebuild: Callable[[Sequence[Any]], State]
+from learnedopt.optim_members import (
+    Layout,
+    Member,
+    common_device,
+    leaves_by_path,
+    name_of,
+    require_group,
+    resolve_rule,
+    scalar_loss,
+    shapes,
+    unknown_names,
+    values_of,
+)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -84,7 +76,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
                 "theta; its options are lr and adopt_start"
             )
-        self.rule, self.theta = _resolve(rule)
+        self.rule, self.theta = resolve_rule(rule)
         self.adopt_start = adopt_start
         self._layout: Layout | None = None
         self._settled = False
@@ -106,7 +98,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1], [m.name for m in self._members()])
+            require_group(self.param_groups[-1], [m.name for m in self._members()])
             if self._settled:  # the constructor settles when all its groups are there
                 self._settle()
         except BaseException:
@@ -202,43 +194,43 @@ class LearnedOptimizer(torch.optim.Optimizer):
         members = self._members()
         if not members:
             return
-        params = _values(members)
+        params = values_of(members)
         start, _ = self._init(params)
         changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
         if changed and not self.adopt_start:
             raise ValueError(
-                f"{_name(self.rule)} has a start of its own, which would overwrite the parameters {changed}; pass "
+                f"{name_of(self.rule)} has a start of its own, which would overwrite the parameters {changed}; pass "
                 "adopt_start=True to let it, or use a rule without a learned start to train on from the present values"
             )
         for name in changed:
             params[name].copy_(start[name])
 
     def _init(self, params: Params) -> tuple[Params, State]:
-        device = _common_device(params)
+        device = common_device(params)
         self.theta = tree.to(self.theta, device, None)
         try:
             with torch.no_grad():
                 start, state = self.rule.init(self.theta, params)
         except KeyError as error:
-            raise ValueError(_unknown(self.rule, params, error)) from error
+            raise ValueError(unknown_names(self.rule, params, error)) from error
         if {k: x.shape for k, x in start.items()} != {k: p.shape for k, p in params.items()}:
             raise ValueError(
-                f"{_name(self.rule)} starts from parameters {_shapes(start)}, the optimizer's are {_shapes(params)}; "
+                f"{name_of(self.rule)} starts from parameters {shapes(start)}, the optimizer's are {shapes(params)}; "
                 "pass model.named_parameters() of a model like the one that the rule was made for"
             )
         return start, () if state is None else state
 
     def _move(self, members: list[Member], loss: Any) -> None:
-        params = _values(members)
+        params = values_of(members)
         layout, state, count = self._recall(members, params)
         grads = self._gradients(members, params)
         # Whole steps are taken as the engine takes them; parts of one need the deltas.
         whole = all(float(group["lr"]) == 1 for _, _, group in members)
         found, new_state, added = self._update(grads, state, params, loss, whole)
-        memory = _leaves(new_state)
+        memory = leaves_by_path(new_state)
         if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
             raise ValueError(
-                f"{_name(self.rule)}.update must return a state of the same structure as it was given, with tensors "
+                f"{name_of(self.rule)}.update must return a state of the same structure as it was given, with tensors "
                 f"as leaves: expected {list(layout.keys)}, got { {k: type(x).__name__ for k, x in memory.items()} }"
             )
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
@@ -260,11 +252,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _recall(self, members: list[Member], params: Params) -> tuple[Layout, State, int]:
         """Return how the rule's memory is laid out, the memory, or a new one, and the number of steps so far."""
-        device, memory = _common_device(params), self.state.get(members[0].param, {})
+        device, memory = common_device(params), self.state.get(members[0].param, {})
         self.theta = tree.to(self.theta, device, None)
         if self._layout is None or "step" not in memory:
             _, state = self._init(params)
-            self._layout = Layout(tuple(_leaves(state)), tree.flatten(state)[1])
+            self._layout = Layout(tuple(leaves_by_path(state)), tree.flatten(state)[1])
             if "step" not in memory:
                 return self._layout, state, 0
         state = self._layout.rebuild([memory[k] for k in self._layout.keys])
@@ -287,7 +279,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Params, State, bool]:
         """Return the deltas or, where the rule adds them itself, new parameters; the new state; and which it is."""
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
-        scalar: Any = None if loss is None else _scalar(loss, _common_device(params))
+        scalar: Any = None if loss is None else scalar_loss(loss, common_device(params))
         kernel, arguments = self.rule.kernel, (self.theta, grads, state, params, scalar)
         try:
             stepped = kernel.step(*arguments) if kernel is not None and whole else None
@@ -297,18 +289,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 deltas = kernel.update_in_place(*arguments) if kernel is not None and self._owned else None
                 found, state = (deltas, state) if deltas is not None else self.rule.update(*arguments)
         except KeyError as error:
-            raise ValueError(_unknown(self.rule, params, error)) from error
+            raise ValueError(unknown_names(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:
             if loss is not None:
                 raise
             raise ValueError(
-                f"{_name(self.rule)}.update failed without the loss ({type(error).__name__}: {error}); a rule that "
+                f"{name_of(self.rule)}.update failed without the loss ({type(error).__name__}: {error}); a rule that "
                 "reads the loss needs step(loss=loss) or step(closure)"
             ) from error
         if {k: d.shape for k, d in found.items()} != {k: p.shape for k, p in params.items()}:
             raise ValueError(
-                f"{_name(self.rule)}.update must return one delta of the same shape per parameter: expected "
-                f"{_shapes(params)}, got {_shapes(found)}"
+                f"{name_of(self.rule)}.update must return one delta of the same shape per parameter: expected "
+                f"{shapes(params)}, got {shapes(found)}"
             )
         return found, () if state is None else state, stepped is not None
 
@@ -317,85 +309,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         members, memories = self._members(), state_dict["state"]
         if not members or not any(memories.values()):
             return
-        _, state = self._init(_values(members))
+        _, state = self._init(values_of(members))
         first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
-        got = _shapes(memories.get(first, {}))
-        expected = {"step": (), **_shapes(_leaves(state))}
+        got = shapes(memories.get(first, {}))
+        expected = {"step": (), **shapes(leaves_by_path(state))}
         if expected != got:
             raise ValueError(
-                f"this state is not of {_name(self.rule)} with these parameters: expected {expected}, got {got}; make "
-                "the optimizer with the rule and the parameters, in the order, that it was saved with"
+                f"this state is not of {name_of(self.rule)} with these parameters: expected {expected}, got {got}; "
+                "make the optimizer with the rule and the parameters, in the order, that it was saved with"
             )
-
-
-def _resolve(rule: Any) -> tuple[UpdateRule, Theta]:
-    if isinstance(rule, str | Path):
-        return load(rule)
-    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
-        found, theta = rule
-        check_theta(found, theta, "LearnedOptimizer")
-        return found, {k: v.detach().clone() for k, v in theta.items()}
-    raise TypeError(
-        f"a {type(rule).__name__} is no learned optimizer; pass the name of a packaged one, the path of a checkpoint, "
-        "or (rule, theta), where theta is the rule's own, from init_theta or a MetaTrainer"
-    )
-
-
-def _check_group(group: dict[str, Any], names: list[str]) -> None:
-    foreign = sorted(k for k in FOREIGN & group.keys() if group[k])
-    if foreign:
-        raise TypeError(f"a parameter group sets {foreign}, which a learned rule does not have; drop them, or set lr")
-    if not float(group["lr"]) >= 0:
-        raise ValueError(f"lr={group['lr']!r} must not be negative: it is a factor on an update that is learned")
-    for param in group["params"]:
-        if not param.is_floating_point():
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} is {param.dtype}; learned rules move real floating-point "
-                "numbers: represent complex ones by torch.view_as_real"
-            )
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise ValueError(
-            f"the parameter names {twice} occur more than once; give each parameter a name of its own, such as "
-            "named_parameters() of one module that holds all of them"
-        )
-
-
-def _values(members: list[Member]) -> Params:
-    return {m.name: m.param.detach() for m in members}
-
-
-def _common_device(params: Params) -> torch.device:
-    devices = {p.device for p in params.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the parameters lie on {sorted(map(str, devices))}, but a rule sees all of them at once; move them to one "
-            "device, or make an optimizer for each"
-        )
-    return devices.pop()
-
-
-def _scalar(loss: Any, device: torch.device) -> Tensor:
-    loss = torch.as_tensor(loss).detach()
-    if loss.numel() != 1:
-        raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it with mean()")
-    return loss.reshape(()).to(device)
-
-
-def _leaves(state: State) -> dict[str, Any]:
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(state)[0]}
-
-
-def _name(rule: UpdateRule) -> str:
-    return type(rule).__name__
-
-
-def _unknown(rule: UpdateRule, params: Params, error: KeyError) -> str:
-    return (
-        f"{_name(rule)} has nothing under {error}; the parameters are called {list(params)}: pass "
-        "model.named_parameters() of a model with the names that the rule was made for"
-    )
-
-
-def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(getattr(x, "shape", ())) for k, x in values.items()}

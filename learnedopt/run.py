@@ -51,7 +51,7 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     every = min(held_out.every, recipe.num_meta_steps)
     validation = Validation(
         loops["valid"], held_out.objective, held_out.num_steps, held_out.num_tasks, every, recipe.seed,
-        getattr(recipe.estimator, "inner", None),
+        recipe.estimator.inner,
     )  # fmt: skip
     return loops["train"], validation
 

@@ -24,7 +24,10 @@ LAW: dict[str, tuple[str, ...]] = {
     "recipes": ("core", "estimators", "evaluation", "training"),
 }
 # The edge may import every room, those with a registry only inside functions; no room imports the edge.
-EDGE = ("__init__", "optim", "checkpoint", "config", "run", "cli", "cli_train", "cli_evaluate")
+EDGE = (
+    "__init__", "optim", "optim_members", "checkpoint", "config", "run",
+    "cli", "cli_check", "cli_train", "cli_evaluate",
+)  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
 WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions

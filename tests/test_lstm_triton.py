@@ -180,6 +180,7 @@ def test_without_triton_or_by_the_switch_pure_torch_serves(
     finder = lstm_kernel._triton_kernels.__wrapped__
     monkeypatch.delitem(sys.modules, "learnedopt.optimizers.kernels.lstm_triton", raising=False)
     monkeypatch.delattr(optimizers, "lstm_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "learnedopt.optimizers.kernels.lstm_triton_device", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with caplog.at_level(logging.INFO, logger="learnedopt"):
         assert finder() is None

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import generic_theta, template
+from problems import TanhMLP, generic_theta, sample, template
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from learnedopt import Estimate, Execution, InnerLoop, ModuleFamily, SumOfLosses, Unrolled, optimizers
+from learnedopt import Estimate, Execution, FinalLoss, InnerLoop, ModuleFamily, SumOfLosses, Tasks, Unrolled, optimizers
+from learnedopt.core.tree import Params
+from learnedopt.execution.memory import peak_of
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -90,15 +92,16 @@ def attention(module: nn.Module, x: Tensor) -> Tensor:
 
 FRAME = torch.linspace(-1, 2, 9, dtype=torch.float64).reshape(3, 3)
 LAST = {"batch_first": True}
+SUMMED = regression(functional.mse_loss, reduction="sum")
 linalg = torch.linalg
 KINDS: dict[str, Kind] = {
     "tanh": Kind(lambda: mlp(nn.Tanh())),
     "silu": Kind(lambda: mlp(nn.SiLU()), reason="silu_backward"),
     "mish": Kind(lambda: mlp(nn.Mish()), reason="mish_backward"),
     "gelu": Kind(lambda: mlp(nn.GELU())),
-    "mse, one task": Kind(lambda: mlp(nn.Tanh()), loss=squares, reason="ZeroTensors", chunks=(ONE,)),
-    "mse, several": Kind(lambda: mlp(nn.Tanh()), loss=squares, chunks=(SEVERAL,)),
-    "mse, summed": Kind(lambda: mlp(nn.Tanh()), loss=regression(functional.mse_loss, reduction="sum")),
+    "mse": Kind(lambda: mlp(nn.Tanh()), loss=squares, reason="MseLoss"),
+    "mse, summed": Kind(lambda: mlp(nn.Tanh()), loss=SUMMED, reason="MseLoss"),
+    "squares": Kind(lambda: mlp(nn.Tanh()), loss=lambda outputs, targets: (outputs - one_hot(targets)).square().mean()),
     "huber": Kind(lambda: mlp(nn.Tanh()), loss=regression(functional.huber_loss, delta=0.4), reason="huber_loss"),
     "smooth l1": Kind(lambda: mlp(nn.Tanh()), loss=regression(functional.smooth_l1_loss, beta=0.4)),
     "group norm": Kind(lambda: images(nn.GroupNorm(2, 4)), (6, 2, 6, 6), reason="native_group_norm_backward"),
@@ -163,3 +166,28 @@ def test_mixed_mode_is_the_plain_tape(name: str, chunk_size: int, caplog: pytest
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (kind.reason is not None), said
     assert kind.reason is None or kind.reason in said[0]
+
+
+class Wide(TanhMLP):
+    """On so many points that what a gradient reads is larger than the parameters; in squares: reverse mode."""
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        batch = super().batch(tasks, step, split)
+        return {"x": batch["x"].repeat(1, 50, 1), "y": batch["y"].repeat(1, 50)}
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        return functional.mse_loss(self.outputs(params, batch)[:, 0], batch["y"].to(torch.float64))
+
+
+def test_reverse_over_reverse_keeps_parameters_in_place_of_graphs_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    def peak(num_steps: int, execution: Execution) -> int:
+        loop = InnerLoop(Wide(), optimizers.example("maml", template(Wide())), execution)
+        theta, carry = generic_theta(loop.rule), loop.start(sample(Wide(), 1))
+        return peak_of(lambda: Unrolled(num_steps).estimate(loop, theta, FinalLoss(), carry))
+
+    plain, mixed = (peak(9, x) - peak(4, x) for x in (Execution(), Execution(mixed_mode=True)))
+    batch = Wide().batch(sample(Wide(), 1), 0, "train")
+    params, batch = (sum(x.numel() * x.element_size() for x in y.values()) for y in (template(Wide()), batch))
+    assert plain > 5 * (batch + 50 * params)
+    assert mixed <= 5 * (batch + 2 * params)
+    assert "MseLoss" in caplog.text

@@ -16,7 +16,7 @@ from torch import Tensor
 from learnedopt.core import checks, tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
-from learnedopt.core.inner import InnerLoop
+from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.inner_gradient import step_gradient
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Batch, Tasks
@@ -53,6 +53,14 @@ class Recording(NamedTuple):
 
 class GradientEstimator(ABC):
     """An estimator of the gradient of a meta-objective with respect to theta."""
+
+    inner: InnerSolver | None = None
+    """What solves the inner problem in place of the rule's own steps; validation and evaluation take it too."""
+
+    @property
+    def takes_second_derivatives(self) -> bool:
+        """Whether estimates take second derivatives of the inner objective; they are vetted where it may be so."""
+        return True
 
     @property
     def recording(self) -> Recording | None:

@@ -30,7 +30,9 @@ class Execution:
             uncompiled, with a warning that says why. Under the coordinatewise adjoint, where it applies, the gradient
             of an inner step is what is compiled.
         mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
-            take second derivatives by forward mode over reverse mode, which runs the gradient a second time.
+            compute the gradient again on the way back: second derivatives by forward mode over reverse mode, or by
+            reverse over reverse where the first call finds that forward mode fails or errs; a warning in the log then
+            says through what. The loss must not draw random numbers.
         vet: evaluate the loss a few times before the first estimate, to find what would make meta-gradients silently
             wrong (``learnedopt check`` says what that is).
     """

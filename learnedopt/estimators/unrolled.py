@@ -115,6 +115,11 @@ class Unrolled(GradientEstimator):
             raise ValueError("offload=True moves the starts of segments, and there are none; pass segment= as well")
 
     @property
+    def takes_second_derivatives(self) -> bool:
+        """Under the full tape."""
+        return self.tape is Tape.FULL
+
+    @property
     def recording(self) -> Recording:
         """All steps, or a segment of them at a time."""
         return Recording(self.num_steps, self.tape, lambda n: Unrolled(n, self.tape), self.segment)
@@ -160,6 +165,11 @@ class Truncated(GradientEstimator):
                 f"would be cut short; use {self.horizon - self.horizon % self.num_steps or self.num_steps} or "
                 f"{self.horizon + self.num_steps - self.horizon % self.num_steps}"
             )
+
+    @property
+    def takes_second_derivatives(self) -> bool:
+        """Under the full tape."""
+        return self.tape is Tape.FULL
 
     @property
     def recording(self) -> Recording:

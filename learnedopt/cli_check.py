@@ -1,0 +1,56 @@
+"""The command ``learnedopt check``: a recipe's loop is vetted alone, in words, before hours are spent on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from learnedopt.cli_train import add_recipe_arguments, configured, list_recipes
+
+FOUND = 1
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``check`` to the commands of a parser."""
+    about = "say whether a recipe's loss is differentiated right"
+    parser = commands.add_parser(
+        "check",
+        help=about,
+        description="Vet a recipe as training does before its first meta-gradient, and print what was tried and found: "
+        "whether the loss is a function of what it is given, and whether its derivatives are right. Exit code 1 where "
+        "something would make meta-gradients silently wrong.",
+    )
+    parser.set_defaults(command=run)
+    add_recipe_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Vet the recipe that the arguments name; return 0 where all is well, else 1."""
+    import torch
+
+    from learnedopt.core.vetting import examine, report
+    from learnedopt.run import build
+
+    if arguments.list:
+        return list_recipes()
+    recipe = configured(arguments)
+    torch.set_num_threads(recipe.num_threads)
+    loop, _ = build(recipe)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    theta, tasks = loop.init_theta(generator), loop.family.sample(2, generator)
+    begun = loop.begin(theta, loop.start(tasks))
+    second = recipe.estimator.takes_second_derivatives
+    faults = loop.family.faults(*_one_task(loop, begun), second_derivatives=second)
+    findings = examine(loop, theta, begun, second_derivatives=second)
+    print(f"{recipe.name}: {type(loop.rule).__name__} on {type(loop.family).__name__}, two tasks.\n{report(findings)}")
+    for fault in faults:
+        print(f"The family says: {fault}")
+    return FOUND if faults or any(not finding.passed for finding in findings) else 0
+
+
+def _one_task(loop: Any, begun: Any) -> tuple[Any, Any]:
+    from learnedopt.core import tree
+
+    batch = loop.batch(begun.tasks, begun.step, "train")
+    params, batch = tree.squeeze(tree.narrow((tree.detach(begun.params), batch), 0, 1))
+    return params, batch
