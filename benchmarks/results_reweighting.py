@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, Unrolled
+from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, recipes
 from learnedopt.core.files import write_atomically
 from learnedopt.inner_objectives import WeightedExamples
 from learnedopt.optimizers import SGD
 from learnedopt.tasks import NoisyImages
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reweighting.png"
-NUM_STEPS, NUM_META_STEPS, RATE = 40, 50, 4.0
+RECIPE = recipes.make("reweighting-mnist")
+NUM_STEPS, RATE = RECIPE.validation.num_steps, RECIPE.rule.options["lr"]
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SURE = 1e4
 """A raw weight whose sigmoid is 1, and with the other sign 0."""
@@ -43,14 +44,14 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
 
 
 def meta_train(family: NoisyImages) -> tuple[Theta, list[float]]:
-    """Return theta, and the loss on the clean images at each meta-step."""
+    """Return theta as the recipe trains it, and the loss on the clean images at each meta-step."""
     loop = inner_loop(family, RATE, WeightedExamples(family.num_train))
     generator, losses = torch.Generator().manual_seed(0), []
     theta = loop.init_theta(generator)
-    adam = torch.optim.Adam(theta.values(), 0.1)
-    for _ in range(NUM_META_STEPS):
+    adam = torch.optim.Adam(theta.values(), RECIPE.meta.lr)
+    for _ in range(RECIPE.num_meta_steps):
         carry = loop.start(family.sample(1, generator))
-        found = Unrolled(NUM_STEPS).estimate(loop, theta, FinalLoss(), carry)
+        found = RECIPE.estimator.estimate(loop, theta, FinalLoss(), carry)
         for name, value in theta.items():
             value.grad = found.grads[name]
         adam.step()
@@ -84,36 +85,35 @@ def tested(
     return Row(label, 100 * float(trained(inner_loop(test, scale * best, objective), theta)[1]), best)
 
 
+def compare(family: NoisyImages, theta: Theta, wrong: Tensor) -> list[Row]:
+    """Return what the learned weights reach, then what others do."""
+    objective = WeightedExamples(family.num_train)
+    # The mean is over all images: the rate makes up for those of weight 0.
+    alone, scale = {"example_weights": torch.where(wrong, -SURE, SURE)}, len(wrong) / int((~wrong).sum())
+    return [
+        tested("learned weights", family, (RATE,), objective, theta),
+        tested("rightly labelled images alone", family, RATES, objective, alone, scale),
+        tested("all images alike", family, RATES, TaskLoss(), {}),
+        tested("all images, labels right", dataclasses.replace(family, noise=0.0), RATES, TaskLoss(), {}),
+    ]
+
+
 def main() -> None:
     """Print the table and draw the figure."""
     torch.set_num_threads(1)
     print("| labels from seed | AUC | CPU s | way to train | test accuracy, % | rate |\n|---|---|---|---|---|---|")
-    first = None
     for seed in range(3):
-        family = NoisyImages(data_seed=seed)
+        family = NoisyImages(**RECIPE.family.options, data_seed=seed)
         wrong = family.wrong_labels()
         began = time.process_time()
         theta, losses = meta_train(family)
         seconds = time.process_time() - began
         weights = theta["example_weights"].sigmoid()
         auc = area_under_curve(-weights, wrong)
-        objective = WeightedExamples(family.num_train)
-        # The mean is over all images: the rate makes up for those of weight 0.
-        alone, share = {"example_weights": torch.where(wrong, -SURE, SURE)}, float((~wrong).double().mean())
-        rows = [
-            tested("learned weights", family, (RATE,), objective, theta),
-            tested("rightly labelled images alone, same rate", family, (RATE,), objective, alone, 1 / share),
-            tested("rightly labelled images alone", family, RATES, objective, alone, 1 / share),
-            tested("all images alike", family, RATES, TaskLoss(), {}),
-            tested("all images, labels right", dataclasses.replace(family, noise=0.0), RATES, TaskLoss(), {}),
-        ]
-        for row in rows:
-            print(
-                f"| {seed} | {auc:.3f} | {seconds:.0f} | {row.label} | {row.accuracy:.2f} | {row.rate:g} |", flush=True
-            )
-        first = first or (weights, wrong, losses, auc)
-    assert first is not None
-    draw(*first)
+        for label, accuracy, rate in compare(family, theta, wrong):
+            print(f"| {seed} | {auc:.3f} | {seconds:.0f} | {label} | {accuracy:.2f} | {rate:g} |", flush=True)
+        if seed == 0:
+            draw(weights, wrong, losses, auc)
 
 
 def draw(weights: Tensor, wrong: Tensor, losses: list[float], auc: float) -> None:

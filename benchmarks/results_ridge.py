@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learnedopt import Execution, FinalLoss, Implicit, InnerLoop, Tasks, Theta, Unrolled
+from learnedopt import FinalLoss, Implicit, InnerLoop, Tasks, Theta, Unrolled, recipes
 from learnedopt.core.files import write_atomically
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.linear_solvers import ConjugateGradient
@@ -22,12 +22,11 @@ from learnedopt.optimizers import SGD
 from learnedopt.tasks import LinearRegression
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "ridge.png"
-DIM, RELEVANT, NUM_POINTS, NOISE = 20, 5, 20, 1.0
-START, NUM_META_STEPS, NUM_TASKS, NUM_TEST = 0.1, 400, 64, 2000
+RECIPE = recipes.make("ridge")
+FAMILY = LinearRegression(**RECIPE.family.options)
+DIM, RELEVANT, NUM_POINTS, NOISE = FAMILY.dim, FAMILY.num_relevant or 0, FAMILY.num_train, FAMILY.noise
+NUM_META_STEPS, NUM_TEST, START = RECIPE.num_meta_steps, 2000, 0.1
 KEY = "log_l2/weight"
-FAMILY = LinearRegression(
-    DIM, NUM_POINTS, NUM_POINTS, 1.0, NOISE, mean_weight=0.0, num_relevant=RELEVANT, dtype="float64"
-)
 
 
 def ridge(tasks: Tasks, strengths: Tensor) -> Tensor:
@@ -75,12 +74,11 @@ def compare_gradients(loop: InnerLoop, tasks: Tasks, log_strengths: Tensor) -> N
 
 def meta_train(loop: InnerLoop, theta: Theta) -> list[Tensor]:
     """Return the strengths before each meta-step and at the end."""
-    estimator = Implicit(2, ConjugateGradient(DIM), inner=HessianFree(num_cg_iterations=DIM))
-    adam = torch.optim.Adam(theta.values(), 0.05)
+    adam = torch.optim.Adam(theta.values(), RECIPE.meta.lr)
     generator, path = torch.Generator().manual_seed(1), [theta[KEY].exp()]
     for _ in range(NUM_META_STEPS):
-        carry = loop.start(FAMILY.sample(NUM_TASKS, generator))
-        theta[KEY].grad = estimator.estimate(loop, theta, FinalLoss(), carry).grads[KEY]
+        carry = loop.start(FAMILY.sample(RECIPE.num_tasks, generator))
+        theta[KEY].grad = RECIPE.estimator.estimate(loop, theta, FinalLoss(), carry).grads[KEY]
         adam.step()
         path.append(theta[KEY].exp())
     return path
@@ -91,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     template = {"weight": torch.zeros(DIM, dtype=torch.float64)}
     objective = L2(template, START, per="coordinate")
-    loop = InnerLoop(FAMILY, SGD(0.2, learn=()), Execution(chunk_size=NUM_TASKS), objective)
+    loop = InnerLoop(FAMILY, SGD(0.2, learn=()), RECIPE.execution, objective)
     theta = loop.init_theta(torch.Generator())
     few = FAMILY.sample(8, torch.Generator().manual_seed(2))
     compare_gradients(loop, few, theta[KEY] + torch.linspace(-1, 1, DIM, dtype=torch.float64))

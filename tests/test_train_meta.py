@@ -25,9 +25,11 @@ from learnedopt import (
     KLDivergence,
     MeanLogLoss,
     Tape,
+    TaskLoss,
     Truncated,
     TruncatedBackprop,
     Unrolled,
+    checkpoint,
     recipes,
 )
 from learnedopt.config import INTERCHANGEABLE, override
@@ -76,6 +78,8 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
     if recipe.family.name == "image-mlp":
         request.getfixturevalue("data_root")
         sets += ["family.batch_size=4", "family.hidden=[3]"]
+    if recipe.family.name == "noisy-images":
+        request.getfixturevalue("data_root")
     if isinstance(recipe.estimator, Truncated):
         sets += ["estimator.num_steps=2", "estimator.horizon=4"]
     if recipe.family.name == "omniglot":
@@ -98,8 +102,9 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
     assert all(expected <= row.keys() and row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows[1:])
     config = json.loads((folder / "config.json").read_text("utf-8"))["recipe"]
     assert config == configuration(configured(name, *sets))
-    rule, theta = learnedopt.load(folder)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["theta"].keys() == theta.keys()
+    rule, inner_objective, theta, _ = checkpoint.load_checkpoint(folder)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["theta"].keys() == theta.keys() != set()
+    assert isinstance(inner_objective, TaskLoss) == (recipe.inner_objective is None)
     described = json.loads((folder / "theta.json").read_text("utf-8"))
     assert described["rule"] == learnedopt.optimizers.describe(rule)
     assert described["metadata"]["best_validation"] == min(row["validation"] for row in rows)

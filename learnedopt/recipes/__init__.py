@@ -18,6 +18,8 @@ _TABLE = {
     "lstm-mnist-long": "lstm:lstm_mnist_long",
     "meta-sgd-mnist": "rates:meta_sgd_mnist",
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
+    "reweighting-mnist": "reweighting:reweighting_mnist",
+    "ridge": "ridge:ridge",
     "imaml-regression": "implicit:imaml_regression",
     "maml-sine": "sine:maml_sine",
     "meta-sgd-sine": "sine:meta_sgd_sine",
