@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,12 +97,12 @@ class Inside(InnerObjective):
         size = POINTS if self.kind == "weights per example" else DIM
         return {"theta": 0.3 * torch.randn(size, generator=generator)}
 
-    def loss(self, theta, family, params, batch):
-        value, theta = family.errors(params, batch), theta["theta"]
+    def loss(self, theta, family: Any, params, batch):
+        value, inside = family.errors(params, batch), theta["theta"]
         if self.kind == "weights per example":
-            return (theta.sigmoid() * value).mean()
+            return (inside.sigmoid() * value).mean()
         flat = torch.cat([p.reshape(-1) for p in params.values()])[:DIM]
-        term = 0.5 * theta.exp() * flat.square() if self.kind == "L2 per coordinate" else theta * flat
+        term = 0.5 * inside.exp() * flat.square() if self.kind == "L2 per coordinate" else inside * flat
         return value.mean() + term.sum()
 
     def outer_loss(self, theta, family, params, batch):
@@ -183,11 +184,10 @@ def estimate(
     loop: InnerLoop, theta: Theta, tasks: dict[str, Tensor], estimator: GradientEstimator, count: int
 ) -> Tensor:
     """Return the last of so many estimates in a row."""
-    carry, found = loop.start(tasks), None
-    for _ in range(count):
-        found = estimator.estimate(loop, theta, FinalLoss(), carry)
-        carry = found.carry
-    assert found is not None
+    found = estimator.estimate(loop, theta, FinalLoss(), loop.start(tasks))
+    for _ in range(count - 1):
+        assert found.carry is not None
+        found = estimator.estimate(loop, theta, FinalLoss(), found.carry)
     return found.grads["theta"]
 
 
