@@ -98,7 +98,7 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
 def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
     from learnedopt.config import recorded_solver
-    from learnedopt.core.checks import require_count
+    from learnedopt.core.counts import require_count
     from learnedopt.evaluation.few_shot import FewShot, adapt
     from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -140,7 +140,7 @@ def _require_fit(
     label: str, learned: Checkpoint, family: TaskFamily, num_steps: int, inner: InnerSolver | None
 ) -> None:
     """Raise ValueError unless the checkpoint adapts to tasks of the family: to two of them, one step at most."""
-    from learnedopt.core.checks import require_count
+    from learnedopt.core.counts import require_count
     from learnedopt.evaluation.few_shot import adapt
 
     require_count("num_steps", num_steps, least=1 if inner else 0)

@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from learnedopt.core.execution import Execution
 
 
-def require_count(name: str, value: int, least: int = 0) -> None:
-    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not a count; pass an integer of at least {least}")
-
-
 def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, objective: InnerObjective) -> None:
     """Raise TypeError unless an inner loop is made of what it is made of."""
     if not hasattr(family, "loss") or not hasattr(rule, "update"):

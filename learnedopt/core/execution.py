@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from learnedopt.core import tree
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 
 
 @final

@@ -12,7 +12,7 @@ from torch import Tensor
 from learnedopt.core import checks, tree
 from learnedopt.core.cache import Cache
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, join, narrow
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution, TaskMap
 from learnedopt.core.inner_gradient import StepGradient, step_gradient
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss

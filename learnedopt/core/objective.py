@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import Split
 from learnedopt.core.tree import Theta

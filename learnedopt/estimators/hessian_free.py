@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, detach, join
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Params, Theta

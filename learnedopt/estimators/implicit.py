@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Rollout, detach, narrow
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import (
     Estimate,
     GradientEstimator,

@@ -15,7 +15,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 
 Operator = Callable[[Tensor], Tensor]
 

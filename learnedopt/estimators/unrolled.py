@@ -11,7 +11,7 @@ import torch
 from learnedopt.core import carry as carries
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import (
     Estimate,
     GradientEstimator,

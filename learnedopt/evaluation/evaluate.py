@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Tape
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Rollout
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.objective import FinalLoss

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import narrow
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator, as_leaves
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from learnedopt.core import tree
-from learnedopt.core.checks import require_count
+from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import call_objective, check_objective
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import MetaObjective
