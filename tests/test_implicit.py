@@ -41,6 +41,7 @@ from learnedopt import (
     LinearSolver,
     Neumann,
     Penalty,
+    Tape,
     TaskFamily,
     TaskLoss,
     Theta,
@@ -264,18 +265,29 @@ class PullsB(InnerObjective):
     penalty = PullOfB()
 
 
-def test_a_pull_outside_the_inner_objective_shows_as_an_unsolved_problem() -> None:
-    """The optimality condition is the inner objective's: weight decay in the update alone solves another one."""
+def test_a_pull_outside_the_inner_objective_is_a_fixed_point_of_the_step_map() -> None:
+    """Weight decay in the update alone solves another problem than the inner objective's optimality condition."""
     decayed = optimizers.make("sgd", lr=0.2, weight_decay=0.5, learn=())
     started = optimizers.make("maml", template={"b": template(STILL)["b"]}, lr=0.2)
     groups = {"w": ("w", decayed), "b": ("b", started)}
     loop = InnerLoop(STILL, optimizers.make("partition", groups=groups), inner_objective=PullsB())
     theta, carry = generic_theta(loop), loop.start(sample(STILL, 2))
-    with pytest.warns(ConvergenceWarning, match="not converged"):
-        Implicit(200, ConjugateGradient(5)).estimate(loop, theta, FinalLoss(), carry)
     path = Unrolled(200).estimate(loop, theta, FinalLoss(), carry)
-    found = Implicit(200, Neumann(200)).estimate(loop, theta, FinalLoss(), carry)  # the rule's own step map
-    assert relative_error(found.grads, path.grads) < 1e-9
+    for solver in (ConjugateGradient(5), GMRES(), Neumann(200)):
+        found = Implicit(200, solver).estimate(loop, theta, FinalLoss(), carry)
+        assert relative_error(found.grads, path.grads) < 1e-9
+
+
+def test_a_point_that_does_not_solve_the_optimality_condition_is_a_warning() -> None:
+    """Such as one that an inner solver finds of another problem."""
+    loop = tied_loop(STILL)
+
+    def halfway(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
+        return loop.run({**theta, "strength": 2 * theta["strength"]}, carry, num_steps, Tape.NONE).end
+
+    theta, carry = generic_theta(loop), loop.start(sample(STILL, 2))
+    with pytest.warns(ConvergenceWarning, match="not converged"):
+        Implicit(200, ConjugateGradient(5), inner=halfway).estimate(loop, theta, FinalLoss(), carry)
 
 
 def test_the_bootstrapped_target_is_an_objective_of_the_end() -> None:

@@ -100,9 +100,9 @@ class Implicit(GradientEstimator):
         keep_freed_memory()
         if loop.execution.compile:
             say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
-        fixed, leaves = tree.detach(theta), as_leaves(theta)
         check_loop(loop, theta, carry, second_derivatives=True)
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
+        fixed, leaves = tree.detach(theta), as_leaves(theta)
         first = narrow(carry, 0, 1)
         stationary = self._is_stationary_point(loop, fixed, first)
         forgotten = require_solution_moves(loop, fixed, first, objective, stationary=stationary)
