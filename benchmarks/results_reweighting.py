@@ -119,9 +119,9 @@ def main() -> None:
 def draw(weights: Tensor, wrong: Tensor, losses: list[float], auc: float) -> None:
     """Draw how the weights of right and wrong labels come apart, and the loss on clean images."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
+    figure = Figure(figsize=(10, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2)
     bins = torch.linspace(0, 1, 41).tolist()
     for label, colour, chosen in (("label is right", "#0072B2", ~wrong), ("label is wrong", "#D55E00", wrong)):

@@ -122,9 +122,9 @@ def main() -> None:
 def draw(path: list[Tensor], curve: list[float], levels: dict[str, float]) -> None:
     """Draw the strengths beside their closed form, and the loss beside those of other strengths."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
+    figure = Figure(figsize=(10, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2)
     steps, orange, blue = range(len(path)), "#D55E00", "#0072B2"
     for i, line in enumerate(torch.stack(path).T.tolist()):

@@ -19,6 +19,5 @@ family = learnedopt.tasks.make("linear-regression", num_train=5, condition_numbe
 rule = learnedopt.optimizers.make("sgd", lr=0.1, learn=())
 loop = InnerLoop(family, rule, Execution(chunk_size=100), Pull())
 held_out = Validation(loop, FinalLoss(), num_steps=20, num_tasks=100)
-theta = loop.init_theta(torch.Generator())
-trainer = MetaTrainer(loop, Unrolled(20), FinalLoss(), lambda p: torch.optim.Adam(p, 0.1), num_tasks=16, theta=theta)
+trainer = MetaTrainer(loop, Unrolled(20), FinalLoss(), lambda theta: torch.optim.Adam(theta, 0.1), num_tasks=16)
 print(f"held-out loss {held_out.measure(trainer.theta):.3f}, trained {held_out.measure(trainer.run(50).theta):.3f}")
