@@ -95,8 +95,6 @@ class Implicit(GradientEstimator):
     @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
         """Solve the inner problem without a graph, then one linear system per task."""
-        if loop.execution.compile:
-            say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
         keep_freed_memory()
         if loop.execution.compile:
             say_why_not(loop, "an implicit meta-gradient is a linear solve, of which each product is one call")
