@@ -38,7 +38,6 @@ def implicit_gradient(
         damping: added to the Hessian's diagonal.
     """
 
-
     def value(leaves: Theta) -> Tensor:
         values = [
             _implicit_value(loop, theta, leaves, objective, task, num_steps, step_map, num_terms, damping)

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 
 def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, objective: InnerObjective) -> None:
-    """Raise TypeError unless an inner loop is made of what it is made of."""
-    if not hasattr(family, "loss") or not hasattr(rule, "update"):
+    """Raise TypeError unless an inner loop is made of what it is made of; ValueError where that contradicts itself."""
+    parts = ((family, "loss"), (rule, "update"))
+    if any(isinstance(part, type) or not hasattr(part, method) for part, method in parts):
+        got = ", ".join(f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__ for x, _ in parts)
         raise TypeError(
-            f"InnerLoop takes a TaskFamily and an UpdateRule, got {type(family).__name__}, {type(rule).__name__}; "
-            "make them by name with learnedopt.tasks.make(name) and learnedopt.optimizers.make(name)"
+            f"InnerLoop takes a TaskFamily and an UpdateRule, got {got}; make them by name with "
+            "learnedopt.tasks.make(name) and learnedopt.optimizers.make(name)"
         )
     if not hasattr(execution, "chunk_size"):
         raise TypeError(f"execution={execution!r} is no Execution; pass Execution(chunk_size=...), or nothing")
@@ -35,6 +37,11 @@ def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, ob
         raise TypeError(
             f"inner_objective={objective!r} is no InnerObjective; pass an instance, such as TaskLoss(), or one of a "
             "class of your own that derives from InnerObjective"
+        )
+    if objective.penalty is not None and not objective.descends_task_loss:
+        raise ValueError(
+            f"{type(objective).__name__} has a loss of its own and a penalty, which stands in place of one: define "
+            "loss, with the penalty in it, or set penalty, and leave the loss as it is"
         )
 
 

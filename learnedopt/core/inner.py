@@ -128,6 +128,8 @@ class InnerLoop:
     @outside_inference_mode
     def losses(self, theta: Theta, carry: Carry, split: Split, theta_per_task: bool = False) -> Tensor:
         """Return each task's outer loss (num_tasks,) at a begun carry on its step's batch of ``split``."""
+        if theta_per_task or not self.inner_objective.reads_task_loss:
+            self.require_theta(theta, tree.size(carry.params) if theta_per_task else None)
         if self.inner_objective.reads_task_loss:
             return self._evaluate(self.family.loss, carry, split)
         per_task, shared = ((theta,), ()) if theta_per_task else ((), (theta,))
@@ -180,9 +182,7 @@ class InnerLoop:
     def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
         plans = self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
-        return step_gradient(
-            self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans
-        )
+        return step_gradient(self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans)
 
     def move(
         self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor

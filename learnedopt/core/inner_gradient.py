@@ -87,9 +87,7 @@ def penalty_gradient(
 def _gradient(values: Tensor, params: Params, *, create_graph: bool) -> list[Tensor]:
     # Tasks do not interact, so the gradient of the sum holds each task's own gradient.
     total = values.sum() if values.ndim else values
-    return list(
-        torch.autograd.grad(total, tuple(params.values()), create_graph=create_graph, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(total, tuple(params.values()), create_graph=create_graph, materialize_grads=True))
 
 
 def _outer(

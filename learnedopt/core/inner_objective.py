@@ -66,7 +66,6 @@ class InnerObjective(ABC):  # noqa: B024 - both losses have a default
         """Return the scalar that meta-objectives read, on either split."""
         return family.loss(params, batch)
 
-
     @property
     def descends_task_loss(self) -> bool:
         """Whether the inner steps descend the family's loss, and the penalty where there is one."""

@@ -122,4 +122,3 @@ class UpdateRule(ABC):
         ``grads`` is the gradient of the inner objective at ``params``, ``loss`` its scalar value there, less its
         penalty where it has one.
         """
-
