@@ -140,8 +140,9 @@ def test_the_output_folder_is_named_after_the_run(
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, families, known, packaged = done.stdout.splitlines()
+    rules, objectives, families, known, packaged = done.stdout.splitlines()
     assert rules.split(": ")[1].split(", ") == optimizers.names()
+    assert objectives.split(": ")[1].split(", ") == inner_objectives.names()
     assert families.split(": ")[1].split(", ") == tasks.names()
     assert known.split(": ")[1].split(", ") == recipes.names()
     assert packaged.startswith("Packaged optimizers: ")

@@ -561,7 +561,7 @@ def test_it_runs_outside_the_main_thread() -> None:
         ({"max_grad_norm": math.nan}, "max_grad_norm=nan must be positive"),
         ({"seed": -1}, "seed=-1 is not a count"),
         ({"seed": 2**32}, "seed=4294967296 is too large"),
-        ({"theta": {}}, "theta is empty: this rule has no meta-parameters"),
+        ({"theta": {}}, "theta is empty: neither rule nor inner objective"),
         ({"meta_optimizer": lambda params: torch.optim.LBFGS(params)}, r"LBFGS\.step needs closure"),
         ({"scheduler": lambda o: ReduceLROnPlateau(o)}, "needs metrics"),
     ],
@@ -659,7 +659,7 @@ def test_what_an_estimator_keeps_of_theta_does_not_move_with_it() -> None:
 
 
 def test_a_rule_without_meta_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="this rule has no meta-parameters"):
+    with pytest.raises(ValueError, match="neither rule nor inner objective has meta-parameters"):
         MetaTrainer(quadratic_loop("sgd", learn=()), Unrolled(1), FinalLoss())
 
 

@@ -670,11 +670,21 @@ def test_nothing_of_the_callers_changes(kind: str) -> None:
     assert states[2] == np.random.get_state()[1].tolist()
 
 
-class Decayed(InnerObjective):
-    """A learned decay, in the loss and as a penalty whose closed form is ``factor`` times the right one."""
+class Penalized(InnerObjective):
+    """A learned decay as a penalty, whose closed form may be wrong."""
 
-    def __init__(self, learned: bool = True, penalty: Penalty | None = None) -> None:
-        self.learned, self.penalty = learned, penalty
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"decay": torch.tensor(0.3)}
+
+
+class Decayed(InnerObjective):
+    """A learned decay in the loss."""
+
+    def __init__(self, learned: bool = True) -> None:
+        self.learned = learned
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {"decay": torch.tensor(0.3)}
@@ -697,7 +707,7 @@ class Pull(Penalty):
 
 def test_theta_in_the_inner_loss_is_asked_about() -> None:
     theta = {"decay": torch.tensor(0.3), "lr": torch.tensor(0.1)}
-    for objective in (Decayed(), Decayed(penalty=Pull(1.0))):
+    for objective in (Decayed(), Penalized(Pull(1.0))):
         for execution in EXECUTIONS.values():
             findings = ask(Given(MLP, cross_entropy), objective=objective, theta=theta, **execution)
             assert not any_failed(findings), report(findings)
@@ -708,7 +718,7 @@ def test_theta_in_the_inner_loss_is_asked_about() -> None:
 @pytest.mark.parametrize("penalty", [Pull(1.1), Pull(1.0, 2.0)], ids=["gradient", "value"])
 def test_a_wrong_closed_form_of_a_penalty_is_caught(penalty: Penalty) -> None:
     theta = {"decay": torch.tensor(0.3), "lr": torch.tensor(0.1)}
-    answer = failed(ask(Given(MLP, cross_entropy), objective=Decayed(penalty=penalty), theta=theta))
+    answer = failed(ask(Given(MLP, cross_entropy), objective=Penalized(penalty), theta=theta))
     assert "Is the loss the family's plus the penalty" in answer, answer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,8 +181,12 @@ class InnerLoop:
 
     def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
-        plans = self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
+        plans = self.mixed_plans()
         return step_gradient(self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans)
+
+    def mixed_plans(self) -> dict[Hashable, Any] | None:
+        """Return what mixed mode has found out about the inner loss so far; None where it is not asked for."""
+        return self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
 
     def move(
         self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor

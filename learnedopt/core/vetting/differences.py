@@ -8,7 +8,7 @@ derivative is called wrong only where differences of several step sizes agree wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -151,17 +151,22 @@ def _along(point: Point, direction: Params) -> Verdict:
     return Verdict(right, numbers)
 
 
-def judge_second_derivatives(point: Point, *, forward_over_reverse: bool, moving: Sequence[str]) -> Verdict:
+def judge_second_derivatives(
+    point: Point, *, mixed_plans: dict[Hashable, Any] | None, moving: Sequence[str]
+) -> Verdict:
     """Compare the product of the second derivatives and one random direction with differences of gradients.
 
     Args:
         point: with a graph of its gradient.
-        forward_over_reverse: as the library's mixed mode takes it, else reverse mode over reverse mode.
+        mixed_plans: what mixed mode has found out about the loss, to take it so; None: reverse mode over reverse mode.
         moving: the names of the parameters, whose gradient is what the inner steps take.
     """
     direction = {k: x for k, x in _directions(point.at, point.sizes, seed=3).items() if k in moving}
     try:
-        product = _mixed_product(point, direction) if forward_over_reverse else _product(point, direction)
+        if mixed_plans is not None:
+            product = _mixed_product(point, direction, mixed_plans)
+        else:
+            product = _product(point, direction)
     except Exception as error:  # noqa: BLE001 - reported: what torch cannot do here it cannot do in an estimate
         return Verdict(False, f"torch cannot take them: {first_line(error)}", error)
     if point.dtype is not torch.float64:
@@ -245,10 +250,10 @@ def _product(point: Point, direction: Params) -> Params:
     return dict(zip(point.at, found, strict=True))
 
 
-def _mixed_product(point: Point, direction: Params) -> Params:
+def _mixed_product(point: Point, direction: Params, plans: dict[Hashable, Any]) -> Params:
     leaves = {k: x.detach().requires_grad_() for k, x in point.at.items()}
     params, theta = ({k: x for k, x in leaves.items() if (k in direction) is own} for own in (True, False))
-    _, grads = mixed_mode.value_and_gradient(lambda params, theta: point.loss(params | theta), params, theta, {})
+    _, grads = mixed_mode.value_and_gradient(lambda params, theta: point.loss(params | theta), params, theta, plans)
     along = torch.stack([(g * direction[k]).sum() for k, g in zip(params, grads, strict=True)]).sum()
     if not along.requires_grad:  # a loss that is linear in its parameters
         return {k: torch.zeros_like(x) for k, x in leaves.items()}

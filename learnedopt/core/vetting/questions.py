@@ -91,7 +91,7 @@ def _derivatives(case: Case, loss: Loss, second_derivatives: bool) -> Iterator[F
     yield Finding(findings.GRADIENT, verdict.reason, verdict.right is not False)
     if second_derivatives:
         verdict = differences.judge_second_derivatives(
-            point, forward_over_reverse=case.loop.execution.mixed_mode, moving=list(params)
+            point, mixed_plans=case.loop.mixed_plans(), moving=list(params)
         )
         yield Finding(findings.SECOND, verdict.reason, verdict.right is not False, verdict.error)
 
