@@ -153,6 +153,36 @@ def test_where_it_is_active_in_every_task_the_decay_has_the_zero_that_the_unroll
     assert not path.grads["decay"].any() and path.grads["bound"].abs() > 1e-2
 
 
+class Shrinking(Projected):
+    """Descent with a decay of what lies beyond 1, and of nothing else."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"decay": torch.tensor(0.3, dtype=FLOAT)}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        return {k: -0.3 * (grads[k] + theta["decay"] * (p - 1).relu()) for k, p in params.items()}, state
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1)], ids=str)
+@every_chunk
+def test_what_moves_the_solution_of_one_task_alone_does_move_solutions(order: tuple[int, ...], chunk_size: int) -> None:
+    """In the first kind of task the decay acts on the way, and not at the end; in the second it acts there too."""
+    tasks = sample(STILL, len(order), seed=8)
+    ends = [0.5 * torch.ones(5, dtype=FLOAT), 3 * torch.ones(5, dtype=FLOAT)]
+    c = torch.stack([hessian @ ends[kind] for hessian, kind in zip(tasks["hessian"], order, strict=True)])
+    tasks = {**tasks, "c": torch.stack([c, tasks["c"][:, 1]], dim=1), "x": torch.full((len(order), 5), 4.0)}
+    loop = InnerLoop(STILL, Shrinking(), Execution(chunk_size))
+    theta = loop.init_theta(torch.Generator())
+    path = Unrolled(300).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+    for solver in (GMRES(), Neumann(400)):
+        found = Implicit(300, solver).estimate(loop, theta, FinalLoss(), loop.start(tasks))
+        assert path.grads["decay"].abs() > 1e-3 and relative_error(found.grads, path.grads) < 1e-9
+    of_the_first_kind = {k: v[[i for i, kind in enumerate(order) if kind == 0]] for k, v in tasks.items()}
+    with pytest.raises(ValueError, match=r"\['decay'\] do not move the solution"):
+        alone = InnerLoop(STILL, Shrinking(), Execution(chunk_size))
+        Implicit(300, GMRES()).estimate(alone, theta, FinalLoss(), alone.start(of_the_first_kind))
+
+
 # With an inner objective of one's own
 
 
