@@ -43,15 +43,14 @@ def single_threaded() -> None:
 def times(competitor: Competitor, size: Size, seconds: float = SECONDS) -> dict[str, Any]:
     """Return the milliseconds of CPU and of wall clock that calls take, after a warm-up.
 
-    ``first_s`` is the first call's wall time, with whatever it sets up. A call that takes longer than ``seconds`` is
-    measured once, warmed up by a small one alone; what is compiled is not measured while it compiles.
+    ``first_s`` is the first call's wall time, with whatever it sets up, checks or compiles once, which is not measured
+    again. A call that takes longer than ``seconds`` is measured once after it.
     """
     _small(competitor, size)()
     call = competitor.build(size)
+    first = _timed(call)[1]
     samples = [_timed(call)]
-    first = samples[0][1]
     if first < seconds or competitor.warm_at_size:
-        samples = [_timed(call)]
         while sum(wall for _, wall in samples) < seconds and len(samples) < MOST:
             samples.append(_timed(call))
     cpu, wall = zip(*samples, strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned, Hyper
-from learnedopt.optimizers.bases.precision import wide, wide_dtype
+from learnedopt.optimizers.bases.precision import like, wide, wide_dtype
 
 
 @final
@@ -75,11 +75,11 @@ class Descent(Kernel):
     def step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Descend each parameter at its rate."""
         rates, state = self.rates(theta, params, state)
-        grads = {name: grads[name].to(wide_dtype(p)) for name, p in params.items()}
-        return {name: _descend(wide(p), rates[name], grads[name]).to(p.dtype) for name, p in params.items()}, state
+        return {k: like(_descend(wide(p), rates[k], grads[k]), p) for k, p in params.items()}, state
 
 
 def _descend(param: Tensor, rate: Hyper, grad: Tensor) -> Tensor:
+    grad = like(grad, param)
     if isinstance(rate, Tensor):
         return torch.addcmul(param, rate, grad, value=-1)
     return torch.add(param, grad, alpha=-rate)

@@ -155,7 +155,7 @@ def penalty_like(penalty: Penalty, found: Any, params: Params) -> Params:
             f"{type(penalty).__name__}.gradient must return one gradient of the same shape per parameter: expected "
             f"{shapes(params)}, got {shapes(found)}"
         )
-    return {k: found[k].to(p.dtype) for k, p in params.items()}
+    return {k: found[k] if found[k].dtype is p.dtype else found[k].to(p.dtype) for k, p in params.items()}
 
 
 def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from torch import Tensor
 
 from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.tree import Params, Theta
@@ -63,17 +62,21 @@ class Proximal(InnerObjective):
 
 
 def _from_start(theta: Theta, params: Params) -> Params:
-    return {name: p - _start(theta, name) for name, p in params.items()}
+    starts: dict[str, list[str]] = {}
+    for key in theta:  # one pass: this is asked at every inner step
+        before, mark, name = key.rpartition("init/")
+        if mark and (not before or before.endswith("/")):
+            starts.setdefault(name, []).append(key)
+    return {name: p - theta[_only(starts.get(name, []), name, theta)] for name, p in params.items()}
 
 
-def _start(theta: Theta, name: str) -> Tensor:
-    """Return theta's start of one parameter, whatever wrappers have put before its name."""
-    own = f"init/{name}"
-    found = [key for key in theta if key == own or key.endswith(f"/{own}")]
+def _only(found: list[str], name: str, theta: Theta) -> str:
+    """Return the one entry of theta that is the start of a parameter, whatever wrappers have put before its name."""
     if len(found) != 1:
         what = f"has {len(found)} of them: {found}" if found else f"has none: its entries are {list(theta)}"
         raise ValueError(
-            f"Proximal pulls to the rule's learned start, theta's one entry {own!r} (behind any prefix), but theta "
-            f"{what}; use a rule with one learned start for every parameter: 'maml', or LearnedInit(rule, template)"
+            f"Proximal pulls to the rule's learned start, theta's one entry {f'init/{name}'!r} (behind any prefix), "
+            f"but theta {what}; use a rule with one learned start for every parameter: 'maml', or LearnedInit(rule, "
+            "template)"
         )
-    return theta[found[0]]
+    return found[0]

@@ -11,15 +11,23 @@ from torch import Tensor
 
 from learnedopt.core.tree import Params
 
+WIDE = (torch.float32, torch.float64)
+"""What is computed in as it is: asked at every tensor of every step, so that it is worth being asked quickly."""
+
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of ``x``, or float32 if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.dtype in WIDE else torch.promote_types(x.dtype, torch.float32)
 
 
 def wide(x: Tensor) -> Tensor:
     """Return ``x`` in that dtype: ``x`` itself where it has it."""
-    return x.to(wide_dtype(x))
+    return x if x.dtype in WIDE else x.to(wide_dtype(x))
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of another: ``x`` itself where it has it."""
+    return x if x.dtype is other.dtype else x.to(other.dtype)
 
 
 def zeros(params: Params) -> Params:
