@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, final
 
 T = TypeVar("T")
+MISSING: Any = object()
+"""What ``Cache.get`` returns where there is no answer, as None may be one."""
 
 
 @final
@@ -15,8 +16,9 @@ class Cache:
     """The ``max_entries`` most recently used answers by key."""
 
     def __init__(self, max_entries: int = 128) -> None:
-        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self._max_entries = max_entries
+        # [answer, when it was last used]: keys may be long, and are to be hashed once an access.
+        self._entries: dict[Hashable, list[Any]] = {}
+        self._max_entries, self._uses = max_entries, 0
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
@@ -25,30 +27,36 @@ class Cache:
         return len(self._entries)
 
     def get(self, key: Hashable) -> Any:
-        """Return the answer under ``key``; KeyError where there is none."""
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        """Return the answer under ``key``, or ``MISSING``."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return MISSING
+        self._uses += 1
+        entry[1] = self._uses
+        return entry[0]
 
     def put(self, key: Hashable, answer: T) -> T:
         """Keep an answer, in place of the longest unused one where there are too many; return it."""
-        self._entries[key] = answer
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
+        self._uses += 1
+        self._entries[key] = [answer, self._uses]
+        if len(self._entries) > self._max_entries:
+            del self._entries[min(self._entries, key=lambda key: self._entries[key][1])]
         return answer
 
     def pop(self, key: Hashable, default: Any = None) -> Any:
         """Take an answer out."""
-        return self._entries.pop(key, default)
+        entry = self._entries.pop(key, None)
+        return default if entry is None else entry[0]
 
     def remember(self, key: Hashable, find: Callable[[], T]) -> T:
         """Return the answer under ``key``, found now where it is not there."""
-        return self.get(key) if key in self._entries else self.put(key, find())
+        answer = self.get(key)
+        return self.put(key, find()) if answer is MISSING else answer
 
     def seen(self, thing: Any, *what: Hashable) -> bool:
         """Whether ``saw(thing, *what)`` was told of this very object; it is not kept alive by that."""
-        reference = self._entries.get(("seen", id(thing), *what))
-        return reference is not None and reference() is thing
+        reference = self.get(("seen", id(thing), *what))
+        return reference is not MISSING and reference() is thing
 
     def saw(self, thing: Any, *what: Hashable) -> None:
         """Note an object; one that cannot be referred to weakly is forgotten at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class InnerLoop:
         execution: how tasks are run; see ``Execution``.
         inner_objective: what the steps descend; by default the family's loss.
         horizon: inner steps of a whole episode, for rules that will read how far they are; None where it is open.
-        cache: what was checked or compiled once; loops with the same other arguments may share one.
 
     Example:
         >>> loop = InnerLoop(learnedopt.tasks.make("quadratic"), learnedopt.optimizers.make("sgd", lr=0.01))
@@ -49,12 +48,19 @@ class InnerLoop:
     execution: Execution = Execution()
     inner_objective: InnerObjective = TaskLoss()
     horizon: int | None = None
-    cache: Cache = field(default_factory=Cache, repr=False)
+    cache: Cache = field(default_factory=Cache, init=False, repr=False)
+    """What was checked, found out or compiled once."""
 
     def __post_init__(self) -> None:
         checks.require_parts(self.family, self.rule, self.execution, self.inner_objective)
         if self.horizon is not None:
             require_count("horizon", self.horizon, least=1)
+
+    def on(self, family: TaskFamily) -> InnerLoop:
+        """Return this loop on a family that wraps its own: what was found out of the one holds of the other."""
+        found = replace(self, family=family)
+        object.__setattr__(found, "cache", self.cache)
+        return found
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw the rule's meta-parameters, then the inner objective's own, as one dict.

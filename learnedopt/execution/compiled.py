@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.cache import MISSING
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.estimator import as_leaves
 from learnedopt.core.execution import TaskMap
@@ -67,9 +68,8 @@ class _GivenBatches(TaskFamily):
 
 
 def _with_batches(loop: InnerLoop, source: Callable[[Tasks, int, Split], Batch]) -> InnerLoop:
-    """Return the loop with batches from ``source``: one that knows what this one has found out."""
-    family = _GivenBatches(loop.family, source)
-    return InnerLoop(family, loop.rule, loop.execution, loop.inner_objective, loop.horizon, loop.cache)
+    """Return the loop with batches from ``source``."""
+    return loop.on(_GivenBatches(loop.family, source))
 
 
 def reason_against(eager: Eager, objective: MetaObjective) -> str | None:
@@ -108,15 +108,16 @@ class Compiled(Adjoint):
         expected = None
         given, structure = inspected((leaves, *_trees(chunk)))
         kind = ("reads", eager.unroll, objective, chunk.state is None, structure)
-        if kind not in loop.cache:
+        reads = loop.cache.get(kind)
+        if reads is MISSING:
             expected, reads = _reads(loop, eager, leaves, objective, chunk, weight)
             loop.cache.put(kind, reads)
-        reads = loop.cache.get(kind)
         batches = [loop.batch(chunk.tasks, chunk.step + ahead, split) for ahead, split in reads]
         drawn, structure = inspected(batches)
         # Detached: some may be one tensor, and for a program they are different ones.
         inputs, key = [x.detach() for x in (*given, *drawn)], ("program", kind, structure)
-        if key not in loop.cache:
+        program = loop.cache.get(key)
+        if program is MISSING:
             right = expected or eager.differentiate(loop, leaves, objective, chunk, weight)
 
             def build() -> _Program:
@@ -124,8 +125,7 @@ class Compiled(Adjoint):
                 _require_equal(_call(program, inputs, chunk, weight), right)
                 return program
 
-            loop.cache.put(key, build_once(loop, "the meta-gradient", build))
-        program = loop.cache.get(key)
+            program = loop.cache.put(key, build_once(loop, "the meta-gradient", build))
         if program is None:
             return eager.differentiate(loop, leaves, objective, chunk, weight)
         return _call(program, inputs, chunk, weight)
@@ -143,7 +143,8 @@ def step_gradient(loop: InnerLoop, task_map: TaskMap, params: Params, batch: Bat
 
     inputs, structure = inspected((params, batch))
     key = ("gradient", task_map.num_tasks, structure)
-    if key not in loop.cache:
+    program = loop.cache.get(key)
+    if program is MISSING:
         _, restore = tree.flatten((params, batch))
 
         def record(*tensors: Tensor) -> list[Tensor]:
@@ -159,8 +160,7 @@ def step_gradient(loop: InnerLoop, task_map: TaskMap, params: Params, batch: Bat
             require_close({"loss": ([loss], [right_loss]), "gradient": (grads, list(right.values()))})
             return program
 
-        loop.cache.put(key, build_once(loop, "the gradient of an inner step", build))
-    program = loop.cache.get(key)
+        program = loop.cache.put(key, build_once(loop, "the gradient of an inner step", build))
     if program is None:
         return eager(params, batch)
     with torch.no_grad():
