@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from learnedopt.core import mixed_mode
 from learnedopt.core.tree import Params
+from learnedopt.core.vetting.double import WIDER, InDouble
 from learnedopt.core.vetting.findings import first_line
 
 Loss = Callable[[Params], Tensor]
@@ -32,33 +31,6 @@ _STEPS_OF_GRADIENTS = (1e-8, 1e-7, 1e-3)
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.05}
 _ROUNDING = 16.0  # units of eps that a loss or a gradient is uncertain by
 _MOST_NAMED = 64  # parameters that are tried one by one for the message
-_WIDER = {
-    torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64,
-    torch.complex64: torch.complex128,
-}  # fmt: skip
-_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
-
-
-class InDouble(TorchFunctionMode):
-    """Promote every floating-point tensor that an operation of torch is given or returns to float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map(_promoted, (args, kwargs or {}))
-        return pytree.tree_map(_promoted, (torch.Tensor.double if func in _CASTS else func)(*args, **kwargs))
-
-
-def _promoted(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(_WIDER[x.dtype]) if x.dtype in _WIDER else x
-    return _WIDER.get(x, x) if isinstance(x, torch.dtype) else x
-
-
-def promoted(loss: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return ``loss(*args)`` with everything that it reads in float64."""
-    with InDouble():
-        return loss(*pytree.tree_map(_promoted, args))
-
-
 class Verdict(NamedTuple):
     """``right`` is True, False, or None where it could not be told; ``reason`` in words, with numbers."""
 
@@ -88,7 +60,7 @@ def generic_point(loss: Loss, tensors: Params, *, create_graph: bool) -> Point |
     Tried are float64 and, where that fails, the tensors' own precision; each moved to a generic point, then as it is.
     """
     failure: Exception = FloatingPointError("the loss or its gradient is not finite")
-    sizes, narrow = _sizes(tensors), any(x.dtype in _WIDER for x in tensors.values())
+    sizes, narrow = _sizes(tensors), any(x.dtype in WIDER for x in tensors.values())
     for promote in (True, False) if narrow else (False,):
         for move in (_MOVE, 0.0):
             mode = InDouble if promote else nullcontext

@@ -14,7 +14,7 @@ from learnedopt.core.tree import Params
 from learnedopt.core.vetting import findings
 from learnedopt.core.vetting.captured import Watch, find, random_states, seed_everything
 from learnedopt.core.vetting.cases import Case, Loss, call_number
-from learnedopt.core.vetting.differences import promoted
+from learnedopt.core.vetting.double import promoted
 from learnedopt.core.vetting.findings import Finding, first_line
 
 _STRICT = ("parameters", "theta")  # a write to them counts even where it changes nothing this time

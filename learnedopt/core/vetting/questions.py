@@ -12,6 +12,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import differences, findings, purity
 from learnedopt.core.vetting.captured import random_states_restored
 from learnedopt.core.vetting.cases import Case, Loss, case_of, losses_of
+from learnedopt.core.vetting.double import promoted
 from learnedopt.core.vetting.findings import Finding, first_line
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _penalty(case: Case) -> Finding:
 
     try:
         at = {k: p.detach().double().mul(1.01).add(0.01).requires_grad_() for k, p in params.items()}
-        gap = differences.promoted(parts, case.theta, at).item()
+        gap = promoted(parts, case.theta, at).item()
     except Exception as error:  # noqa: BLE001 - a finding
         return Finding(findings.PENALTY, first_line(error), False, error)
     return Finding(findings.PENALTY, f"they differ by {gap:.1g} of their size", gap <= 1e-4)
