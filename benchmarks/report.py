@@ -107,8 +107,8 @@ differs, in relative norm, from the reference's. The peak is that of resident me
 meta-gradient, native memory and all, over what was there before. *Speed* is CPU time; 2 × is half the time. Networks,
 data and arithmetic (float32) are the same for all.
 
-Under the GNU C library this library asks malloc to keep freed memory (`learnedopt/allocator.py`), the others run as
-they come; *memory kept* is one of them with the same request made for it.
+Under the GNU C library this library asks malloc to keep freed memory (`learnedopt/execution/allocator.py`), the
+others run as they come; *memory kept* is one of them with the same request made for it.
 
 ![CPU time and peak memory of each competitor; this library's are orange](figures/benchmarks.png)
 """

@@ -1,6 +1,6 @@
 """Peak memory of a meta-gradient against inner steps: recorded whole, recomputed in segments, and implicit.
 
-One task: an MLP 784-256-128-64-5 (242,437 parameters) under the proximal rule of implicit MAML, on random inputs, since
+One task: an MLP 784-256-128-64-5 (242,437 parameters) under implicit MAML's proximal objective, on random inputs, since
 memory does not depend on values. Run ``python benchmarks/results_memory.py``.
 
 Every point is a process of its own. It takes one estimate of a single inner step, so that what is set up once is

@@ -1,6 +1,6 @@
 """Data hyper-cleaning: learned weights for 5,000 MNIST images, half of whose labels are random.
 
-Run ``python benchmarks/results_reweighting.py`` (4 CPU minutes). Meta-training sees the 5,000 noisy images and 5,000
+Run ``python benchmarks/results_reweighting.py`` (2 CPU minutes). Meta-training sees the 5,000 noisy images and 5,000
 clean ones, never the test images. Baselines take the best of five rates, by the loss on the same clean images.
 """
 

@@ -45,6 +45,7 @@ _LAZY = {
     "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
     "load": "learnedopt.checkpoint",
+    "load_checkpoint": "learnedopt.checkpoint",
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
@@ -59,7 +60,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
-    from learnedopt.checkpoint import load, save
+    from learnedopt.checkpoint import load, load_checkpoint, save
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
@@ -128,6 +129,7 @@ __all__ = [
     "evaluate",
     "inner_objectives",
     "load",
+    "load_checkpoint",
     "optimizers",
     "predict_peak",
     "save",

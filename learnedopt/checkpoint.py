@@ -186,5 +186,6 @@ def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: Inn
         descends = "" if plain else f" with the inner objective {type(inner_objective).__name__}"
         raise ValueError(
             f"{where}: theta does not fit the rule {type(rule).__name__}{descends}: expected tensors of shapes "
-            f"{expected}, got {type(theta).__name__ if got is None else got}"
+            f"{expected}, got {type(theta).__name__ if got is None else got}; theta of a loop with an inner objective "
+            "of its own is saved with inner_objective=loop.inner_objective"
         )

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # As one line: where in the library a warning was raised does not help who runs a command.
             warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
             return arguments.command(arguments)
-    except (ValueError, TypeError, OSError) as error:  # what the user gave cannot work
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what the user gave cannot work
         print(f"learnedopt {arguments.subcommand}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

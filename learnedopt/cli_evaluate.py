@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
+    from learnedopt.config import recorded_solver
     from learnedopt.evaluation.evaluate import compare
     from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -79,6 +80,9 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     out = arguments.out or Path("runs") / f"evaluate-{label}-{arguments.family}"
     learned = _load(arguments.checkpoint[0])
     fresh, others = _families(arguments.family, _settings(arguments.set))
+    solver = recorded_solver(learned.metadata)
+    if solver is not None:
+        print(f"{label} was trained on solutions by {solver}; here the rule's own steps are taken, as the baselines'")
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     comparison = compare(
         {label: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,

@@ -33,10 +33,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         deltas, state = rule.update(theta, grads, state, params, loss),    param += lr * delta
 
-    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left. A
-    parameter whose ``grad`` is None is not moved: the rule
-    sees a zero gradient there, so that the memory it keeps for the other coordinates stays theirs. Without any gradient
-    at all nothing happens. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was, then
+    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left (a
+    penalty that theta was trained with is yours to add). A parameter whose ``grad`` is None is not moved: the rule sees
+    a zero gradient there, so that the memory it keeps for the other coordinates stays theirs. Without any gradient at
+    all nothing happens. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was, then
     load. The rule's memory keeps its own dtype, whatever the parameters' is.
 
     Args:

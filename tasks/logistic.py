@@ -22,7 +22,8 @@ class LogisticRegression(TaskFamily):
 
     A task draws true weights w* from N(0, I), inputs a from N(0, I) and labels t from a coin of probability
     σ(a·w*). There is no penalty on w: few points may be separable, and the loss then has no minimum but with the
-    regularizer of a rule. Parameters: ``weight`` (dim,). A batch is ``{"inputs": (points, dim), "targets": (points,)}``
+    penalty of an inner objective. Parameters: ``weight`` (dim,). A batch is
+    ``{"inputs": (points, dim), "targets": (points,)}``
     with labels 0.0 and 1.0, the same at every step; the splits are different points.
 
     Args:

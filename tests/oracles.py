@@ -136,7 +136,7 @@ class Reference:
 
     Args:
         skip: steps taken before the window, without a graph; the window starts there.
-        whole: the objective sees the steps before the window too, as constants.
+        whole: the objective sees the losses before the window too, at constant parameters.
         full: the whole tape, or gradients and losses detached.
     """
 
@@ -161,7 +161,8 @@ class Reference:
             start = pytree.tree_map(lambda x: x.detach(), ahead.points[-1]) if skip else None
             path = walk(loop, theta, task, num_steps, full=False, start=start, first_step=skip)
             self.starts.append(start)
-            self.before.append([x.detach() for x in ahead.losses] if whole else [])
+            fixed = [pytree.tree_map(lambda x: x.detach(), params) for params, _ in ahead.points[:-1]]
+            self.before.append(fixed if whole else [])
             self.held.append(path)
             self.targets.append(target_of(objective, loop, theta, task, path))
 
@@ -183,7 +184,9 @@ class Reference:
                 start=start,
                 first_step=self.skip,
             )
-            path = path._replace(losses=before + path.losses, first_step=path.first_step - len(before))
+            read, family = self.loop.inner_objective.outer_loss, self.loop.family
+            losses = [read(theta, family, at, data(family, task, i, "train")) for i, at in enumerate(before)]
+            path = path._replace(losses=losses + path.losses, first_step=path.first_step - len(before))
             values.append(value_of(self.objective, self.loop, theta, task, path, target))
         return torch.stack(values).mean()
 

@@ -21,7 +21,11 @@ class Cache:
         self._max_entries, self._uses = max_entries, 0
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._entries
+        return self.get(key) is not MISSING
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or what is read from a pickle, finds out for itself: programs and references stay here.
+        return {"_entries": {}, "_max_entries": self._max_entries, "_uses": 0}
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -38,6 +38,11 @@ def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, ob
             f"inner_objective={objective!r} is no InnerObjective; pass an instance, such as TaskLoss(), or one of a "
             "class of your own that derives from InnerObjective"
         )
+    if objective.penalty is not None and not isinstance(objective.penalty, Penalty):
+        raise TypeError(
+            f"{type(objective).__name__}.penalty is {type(objective.penalty).__name__}, not a Penalty; derive a class "
+            "from Penalty with value(theta, params), and set penalty to an instance of it"
+        )
     if objective.penalty is not None and not objective.descends_task_loss:
         raise ValueError(
             f"{type(objective).__name__} has a loss of its own and a penalty, which stands in place of one: define "

@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
 
     loss: Tensor
     grads: Theta
-    carry: Carry | None
+    carry: Any
     info: dict[str, Any]
 
 
@@ -68,7 +68,7 @@ class GradientEstimator(ABC):
         return None
 
     @abstractmethod
-    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Any) -> Estimate:
         """Run the inner loop from ``carry`` and return the objective and its gradient, a mean over the tasks."""
 
     def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> Any:
@@ -120,9 +120,12 @@ def call_objective(
 
 
 def check_objective(
-    loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, num_steps: int, *, end_only: bool = False
-) -> None:
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, num_steps: int, *,
+    end_only: bool = False, from_start: bool = True,
+) -> None:  # fmt: skip
     """Check once that the objective is a mean over tasks and, for ``end_only``, that it reads the end alone.
+
+    Without ``from_start`` the start lies before what is recorded, and an objective that reads it is refused as well.
 
     The objective is called on stand-in rollouts of two tasks that stay where they start, with falling losses.
 
@@ -138,7 +141,7 @@ def check_objective(
         if end_only and not objective.end_only:
             raise ValueError(_reads_path(name))
         return
-    if loop.cache.seen(objective, num_steps, end_only):
+    if loop.cache.seen(objective, num_steps, end_only, from_start):
         return
     theta = tree.detach(theta)
     begun = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
@@ -147,13 +150,15 @@ def check_objective(
     spread = torch.linspace(1.0, 2.0, len(start_losses), dtype=fall.dtype, device=fall.device)  # starts may be alike
     losses = (fall[:, None] * start_losses * spread).requires_grad_()
     first, last = (0, 1), (tree.size(begun.params) - 1, tree.size(begun.params))
-    values = []
+    values, starts = [], []
     with torch.enable_grad():
         for picks in ([first, last], [first], [last]):
             part = tree.concatenate([tree.narrow((begun.tasks, begun.params, begun.state), *pick) for pick in picks])
             part_losses = torch.cat([losses[:, slice(*pick)] for pick in picks], dim=1)
             stand_in = Carry(part[0], part[1], part[2], begun.step)
-            rollout = Rollout(stand_in, stand_in._replace(step=begun.step + num_steps), part_losses)
+            start = stand_in._replace(params={k: p.detach().clone().requires_grad_() for k, p in part[1].items()})
+            starts += start.params.values()
+            rollout = Rollout(start, stand_in._replace(step=begun.step + num_steps), part_losses)
             values.append(call_objective(objective, loop, theta, rollout)[0])
     both, *alone = torch.stack([value.detach() for value in values]).tolist()
     eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
@@ -163,11 +168,18 @@ def check_objective(
             f"the objective {name} is not a mean over tasks: on two tasks it gives {both:.6g}, on each alone "
             f"{alone[0]:.6g} and {alone[1]:.6g}; take the mean over the tasks' dimension"
         )
+    if (end_only or not from_start) and values[0].requires_grad:
+        through = torch.autograd.grad(values[0], starts, allow_unused=True, retain_graph=True)
+        if any(g is not None for g in through):
+            raise ValueError(
+                f"{name} reads the rollout's start, through which no gradient flows here; use an objective of the end, "
+                "such as FinalLoss, or Unrolled"
+            )
     if end_only and values[0].requires_grad:
         along = torch.autograd.grad(values[0], losses, allow_unused=True)[0]
         if along is not None:
             raise ValueError(_reads_path(name))
-    loop.cache.saw(objective, num_steps, end_only)
+    loop.cache.saw(objective, num_steps, end_only, from_start)
 
 
 def _reads_path(name: str) -> str:

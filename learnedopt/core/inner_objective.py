@@ -69,12 +69,12 @@ class InnerObjective(ABC):  # noqa: B024 - both losses have a default
     @property
     def descends_task_loss(self) -> bool:
         """Whether the inner steps descend the family's loss, and the penalty where there is one."""
-        return type(self).loss is InnerObjective.loss
+        return getattr(self.loss, "__func__", None) is InnerObjective.loss
 
     @property
     def reads_task_loss(self) -> bool:
         """Whether the outer loss is the family's."""
-        return type(self).outer_loss is InnerObjective.outer_loss
+        return getattr(self.outer_loss, "__func__", None) is InnerObjective.outer_loss
 
     @property
     def is_task_loss(self) -> bool:

@@ -57,6 +57,16 @@ class Kernel:
         return None
 
 
+_MOVED = {
+    **dict.fromkeys(
+        ("regularizer", "regularizer_gradient", "has_regularizer", "has_regularizer_gradient"),
+        "an InnerObjective with a penalty",
+    ),
+    **dict.fromkeys(("step", "update_in_place", "adjoint"), "the rule's kernel"),
+}
+"""What rules had in version 0.1 -> where it is now."""
+
+
 class UpdateRule(ABC):
     """How one inner step moves, with the meta-parameters ``theta`` passed in explicitly.
 
@@ -93,9 +103,16 @@ class UpdateRule(ABC):
         """Refuse an ``update`` that would leave the class with a kernel of another one.
 
         Raises:
-            TypeError: the class overrides ``update`` of a base whose kernel it inherits.
+            TypeError: the class overrides ``update`` of a base whose kernel it inherits, or defines what rules had
+                in version 0.1.
         """
         super().__init_subclass__(**kwargs)
+        gone = sorted(_MOVED.keys() & cls.__dict__.keys())
+        if gone:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(gone)}, which no rule has any more and the engine would not call; "
+                f"put {'it' if len(gone) == 1 else 'them'} into {' and '.join(sorted({_MOVED[k] for k in gone}))}"
+            )
         mro = cls.__mro__
         update, kernel = (next(c for c in mro if name in c.__dict__) for name in ("update", "kernel"))
         if mro.index(update) < mro.index(kernel) and kernel.__dict__["kernel"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
@@ -101,9 +102,8 @@ class Implicit(GradientEstimator):
         check_loop(loop, theta, carry, second_derivatives=True)
         check_objective(loop, theta, objective, carry, self.num_steps, end_only=True)
         fixed, leaves = tree.detach(theta), as_leaves(theta)
-        first = narrow(carry, 0, 1)
-        stationary = self._is_stationary_point(loop, fixed, first)
-        forgotten = require_solution_moves(loop, fixed, first, objective, stationary=stationary)
+        stationary = self._is_stationary_point(loop, fixed, narrow(carry, 0, 1))
+        forgotten = require_solution_moves(loop, fixed, carry, objective, stationary=stationary)
 
         num_tasks = tree.size(carry.params)
         total, sums, reports, curves, still = torch.zeros(()), {}, [], [], []
@@ -119,7 +119,7 @@ class Implicit(GradientEstimator):
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
             curves.append(weight * rollout.losses.mean(1))
-        self._refuse_vanishing(loop, still)
+        self._refuse_vanishing(loop, still, type(system))
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
         info = {
             "residual": residual,
@@ -194,17 +194,19 @@ class Implicit(GradientEstimator):
 
     def _vanishing(self, loop: InnerLoop, system: System) -> set[str] | None:
         """Return what does not move a chunk's solution; None where it has not converged: nothing is known then."""
-        if "vanishing" in loop.cache or not self._converged(system):
+        if ("vanishing", type(system)) in loop.cache or not self._converged(system):
             return None
         return set(system.vanishing())
 
-    def _refuse_vanishing(self, loop: InnerLoop, still: list[set[str] | None]) -> None:
+    def _refuse_vanishing(self, loop: InnerLoop, still: list[set[str] | None], system: type[System]) -> None:
         """Judge once, over the whole meta-batch: what moves the solution of one task alone does move solutions."""
         judged = [names for names in still if names is not None]
         if len(judged) < len(still):
             return
-        everywhere = loop.cache.put("vanishing", set.intersection(*judged))
-        if everywhere:
+        everywhere = set.intersection(*judged)
+        if not everywhere:
+            loop.cache.put(("vanishing", system), True)
+        else:
             why = "its effect on a step vanishes with the step, within the stationarity error"
             raise ValueError(does_not_move(sorted(everywhere), why))
 
@@ -215,6 +217,14 @@ class Implicit(GradientEstimator):
                 f"{info['stationarity']:.1e} (tolerance {self.tolerance:.0e}), linear residual {info['residual']:.1e} "
                 f"after {info['iterations']} iterations; the implicit meta-gradient is inexact by about as much. Take "
                 "more steps, or smaller ones where it diverges",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        elif math.isfinite(self.tolerance) and not info["residual"] <= 1.0:
+            warnings.warn(
+                "the linear system of the implicit meta-gradient is not solved: relative residual "
+                f"{info['residual']:.1e} after {info['iterations']} iterations, more than that of no solution at all. "
+                "It is singular, or needs more iterations: take more, or a damping, or an objective with one minimum",
                 ConvergenceWarning,
                 stacklevel=4,
             )

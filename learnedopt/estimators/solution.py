@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.carry import Carry, Rollout, Tape
+from learnedopt.core.carry import Carry, Rollout, Tape, narrow
 from learnedopt.core.estimator import call_objective
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
@@ -20,15 +20,22 @@ ONE = TaskMap(1)
 
 
 def is_stationary_point(loop: InnerLoop, theta: Theta, begun: Carry) -> bool:
-    """Whether the solution is a stationary point of an inner objective of its own: the rule rests where its gradient is
-    zero. Of the family's loss alone theta moves no stationary point, but it may move a fixed point of the step map."""
+    """Whether the solution is a stationary point of an inner objective of its own.
+
+    So it is where the rule rests at a gradient of zero and moves every coordinate elsewhere. Of the family's loss alone
+    theta moves no stationary point, but it may move a fixed point of the step map.
+    """
     if loop.inner_objective.is_task_loss:
         return False
     params, state = _one_task(begun)
-    zeros = {k: torch.zeros_like(p) for k, p in params.items()}
+    ways = random_like(params, 3)
+    params = {k: p + ways[k] for k, p in params.items()}  # a weight decay, say, shows away from zero
+    zeros, loss = {k: torch.zeros_like(p) for k, p in params.items()}, next(iter(params.values())).new_zeros(())
     with torch.no_grad():
-        moved, _ = loop.move(ONE, theta, zeros, state, params, next(iter(params.values())).new_zeros(()))
-    return all(torch.equal(moved[k], p) for k, p in params.items())
+        rested, _ = loop.move(ONE, theta, zeros, state, params, loss)
+        moved, _ = loop.move(ONE, theta, random_like(params, 4), state, params, loss)
+    # A coordinate that no gradient moves, as the body's under ANIL, is not at a stationary point.
+    return all(torch.equal(rested[k], p) and bool((moved[k] != p).all()) for k, p in params.items())
 
 
 def require_solution_moves(
@@ -47,23 +54,30 @@ def require_solution_moves(
         ValueError: a meta-parameter structurally does not move the solution; the step map depends on a counter.
     """
     key = ("moves", stationary, carry.state is None)
-    if key in loop.cache:
-        return loop.cache.get(key)
-    begun = loop.begin(theta, carry)
-    params, state = _one_task(begun)
+    still, forgotten = loop.cache.remember(key, lambda: _unmoving(loop, theta, carry, stationary=stationary))
+    if still and not loop.cache.seen(objective, "direct", stationary):
+        lost = still - _direct(loop, theta, loop.begin(theta, narrow(carry, 0, 1)), objective)
+        if lost:
+            raise ValueError(does_not_move(sorted(lost), "the update at zero gradient does not depend on it"))
+        loop.cache.saw(objective, "direct", stationary)
+    return sorted(forgotten)
+
+
+def _unmoving(loop: InnerLoop, theta: Theta, carry: Carry, *, stationary: bool) -> tuple[set[str], set[str]]:
+    """Return what moves no task's solution, and the entries of a learned start that are forgotten."""
     if not stationary:
-        _refuse_counter(loop, theta, params, state)
-    still = _without_effect(loop, theta, begun, stationary=stationary)
+        _refuse_counter(loop, theta, *_one_task(loop.begin(theta, narrow(carry, 0, 1))))
+    still = set(theta)
+    for i in range(tree.size(carry.params)):  # what one task says is no reason yet; mostly the first is enough
+        still &= _without_effect(loop, theta, loop.begin(theta, narrow(carry, i, i + 1)), stationary=stationary)
+        if not still:
+            break
     forgotten: set[str] = set()
-    if still:
-        still -= _direct(loop, theta, begun, objective)
     if still and carry.state is None:
         starts, kept = _starts(loop, theta, carry)
         forgotten = (still & starts) - kept if kept else set()
         still -= kept | forgotten
-    if still:
-        raise ValueError(does_not_move(sorted(still), "the update at zero gradient does not depend on it"))
-    return loop.cache.put(key, sorted(forgotten))
+    return still, forgotten
 
 
 def _without_effect(loop: InnerLoop, theta: Theta, begun: Carry, *, stationary: bool) -> set[str]:
@@ -75,7 +89,7 @@ def _without_effect(loop: InnerLoop, theta: Theta, begun: Carry, *, stationary: 
         slopes, is_zero = _gradient_of_objective(loop, leaves, begun, params)
         loss = next(iter(params.values())).new_zeros(())
         if stationary:
-            outputs, rests = list(slopes.values()), True
+            outputs, rests = list(slopes.values()), is_zero
         else:
             _, settled = tree.detach(loop.move(ONE, leaves, slopes, state, params, loss))  # flags have settled there
             image = loop.move(ONE, leaves, slopes, settled, params, loss)
@@ -166,5 +180,5 @@ def does_not_move(names: Sequence[str], why: str) -> str:
 
 def random_like(tensors: dict, seed: int) -> dict:
     """Return standard normal tensors of the same shapes, dtypes and devices."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0x7E57 * 0x10001 + seed)  # not a seed that tasks are drawn with
     return {k: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for k, x in tensors.items()}

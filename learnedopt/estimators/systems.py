@@ -136,8 +136,8 @@ class PublishedSystem(OptimalitySystem):
 class StepMapSystem(System):
     """``z = Phi(z, theta)`` on ``z = (params, floating-point state)``: the operator is ``(I - dPhi/dz)^T``.
 
-    A coordinate of the parameters that has not moved since the start, such as a body of which the head alone adapts, is
-    no unknown: it is the start itself, and its cotangent goes to whatever the start depends on.
+    A coordinate of the parameters that no step moves, such as a body of which the head alone adapts, is no unknown: it
+    is the start itself, and its cotangent goes to whatever the start depends on.
     """
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
@@ -152,7 +152,16 @@ class StepMapSystem(System):
         moved = [(first != last) | (image != last) for first, last, image in params]
         whole = [torch.ones_like(x, dtype=torch.bool) for x in self.z[self.num_params :]]
         self.free = tree.ravel([*moved, *whole])
+        if not self.free.all():  # it may as well have started where it ends: what stays wherever it is put is still
+            self.free = self.free | ~self._stays()
         self.all_free = bool(self.free.all())
+
+    def _stays(self) -> Tensor:
+        """Return which coordinates a step leaves where a small move has put them."""
+        moves = random_like(self.end.params, 5)
+        params = {k: p + moves[k] * (1 + p.abs()) * 1e-2 for k, p in self.end.params.items()}
+        z, image = _step(self.loop, tree.detach(self.theta), self.start, self.end._replace(params=params))
+        return tree.ravel(image) == tree.ravel(z)
 
     def right_hand_side(self, cotangents: Sequence[Tensor]) -> Tensor:
         """Return the cotangents of what moves, with zeros for the state."""

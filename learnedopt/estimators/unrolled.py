@@ -41,7 +41,7 @@ def back_propagate(
     """
     num_steps = unroll.ahead + unroll.num_steps
     check_loop(loop, theta, carry, second_derivatives=unroll.tape is Tape.FULL and unroll.num_steps > 0)
-    check_objective(loop, theta, objective, carry, num_steps)
+    check_objective(loop, theta, objective, carry, num_steps, from_start=unroll.ahead == 0)
     adjoint = adjoint_of(loop, theta, carry, unroll)
     # Of what enters through a start that lies behind this window the gradient is zero, as ``info`` says.
     example = adjoint.example(carry)

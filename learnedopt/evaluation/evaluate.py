@@ -84,7 +84,8 @@ def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: i
     """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``; losses are the outer ones."""
     rule, theta = candidate[:2]
     loop = InnerLoop(family, rule, execution, candidate[2] if len(candidate) == 3 else TaskLoss())
-    rollout = loop.run(tree.to(theta, execution.device, execution.dtype), loop.start(tasks), num_steps, Tape.NONE)
+    theta = tree.to(theta, execution.device, execution.dtype)
+    rollout = loop.run(theta, loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     values: dict[Measure, Tensor] = {
         "final_loss": loop.losses(theta, rollout.end, "valid").double().cpu(),

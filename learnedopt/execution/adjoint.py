@@ -54,9 +54,21 @@ class Unroll:
             return run_in_segments(loop, theta, start, self.num_steps, self.tape, self.segment, offload=self.offload)
         if self.ahead == 0:
             return loop.run(theta, start, self.num_steps, self.tape)
-        first = loop.run(theta, start, self.ahead, Tape.NONE)
+        first = _run_ahead(loop, theta, start, self.ahead)
         last = loop.run(theta, first.end, self.num_steps, self.tape)
         return Rollout(first.start, last.end, torch.cat([first.losses, last.losses]))
+
+
+def _run_ahead(loop: InnerLoop, theta: Theta, start: Carry, num_steps: int) -> Rollout:
+    """Take steps without a tape; where theta enters the outer loss, its part in these losses is kept."""
+    if loop.inner_objective.reads_task_loss:
+        return loop.run(theta, start, num_steps, Tape.NONE)
+    start = here = carries.detach(loop.begin(theta, start))
+    losses = []
+    for _ in range(num_steps):
+        losses.append(loop.losses(theta, here, "train"))
+        here = loop.run(theta, here, 1, Tape.NONE).end
+    return Rollout(start, here, torch.stack(losses))
 
 
 class Adjoint(ABC):

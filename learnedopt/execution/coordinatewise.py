@@ -90,6 +90,11 @@ def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
             g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[NAME], loss], allow_unused=True)
         ):
             return "its update reads the parameters or the loss"
+    with torch.no_grad():  # without a gradient as well
+        other = {NAME: torch.tensor([-0.9, 0.7, 1.3]).to(like)}
+        again = rule.update(theta, grads, tree.detach(state), other, like.new_tensor(-1.9))
+        if not all(map(torch.equal, tree.leaves(again), tree.leaves(tree.detach((deltas, new_state))))):
+            return "its update reads the parameters or the loss"
     return None
 
 

@@ -73,7 +73,7 @@ class WeightedExamples(InnerObjective):
         except (IndexError, RuntimeError) as error:  # the second where tasks are together
             if "out of" not in str(error):
                 raise
-            raise IndexError(
+            raise ValueError(
                 f"WeightedExamples: batch['index'] names an example outside 0 to {self.num_examples - 1} "
                 f"({error}); set num_examples to the size of the training set"
             ) from error

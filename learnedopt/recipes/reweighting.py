@@ -1,4 +1,4 @@
-"""A learned weight for every training image, where half of the labels are wrong (data hyper-cleaning)."""
+"""A learned weight for every training image, where half of the labels are random (data hyper-cleaning)."""
 
 from __future__ import annotations
 

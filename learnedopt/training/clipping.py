@@ -45,3 +45,14 @@ def clip(grads: Theta, norm: Norm, limit: float | None) -> Theta:
     # In this order no factor overflows or vanishes, whatever the length.
     scale, unit = limit / norm.mantissa, 2.0**-norm.exponent
     return {k: (g.double() * unit * scale).to(g.dtype) for k, g in grads.items()}
+
+
+def require_grads(estimator: object, grads: Theta, theta: Theta) -> None:
+    """Raise ValueError unless there is one gradient, shaped as it, for every meta-parameter."""
+    wanted = {k: tuple(v.shape) for k, v in theta.items()}
+    found = {k: tuple(g.shape) for k, g in grads.items()} if isinstance(grads, dict) else type(grads).__name__
+    if found != wanted:
+        raise ValueError(
+            f"{type(estimator).__name__}.estimate must return one gradient for every meta-parameter, {wanted}, got "
+            f"{found}"
+        )

@@ -16,12 +16,12 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.carry import narrow
 from learnedopt.core.counts import require_count
-from learnedopt.core.estimator import GradientEstimator, as_leaves
+from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
-from learnedopt.training.clipping import clip, norm_of
+from learnedopt.training.clipping import clip, norm_of, require_grads
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.progress import SHAPES, Progress, Training, load_progress, require_loadable, save_progress
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
@@ -134,7 +134,8 @@ class MetaTrainer:
         """
         require_count("num_meta_steps", num_meta_steps)
         if self.validation is not None:
-            self.validation.vet(self.theta)  # before anything is written
+            self.validation.require_measurable(self.theta)  # before anything is written
+        self._check_loop()
         self._resume()
         exit_code = 1
         with Interrupts() as interrupts:
@@ -159,6 +160,11 @@ class MetaTrainer:
                 self.tracker.finish(exit_code)
         return result
 
+    def _check_loop(self) -> None:
+        """Vet the loop, whatever the estimator itself asks of it."""
+        carry = self.loop.start(self.loop.family.sample(min(2, self.num_tasks), task_generator(self.seed, 0)))
+        check_loop(self.loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
+
     def _meta_step(self, num_meta_steps: int) -> None:
         progress, began = self.progress, time.perf_counter()
         carry = progress.carry if progress.carry is not None else self._fresh_carry()
@@ -168,6 +174,7 @@ class MetaTrainer:
         theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})
         estimate = self.estimator.estimate(self.loop, theta, self.objective, carry)
         self._require_carry(estimate.carry)
+        require_grads(self.estimator, estimate.grads, self.theta)
         norm, loss = norm_of(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
         if math.isfinite(norm.mantissa) and math.isfinite(loss):
@@ -180,7 +187,7 @@ class MetaTrainer:
             "grad_norm": norm.value,
             "step_ms": 1e3 * (time.perf_counter() - began),
             "skipped": progress.num_skipped,
-            "inner_loss": estimate.info["losses"].tolist() if "losses" in estimate.info else [],
+            "inner_loss": [float(x) for x in estimate.info.get("losses", [])],
         }
         metrics.update({k: v for k, v in estimate.info.items() if isinstance(v, (int, float))})
         every = self.validation.every if self.validation is not None else 1
@@ -283,6 +290,11 @@ class MetaTrainer:
         )
 
     def _require_settings(self) -> None:
+        if not isinstance(self.estimator, GradientEstimator):
+            got = f"the class {self.estimator.__name__}" if isinstance(self.estimator, type) else repr(self.estimator)
+            raise TypeError(f"estimator={got} is no GradientEstimator; pass an instance, such as Unrolled(10)")
+        if self.validation is not None and not isinstance(self.validation, Validation):
+            raise TypeError(f"validation={self.validation!r} is no Validation; pass Validation(loop, objective, ...)")
         for name in ("num_tasks", "checkpoint_every", "max_skips_in_a_row"):
             require_count(name, getattr(self, name), least=1)
         require_seed(self.seed)

@@ -58,7 +58,7 @@ class Validation:
             require_count(name, getattr(self, name), least=0 if name == "num_steps" else 1)
         require_seed(self.seed)
 
-    def vet(self, theta: Theta) -> None:
+    def require_measurable(self, theta: Theta) -> None:
         """Raise what ``measure`` would raise on bad input, by measuring two tasks at most."""
         replace(self, num_tasks=min(self.num_tasks, 2)).measure(theta)
 

@@ -59,12 +59,14 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What one question found: ``answer`` is a plain sentence with numbers, ``error`` what a call raised, if it did."""
+    """What one question found: ``answer`` is a plain sentence with numbers, ``error`` what a call raised, if it did;
+    ``loss`` is which one was asked about."""
 
     question: str
     answer: str
     passed: bool
     error: Exception | None = None
+    loss: str = "loss"
 
     @property
     def advice(self) -> str:
@@ -79,7 +81,8 @@ def report(findings: Sequence[Finding]) -> str:
     """Return in words what was tried and found."""
     lines = []
     for finding in findings:
-        lines += [f"[{'passed' if finding.passed else 'FAILED'}] {finding.question}", f"    {finding.answer}"]
+        of = "" if finding.loss == "loss" else f"{finding.loss}: "
+        lines += [f"[{'passed' if finding.passed else 'FAILED'}] {of}{finding.question}", f"    {finding.answer}"]
         lines += [f"    {finding.advice}"] if not finding.passed else []
     failed = sum(not finding.passed for finding in findings)
     return "\n".join([*lines, f"{len(findings)} questions were asked; {failed or 'none'} failed."])

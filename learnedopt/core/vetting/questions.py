@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,8 +48,9 @@ def vet(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivatives: bool
             if finding.question == findings.NUMBER and finding.error is not None:
                 raise finding.error
             advice = finding.advice[:1].upper() + finding.advice[1:]
+            of = "" if finding.loss == "loss" else f", {finding.loss}"
             raise ValueError(
-                f"{type(loop.family).__name__}: {finding.question} No: {finding.answer}. {advice}. "
+                f"{type(loop.family).__name__}{of}: {finding.question} No: {finding.answer}. {advice}. "
                 "(Execution(vet=False) leaves the check out.)"
             ) from finding.error
 
@@ -57,16 +59,20 @@ def _questions(loop: InnerLoop, theta: Theta, carry: Carry, second_derivatives: 
     case = case_of(loop, theta, carry)
     for name, loss in losses_of(loop).items():
         descended = name != "outer loss"
-        for finding in purity.function(case, loss):
-            yield finding
+        for finding in _of_one_loss(case, loss, second_derivatives and descended, descended=descended):
+            yield replace(finding, loss=name)
             if finding.question == findings.NUMBER and not finding.passed:
                 return  # nothing more can be asked
-        yield purity.swapped(case, loss)
-        if descended and case.together:
-            yield purity.together(case, loss)
-        if descended and loop.inner_objective.penalty is not None:
-            yield _penalty(case)
-        yield from _derivatives(case, loss, second_derivatives and descended)
+
+
+def _of_one_loss(case: Case, loss: Loss, second_derivatives: bool, *, descended: bool) -> Iterator[Finding]:
+    yield from purity.function(case, loss)
+    yield purity.swapped(case, loss)
+    if descended and case.together:
+        yield purity.together(case, loss)
+    if descended and case.loop.inner_objective.penalty is not None:
+        yield _penalty(case)
+    yield from _derivatives(case, loss, second_derivatives)
 
 
 def _derivatives(case: Case, loss: Loss, second_derivatives: bool) -> Iterator[Finding]:
