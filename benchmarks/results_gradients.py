@@ -40,7 +40,7 @@ from learnedopt import (
     tasks,
 )
 
-RULES = ("lstm", "meta-sgd", "maml", "imaml", "sgd", "momentum", "nesterov", "rmsprop", "adam")
+RULES = ("lstm", "meta-sgd", "maml", "maml, proximal", "sgd", "momentum", "nesterov", "rmsprop", "adam")
 OBJECTIVES = (FinalLoss(), SumOfLosses(), MeanLogLoss())
 
 
@@ -66,7 +66,7 @@ def like(family: TaskFamily) -> Params:
 
 def make_rule(name: str, family: TaskFamily) -> UpdateRule:
     """Return the rule at a learning rate that suits small problems; that of iMAML is MAML's."""
-    name = "maml" if name == "imaml" else name
+    name = "maml" if name == "maml, proximal" else name
     options = {} if name == "lstm" else {"lr": 0.02}
     # At the usual 1e-8 and 0.99, eps and 1 - alpha are small against the steps of finite differences.
     options |= {"rmsprop": {"eps": 0.1, "alpha": 0.9}, "adam": {"eps": 0.1}}.get(name, {})
@@ -75,7 +75,7 @@ def make_rule(name: str, family: TaskFamily) -> UpdateRule:
 
 def setting(name: str, family: TaskFamily, chunk_size: int = 1, num_tasks: int = 2):
     """Return the loop, theta and a fresh carry; iMAML's loop descends a proximal inner objective."""
-    objective = Proximal(like(family), 1.0) if name == "imaml" else TaskLoss()
+    objective = Proximal(like(family), 1.0) if name == "maml, proximal" else TaskLoss()
     loop = InnerLoop(family, make_rule(name, family), Execution(chunk_size), objective)
     theta = {k: v.double() for k, v in loop.init_theta(torch.Generator().manual_seed(2)).items()}
     return loop, theta, loop.start(family.sample(num_tasks, torch.Generator().manual_seed(3)))
@@ -158,7 +158,7 @@ def pairs() -> Iterable[tuple[str, float]]:
             f"bootstrapped, L = 1, against 0.3 x the final loss's, {name}",
             error(grads(Unrolled(4), where, target), scaled),
         )
-    where = setting("imaml", quadratic)
+    where = setting("maml, proximal", quadratic)
     series = grads(Implicit(4000, Neumann(7)), where, FinalLoss())
     yield (
         "K-RMD against 7 terms of the Neumann series",

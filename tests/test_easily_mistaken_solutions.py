@@ -170,3 +170,19 @@ def test_the_trainer_vets_a_loop_whatever_the_estimator_asks() -> None:
 def test_what_rules_had_before_is_refused_and_not_left_out(name: str) -> None:
     with pytest.raises(TypeError, match=f"defines {name}.*(InnerObjective|kernel)"):
         type("Old", (Decays,), {name: lambda self: None})
+
+
+class Captures(Decays):
+    """Has a parameter beside theta."""
+
+    def __init__(self) -> None:
+        self.factor = torch.nn.Parameter(torch.tensor(1.5))
+
+    def update(self, theta: Any, grads: Any, state: Any, params: Any, loss: Any) -> Any:
+        return {k: -self.factor * theta["lr"] * g for k, g in grads.items()}, state
+
+
+def test_a_rule_that_learns_beside_theta_is_refused() -> None:
+    loop = InnerLoop(STILL, Captures())
+    with pytest.raises(ValueError, match=r"Captures reaches tensors of shapes \[\(\)\].*put them into theta"):
+        Unrolled(3).estimate(loop, {"lr": torch.tensor(0.1)}, FinalLoss(), loop.start(sample(STILL)))

@@ -22,6 +22,7 @@ from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import vet
+from learnedopt.core.vetting.purity import graph_leaves
 
 
 class Estimate(NamedTuple):
@@ -239,9 +240,10 @@ def _reached(
         if not through_start:
             params, state = tree.detach(params), tree.detach(state)
         batch = None if loop.inner_objective.is_task_loss else tree.squeeze(loop.batch(one.tasks, one.step, "train"))
-        total = torch.zeros(())
+        total, known = torch.zeros(()), [*leaves.values()]
         for _ in range(num_steps):
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
+            known += [p for p in params.values() if p.is_leaf]
             stand_in, outer = _stand_ins(loop, leaves, params, batch, tape)
             total = total + outer
             loss = next(iter(params.values())).new_ones(())
@@ -251,8 +253,21 @@ def _reached(
             total = total + loop.inner_objective.outer_loss(leaves, loop.family, params, batch)
         if not total.requires_grad:
             return set()
+        _refuse_captured(loop, total, known)
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def _refuse_captured(loop: InnerLoop, total: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise ValueError where an update reaches a tensor that requires a gradient and is neither theta's nor given."""
+    mine = {id(x) for x in known}
+    strange = [tuple(x.shape) for x in graph_leaves(total) if id(x) not in mine]
+    if strange:
+        raise ValueError(
+            f"an update of {type(loop.rule).__name__} reaches tensors of shapes {strange} that require a gradient and "
+            "are not theta's, so that what they would learn is lost silently; put them into theta (init_theta), or "
+            "detach() them"
+        )
 
 
 def _stand_ins(loop: InnerLoop, theta: Theta, params: Params, batch: Batch, tape: Tape) -> tuple[Params, Tensor]:

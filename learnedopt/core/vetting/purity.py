@@ -83,7 +83,7 @@ def _same(values: Sequence[Tensor], states: Sequence[tuple[dict[str, Any], dict[
 def _closed(values: Sequence[Tensor], known: Sequence[Tensor], held: dict[str, Tensor]) -> Finding:
     names = {id(x): name for name, x in held.items()}
     mine = {id(x) for x in known}
-    strange = {id(x): x for value in values for x in _graph_leaves(value) if id(x) not in mine}
+    strange = {id(x): x for value in values for x in graph_leaves(value) if id(x) not in mine}
     if not strange:
         return Finding(findings.CLOSED, f"{len(mine)} tensors in all", True)
     found = [f"{names.get(key, 'a tensor')} of shape {tuple(x.shape)}" for key, x in strange.items()]
@@ -91,7 +91,7 @@ def _closed(values: Sequence[Tensor], known: Sequence[Tensor], held: dict[str, T
     return Finding(findings.CLOSED, f"the loss reaches {', '.join(found[:3])}{more}, which requires a gradient", False)
 
 
-def _graph_leaves(value: Tensor) -> Iterator[Tensor]:
+def graph_leaves(value: Tensor) -> Iterator[Tensor]:
     """Yield the leaves of a graph that gradients would be accumulated in."""
     seen: set[Any] = set()
     waiting = [value.grad_fn]
