@@ -19,6 +19,7 @@ from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.inner_gradient import step_gradient
 from learnedopt.core.objective import MetaObjective, TaskMean
+from learnedopt.core.rule import State
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import vet
@@ -240,10 +241,10 @@ def _reached(
         if not through_start:
             params, state = tree.detach(params), tree.detach(state)
         batch = None if loop.inner_objective.is_task_loss else tree.squeeze(loop.batch(one.tasks, one.step, "train"))
-        total, known = torch.zeros(()), [*leaves.values()]
+        total = torch.zeros(())
+        _refuse_captured(loop, leaves, tree.detach(params), tree.detach(state))
         for _ in range(num_steps):
             params = {k: p if p.requires_grad else p.requires_grad_() for k, p in params.items()}
-            known += [p for p in params.values() if p.is_leaf]
             stand_in, outer = _stand_ins(loop, leaves, params, batch, tape)
             total = total + outer
             loss = next(iter(params.values())).new_ones(())
@@ -253,15 +254,17 @@ def _reached(
             total = total + loop.inner_objective.outer_loss(leaves, loop.family, params, batch)
         if not total.requires_grad:
             return set()
-        _refuse_captured(loop, total, known)
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {k for k, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def _refuse_captured(loop: InnerLoop, total: Tensor, known: Sequence[Tensor]) -> None:
-    """Raise ValueError where an update reaches a tensor that requires a gradient and is neither theta's nor given."""
-    mine = {id(x) for x in known}
-    strange = [tuple(x.shape) for x in graph_leaves(total) if id(x) not in mine]
+def _refuse_captured(loop: InnerLoop, leaves: Theta, params: Params, state: State) -> None:
+    """Raise ValueError where an update reaches a tensor that requires a gradient and is not theta's."""
+    ones = {k: torch.ones_like(p) for k, p in params.items()}
+    moved = loop.move(TaskMap(1), leaves, ones, state, params, next(iter(ones.values())).new_ones(()))
+    mine = {id(x) for x in leaves.values()}
+    reached = [leaf for x in tree.leaves(moved) if x.requires_grad for leaf in graph_leaves(x)]
+    strange = sorted({tuple(x.shape) for x in reached if id(x) not in mine})
     if strange:
         raise ValueError(
             f"an update of {type(loop.rule).__name__} reaches tensors of shapes {strange} that require a gradient and "
