@@ -49,6 +49,7 @@ def resolve_rule(rule: Any) -> tuple[UpdateRule, Theta]:
 
 
 def require_group(group: dict[str, Any], names: list[str]) -> None:
+    """Raise TypeError or ValueError for a group's options, parameters or names that a learned rule cannot take."""
     foreign = sorted(k for k in FOREIGN & group.keys() if group[k])
     if foreign:
         raise TypeError(f"a parameter group sets {foreign}, which a learned rule does not have; drop them, or set lr")
@@ -69,10 +70,12 @@ def require_group(group: dict[str, Any], names: list[str]) -> None:
 
 
 def values_of(members: list[Member]) -> Params:
+    """Return the parameters' values by name, without a graph."""
     return {m.name: m.param.detach() for m in members}
 
 
 def common_device(params: Params) -> torch.device:
+    """Return the one device of the parameters; ValueError where they lie on several."""
     devices = {p.device for p in params.values()}
     if len(devices) > 1:
         raise ValueError(
@@ -83,6 +86,7 @@ def common_device(params: Params) -> torch.device:
 
 
 def scalar_loss(loss: Any, device: torch.device) -> Tensor:
+    """Return the loss as a 0-d tensor on a device; ValueError where it is no scalar."""
     loss = torch.as_tensor(loss).detach()
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it with mean()")
@@ -90,14 +94,17 @@ def scalar_loss(loss: Any, device: torch.device) -> Tensor:
 
 
 def leaves_by_path(state: State) -> dict[str, Any]:
+    """Return a state's leaves by the path to each."""
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(state)[0]}
 
 
 def name_of(rule: UpdateRule) -> str:
+    """Return what messages call a rule."""
     return type(rule).__name__
 
 
 def unknown_names(rule: UpdateRule, params: Params, error: KeyError) -> str:
+    """Return the message for parameters that a rule does not know by name."""
     return (
         f"{name_of(rule)} has nothing under {error}; the parameters are called {list(params)}: pass "
         "model.named_parameters() of a model with the names that the rule was made for"
@@ -105,4 +112,5 @@ def unknown_names(rule: UpdateRule, params: Params, error: KeyError) -> str:
 
 
 def shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a dict holds, () of what has none."""
     return {k: tuple(getattr(x, "shape", ())) for k, x in values.items()}

@@ -246,7 +246,7 @@ class InnerLoop:
         params, state = task_map.unbatch(carry.params), task_map.unbatch(carry.state)
         theta = task_map.unbatch(theta) if theta_per_task else theta
         if tape is Tape.NONE:
-            theta, params, state = tree.detach(theta), tree.detach(params), tree.detach(state)
+            params, state = tree.detach(params), tree.detach(state)
         losses = []
         for step in range(carry.step, carry.step + num_steps):
             batch = task_map.unbatch(self.batch(carry.tasks, step, "train"))
