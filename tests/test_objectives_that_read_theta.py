@@ -185,10 +185,11 @@ def test_the_implicit_gradient_adds_it(solver: Any) -> None:
 @pytest.mark.parametrize("solver", [ConjugateGradient(5), GMRES(20)], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("name", ["sgd", "momentum"])
 def test_a_rate_that_moves_no_solution_may_be_read_all_the_same(name: str, solver: Any) -> None:
-    like, learned, fixed = template(Quadratic(0.0)), {}, {"learn": ()}
+    like = template(Quadratic(0.0))
+    options: list[dict[str, Any]] = [{}, {"learn": ()}]
     loops = [
-        InnerLoop(Quadratic(0.0), optimizers.make(name, lr=0.2, **options), inner_objective=L2(like, 0.5, learn=True))
-        for options in (learned, fixed)
+        InnerLoop(Quadratic(0.0), optimizers.make(name, lr=0.2, **each), inner_objective=L2(like, 0.5, learn=True))
+        for each in options
     ]
     thetas = [loop.init_theta(torch.Generator().manual_seed(0)) for loop in loops]
     carry = loops[0].start(sample(loops[0].family, 3))
