@@ -99,7 +99,8 @@ def identities() -> Iterable[tuple[str, float]]:
     families = {"a tanh MLP": tanh_mlp(), "quadratics": tasks.make("quadratic", dim=4)}
 
     def grads(where: Any, objective: MetaObjective, num_steps: int = NUM_STEPS) -> Theta:
-        return Unrolled(num_steps).estimate(*where[:2], objective, where[2]).grads
+        loop, theta, carry = where
+        return Unrolled(num_steps).estimate(loop, theta, objective, carry).grads
 
     for name in RULES:
         errors = []
