@@ -298,9 +298,9 @@ def test_any_meta_optimizer_goes_on_exactly(optimizer: str, tmp_path: Path) -> N
 
 
 LEARNERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "dual averaging": lambda p: DualAveraging(p, 1e-4, "linear", "last-gradient", "adagrad"),
-    "follow the leader": lambda p: FollowTheLeader(p, lambda t: t**0.5, lr=1e-4),
-    "per name": PerName({"lr": lambda p: DualAveraging(p, 1e-4), "mom*": lambda p: torch.optim.NAdam(p, 1e-4)}),
+    "dual averaging": lambda p: DualAveraging(p, 1e-2, "linear", "last-gradient", "adagrad"),
+    "follow the leader": lambda p: FollowTheLeader(p, lambda t: t**0.5, lr=1e-2),
+    "per name": PerName({"lr": lambda p: DualAveraging(p, 1e-3), "mom*": lambda p: torch.optim.NAdam(p, 1e-2)}),
 }
 
 
