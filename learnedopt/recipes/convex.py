@@ -126,8 +126,8 @@ def _solve(family: TaskFamily) -> tuple[Tensor, float]:
 
     x = start[0]
     for _ in range(50):
-        gradient, hessian = torch.func.grad(loss)(x), torch.func.hessian(loss)(x)
-        step, length = torch.linalg.solve(hessian, gradient), 1.0
+        gradient, hessian = torch.func.grad(loss)(x), torch.func.jacrev(torch.func.grad(loss))(x)
+        step, length = torch.linalg.solve(hessian, gradient), 1.0  # pyright: ignore[reportArgumentType]
         while length > 1e-6 and loss(x - length * step) > loss(x):
             length /= 2
         x = x - length * step
