@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class OptimisticConvex(Study):
         problem = make_problem(name, self.dim, self.seed)
         gaps, settings = {}, {}
         for method, minimise in METHODS.items():
-            path = folder / name.replace(":", "-") / f"{method.replace(' ', '-')}.json"
+            path = folder / _plain(name) / f"{_plain(method)}.json"
             done = remember(path, lambda minimise=minimise: minimise(problem, self.num_steps)._asdict())
             gaps[method], settings[method] = [value - problem.minimum for value in done["losses"]], done["settings"]
         return Curves(problem.smoothness, problem.squared_distance, gaps, settings)
@@ -95,6 +96,11 @@ class Curves(NamedTuple):
         steps = log_spaced(first, len(self.gaps[method]))
         x, y = (torch.tensor(v).log() for v in (steps, [self.gaps[method][t - 1] for t in steps]))
         return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def _plain(name: str) -> str:
+    """Return a name as files have it."""
+    return re.sub(r"\W+", "-", name)
 
 
 def log_spaced(first: int, last: int, count: int = 60) -> list[int]:
