@@ -15,7 +15,9 @@ from learnedopt.run import carry_out, configuration, train
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
 
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "optimistic-convex": ["num_steps=60", "dim=6"],
+}
 """Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
 STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]
 
