@@ -26,6 +26,7 @@ from learnedopt.optimizers import (
     Momentum,
     Nesterov,
     Partition,
+    RecurrentHyperparameters,
     RMSprop,
     build,
     describe,
@@ -78,10 +79,17 @@ def small_lstm() -> LSTM:
     return LSTM(hidden_size=4)
 
 
+def small_recurrent(**options: Any) -> RecurrentHyperparameters:
+    return RecurrentHyperparameters(hidden_size=3, **options)
+
+
 # Every registered rule as the registry makes it for a template, and the branches that these do not take.
 RULES: dict[str, Callable[[Params], UpdateRule]] = {
     **{name: lambda t, name=name: example(name, t) for name in names()},
     "lstm": lambda t: small_lstm(),
+    "recurrent-hyperparameters": lambda t: small_recurrent(),
+    "recurrent-hyperparameters, all": lambda t: small_recurrent(normalized=True, reads_loss=True, lr=0.01),
+    "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -359,13 +367,13 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start",
+    "partition with a start", "recurrent-hyperparameters",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition"}
+    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "recurrent-hyperparameters"}
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -659,7 +667,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
-        "learned-init", "learned-rates", "anil",
+        "learned-init", "learned-rates", "anil", "recurrent-hyperparameters",
     } <= set(names())  # fmt: skip
 
 
