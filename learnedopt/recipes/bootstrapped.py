@@ -48,10 +48,10 @@ def recurrent_bootstrapped() -> Recipe:
         estimator=Truncated(10, horizon=100, tape=Tape.FULL),
         # The squared distance drives rates up here as well, long before it is infinite: outputs are matched.
         objective=BootstrappedTarget(num_target_steps=11, step_size=1.0, matching=KLDivergence()),
-        num_meta_steps=300,
+        num_meta_steps=150,
         num_tasks=4,
         meta=MetaLearning(lr=3e-3, final_lr_fraction=0.01, max_grad_norm=1.0),
-        validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=32, every=50),
+        validation=HeldOut(FinalLoss(), num_steps=100, num_tasks=16, every=50),
         execution=Execution(chunk_size=4),
     )
 
