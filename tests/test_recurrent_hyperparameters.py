@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Quadratic, generic_theta, sample
 from test_rules import RULES, data, loss_of, random_like, template
 from torch import Tensor, nn
 
-from learnedopt import LearnedOptimizer
+from learnedopt import BootstrappedTarget, InnerLoop, LearnedOptimizer, TargetMatching, Unrolled
+from learnedopt.core.estimator import Estimate
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Momentum, RecurrentHyperparameters
 from learnedopt.optimizers.recurrent_hyperparameters import _gru
@@ -204,6 +206,17 @@ def test_gradients_are_all_it_needs_unless_it_reads_the_loss() -> None:
     with pytest.raises(ValueError, match=r"reads the loss needs step\(loss=loss\)"):
         optimizer.step()
     optimizer.step(loss=loss)
+
+
+def test_squared_distances_ahead_are_refused_where_it_is_normalized_and_only_there() -> None:
+    def estimated(objective: TargetMatching, **options: Any) -> Estimate:
+        loop = InnerLoop(Quadratic(), RecurrentHyperparameters(lr=0.01, hidden_size=3, **options))
+        return Unrolled(2).estimate(loop, generic_theta(loop), objective, loop.start(sample(loop.family)))
+
+    with pytest.raises(ValueError, match="RecurrentHyperparameters's updates keep their length"):
+        estimated(BootstrappedTarget(3, 0.1), normalized=True, weight_decay=0.0)
+    assert estimated(BootstrappedTarget(3, 0.1)).loss > 0
+    assert estimated(BootstrappedTarget(3, 0.1, max_distance=1.0), normalized=True, weight_decay=0.0).loss > 0
 
 
 def test_it_is_enrolled_in_what_every_rule_is_tested_for() -> None:
