@@ -135,7 +135,7 @@ def updates(
     """Feed gradients to the rule at fixed parameters; return all deltas and the last state."""
     if state is None:
         _, state = rule.init(theta, params)
-    loss, deltas = torch.tensor(0.7, dtype=next(iter(params.values())).dtype), []
+    loss, deltas = torch.tensor(0.75, dtype=next(iter(params.values())).dtype), []  # the same number in every dtype
     for grads in all_grads:
         delta, state = rule.update(theta, grads, state, params, loss)
         deltas.append(delta)
