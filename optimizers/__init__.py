@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
+    from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
@@ -38,6 +39,7 @@ _LAZY = {
     "Nesterov": "nesterov",
     "Partition": "partition",
     "RMSprop": "rmsprop",
+    "RecurrentHyperparameters": "recurrent_hyperparameters",
     "SGD": "sgd",
     "per_tensor": "partition",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "Nesterov",
     "Partition",
     "RMSprop",
+    "RecurrentHyperparameters",
     "build",
     "describe",
     "example",

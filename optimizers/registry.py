@@ -16,6 +16,7 @@ _TABLE = {
     "rmsprop": "rmsprop:RMSprop",
     "adam": "adam:Adam",
     "lstm": "lstm:LSTM",
+    "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",

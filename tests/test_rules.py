@@ -28,6 +28,7 @@ from learnedopt.optimizers import (
     Momentum,
     Nesterov,
     Partition,
+    RecurrentHyperparameters,
     RMSprop,
     build,
     describe,
@@ -80,10 +81,17 @@ def small_lstm() -> LSTM:
     return LSTM(hidden_size=4)
 
 
+def small_recurrent(**options: Any) -> RecurrentHyperparameters:
+    return RecurrentHyperparameters(hidden_size=3, **options)
+
+
 # Every registered rule as the registry makes it for a template, and the branches that these do not take.
 RULES: dict[str, Callable[[Params], UpdateRule]] = {
     **{name: lambda t, name=name: example(name, t) for name in names()},
     "lstm": lambda t: small_lstm(),
+    "recurrent-hyperparameters": lambda t: small_recurrent(),
+    "recurrent-hyperparameters, all": lambda t: small_recurrent(normalized=True, reads_loss=True, lr=0.01),
+    "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -130,7 +138,7 @@ def updates(
     """Feed gradients to the rule at fixed parameters; return all deltas and the last state."""
     if state is None:
         _, state = rule.init(theta, params)
-    loss, deltas = torch.tensor(0.7, dtype=next(iter(params.values())).dtype), []
+    loss, deltas = torch.tensor(0.75, dtype=next(iter(params.values())).dtype), []  # the same number in every dtype
     for grads in all_grads:
         delta, state = rule.update(theta, grads, state, params, loss)
         deltas.append(delta)
@@ -362,13 +370,14 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start", "iterate", "average of learned rates",
+    "partition with a start", "iterate", "average of learned rates", "recurrent-hyperparameters",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "iterate"}
+    coupled = {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "recurrent-hyperparameters"}
+    assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -667,7 +676,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
-        "learned-init", "learned-rates", "anil",
+        "learned-init", "learned-rates", "anil", "recurrent-hyperparameters",
     } <= set(names())  # fmt: skip
 
 
