@@ -13,28 +13,41 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
+    from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
+    from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
+    from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
+    from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "Ball": "bases.convex_sets",
+    "Box": "bases.convex_sets",
     "Clip": "clip",
+    "ConvexSet": "bases.convex_sets",
+    "Entropic": "bases.geometry",
+    "Euclidean": "bases.geometry",
+    "Geometry": "bases.geometry",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
+    "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
     "Nesterov": "nesterov",
     "Partition": "partition",
+    "Projected": "projected",
     "RMSprop": "rmsprop",
     "SGD": "sgd",
+    "Simplex": "bases.convex_sets",
     "per_tensor": "partition",
 }
 
@@ -52,13 +65,22 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "Ball",
+    "Box",
     "Clip",
+    "ConvexSet",
+    "Entropic",
+    "Euclidean",
+    "Geometry",
     "LearnedInit",
     "LearnedRates",
+    "MirrorDescent",
     "Momentum",
     "Nesterov",
     "Partition",
+    "Projected",
     "RMSprop",
+    "Simplex",
     "build",
     "describe",
     "example",

@@ -358,14 +358,14 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 
 NOT_COORDINATEWISE = (
-    "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
+    "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor", "projected",
     "partition with a start",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition"}
+    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "projected"}
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
