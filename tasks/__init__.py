@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.tasks.clusters import Clusters
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
+    from learnedopt.tasks.experts import Experts
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
     from learnedopt.tasks.sine import Sine
+    from learnedopt.tasks.superclasses import Superclasses
 
 _LAZY = {
+    "Clusters": "clusters",
+    "Experts": "experts",
     "FewShotImages": "data.few_shot",
     "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
@@ -36,6 +41,7 @@ _LAZY = {
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
     "Sine": "sine",
+    "Superclasses": "superclasses",
 }
 
 
@@ -48,6 +54,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Clusters",
+    "Experts",
     "FewShotImages",
     "ImageFolder",
     "ImageMLP",
@@ -60,6 +68,7 @@ __all__ = [
     "Omniglot",
     "Quadratic",
     "Sine",
+    "Superclasses",
     "build",
     "describe",
     "make",
