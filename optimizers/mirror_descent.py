@@ -70,7 +70,7 @@ class MirrorDescent(HandDesigned):
     @property
     def coordinatewise(self) -> bool:
         """Whether it is plain gradient descent."""
-        return isinstance(self.geometry, Euclidean) and not self.lazy
+        return self.geometry.flat and not self.lazy
 
     def start_faults(self, params: Params) -> list[str]:
         """Say what the geometry says."""

@@ -20,6 +20,9 @@ class Geometry(ABC):
     All methods but ``start_faults`` see ONE task, whose parameters are one vector together, and work under vmap.
     """
 
+    flat: bool = False
+    """The mirror map is the identity."""
+
     @abstractmethod
     def divergence(self, x: Params, y: Params) -> Tensor:
         """Return ``B(x, y)``, a scalar."""
@@ -41,6 +44,8 @@ class Geometry(ABC):
 @dataclass(frozen=True)
 class Euclidean(Geometry):
     """``psi = ½‖x‖²``: ``B(x, y) = ½‖x − y‖²``, and the mirror map is the identity."""
+
+    flat = True
 
     def divergence(self, x: Params, y: Params) -> Tensor:
         """Return half the squared distance."""
