@@ -13,9 +13,11 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
+    from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
+    from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
@@ -37,6 +39,8 @@ _LAZY = {
     "Entropic": "bases.geometry",
     "Euclidean": "bases.geometry",
     "Geometry": "bases.geometry",
+    "Averaged": "averaged",
+    "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
@@ -65,6 +69,7 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "Averaged",
     "Ball",
     "Box",
     "Clip",
@@ -72,6 +77,7 @@ __all__ = [
     "Entropic",
     "Euclidean",
     "Geometry",
+    "Iterate",
     "LearnedInit",
     "LearnedRates",
     "MirrorDescent",

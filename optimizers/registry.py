@@ -32,6 +32,8 @@ _PARTS = {
     "ball": "bases.convex_sets:Ball",
     "box": "bases.convex_sets:Box",
     "simplex": "bases.convex_sets:Simplex",
+    "averaged": "averaged:Averaged",
+    "iterate": "iterate:Iterate",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
@@ -51,6 +53,7 @@ def example(name: str, template: Params) -> UpdateRule:
     options: dict[str, dict[str, Any]] = {
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
+        "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
         "mirror-descent": {"lipschitz": 3.0, "num_steps": 4, "learn": ("radius",)},
         "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
