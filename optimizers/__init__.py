@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "Averaged": "averaged",
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
     "Clip": "clip",
@@ -39,7 +40,6 @@ _LAZY = {
     "Entropic": "bases.geometry",
     "Euclidean": "bases.geometry",
     "Geometry": "bases.geometry",
-    "Averaged": "averaged",
     "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",

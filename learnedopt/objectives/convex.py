@@ -48,6 +48,8 @@ def sum_of_losses(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -
 
     The losses are the outer losses on the train batches of so many steps from the carry's on.
     """
+    if not loop.inner_objective.reads_task_loss:
+        loop.require_theta(theta)  # one for all tasks
     if num_steps == 0:
         return lambda params: torch.stack([0.0 * p.reshape(p.shape[0], -1).sum(1) for p in params.values()]).sum(0)
     batches = [loop.batch(carry.tasks, carry.step + i, "train") for i in range(num_steps)]
@@ -60,6 +62,12 @@ def sum_of_losses(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -
         return torch.func.vmap(loss)(batches).sum()
 
     return lambda params: loop.over_tasks(one_task, (tree.detach(theta),), params, together)
+
+
+def begun(loop: InnerLoop, theta: Theta, carry: Carry) -> Carry:
+    """Return the carry without a graph, a fresh one begun first."""
+    # A begun one asks nothing of theta, of which there may be one for each task.
+    return detach(carry if carry.state is not None else loop.begin(theta, carry))
 
 
 @final
@@ -140,7 +148,7 @@ class ProjectedGradient:
 
         ``strength`` is a number or one a task (num_tasks,); ``center`` batched parameters, by default the carry's.
         """
-        rows = Rows(loop, detach(loop.begin(theta, carry)))
+        rows = Rows(loop, begun(loop, theta, carry))
         losses, start = sum_of_losses(loop, theta, rows.carry, num_steps), rows.here()
         middle = start if center is None else rows.of(center)
         pull = torch.as_tensor(strength, dtype=start.dtype, device=start.device).detach().reshape(-1, 1)

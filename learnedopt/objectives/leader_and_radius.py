@@ -26,9 +26,9 @@ class LeaderAndRadius(TaskMean):
 
     d enters without a gradient. After no inner steps, phi a learned start, the gradient is ``phi − c`` for phi, and
     negative for D exactly where D is less than d: ``FollowTheLeader`` and ``GuessAndGrow`` make FMRL of the two
-    (Balcan, Khodak and Talwalkar 2019, algorithm 2). With ``LastIterate`` D may never grow: that target lies no further than
-    ``D sqrt(m)`` times the ratio of the mean gradient to the bound on gradients that the step size knows. Let it grow
-    against ``BestInHindsight``, or start from the domain's radius.
+    (Balcan, Khodak and Talwalkar 2019, algorithm 2). With ``LastIterate`` D may never grow: that target
+    lies no further than ``D sqrt(m)`` times the ratio of the mean gradient to the bound that the step size knows. Let
+    it grow against ``BestInHindsight``, or start from the domain's radius.
 
     Args:
         target: ``BestInHindsight``, ``LastIterate``, ``RegularizedSolution``, or one of your own.

@@ -9,11 +9,19 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from learnedopt.core.carry import Carry, detach
+from learnedopt.core.carry import Carry
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Theta
-from learnedopt.objectives.convex import Learner, ProjectedGradient, Projection, Rows, require_solved, sum_of_losses
+from learnedopt.objectives.convex import (
+    Learner,
+    ProjectedGradient,
+    Projection,
+    Rows,
+    begun,
+    require_solved,
+    sum_of_losses,
+)
 
 
 @final
@@ -56,7 +64,7 @@ class FollowTheRegularizedLeader:
 
     def __call__(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Carry:
         """Return the carry at the leader of the next ``num_steps`` losses, without a graph."""
-        carry = detach(loop.begin(theta, carry))
+        carry = begun(loop, theta, carry)
         eta = self.learner.step_size(radius_of(self.learner, theta))
         if self.learner.geometry.flat:
             solver = ProjectedGradient(self.onto, self.max_iterations, self.tolerance)
