@@ -81,7 +81,7 @@ class FollowTheRegularizedLeader:
         pull = (1 / torch.as_tensor(eta, dtype=x.dtype, device=x.device)).detach().expand(len(x)).reshape(-1, 1)
         anchor = dual = rows.map(geometry.to_dual, x)
         curvature, at_x, gap = torch.zeros_like(pull), rows.gradient(losses, x), torch.full_like(pull, torch.inf)
-        tolerance = self.tolerance or torch.finfo(x.dtype).eps ** 0.7
+        tolerance = self.tolerance or torch.finfo(x.dtype).eps ** 0.75
         for _ in range(self.max_iterations):
             goal = (pull * anchor + curvature * dual - at_x) / (pull + curvature)
             x_new = rows.map(geometry.from_dual, goal)
