@@ -10,15 +10,7 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import (
-    BootstrappedTarget,
-    FinalLoss,
-    KLDivergence,
-    MeanLogLoss,
-    MetaObjective,
-    SquaredDistance,
-    SumOfLosses,
-)
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, SumOfLosses, TaskMean
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -33,6 +25,17 @@ from learnedopt.estimators.linear_solvers import (
 )
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
+from learnedopt.objectives.matching import KLDivergence, Matching, SquaredDistance
+from learnedopt.objectives.solvers import SumOfLossesSolver
+from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
+from learnedopt.objectives.targets import (
+    BestInHindsight,
+    Bootstrap,
+    Found,
+    LastIterate,
+    RegularizedSolution,
+    Target,
+)
 
 MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names in version 0.1, kept for one version
 
@@ -52,9 +55,13 @@ _LAZY = {
     "Constant": "learnedopt.core.weights",
     "DualAveraging": "learnedopt.meta_optimizers.dual_averaging",
     "FollowTheLeader": "learnedopt.meta_optimizers.follow_the_leader",
+    "FollowTheRegularizedLeader": "learnedopt.objectives.regularized_leader",
+    "GuessAndGrow": "learnedopt.meta_optimizers.guess_and_grow",
     "LastGradient": "learnedopt.meta_optimizers.dual_averaging",
+    "LeaderAndRadius": "learnedopt.objectives.leader_and_radius",
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
+    "ProjectedGradient": "learnedopt.objectives.convex",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -73,7 +80,11 @@ if TYPE_CHECKING:
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
+    from learnedopt.meta_optimizers.guess_and_grow import GuessAndGrow
     from learnedopt.meta_optimizers.per_name import PerName
+    from learnedopt.objectives.convex import ProjectedGradient
+    from learnedopt.objectives.leader_and_radius import LeaderAndRadius
+    from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
@@ -93,6 +104,8 @@ __all__ = [
     "GMRES",
     "L2",
     "Batch",
+    "BestInHindsight",
+    "Bootstrap",
     "BootstrappedTarget",
     "Carry",
     "CompileWarning",
@@ -105,7 +118,10 @@ __all__ = [
     "FinalLoss",
     "FirstOrder",
     "FollowTheLeader",
+    "FollowTheRegularizedLeader",
+    "Found",
     "GradientEstimator",
+    "GuessAndGrow",
     "HessianFree",
     "Implicit",
     "InnerLoop",
@@ -113,10 +129,13 @@ __all__ = [
     "KLDivergence",
     "Kernel",
     "LastGradient",
+    "LastIterate",
+    "LeaderAndRadius",
     "LearnedLoss",
     "LearnedOptimizer",
     "Linear",
     "LinearSolver",
+    "Matching",
     "MeanLogLoss",
     "MetaObjective",
     "MetaTrainer",
@@ -125,15 +144,21 @@ __all__ = [
     "Params",
     "Penalty",
     "PerName",
+    "ProjectedGradient",
     "Proximal",
+    "RegularizedSolution",
     "Rollout",
     "Solution",
     "SquaredDistance",
     "State",
     "SumOfLosses",
+    "SumOfLossesSolver",
     "Tape",
+    "Target",
+    "TargetMatching",
     "TaskFamily",
     "TaskLoss",
+    "TaskMean",
     "Tasks",
     "Theta",
     "Truncated",
