@@ -176,7 +176,7 @@ def test_the_radius_grows_to_that_of_the_optima_with_fal_and_stays_with_fli() ->
         ends[name] = float(trainer.theta["rule/radius"].detach())
         assert bool((met.thetas["rule/radius"].diff() >= 0).all())
     assert ends["FLI"] == D0
-    assert 0.3 < ends["FAL"] < 1.0
+    assert 0.5 < ends["FAL"] < 1.2  # it overshoots the optima's own radius
 
 
 # Regret over tasks.
