@@ -200,7 +200,7 @@ DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition", "averaged",
-    "iterate",
+    "iterate", "mirror-descent", "projected",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")

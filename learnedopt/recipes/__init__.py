@@ -23,6 +23,8 @@ _TABLE = {
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "ridge": "ridge:ridge",
+    "fmrl-convex": "fmrl:fmrl_convex",
+    "fmrl-fashion": "fmrl:fmrl_fashion",
     "imaml-regression": "implicit:imaml_regression",
     "maml-sine": "sine:maml_sine",
     "meta-sgd-sine": "sine:meta_sgd_sine",
