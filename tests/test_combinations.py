@@ -240,7 +240,10 @@ REFUSED = [
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
-        ("sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "maml", *STARTS_AND_MORE),
+        (
+            "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "mirror-descent",
+            "projected", "maml", *STARTS_AND_MORE,
+        ),
         TASK_LOSS, None, "do not move the solution",
     ),
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
