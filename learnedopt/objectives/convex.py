@@ -166,8 +166,8 @@ class ProjectedGradient:
 def _accelerated(problem: _Problem, start: Tensor, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
     """Return the minima (num_tasks, dim), and the lengths of the projected gradients there."""
     x = y = start
-    curvature, momentum = start.new_ones(len(start), 1), start.new_ones(len(start), 1)
-    at_y = problem.gradient(y)
+    at_y, momentum = problem.gradient(y), start.new_ones(len(start), 1)
+    curvature = _first_curvature(problem, y, at_y)
     gap = torch.full_like(curvature, math.inf)
     for _ in range(max_iterations):
         x_new, curvature, now = _backtracked(problem, y, at_y, curvature, tolerance)
@@ -180,6 +180,14 @@ def _accelerated(problem: _Problem, start: Tensor, tolerance: float, max_iterati
         y = x_new + torch.where(uphill, 0.0, (momentum - 1) / grown) * (x_new - x)
         x, momentum, at_y = x_new, grown, problem.gradient(y)
     return x, gap.squeeze(1)
+
+
+def _first_curvature(problem: _Problem, y: Tensor, at_y: Tensor) -> Tensor:
+    """Return how the gradient turns along itself, at each row; backtracking asks for more where that is too little."""
+    square = at_y.square().sum(1, keepdim=True)
+    turned = ((at_y - problem.gradient(y - at_y)) * at_y).sum(1, keepdim=True)
+    along = turned / torch.where(square > 0, square, 1.0)
+    return torch.where(along > torch.finfo(y.dtype).eps, along, 1.0)  # linear losses turn nowhere: any step will do
 
 
 def _backtracked(

@@ -162,10 +162,14 @@ class FmrlFashion(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure all methods at every number of examples."""
+        found = {  # one seed after the other, so that a study that is cut short has something of all
+            (shots, seed): remember(folder / f"{shots}-shot-{seed}.json", partial(self.measure, shots, seed))
+            for seed in self.seeds
+            for shots in self.shots
+        }
         rows = []
         for step, shots in enumerate(self.shots):
-            runs = [remember(folder / f"{shots}-shot-{s}.json", partial(self.measure, shots, s)) for s in self.seeds]
-            rows.append(summarised(runs))
+            rows.append(summarised([found[shots, seed] for seed in self.seeds]))
             tracker.log({"shots": shots, **{k: v for k, v in rows[-1].items() if isinstance(v, float)}}, step)
         write_json(folder / "summary.json", plain_json({"shots": self.shots, "rows": rows}))
         self.draw(folder, rows)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Follows = Literal["fal", "fli-online", "fli-batch"]
 """What the leader is the mean of: tasks' best points in hindsight, last iterates, or regularised solutions."""
 BATCHED = Execution(chunk_size=ALL_TASKS)
+TOLERANCE = 1e-9  # of the mean loss's gradient: regret is then exact to the square of it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class OnlineConvex:
 
     def leader(self, radius: float) -> FollowTheRegularizedLeader:
         """Return the learner that follows the regularised leader of the true losses."""
-        return FollowTheRegularizedLeader(self.learner(radius), self.onto if self.geometry.flat else None)
+        onto = self.onto if self.geometry.flat else None
+        return FollowTheRegularizedLeader(self.learner(radius), onto, tolerance=TOLERANCE)
 
     def divergence(self, loop: InnerLoop, target: Carry, end: Carry, split: str) -> Tensor:
         """Return ``B(target, end)`` of each task (num_tasks,)."""
@@ -84,7 +86,7 @@ class OnlineConvex:
             factor: by which D grows where a task's target is further away.
         """
         targets: dict[Follows, Target] = {
-            "fal": BestInHindsight(ProjectedGradient(self.onto), self.num_losses),
+            "fal": BestInHindsight(ProjectedGradient(self.onto, tolerance=TOLERANCE), self.num_losses),
             "fli-online": LastIterate(self.num_losses),
             "fli-batch": BestInHindsight(self.leader(radius), self.num_losses),
         }
@@ -106,7 +108,7 @@ class OnlineConvex:
         ``leads`` measures the regularised leader of the true losses in place of mirror descent.
         """
         loop = InnerLoop(self.family, self.rule(1.0), BATCHED)
-        best, leader = ProjectedGradient(self.onto), self.leader(1.0) if leads else None
+        best, leader = ProjectedGradient(self.onto, tolerance=TOLERANCE), self.leader(1.0) if leads else None
         return regret(loop, self.learner(1.0), thetas, tasks, self.num_losses, best, leader)
 
     def single_task(self, radius: float, tasks: Tasks) -> Theta:
@@ -121,7 +123,7 @@ class OnlineConvex:
         """
         loop = InnerLoop(self.family, self.rule(1.0), BATCHED)
         carry = loop.begin(loop.init_theta(torch.Generator()), loop.start(tasks))
-        best = ProjectedGradient(self.onto)(loop, {}, carry, self.num_losses).params
+        best = ProjectedGradient(self.onto, tolerance=TOLERANCE)(loop, {}, carry, self.num_losses).params
         mean = {k: p.mean(0).expand_as(p) for k, p in best.items()}
         divergence = loop.over_tasks(self.geometry.divergence, (), best, mean)
         return self._thetas(mean, (2 * divergence.mean()).sqrt().expand_as(divergence))
