@@ -72,6 +72,11 @@ class MirrorDescent(HandDesigned):
         """Whether it is plain gradient descent."""
         return self.geometry.flat and not self.lazy
 
+    @property
+    def learns_radius(self) -> bool:
+        """Whether the radius is theta's."""
+        return "radius" in self.learned
+
     def start_faults(self, params: Params) -> list[str]:
         """Say what the geometry says."""
         return self.geometry.start_faults(params)

@@ -122,7 +122,7 @@ def losses_at(loop: InnerLoop, thetas: Theta, points: list[Params], begun: Carry
 
 
 def _radius(learner: MirrorDescent, thetas: Theta, like: Tensor) -> Tensor:
-    if "radius" not in learner.learned:
+    if not learner.learns_radius:
         return torch.full_like(like, learner.radius)
     (name,) = (k for k in thetas if k.rpartition("/")[2] == "radius")
     return thetas[name]

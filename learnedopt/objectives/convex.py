@@ -26,21 +26,26 @@ class Learner(Protocol):
     @property
     def geometry(self) -> Any:
         """With ``divergence``, ``to_dual``, ``from_dual`` and ``flat``."""
+        ...
 
     @property
     def lipschitz(self) -> float:
         """G."""
+        ...
 
     @property
     def radius(self) -> float:
         """D, where it is a constant."""
+        ...
 
     @property
-    def learned(self) -> tuple[str, ...]:
-        """``("radius",)`` where it is theta's."""
+    def learns_radius(self) -> bool:
+        """Whether it is theta's."""
+        ...
 
     def step_size(self, radius: Any) -> Any:
         """Return eta."""
+        ...
 
 
 def sum_of_losses(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Callable[[Params], Tensor]:

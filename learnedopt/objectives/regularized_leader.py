@@ -103,7 +103,7 @@ def radius_of(learner: Learner, theta: Theta) -> Any:
     Raises:
         ValueError: theta has none, or several.
     """
-    return find_radius(theta, "*radius") if "radius" in learner.learned else learner.radius
+    return find_radius(theta, "*radius") if learner.learns_radius else learner.radius
 
 
 def find_radius(theta: Theta, pattern: str) -> Tensor:
