@@ -36,6 +36,7 @@ class FmrlConvex(Study):
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     num_tasks_a_radius: int = 300
     noise: float = 0.1
+    single_radii: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     num_experts: int = 10
     mixing: float = 0.05
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -105,8 +106,10 @@ class FmrlConvex(Study):
         met = setting.meta_train("fal", self.num_tasks_a_radius, seed)
         found = setting.regret(met.thetas, met.tasks)
         single = setting.regret(setting.single_task(self.domain, met.tasks), met.tasks)
+        alone = [setting.regret(setting.single_task(d, met.tasks), met.tasks) for d in self.single_radii]
         best = setting.regret(setting.omniscient(met.tasks), met.tasks)
         return {
+            "best_single": min(float(each.regret.mean()) for each in alone),
             "tar": float(found.regret.mean()), "bound": float(found.bound.mean()), "final_D": float(found.radius[-1]),
             "single": float(single.regret.mean()), "single_bound": float(single.bound.mean()),
             "omniscient": float(best.regret.mean()), "omniscient_bound": float(best.bound.mean()),
@@ -116,8 +119,11 @@ class FmrlConvex(Study):
         """Draw regret and bound against the number of tasks, and against the radius of the clusters."""
         from learnedopt.evaluation.plots import plot_lines
 
-        learners = {"tar": "FMRL", "single": "single task", "omniscient": "omniscient"}
-        bounds = {"bound": "FMRL", "single_bound": "single task", "omniscient_bound": "omniscient"}
+        learners = {
+            "tar": "FMRL", "single": "single task, the domain's radius", "omniscient": "omniscient",
+            "best_single": "single task, best radius in hindsight",
+        }  # fmt: skip
+        bounds = {"bound": "FMRL", "single_bound": "single task, the domain's radius", "omniscient_bound": "omniscient"}
         labels = learners | {k: f"bound of {v}" for k, v in bounds.items()}
         lines = {label: (self.radii, [row[key] for row in over_radii]) for key, label in labels.items()}
         plot_lines(
@@ -126,14 +132,15 @@ class FmrlConvex(Study):
         )  # fmt: skip
         counts = range(1, self.num_tasks + 1)
         for name, runs in over_tasks.items():
-            lines = {}
-            for label, who in (("descent", "mirror descent"), ("leader", "regularised leader")):
-                for key, what in (("tar", "regret"), ("bound", "bound")):
-                    averages = torch.tensor([run[label][key] for run in runs]).mean(0)
-                    lines[f"{what}, {who}"] = (counts, averages.tolist())
+            curves = {"mirror descent": ("descent", "tar"), "regularised leader": ("leader", "tar")}
+            curves["bound of both"] = ("descent", "bound")
+            lines = {
+                label: (counts, torch.tensor([run[who][key] for run in runs]).mean(0).tolist())
+                for label, (who, key) in curves.items()
+            }
             plot_lines(
-                folder / f"{self.name}-{name}.png", lines, "tasks", "task-averaged regret", logx=True,
-                emphasis=["regret, mirror descent"], title=f"{name}, {self.num_losses} losses a task",
+                folder / f"{self.name}-{name}.png", lines, "tasks", "task-averaged regret", logx=True, logy=True,
+                emphasis=["mirror descent"], title=f"{name}, {self.num_losses} losses a task",
             )  # fmt: skip
 
 
