@@ -17,7 +17,6 @@ _TABLE = {
     "adam": "torch.optim:Adam",
     "sgd": "torch.optim:SGD",
     "dual-averaging": "learnedopt.meta_optimizers.dual_averaging:DualAveraging",
-    "guess-and-grow": "learnedopt.meta_optimizers.guess_and_grow:GuessAndGrow",
     "follow-the-leader": "learnedopt.meta_optimizers.follow_the_leader:FollowTheLeader",
 }
 """name -> module:class."""
