@@ -55,9 +55,13 @@ _LAZY = {
     "Constant": "learnedopt.core.weights",
     "DualAveraging": "learnedopt.meta_optimizers.dual_averaging",
     "FollowTheLeader": "learnedopt.meta_optimizers.follow_the_leader",
+    "FollowTheRegularizedLeader": "learnedopt.objectives.regularized_leader",
+    "GuessAndGrow": "learnedopt.meta_optimizers.guess_and_grow",
     "LastGradient": "learnedopt.meta_optimizers.dual_averaging",
+    "LeaderAndRadius": "learnedopt.objectives.leader_and_radius",
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
+    "ProjectedGradient": "learnedopt.objectives.convex",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -76,7 +80,11 @@ if TYPE_CHECKING:
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
+    from learnedopt.meta_optimizers.guess_and_grow import GuessAndGrow
     from learnedopt.meta_optimizers.per_name import PerName
+    from learnedopt.objectives.convex import ProjectedGradient
+    from learnedopt.objectives.leader_and_radius import LeaderAndRadius
+    from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
@@ -110,8 +118,10 @@ __all__ = [
     "FinalLoss",
     "FirstOrder",
     "FollowTheLeader",
+    "FollowTheRegularizedLeader",
     "Found",
     "GradientEstimator",
+    "GuessAndGrow",
     "HessianFree",
     "Implicit",
     "InnerLoop",
@@ -120,6 +130,7 @@ __all__ = [
     "Kernel",
     "LastGradient",
     "LastIterate",
+    "LeaderAndRadius",
     "LearnedLoss",
     "LearnedOptimizer",
     "Linear",
@@ -133,6 +144,7 @@ __all__ = [
     "Params",
     "Penalty",
     "PerName",
+    "ProjectedGradient",
     "Proximal",
     "RegularizedSolution",
     "Rollout",

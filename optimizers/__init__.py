@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
+    from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
+    from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
+    from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
     from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
+    from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
@@ -30,17 +34,26 @@ _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
     "Averaged": "averaged",
+    "Ball": "bases.convex_sets",
+    "Box": "bases.convex_sets",
     "Clip": "clip",
+    "ConvexSet": "bases.convex_sets",
+    "Entropic": "bases.geometry",
+    "Euclidean": "bases.geometry",
+    "Geometry": "bases.geometry",
     "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
+    "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
     "Nesterov": "nesterov",
     "Partition": "partition",
+    "Projected": "projected",
     "RMSprop": "rmsprop",
     "RecurrentHyperparameters": "recurrent_hyperparameters",
     "SGD": "sgd",
+    "Simplex": "bases.convex_sets",
     "per_tensor": "partition",
 }
 
@@ -59,15 +72,24 @@ __all__ = [
     "SGD",
     "Adam",
     "Averaged",
+    "Ball",
+    "Box",
     "Clip",
+    "ConvexSet",
+    "Entropic",
+    "Euclidean",
+    "Geometry",
     "Iterate",
     "LearnedInit",
     "LearnedRates",
+    "MirrorDescent",
     "Momentum",
     "Nesterov",
     "Partition",
+    "Projected",
     "RMSprop",
     "RecurrentHyperparameters",
+    "Simplex",
     "build",
     "describe",
     "example",

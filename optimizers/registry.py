@@ -24,6 +24,15 @@ _TABLE = {
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
+    "mirror-descent": "mirror_descent:MirrorDescent",
+    "projected": "projected:Projected",
+}
+_PARTS = {
+    "euclidean": "bases.geometry:Euclidean",
+    "entropic": "bases.geometry:Entropic",
+    "ball": "bases.convex_sets:Ball",
+    "box": "bases.convex_sets:Box",
+    "simplex": "bases.convex_sets:Simplex",
     "averaged": "averaged:Averaged",
     "iterate": "iterate:Iterate",
 }
@@ -32,8 +41,9 @@ _RETIRED = {
     'template=..., lr=...) and learnedopt.inner_objectives.make("proximal", template=..., strength=...)',
 }
 RULES = Registry(
-    UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED
-)
+    UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED,
+    parts=_PARTS,
+)  # fmt: skip
 names, register, make = RULES.names, RULES.register, RULES.make
 describe, build = RULES.describe, RULES.build
 
@@ -46,6 +56,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "clip": {"rule": heavy_ball, "max_value": 0.5},
         "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
+        "mirror-descent": {"lipschitz": 3.0, "num_steps": 4, "learn": ("radius",)},
+        "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

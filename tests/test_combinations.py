@@ -200,7 +200,7 @@ DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
-    "partition", "averaged", "iterate",
+    "partition", "averaged", "iterate", "mirror-descent", "projected",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -240,7 +240,10 @@ REFUSED = [
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
-        ("sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "maml", *STARTS_AND_MORE),
+        (
+            "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "mirror-descent",
+            "projected", "maml", *STARTS_AND_MORE,
+        ),
         TASK_LOSS, None, "do not move the solution",
     ),
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),

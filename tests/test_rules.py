@@ -370,13 +370,13 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start", "iterate", "average of learned rates", "recurrent-hyperparameters",
+    "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    coupled = {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "recurrent-hyperparameters"}
+    coupled = {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters"}
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
 

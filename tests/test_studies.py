@@ -17,7 +17,11 @@ from learnedopt.training.tracker import NullTracker, Tracker
 
 TINY: dict[str, list[str]] = {
     "optimistic-convex": ["num_steps=60", "dim=6"],
-}
+    "fmrl-convex": [
+        "num_tasks=3", "num_losses=4", "radii=[0.1,0.4]", "num_tasks_a_radius=3", "seeds=[0,1]", "num_experts=3",
+    ],
+    "fmrl-fashion": ["shots=[1,2]", "num_tasks=3", "seeds=[0]", "num_features=5"],
+}  # fmt: skip
 """Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
 STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]
 

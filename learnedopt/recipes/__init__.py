@@ -27,6 +27,8 @@ _TABLE = {
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "optimistic-convex": "optimistic:optimistic_convex",
     "ridge": "ridge:ridge",
+    "fmrl-convex": "fmrl:fmrl_convex",
+    "fmrl-fashion": "fmrl:fmrl_fashion",
     "imaml-regression": "implicit:imaml_regression",
     "maml-sine": "sine:maml_sine",
     "meta-sgd-sine": "sine:meta_sgd_sine",
