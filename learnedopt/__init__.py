@@ -53,6 +53,9 @@ _LAZY = {
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
     "WeightedExamples": "learnedopt.inner_objectives",
+    "ARUBA": "learnedopt.meta_optimizers.aruba",
+    "MomentMatching": "learnedopt.objectives.regret_bound",
+    "RegretBound": "learnedopt.objectives.regret_bound",
     "inner_objectives": "",
     "optimizers": "",
     "tasks": "",
@@ -64,6 +67,8 @@ if TYPE_CHECKING:
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.meta_optimizers.aruba import ARUBA
+    from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
@@ -80,6 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ARUBA",
     "GMRES",
     "L2",
     "Batch",
@@ -106,10 +112,12 @@ __all__ = [
     "MetaObjective",
     "MetaTrainer",
     "ModuleFamily",
+    "MomentMatching",
     "Neumann",
     "Params",
     "Penalty",
     "Proximal",
+    "RegretBound",
     "Rollout",
     "Solution",
     "SquaredDistance",

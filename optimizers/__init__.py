@@ -1,6 +1,7 @@
 """Update rules: one file each, and the registry that makes them by name.
 
-Rules are imported when first used. ``make("meta-sgd", ...)`` and ``make("maml", ...)`` are compositions of the classes.
+Rules are imported when first used. ``make("meta-sgd", ...)``, ``make("maml", ...)`` and ``make("aruba", ...)`` are
+compositions of the classes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
+    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "BalancedRates": "balanced_rates",
     "Clip": "clip",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
@@ -35,6 +38,7 @@ _LAZY = {
     "Partition": "partition",
     "RMSprop": "rmsprop",
     "SGD": "sgd",
+    "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
 
@@ -52,6 +56,7 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "BalancedRates",
     "Clip",
     "LearnedInit",
     "LearnedRates",
@@ -59,6 +64,7 @@ __all__ = [
     "Nesterov",
     "Partition",
     "RMSprop",
+    "as_meta_sgd",
     "build",
     "describe",
     "example",

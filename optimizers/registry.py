@@ -19,6 +19,8 @@ _TABLE = {
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
+    "balanced-rates": "balanced_rates:BalancedRates",
+    "aruba": "balanced_rates:aruba",
     "anil": "anil:ANIL",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
