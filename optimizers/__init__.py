@@ -14,8 +14,10 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
+    from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.clip import Clip
+    from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "Averaged": "averaged",
     "BalancedRates": "balanced_rates",
     "Clip": "clip",
+    "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
@@ -56,8 +60,10 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "Averaged",
     "BalancedRates",
     "Clip",
+    "Iterate",
     "LearnedInit",
     "LearnedRates",
     "Momentum",
