@@ -213,8 +213,7 @@ def test_other_optimizers_learn_the_moments_too() -> None:
 def test_as_meta_sgd_it_moves_the_same_to_the_bit_also_from_a_file(rates: str, tmp_path: Path) -> None:
     loop = loop_of(TanhMLP(), rates)
     theta, tasks = generic_theta(loop.rule), sample(loop.family, 3)
-    learnedopt.save(tmp_path / "theta", *as_meta_sgd(loop.rule, theta))
-    rule, exported = learnedopt.load(tmp_path / "theta")
+    rule, exported = learnedopt.load(learnedopt.save(tmp_path / "theta", *as_meta_sgd(loop.rule, theta)))
     other = InnerLoop(loop.family, rule, Execution(2))
     ends = [x.run(t, x.start(tasks), 6, Tape.NONE).end.params for x, t in ((loop, theta), (other, exported))]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])

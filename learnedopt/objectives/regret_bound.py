@@ -99,8 +99,8 @@ class RegretBound(TaskMean):
 class MomentMatching(TaskMean):
     """Half the squared distances of start, b and g from what a task shows: the objective that ``aruba`` learns by.
 
-    ``|start - target|**2 / 2 + |b - factor * d**2|**2 / 2 + |g - s|**2 / 2`` with d the way from the start to the target
-    and s the sum over steps of squared gradients, per coordinate; where coordinates share b and g, the means over them.
+    ``|start - target|**2 / 2 + |b - factor * d**2|**2 / 2 + |g - s|**2 / 2`` with d the way from start to target and
+    s the sum over steps of squared gradients, per coordinate; where coordinates share b and g, the means over them.
     No gradient flows into target, d and s, so theta's is ``start - target``, ``b - factor * d**2`` and ``g - s``: for
     the start that of Reptile, for b and g that of running means, over tasks too. With these the rate of the least mean
     bound is ``sqrt(b / g)``; from the gradients of ``RegretBound`` they could be told for one task a meta-step only.
