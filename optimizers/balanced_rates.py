@@ -24,18 +24,20 @@ Shared: TypeAlias = Literal["coordinate", "tensor", "all"]
 @final
 @dataclass(frozen=True, eq=False)
 class BalancedRates(UpdateRule):
-    """``delta = -sqrt(b / g) * grad``, with b and g learned (Khodak, Balcan & Talwalkar 2019, algorithm 2).
+    """``delta = -sqrt(distance / squares) * grad``, both learned (Khodak, Balcan & Talwalkar 2019, algorithm 2).
 
-    With b a task's squared distance from the start and g the sum of its squared gradients, of all rates ``sqrt(b / g)``
-    has the least bound on the regret, ``(b / lr + lr * g) / 2``. ``MomentMatching`` is the objective that learns them.
+    With a task's squared distance from the start and the sum of its squared gradients, of all rates this one has the
+    least bound on the regret, ``(distance / lr + lr * squares) / 2``. ``MomentMatching`` is the objective that learns
+    them.
 
     Args:
         template: one task's parameters, for names, shapes and dtypes.
         rates: "coordinate": a rate for each coordinate; "tensor": one for each tensor; "all": one for all (isotropic).
-        eps: b starts at its square.
-        zeta: g starts at its square, so that all rates start at eps / zeta.
+        eps: distances start at its square.
+        zeta: squares start at its square, so that all rates start at eps / zeta.
 
-    Theta: ``b/<param>`` and ``g/<param>``, or ``b`` and ``g`` with "all"; both must stay positive. There is no state.
+    Theta: ``distance/<param>`` (b in the paper) and ``squares/<param>`` (g), with "all" ``distance`` and ``squares``;
+    they must stay positive. There is no state.
 
     Raises:
         TypeError: ``eps`` or ``zeta`` is not a number.
@@ -60,16 +62,16 @@ class BalancedRates(UpdateRule):
                 raise ValueError(f"{name}: {option}={value!r} must be positive: rates are eps / zeta at the start")
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Return all b at ``eps**2`` and all g at ``zeta**2``."""
+        """Return all distances at ``eps**2`` and all squares at ``zeta**2``."""
         if self.rates == "all":
             like = next(iter(self.template.values()))
-            return {"b": like.new_full((), self.eps**2), "g": like.new_full((), self.zeta**2)}
+            return {"distance": like.new_full((), self.eps**2), "squares": like.new_full((), self.zeta**2)}
 
         def full(value: float) -> Params:
             each = self.rates == "coordinate"
             return {k: p.new_full(p.shape if each else (), value) for k, p in self.template.items()}
 
-        return prefixed("b", full(self.eps**2)) | prefixed("g", full(self.zeta**2))
+        return prefixed("distance", full(self.eps**2)) | prefixed("squares", full(self.zeta**2))
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start where the parameters are; there is no memory."""
@@ -90,8 +92,9 @@ class BalancedRates(UpdateRule):
 
 
 def _rate(theta: Theta, name: str, dtype: torch.dtype) -> Tensor:
-    b, g = (theta[kind if kind in theta else f"{kind}/{name}"].to(dtype) for kind in ("b", "g"))
-    return (b / g).sqrt()
+    found = (theta[kind if kind in theta else f"{kind}/{name}"].to(dtype) for kind in ("distance", "squares"))
+    distance, squares = found
+    return (distance / squares).sqrt()
 
 
 def aruba(template: Params, rates: Shared = "coordinate", eps: float = 1.0, zeta: float = 1.0) -> LearnedInit:
@@ -103,7 +106,7 @@ def aruba(template: Params, rates: Shared = "coordinate", eps: float = 1.0, zeta
         eps: see ``BalancedRates``.
         zeta: see ``BalancedRates``.
 
-    Theta: ``init/<param>``, ``rule/b/<param>`` and ``rule/g/<param>``.
+    Theta: ``init/<param>``, ``rule/distance/<param>`` and ``rule/squares/<param>``.
     """
     return LearnedInit(BalancedRates(template, rates, eps, zeta), template)
 

@@ -150,7 +150,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(rates: str, tmp_path: Path) -
 
 @pytest.mark.usefixtures("float64")
 def test_the_state_dict_holds_counters_and_priors() -> None:
-    theta = {"init/x": torch.ones(2), "b/x": torch.full((2,), 0.25), "g/x": torch.ones(2)}
+    theta = {"init/x": torch.ones(2), "distance/x": torch.full((2,), 0.25), "squares/x": torch.ones(2)}
     optimizer = ARUBA(NamedTensors(theta), power=2.0)
     for p in theta.values():
         p.grad = torch.full_like(p, 0.1)
@@ -162,7 +162,7 @@ def test_the_state_dict_holds_counters_and_priors() -> None:
     priors = [s["prior"] for s in state["state"].values() if "prior" in s]
     torch.testing.assert_close(priors, [torch.full((2,), 0.25), torch.ones(2)])
     first = 0.25 + (0.25 / 4 - 0.1) / 2
-    torch.testing.assert_close(theta["b/x"], torch.full((2,), first + (0.25 / 9 - 0.1) / 3))
+    torch.testing.assert_close(theta["distance/x"], torch.full((2,), first + (0.25 / 9 - 0.1) / 3))
     torch.testing.assert_close(theta["init/x"], torch.full((2,), 1 - 0.1 - 0.05))
 
 
@@ -171,7 +171,7 @@ def test_a_plain_list_and_a_wrong_power_are_refused() -> None:
         ARUBA([torch.zeros(2)])
     for power in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="must be a finite number, 0 or more"):
-            ARUBA(NamedTensors({"b": torch.ones(())}), power)
+            ARUBA(NamedTensors({"distance": torch.ones(())}), power)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_other_optimizers_learn_the_moments_too() -> None:
     torch.optim.SGD([*theta.values()], 1.0).step()
     for k, end in ends.items():
         shown = 0.5 * (end - before[f"init/{k}"]).square().mean(0)
-        torch.testing.assert_close(theta[f"rule/b/{k}"], shown, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(theta[f"rule/g/{k}"], squares[k].mean(0), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(theta[f"rule/distance/{k}"], shown, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(theta[f"rule/squares/{k}"], squares[k].mean(0), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.usefixtures("float64")

@@ -133,7 +133,7 @@ def moments_by_hand(theta: Theta, ends: Params, squares: Params, factor: float, 
     b = {k: factor * (before[f"init/{k}"] - end) ** 2 for k, end in ends.items()}
     for i in range(len(next(iter(ends.values())))):
         total = total + sum(0.5 * (theta[f"init/{k}"] - end[i]).square().sum() for k, end in ends.items())
-        for kind, shown in (("b", b), ("g", squares)):
+        for kind, shown in (("distance", b), ("squares", squares)):
             if f"rule/{kind}" in theta:
                 mean = torch.cat([x[i].reshape(-1) for x in shown.values()]).mean()
                 total = total + 0.5 * (theta[f"rule/{kind}"] - mean) ** 2
@@ -165,7 +165,9 @@ def test_the_moments_and_their_gradient_are_those_by_hand(rates: str, chunk_size
         assert relative_error({k: found.grads[f"init/{k}"]}, {k: (theta[f"init/{k}"] - end).mean(0)}) < 1e-12
         if rates == "coordinate":
             shown = factor * (theta[f"init/{k}"] - end).square().mean(0)
-            assert relative_error({k: found.grads[f"rule/b/{k}"]}, {k: theta[f"rule/b/{k}"] - shown}) < 1e-12
+            assert (
+                relative_error({k: found.grads[f"rule/distance/{k}"]}, {k: theta[f"rule/distance/{k}"] - shown}) < 1e-12
+            )
 
 
 def test_a_target_of_ones_own_is_what_distances_are_to() -> None:
@@ -185,7 +187,7 @@ def test_steps_of_the_estimators_own_are_refused(objective: Any) -> None:
     family = Quadratic()
     name = "meta-sgd" if isinstance(objective, RegretBound) else "aruba"
     loop = InnerLoop(family, optimizers.make(name, template=template(family)))
-    with pytest.raises(ValueError, match=r"takes its own 3 steps from there, but the estimator took 2.*Unrolled\(0\)"):
+    with pytest.raises(ValueError, match=r"takes its own 3 steps from there, but the estimator takes 2.*Unrolled\(0\)"):
         Unrolled(2).estimate(loop, loop.init_theta(torch.Generator()), objective, loop.start(sample(family)))
 
 
@@ -193,8 +195,8 @@ def test_a_rate_or_moment_that_is_not_positive_is_refused() -> None:
     family = Quadratic()
     for name, key, objective in (
         ("meta-sgd", "rule/lr/w", RegretBound(3)),
-        ("aruba", "rule/g/b", MomentMatching(3)),
-        ("aruba", "rule/b/w", MomentMatching(3)),
+        ("aruba", "rule/squares/b", MomentMatching(3)),
+        ("aruba", "rule/distance/w", MomentMatching(3)),
     ):
         loop = InnerLoop(family, optimizers.make(name, template=template(family)))
         theta = loop.init_theta(torch.Generator().manual_seed(0))
@@ -207,9 +209,10 @@ def test_theta_without_rates_is_refused() -> None:
     family = Quadratic()
     loop = InnerLoop(family, optimizers.make("maml", template=template(family)))
     theta = loop.init_theta(torch.Generator())
-    for objective, missing in ((RegretBound(3), "rule/lr/w"), (MomentMatching(3), "b/w")):
+    for objective, missing in ((RegretBound(3), "rule/lr/w"), (MomentMatching(3), "rule/distance/w")):
+        rollout = loop.run(theta, loop.start(sample(family)), 0, Tape.NONE)
         with pytest.raises(ValueError, match=f"theta has no '{missing}', only"):
-            Unrolled(0).estimate(loop, theta, objective, loop.start(sample(family)))
+            objective(loop, theta, rollout)
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -17,12 +17,12 @@ from learnedopt.core.named_tensors import names_of
 class ARUBA(torch.optim.Optimizer):
     """The meta-optimizer of ARUBA (Khodak, Balcan & Talwalkar 2019, algorithm 2), with ``MomentMatching``.
 
-    With ``x - gradient`` what the t-th batch of tasks shows, t = 1, 2, ..., b and g become
+    With ``x - gradient`` what the t-th batch of tasks shows, t = 1, 2, ..., distances and squares become
 
     ``x_t = (x_0 + sum_{s<=t} (shown_s + x_0 / (s + 1)**power)) / (t + 1)``
 
-    with x_0 where they started, ``eps**2`` and ``zeta**2``: the sums as published, over t + 1, which the rates
-    ``sqrt(b / g)`` do not see. A start, by its name, becomes the plain mean ``sum_{s<=t} shown_s / t``: it follows the
+    with x_0 where they started, ``eps**2`` and ``zeta**2``: the published b and g over t + 1, which the rates, roots of
+    their ratios, do not see. A start, by its name, becomes the plain mean ``sum_{s<=t} shown_s / t``: it follows the
     leader. To move it otherwise, such as by Adam as in Reptile, give ARUBA the rest alone, see ``PerName``.
 
     Args:

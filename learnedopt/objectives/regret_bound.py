@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.carry import Rollout, Tape, detach
+from learnedopt.core.carry import Carry, Rollout, Tape, detach
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import TaskMean
@@ -35,11 +35,7 @@ def within_task(loop: InnerLoop, theta: Theta, rollout: Rollout, num_steps: int,
     Raises:
         ValueError: the rollout has steps of its own: the bound would be one from the start, and they would count twice.
     """
-    if len(rollout.losses):
-        raise ValueError(
-            f"a bound on the regret is one from the start, and takes its own {num_steps} steps from there, but the "
-            f"estimator took {len(rollout.losses)} before; use Unrolled(0)"
-        )
+    _require_no_steps(len(rollout.losses), num_steps)
     start = detach(rollout.end)
     watched = loop.cache.remember("sum of squares", lambda: replace(loop, rule=_SumOfSquares(loop.rule)))
     zeros = {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in start.params.items()}
@@ -66,17 +62,21 @@ class RegretBound(TaskMean):
         target: what the regret is against, such as ``BestInHindsight``; None for the last iterate of the steps.
 
     Raises:
-        ValueError: when called: theta has no rates ``lr`` or ``lr/<param>``, or one that is not positive; the estimator
-            takes steps of its own.
+        ValueError: theta has no rates ``lr`` or ``lr/<param>``, or one that is not positive; the estimator takes steps
+            of its own.
     """
 
     num_steps: int
     target: Target | None = None
 
-    reads_theta = ("lr", "lr/*", "rule/lr", "rule/lr/*")
+    reads_theta = ("*lr*",)
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
+
+    def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
+        """Raise ValueError where it cannot be read."""
+        _require_no_steps(num_steps, self.num_steps)
 
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
@@ -97,17 +97,18 @@ class RegretBound(TaskMean):
 @final
 @dataclass(frozen=True)
 class MomentMatching(TaskMean):
-    """Half the squared distances of start, b and g from what a task shows: the objective that ``aruba`` learns by.
+    """Half the squared distances from what a task shows: the objective that the rule ``aruba`` learns by.
 
-    ``|start - target|**2 / 2 + |b - factor * d**2|**2 / 2 + |g - s|**2 / 2`` with d the way from start to target and
-    s the sum over steps of squared gradients, per coordinate; where coordinates share b and g, the means over them.
-    No gradient flows into target, d and s, so theta's is ``start - target``, ``b - factor * d**2`` and ``g - s``: for
-    the start that of Reptile, for b and g that of running means, over tasks too. With these the rate of the least mean
-    bound is ``sqrt(b / g)``; from the gradients of ``RegretBound`` they could be told for one task a meta-step only.
+    ``(|start - target|**2 + |distance - factor * d**2|**2 + |squares - s|**2) / 2`` with d the way from start to target
+    and s the sum over steps of squared gradients, per coordinate; where coordinates share a rate, their means. No
+    gradient flows into target, d and s, so theta's is ``start - target``, ``distance - factor * d**2`` and
+    ``squares - s``: for the start that of Reptile, for the others that of running means, over tasks too. Of these the
+    rate of the least mean bound is ``sqrt(distance / squares)``. From the gradients of ``RegretBound`` they could be
+    told for one task a meta-step only.
 
     It is for ``Unrolled(0)`` and ``BalancedRates``. With ``ARUBA`` it is the algorithm of Khodak et al. (2019); with
-    ``torch.optim.SGD`` older tasks are forgotten, as they advise where tasks drift. Any optimizer will do that keeps b
-    and g positive.
+    ``torch.optim.SGD`` older tasks are forgotten, for tasks that drift. Any optimizer will do that keeps distances and
+    squares positive.
 
     Args:
         num_steps: m, the steps of a task.
@@ -116,7 +117,7 @@ class MomentMatching(TaskMean):
             makes them these.
 
     Raises:
-        ValueError: when called: theta has no b and g, or one that is not positive; the estimator takes steps of its
+        ValueError: theta has no distances and squares, or one that is not positive; the estimator takes steps of its
             own.
     """
 
@@ -124,17 +125,21 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta = tuple(f"{owner}{kind}{each}" for owner in ("", "rule/") for kind in "bg" for each in ("", "/*"))
+    reads_theta = ("*distance*", "*squares*")
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
         if not self.factor > 0:
             raise ValueError(f"factor={self.factor!r} must be positive: it scales squared distances; 0.5 as published")
 
+    def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
+        """Raise ValueError where it cannot be read."""
+        _require_no_steps(num_steps, self.num_steps)
+
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
         starts = rollout.end.params
-        learned = [_moments(theta, kind, starts) for kind in ("b", "g")]
+        learned = [_moments(theta, kind, starts) for kind in ("distance", "squares")]
         found = within_task(loop, theta, rollout, self.num_steps, self.target)
         gaps = {k: start - found.target[k] for k, start in starts.items()}
         shown = ({k: self.factor * gap.detach().square() for k, gap in gaps.items()}, found.squares)
@@ -144,16 +149,21 @@ class MomentMatching(TaskMean):
         return value.mean()
 
 
+def _require_no_steps(taken: int, num_steps: int) -> None:
+    if taken:
+        raise ValueError(
+            f"a bound on the regret is one from the start, and takes its own {num_steps} steps from there, but the "
+            f"estimator takes {taken} before; use Unrolled(0)"
+        )
+
+
 def _moments(theta: Theta, kind: str, params: Params) -> Theta:
     """Return theta's ``kind`` for each parameter, or for all together under the empty name."""
-    owner = "rule/" if any(k.startswith(f"rule/{kind}") for k in theta) else ""
-    if f"{owner}{kind}" in theta:
-        found = {"": theta[f"{owner}{kind}"]}
-    else:
-        found = {name: _entry(theta, f"{owner}{kind}/{name}", "BalancedRates") for name in params}
-    for name, value in found.items():
-        _require_positive(f"{owner}{kind}" + (f"/{name}" if name else ""), value)
-    return found
+    for key in (kind, f"rule/{kind}"):
+        if key in theta:
+            return {"": _positive(theta, key, "aruba")}
+    owner = "" if f"{kind}/{next(iter(params))}" in theta else "rule/"
+    return {name: _positive(theta, f"{owner}{kind}/{name}", "aruba") for name in params}
 
 
 def _half_squares_from(learned: Theta, shown: Params) -> Tensor:
@@ -172,26 +182,19 @@ def _half_squares(x: Tensor) -> Tensor:
 
 
 def _rate(theta: Theta, name: str) -> Tensor:
-    for key in ("lr", "rule/lr"):
-        if key in theta:
-            return _require_positive(key, theta[key])
-    key = f"lr/{name}" if f"lr/{name}" in theta else f"rule/lr/{name}"
-    return _require_positive(key, _entry(theta, key, "meta-sgd"))
+    keys = ("lr", "rule/lr", f"lr/{name}", f"rule/lr/{name}")
+    return _positive(theta, next((key for key in keys if key in theta), keys[-1]), "meta-sgd")
 
 
-def _entry(theta: Theta, key: str, rule: str) -> Tensor:
+def _positive(theta: Theta, key: str, rule: str) -> Tensor:
     if key not in theta:
         raise ValueError(f"theta has no {key!r}, only {sorted(theta)}; the objective is for rules such as {rule}")
-    return theta[key]
-
-
-def _require_positive(key: str, value: Tensor) -> Tensor:
-    if not (value > 0).all():
+    if not (theta[key] > 0).all():
         raise ValueError(
-            f"theta's {key!r} must be positive everywhere, its least entry is {float(value.detach().min()):.3g}; start "
-            "it higher, or lower the meta-learning rate"
+            f"theta's {key!r} must be positive everywhere, its least entry is {float(theta[key].detach().min()):.3g}; "
+            "start it higher, or lower the meta-learning rate"
         )
-    return value
+    return theta[key]
 
 
 def _wide(x: Tensor) -> torch.dtype:
