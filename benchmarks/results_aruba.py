@@ -1,8 +1,8 @@
 """ARUBA on heterogeneous quadratics: task-averaged regret beside that of the best fixed rates in hindsight.
 
 Run ``python benchmarks/results_aruba.py`` (a few CPU minutes, float64). A task is m online losses ``|x - c_i|**2 / 2``
-in d dimensions, c_i around an optimum whose spread over tasks differs by coordinate. The start follows the leader of the
-optima for every method, so that only the rates differ.
+in d dimensions, c_i around an optimum whose spread over tasks differs by coordinate. The start follows the leader of
+the optima for every method, so that only the rates differ.
 """
 
 from __future__ import annotations
