@@ -8,7 +8,7 @@ the optima for every method, so that only the rates differ.
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from learnedopt import (
     ARUBA,
     Carry,
     FollowTheLeader,
+    Found,
     InnerLoop,
     MetaTrainer,
     MomentMatching,
     PerName,
     RegretBound,
     Tape,
+    Target,
     TaskFamily,
     Unrolled,
     optimizers,
@@ -60,14 +62,7 @@ class Heterogeneous(TaskFamily):
         return 0.5 * (params["x"] - batch["c"]).square().sum()
 
 
-class Found(NamedTuple):
-    """A target, and where training would go on from."""
-
-    target: Carry
-    ahead: Carry
-
-
-class Mean:
+class Mean(Target):
     """The minimiser of a task's losses in hindsight, in closed form."""
 
     def find(self, loop: InnerLoop, theta: Theta, end: Carry) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,22 @@ from oracles import difference_error, relative_error, walk
 from problems import FLOAT, Logistic, Quadratic, TanhMLP, generic_theta, one_by_one, sample, template
 from torch import Tensor
 
-from learnedopt import Carry, Execution, InnerLoop, MomentMatching, RegretBound, Tape, TaskFamily, Unrolled, optimizers
+from learnedopt import (
+    BestInHindsight,
+    Carry,
+    Execution,
+    Found,
+    InnerLoop,
+    LastIterate,
+    MomentMatching,
+    RegretBound,
+    SumOfLossesSolver,
+    Tape,
+    Target,
+    TaskFamily,
+    Unrolled,
+    optimizers,
+)
 from learnedopt.core.tree import Params, Theta
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -24,19 +39,12 @@ RATED = {
 """A learned start with rates that ``RegretBound`` reads, by how these are shared."""
 
 
-class Point(NamedTuple):
-    """What a target finds, for the one below."""
-
-    target: Carry
-    ahead: Carry
-
-
-class Away:
+class Away(Target):
     """A target of the test's own: far from the start, by a wave."""
 
-    def find(self, loop: InnerLoop, theta: Theta, end: Carry) -> Point:
+    def find(self, loop: InnerLoop, theta: Theta, end: Carry) -> Found:
         moved = {k: p + torch.sin(3.0 * torch.arange(p[0].numel())).view_as(p[0]) for k, p in end.params.items()}
-        return Point(end._replace(params=moved), end)
+        return Found(end._replace(params=moved), end)
 
 
 class Linear(TaskFamily):
@@ -53,6 +61,10 @@ class Linear(TaskFamily):
 
     def loss(self, params: Params, batch: Any) -> Tensor:
         return batch["c"] @ params["x"]
+
+
+CONVEX = [(family, target) for family in (Quadratic(), Logistic(), Linear()) for target in (None, Away())]
+CONVEX += [(Quadratic(), BestInHindsight(SumOfLossesSolver(), 6))]  # sums of the others have no minimiser
 
 
 def shown_by_hand(loop: InnerLoop, theta: Theta, tasks: Any, num_steps: int) -> tuple[Params, Params]:
@@ -91,7 +103,9 @@ def test_the_bound_and_its_gradient_are_those_by_hand(family: TaskFamily, rates:
 
 
 @pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])
-@pytest.mark.parametrize("target", [None, Away()], ids=["last iterate", "away"])
+@pytest.mark.parametrize(
+    "target", [None, Away(), BestInHindsight(SumOfLossesSolver(), 6)], ids=lambda t: type(t).__name__
+)
 @pytest.mark.parametrize("rates", SHARED)
 @pytest.mark.parametrize("family", [Quadratic(), Logistic(), Linear()], ids=lambda f: type(f).__name__)
 def test_it_bounds_the_regret_of_convex_losses(family: TaskFamily, rates: str, target: Any, scale: float) -> None:
@@ -215,7 +229,20 @@ def test_theta_without_rates_is_refused() -> None:
             objective(loop, theta, rollout)
 
 
+@pytest.mark.parametrize("rates", SHARED)
+def test_without_a_target_it_is_the_last_iterate(rates: str) -> None:
+    family = Quadratic()
+    loop = InnerLoop(family, RATED[rates](template(family)), Execution(2))
+    theta, tasks = generic_theta(loop.rule), sample(family, 3)
+    found = [Unrolled(0).estimate(loop, theta, RegretBound(4, t), loop.start(tasks)) for t in (None, LastIterate(4))]
+    assert abs(float(found[0].loss - found[1].loss)) <= 1e-12 * float(found[0].loss)
+    assert relative_error(found[0].grads, found[1].grads) < 1e-12
+
+
 def test_options_out_of_range_are_refused() -> None:
+    for kind in (RegretBound, MomentMatching):
+        with pytest.raises(TypeError, match=r"is no Target; pass an instance, such as BestInHindsight\("):
+            kind(3, BestInHindsight)
     with pytest.raises(ValueError, match="num_steps"):
         RegretBound(0)
     with pytest.raises(ValueError, match="num_steps"):

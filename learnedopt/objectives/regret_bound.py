@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.carry import Carry, Rollout, Tape, detach
+from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
-
-if TYPE_CHECKING:
-    from learnedopt.objectives.targets import Target
+from learnedopt.objectives.targets import Target
 
 
 class WithinTask(NamedTuple):
@@ -72,11 +70,13 @@ class RegretBound(TaskMean):
     reads_theta = ("*lr*",)
 
     def __post_init__(self) -> None:
-        require_count("num_steps", self.num_steps, least=1)
+        _require_within(self.num_steps, self.target)
 
     def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
-        """Raise ValueError where it cannot be read."""
+        """Take the first two tasks' value, where the estimator takes no steps."""
         _require_no_steps(num_steps, self.num_steps)
+        start = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+        self(loop, theta, loop.run(theta, start, 0, Tape.NONE))
 
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
@@ -128,13 +128,15 @@ class MomentMatching(TaskMean):
     reads_theta = ("*distance*", "*squares*")
 
     def __post_init__(self) -> None:
-        require_count("num_steps", self.num_steps, least=1)
+        _require_within(self.num_steps, self.target)
         if not self.factor > 0:
             raise ValueError(f"factor={self.factor!r} must be positive: it scales squared distances; 0.5 as published")
 
     def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
-        """Raise ValueError where it cannot be read."""
+        """Take the first two tasks' value, where the estimator takes no steps."""
         _require_no_steps(num_steps, self.num_steps)
+        start = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+        self(loop, theta, loop.run(theta, start, 0, Tape.NONE))
 
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
@@ -147,6 +149,15 @@ class MomentMatching(TaskMean):
         for values, seen in zip(learned, shown, strict=True):
             value = value + _half_squares_from(values, seen)
         return value.mean()
+
+
+def _require_within(num_steps: int, target: Target | None) -> None:
+    require_count("num_steps", num_steps, least=1)
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(
+            f"target={target!r} is no Target; pass an instance, such as BestInHindsight(SumOfLossesSolver(), "
+            f"{num_steps}), or None for the last iterate"
+        )
 
 
 def _require_no_steps(taken: int, num_steps: int) -> None:
