@@ -103,11 +103,8 @@ def test_the_bound_and_its_gradient_are_those_by_hand(family: TaskFamily, rates:
 
 
 @pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])
-@pytest.mark.parametrize(
-    "target", [None, Away(), BestInHindsight(SumOfLossesSolver(), 6)], ids=lambda t: type(t).__name__
-)
 @pytest.mark.parametrize("rates", SHARED)
-@pytest.mark.parametrize("family", [Quadratic(), Logistic(), Linear()], ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize(("family", "target"), CONVEX, ids=lambda x: type(x).__name__)
 def test_it_bounds_the_regret_of_convex_losses(family: TaskFamily, rates: str, target: Any, scale: float) -> None:
     loop = InnerLoop(family, RATED[rates](template(family)), Execution(2))
     theta, num_steps = generic_theta(loop.rule), 6
