@@ -47,8 +47,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "clip": {"rule": heavy_ball, "max_value": 0.5},
         "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
-        "balanced-rates": {"zeta": 8.0},
-        "aruba": {"zeta": 8.0},
+        "balanced-rates": {"eps": 0.6, "zeta": 3.0},
+        "aruba": {"eps": 0.6, "zeta": 3.0},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))
