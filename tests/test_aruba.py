@@ -76,7 +76,8 @@ def by_hand(
 def rates_of(b: Params, g: Params, rates: str) -> Params:
     """Return sqrt(b / g) for each coordinate, or of the sums over what shares a rate."""
     if rates == "all":
-        one = (sum(x.sum() for x in b.values()) / sum(x.sum() for x in g.values())).sqrt()
+        sums = [torch.stack([x.sum() for x in each.values()]).sum() for each in (b, g)]
+        one = (sums[0] / sums[1]).sqrt()
         return {k: one.expand_as(x) for k, x in b.items()}
     if rates == "tensor":
         return {k: (x.sum() / g[k].sum()).sqrt().expand_as(x) for k, x in b.items()}
@@ -107,7 +108,7 @@ def test_without_a_prior_the_rates_minimise_the_bounds_of_all_tasks_so_far(rates
     loop = loop_of(Quadratic(), rates, 1e-9 * EPS / ZETA, 1e-9)
     _, found = as_meta_sgd(loop.rule, trained(loop, 12, 1.0))
     seen = watch(loop, 12)
-    distances, squares = ({k: sum(s[i][k] for s in seen) for k in seen[0][i]} for i in (0, 1))
+    distances, squares = ({k: torch.stack([s[i][k] for s in seen]).sum(0) for k in seen[0][i]} for i in (0, 1))
 
     def slopes(scale: float) -> Params:
         """Return the derivative of the accumulated bound with respect to each rate, by coordinates."""

@@ -38,6 +38,7 @@ def within_task(loop: InnerLoop, theta: Theta, rollout: Rollout, num_steps: int,
     watched = loop.cache.remember("sum of squares", lambda: replace(loop, rule=_SumOfSquares(loop.rule)))
     zeros = {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in start.params.items()}
     last = watched.run(theta, start._replace(state=(start.state, zeros)), num_steps, Tape.NONE).end
+    assert last.state is not None
     found = last if target is None else target.find(loop, theta, start).target
     return WithinTask(tree.detach(found.params), last.state[1])
 
