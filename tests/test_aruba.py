@@ -18,10 +18,13 @@ from learnedopt import (
     ARUBA,
     Execution,
     InnerLoop,
+    LastIterate,
     LearnedOptimizer,
     MetaTrainer,
     MomentMatching,
+    PerName,
     Tape,
+    TargetMatching,
     TaskFamily,
     Unrolled,
     optimizers,
@@ -29,6 +32,7 @@ from learnedopt import (
 from learnedopt.core.named_tensors import NamedTensors
 from learnedopt.core.tree import Params, Theta
 from learnedopt.evaluation.few_shot import adapt
+from learnedopt.meta_optimizers import registry
 from learnedopt.optimizers import as_meta_sgd
 from learnedopt.training.validation import task_generator
 
@@ -167,12 +171,44 @@ def test_the_state_dict_holds_counters_and_priors() -> None:
     torch.testing.assert_close(theta["init/x"], torch.full((2,), 1 - 0.1 - 0.05))
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_start_may_move_as_in_reptile(tmp_path: Path) -> None:
+    """Its gradient is Reptile's, so Adam moves it the same while ARUBA moves the rates; resumed to the bit."""
+    loop = loop_of(TanhMLP(), "coordinate")
+    theta, tasks = loop.init_theta(torch.Generator()), sample(loop.family, 3)
+    reptile = InnerLoop(loop.family, as_meta_sgd(loop.rule, theta)[0])
+    target = TargetMatching(LastIterate(NUM_STEPS))
+    exported = as_meta_sgd(loop.rule, theta)[1]
+    end = reptile.run(exported, reptile.start(tasks), NUM_STEPS, Tape.NONE).end.params
+    found = Unrolled(0).estimate(loop, theta, MomentMatching(NUM_STEPS), loop.start(tasks)).grads
+    expected = {f"init/{k}": theta[f"init/{k}"] - end[k].mean(0) for k in end}
+    assert relative_error({k: found[k] for k in expected}, expected) < 1e-12
+    maml = InnerLoop(loop.family, optimizers.make("maml", template=template(loop.family), lr=EPS / ZETA))
+    plain = Unrolled(0).estimate(maml, {k: theta[k] for k in expected}, target, maml.start(tasks)).grads
+    assert relative_error({k: found[k] for k in expected}, plain) < 1e-12
+
+    def run(num_meta_steps: int, **options: Any) -> Theta:
+        split = PerName({"init/*": lambda p: torch.optim.Adam(p, 0.01), "rule/*": ARUBA})
+        trainer = MetaTrainer(loop, Unrolled(0), MomentMatching(NUM_STEPS), split, None, num_tasks=2, **options)
+        return trainer.run(num_meta_steps).theta
+
+    whole = run(6)
+    run(2, checkpoint=tmp_path / "checkpoint.pt")
+    resumed = run(6, checkpoint=tmp_path / "checkpoint.pt")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert all((whole[k] != theta[k]).all() for k in whole)
+
+
 def test_a_plain_list_and_a_wrong_power_are_refused() -> None:
     with pytest.raises(TypeError, match="ARUBA tells the tensors of theta apart by name"):
         ARUBA([torch.zeros(2)])
     for power in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="must be a finite number, 0 or more"):
             ARUBA(NamedTensors({"distance": torch.ones(())}), power)
+    with pytest.raises(ValueError, match=r"ARUBA: lr=0\.0"):
+        ARUBA(NamedTensors({"distance": torch.ones(())}), lr=0.0)
+    made = registry.make("aruba", lr=1.0, power=0.5)(NamedTensors({"distance": torch.ones(())}))
+    assert isinstance(made, ARUBA) and made.param_groups[0]["power"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.named_tensors import names_of
+from learnedopt.core.weights import require_positive
 
 
 @final
@@ -29,14 +30,22 @@ class ARUBA(torch.optim.Optimizer):
         params: theta's tensors with their names, as ``MetaTrainer`` hands them on.
         power: p, how fast the prior fades, not negative.
         start: pattern, as of ``fnmatch``, of the names that follow the leader.
+        lr: a positive factor of every step; 1 is the algorithm.
+
+    State of each tensor: ``step`` (t), and of distances and squares ``prior`` (x_0).
 
     Raises:
-        TypeError: the tensors have no names.
-        ValueError: ``power`` is negative or not finite.
+        TypeError: the tensors have no names; ``lr`` is not a number.
+        ValueError: ``power`` is negative or not finite, or ``lr`` not positive.
+
+    Example:
+        >>> MetaTrainer(loop, Unrolled(0), MomentMatching(5), ARUBA)
+        >>> MetaTrainer(loop, Unrolled(0), MomentMatching(5), PerName({"init/*": torch.optim.Adam, "rule/*": ARUBA}))
     """
 
-    def __init__(self, params: Sequence[Tensor], power: float = 1.0, start: str = "init/*") -> None:
+    def __init__(self, params: Sequence[Tensor], power: float = 1.0, start: str = "init/*", *, lr: float = 1.0) -> None:
         names = names_of(params, "ARUBA")
+        require_positive("ARUBA", "lr", lr)
         if not 0 <= power < math.inf:
             raise ValueError(
                 f"power={power!r} must be a finite number, 0 or more: the prior of round t is over t**power"
@@ -44,15 +53,13 @@ class ARUBA(torch.optim.Optimizer):
         leads = [fnmatch.fnmatchcase(name, start) for name in names]
         parts = [[p for p, lead in zip(params, leads, strict=True) if lead is want] for want in (True, False)]
         groups = [{"params": part, "leader": lead} for part, lead in zip(parts, (True, False), strict=True) if part]
-        super().__init__(groups, {"power": float(power), "leader": False})
+        super().__init__(groups, {"lr": lr, "power": float(power), "leader": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take in what one batch of tasks shows; a tensor without a gradient stays."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -68,6 +75,6 @@ class ARUBA(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
         if group["leader"]:
-            p.sub_(grad / t)
+            p.sub_(grad, alpha=group["lr"] / t)
         else:
-            p.add_((state["prior"] / (t + 1) ** group["power"] - grad) / (t + 1))
+            p.add_(state["prior"] / (t + 1) ** group["power"] - grad, alpha=group["lr"] / (t + 1))
