@@ -17,6 +17,7 @@ import learnedopt
 from learnedopt import (
     ARUBA,
     Execution,
+    FinalLoss,
     InnerLoop,
     LastIterate,
     LearnedOptimizer,
@@ -30,10 +31,13 @@ from learnedopt import (
     optimizers,
 )
 from learnedopt.core.named_tensors import NamedTensors
+from learnedopt.core.registry import Choice
 from learnedopt.core.tree import Params, Theta
 from learnedopt.evaluation.few_shot import adapt
 from learnedopt.meta_optimizers import registry
 from learnedopt.optimizers import as_meta_sgd
+from learnedopt.recipes import HeldOut, MetaLearning, Recipe
+from learnedopt.run import train
 from learnedopt.training.validation import task_generator
 
 EPS, ZETA, NUM_STEPS = 0.3, 0.8, 4
@@ -264,6 +268,17 @@ def test_only_arubas_rule_becomes_meta_sgd() -> None:
     rule = optimizers.make("maml", template={"w": torch.zeros(2)})
     with pytest.raises(TypeError, match="takes a learned start with balanced rates"):
         as_meta_sgd(rule, rule.init_theta(torch.Generator()))
+
+
+def test_a_recipe_of_it_trains_and_leaves_what_can_be_exported(tmp_path: Path) -> None:
+    recipe = Recipe(
+        "aruba-sine", Choice("sine"), Choice("aruba", {"eps": 0.01}), Unrolled(0), MomentMatching(5), 4, num_tasks=3,
+        meta=MetaLearning(lr=1.0, optimizer=Choice("aruba", {"power": 2.0})), validation=HeldOut(FinalLoss(), 5, 4, 2),
+    )  # fmt: skip
+    assert train(recipe, tmp_path / "run", "disabled") is not None
+    rule, theta = as_meta_sgd(*learnedopt.load(tmp_path / "run"))
+    assert isinstance(rule.rule, optimizers.LearnedRates) and len(theta) == 2 * len(rule.template)
+    assert not torch.equal(theta["rule/lr/layer0.bias"], torch.full_like(theta["rule/lr/layer0.bias"], 0.01))
 
 
 def test_what_it_learned_trains_a_model_through_the_plug_in() -> None:
