@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
@@ -35,6 +36,8 @@ _LAZY = {
     "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
+    "RegularizedLogistic": "convex",
+    "SpectralQuadratic": "convex",
     "Sine": "sine",
 }
 
@@ -59,7 +62,9 @@ __all__ = [
     "NoisyImages",
     "Omniglot",
     "Quadratic",
+    "RegularizedLogistic",
     "Sine",
+    "SpectralQuadratic",
     "build",
     "describe",
     "make",

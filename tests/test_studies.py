@@ -20,6 +20,7 @@ TINY: dict[str, list[str]] = {
         "num_meta_steps=2", "num_tuning_steps=1", "num_tasks=2", "lrs=(0.1,)", "aruba_lrs=(0.1,)", "zetas=(0.03,)",
         "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",
     ],
+    "optimistic-convex": ["num_steps=60", "dim=6"],
 }  # fmt: skip
 """Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
 STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]

@@ -46,6 +46,10 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 # Options beside the defaults that the shared tests run each family with; a family without a line runs with defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
+    "spectral-quadratic": [
+        {"dim": 6, "start_scale": 0.7, "decay": 1.0},
+        {"dim": 5, "start_scale": 0.7, "spectrum": "geometric", "rotated": True, "decay": 1.0},
+    ],
     "logistic": [{"start_scale": 0.7}],
     "linear-regression": [{"start_scale": 0.7, "num_train": 4}, {"start_scale": 0.7, "dim": 4, "num_relevant": 2}],
     "image-mlp": [

@@ -22,6 +22,7 @@ _TABLE = {
     "meta-sgd-mnist": "rates:meta_sgd_mnist",
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
     "reweighting-mnist": "reweighting:reweighting_mnist",
+    "optimistic-convex": "optimistic:optimistic_convex",
     "ridge": "ridge:ridge",
     "imaml-regression": "implicit:imaml_regression",
     "maml-sine": "sine:maml_sine",
