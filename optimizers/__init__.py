@@ -1,6 +1,7 @@
 """Update rules: one file each, and the registry that makes them by name.
 
-Rules are imported when first used. ``make("meta-sgd", ...)`` and ``make("maml", ...)`` are compositions of the classes.
+Rules are imported when first used. ``make("meta-sgd", ...)``, ``make("maml", ...)`` and ``make("aruba", ...)`` are
+compositions of the classes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
+    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
@@ -36,6 +38,7 @@ _LAZY = {
     "Averaged": "averaged",
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
+    "BalancedRates": "balanced_rates",
     "Clip": "clip",
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
@@ -54,6 +57,7 @@ _LAZY = {
     "RecurrentHyperparameters": "recurrent_hyperparameters",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
+    "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
 
@@ -74,6 +78,7 @@ __all__ = [
     "Averaged",
     "Ball",
     "Box",
+    "BalancedRates",
     "Clip",
     "ConvexSet",
     "Entropic",
@@ -90,6 +95,7 @@ __all__ = [
     "RMSprop",
     "RecurrentHyperparameters",
     "Simplex",
+    "as_meta_sgd",
     "build",
     "describe",
     "example",

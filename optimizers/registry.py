@@ -20,6 +20,8 @@ _TABLE = {
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
+    "balanced-rates": "balanced_rates:BalancedRates",
+    "aruba": "balanced_rates:aruba",
     "anil": "anil:ANIL",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
@@ -58,6 +60,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "anil": {"head": glob.escape(next(reversed(template), ""))},
         "mirror-descent": {"lipschitz": 3.0, "num_steps": 4, "learn": ("radius",)},
         "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
+        "balanced-rates": {"eps": 0.6, "zeta": 3.0},
+        "aruba": {"eps": 0.6, "zeta": 3.0},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -101,6 +101,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "aruba, per tensor": lambda t: make("aruba", template=t, rates="tensor", eps=0.5, zeta=2.0),
+    "aruba, isotropic": lambda t: make("aruba", template=t, rates="all", eps=0.5, zeta=2.0),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
     "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
@@ -116,7 +118,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
+# Rules whose kernel adds the deltas itself.
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "balanced-rates", "aruba")
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -371,12 +374,16 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
     "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
+    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    coupled = {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters"}
+    coupled = {
+        "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
+        "balanced-rates", "aruba",
+    }  # fmt: skip
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
 
@@ -676,7 +683,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
-        "learned-init", "learned-rates", "anil", "recurrent-hyperparameters",
+        "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
     } <= set(names())  # fmt: skip
 
 

@@ -38,6 +38,7 @@ _TABLE = {
     "meta-sgd-omniglot-paper": "omniglot:meta_sgd_omniglot_paper",
     "reptile-omniglot": "omniglot:reptile_omniglot",
     "reptile-omniglot-paper": "omniglot:reptile_omniglot_paper",
+    "aruba-omniglot": "aruba:aruba_omniglot",
     "imaml-omniglot": "implicit:imaml_omniglot",
     "imaml-omniglot-paper": "implicit:imaml_omniglot_paper",
     "imaml-hf-omniglot": "implicit:imaml_hf_omniglot",
