@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
+    from learnedopt.optimizers.recorded import Recorded
+    from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
@@ -34,6 +36,8 @@ _LAZY = {
     "Nesterov": "nesterov",
     "Partition": "partition",
     "RMSprop": "rmsprop",
+    "Recorded": "recorded",
+    "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "per_tensor": "partition",
 }
@@ -59,6 +63,8 @@ __all__ = [
     "Nesterov",
     "Partition",
     "RMSprop",
+    "Recorded",
+    "Reparametrized",
     "build",
     "describe",
     "example",

@@ -23,6 +23,8 @@ _TABLE = {
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
+    "reparametrized": "reparametrized:Reparametrized",
+    "recorded": "recorded:Recorded",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
@@ -42,6 +44,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
+        "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
+        "recorded": {"rule": heavy_ball, "num_steps": 20},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -197,7 +197,10 @@ class Refusal(NamedTuple):
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
 DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
-WITHOUT_START = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition")
+WITHOUT_START = (
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition", "reparametrized",
+    "recorded",
+)  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
 """Rules whose theta is nothing but a start, through which alone it moves anything."""
@@ -236,13 +239,16 @@ REFUSED = [
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
-        ("sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "maml", *STARTS_AND_MORE),
+        (
+            "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "reparametrized", "maml",
+            *STARTS_AND_MORE,
+        ),
         TASK_LOSS, None, "do not move the solution",
     ),
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
-    Refusal(IMPLICIT, ("adam",), TASK_LOSS, None, "counts its steps"),
+    Refusal(IMPLICIT, ("adam", "recorded"), TASK_LOSS, None, "counts its steps"),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
 ]  # fmt: skip

@@ -52,7 +52,6 @@ class Wrapper(UpdateRule):
         return self.rule.update(unprefixed("rule", theta), grads, state, params, loss)
 
 
-
 @final
 @dataclass(frozen=True)
 class HandedOn(Kernel):
