@@ -21,7 +21,7 @@ from learnedopt.optimizers import SGD
 from learnedopt.tasks import NoisyImages
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "reweighting.png"
-RECIPE = recipes.make("reweighting-mnist")
+RECIPE = recipes.meta_training("reweighting-mnist")
 NUM_STEPS, RATE = RECIPE.validation.num_steps, RECIPE.rule.options["lr"]
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 SURE = 1e4

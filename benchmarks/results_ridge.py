@@ -22,7 +22,7 @@ from learnedopt.optimizers import SGD
 from learnedopt.tasks import LinearRegression
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "ridge.png"
-RECIPE = recipes.make("ridge")
+RECIPE = recipes.meta_training("ridge")
 FAMILY = LinearRegression(**RECIPE.family.options)
 DIM, RELEVANT, NUM_POINTS, NOISE = FAMILY.dim, FAMILY.num_relevant or 0, FAMILY.num_train, FAMILY.noise
 NUM_META_STEPS, NUM_TEST, START = RECIPE.num_meta_steps, 2000, 0.1

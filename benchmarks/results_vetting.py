@@ -28,7 +28,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def row(name: str) -> str:
     """Return the table's row of a recipe."""
-    recipe = recipes.make(name)
+    recipe = recipes.meta_training(name)
     loop, _ = build(recipe)
     loop = replace(loop, execution=replace(loop.execution, compile=False))
     generator = torch.Generator().manual_seed(0)

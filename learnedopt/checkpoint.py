@@ -189,3 +189,17 @@ def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: Inn
             f"{expected}, got {type(theta).__name__ if got is None else got}; theta of a loop with an inner objective "
             "of its own is saved with inner_objective=loop.inner_objective"
         )
+
+
+def resolve_rule(rule: Any) -> tuple[UpdateRule, Theta]:
+    """Return the rule and theta that a packaged name, a checkpoint's path or ``(rule, theta)`` stands for."""
+    if isinstance(rule, str | Path):
+        return load(rule)
+    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
+        found, theta = rule
+        check_theta(found, theta, "LearnedOptimizer")
+        return found, {k: v.detach().clone() for k, v in theta.items()}
+    raise TypeError(
+        f"a {type(rule).__name__} is no learned optimizer; pass the name of a packaged one, the path of a checkpoint, "
+        "or (rule, theta), where theta is the rule's own, from init_theta or a MetaTrainer"
+    )

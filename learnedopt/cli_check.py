@@ -29,11 +29,17 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from learnedopt.core.vetting import examine, report
+    from learnedopt.recipes import Study
     from learnedopt.run import build
 
     if arguments.list:
         return list_recipes()
     recipe = configured(arguments)
+    if isinstance(recipe, Study):
+        raise ValueError(
+            f"{recipe.name} sets several methods side by side, and each is vetted when it is trained; check a "
+            "recipe of one meta-training"
+        )
     torch.set_num_threads(recipe.num_threads)
     loop, _ = build(recipe)
     generator = torch.Generator().manual_seed(recipe.seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from learnedopt.recipes.recipe import Recipe
+    from learnedopt.recipes import Recipe, Study
 
 DIVERGED, INTERRUPTED = 1, 130
 
@@ -40,7 +40,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configured(arguments: argparse.Namespace) -> Recipe:
+def configured(arguments: argparse.Namespace) -> Recipe | Study:
     """Return the recipe that the arguments name, overrides applied."""
     from learnedopt import recipes
     from learnedopt.config import INTERCHANGEABLE, override
@@ -77,5 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
         return DIVERGED
+    if result is None:
+        print(f"The figure {recipe.name}.png, the numbers behind it, the configuration and metrics are in {folder}.")
+        return 0
     print(f"Best validation {result.best_value:.4g}; theta, configuration, metrics and figure are in {folder}.")
     return 0

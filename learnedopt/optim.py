@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optim_members import (
+from learnedopt.plug_in.members import (
     Layout,
     Member,
     common_device,
     leaves_by_path,
     name_of,
     require_group,
-    resolve_rule,
     scalar_loss,
     shapes,
     unknown_names,

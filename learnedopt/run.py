@@ -1,4 +1,4 @@
-"""Runs: what a recipe makes, trained in a folder of its own, and found there again.
+"""Runs: what a recipe or a study makes, in a folder of its own, and found there again.
 
 A run's folder holds theta with its description, the configuration, the metrics as JSON lines, and a figure. Started
 again with the same configuration it goes on where it stopped, exactly.
@@ -7,6 +7,7 @@ again with the same configuration it goes on where it stopped, exactly.
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.tree import Params
 from learnedopt.execution.memory import predict_peak
+from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
+from learnedopt.recipes.study import Study
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
 from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
 
-def configuration(recipe: Recipe) -> dict[str, Any]:
+def configuration(recipe: Recipe | Study) -> dict[str, Any]:
     """Return the recipe as plain values: what tells one run from another."""
     return {key: value for key, value in as_config(recipe).items() if key != "type"}
 
@@ -74,10 +77,10 @@ def require_device(execution: Execution) -> None:
         raise ValueError(f"execution.device={execution.device!r} cannot be used here: {reason}") from error
 
 
-def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> TrainingResult:
-    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one."""
+def train(recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None) -> TrainingResult | None:
+    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one; a study returns None."""
     torch.set_num_threads(recipe.num_threads)
-    loop, validation = build(recipe)
+    built = None if isinstance(recipe, Study) else build(recipe)
     mode = resolve_mode(wandb_mode)
     find_run(folder, recipe)  # refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,20 +88,43 @@ def train(recipe: Recipe, folder: Path, wandb_mode: str | None = None) -> Traini
         run_id = find_run(folder, recipe) or begin_run(folder, recipe)
         remove_partials(folder)  # left by a kill in the middle of a write
         tracker = trackers(recipe, folder, mode, run_id)
-        return meta_train(recipe, folder, (loop, validation), tracker)
+        if isinstance(recipe, Study):
+            return carry_out(recipe, folder, tracker)
+        assert built is not None
+        return meta_train(recipe, folder, built, tracker)
 
 
-def trackers(recipe: Recipe, folder: Path, mode: Mode, run_id: str) -> Trackers:
+def trackers(recipe: Recipe | Study, folder: Path, mode: Mode, run_id: str) -> Trackers:
     """Return where a run's metrics go: the console, a file of JSON lines, Weights & Biases."""
+    study = isinstance(recipe, Study)
     return Trackers(
         [
-            ConsoleTracker(total=recipe.num_meta_steps),
+            ConsoleTracker(total=None if study else recipe.num_meta_steps),
             JsonLinesTracker(folder / "metrics.jsonl"),
             WandbTracker(
-                mode, group=recipe.name, job_type="meta-train", name=folder.name, dir=folder, run_id=run_id
+                mode, group=recipe.name, job_type="study" if study else "meta-train", name=folder.name, dir=folder,
+                run_id=run_id,
             ),
         ]
     )  # fmt: skip
+
+
+def carry_out(study: Study, folder: Path, tracker: Tracker) -> None:
+    """Compute a study in ``folder``, and let the tracker know its settings, numbers, figure and end."""
+    exit_code = 1
+    try:
+        tracker.start(configuration(study))
+        study.run(folder, tracker)
+        figure = folder / f"{study.name}.png"
+        if not figure.exists():
+            raise RuntimeError(f"the study {study.name} has ended without its figure {figure.name}")
+        tracker.figure(study.name, figure)
+        exit_code = 0
+    except KeyboardInterrupt:
+        exit_code = 128 + signal.SIGINT
+        raise
+    finally:
+        tracker.finish(exit_code)
 
 
 def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker) -> TrainingResult:
@@ -109,7 +135,7 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         loop,
         recipe.estimator,
         recipe.objective,
-        lambda params: torch.optim.Adam(params, meta.lr),
+        meta_optimizers.make(meta.optimizer.name, lr=meta.lr, **meta.optimizer.options),
         tracker,
         num_tasks=recipe.num_tasks,
         seed=recipe.seed,
@@ -163,7 +189,7 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
     tracker.figure("evaluation", paths["png"])
 
 
-def find_run(folder: Path, recipe: Recipe) -> str | None:
+def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     """Return the id of the run of this recipe that ``folder`` holds, maybe of an earlier version; None for no run.
 
     A run of another configuration does not count where not one meta-step was taken; otherwise it is refused.
@@ -195,7 +221,7 @@ def find_run(folder: Path, recipe: Recipe) -> str | None:
     return None
 
 
-def begin_run(folder: Path, recipe: Recipe) -> str:
+def begin_run(folder: Path, recipe: Recipe | Study) -> str:
     """Write the configuration of a new run into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
     write_json(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})

@@ -183,6 +183,6 @@ def test_imaml_in_a_configuration_is_split_with_its_defaults() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipes.names() if "imaml" in name])
 def test_recipes_of_implicit_maml_name_its_two_parts(name: str) -> None:
-    recipe = recipes.make(name)
+    recipe = recipes.meta_training(name)
     assert recipe.rule.name == "maml" and recipe.inner_objective is not None
     assert recipe.inner_objective.name == "proximal" and recipe.inner_objective.options.keys() == {"strength"}

@@ -56,7 +56,7 @@ def test_the_area_under_the_curve_by_hand() -> None:
 @pytest.mark.long
 def test_wrong_labels_are_found_and_learned_weights_are_as_good_as_knowing_them(data_root: Path) -> None:
     assert (data_root / "MNIST" / "raw").is_dir()
-    family = NoisyImages(**recipes.make("reweighting-mnist").family.options)
+    family = NoisyImages(**recipes.meta_training("reweighting-mnist").family.options)
     wrong = family.wrong_labels()
     theta, losses = reweighting.meta_train(family)
     assert losses[-1] < 0.4 * losses[0]

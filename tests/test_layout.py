@@ -18,14 +18,15 @@ LAW: dict[str, tuple[str, ...]] = {
     "core": (),
     "execution": ("core",),
     "estimators": ("core", "execution"),
-    **dict.fromkeys(("optimizers", "tasks", "inner_objectives"), ("core",)),
+    **dict.fromkeys(("optimizers", "tasks", "inner_objectives", "objectives", "meta_optimizers"), ("core",)),
     "training": ("core",),
     "evaluation": ("core", "estimators"),
-    "recipes": ("core", "estimators", "evaluation", "training"),
+    "plug_in": ("core", "estimators", "objectives", "meta_optimizers"),
+    "recipes": ("core", "estimators", "objectives", "meta_optimizers", "plug_in", "evaluation", "training"),
 }
 # The edge may import every room, those with a registry only inside functions; no room imports the edge.
 EDGE = (
-    "__init__", "optim", "optim_members", "checkpoint", "config", "run",
+    "__init__", "optim", "checkpoint", "config", "run",
     "cli", "cli_check", "cli_train", "cli_evaluate",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
@@ -98,8 +99,8 @@ def violations(module: str, source: str) -> list[str]:
     return found
 
 
-LAZY = ("evaluation",)
-"""Rooms that make rules by name, inside functions: baselines."""
+LAZY = ("evaluation", "recipes")
+"""Rooms that make rules by name, inside functions: baselines, and the methods of a study."""
 
 
 def modules() -> dict[str, Path]:

@@ -30,6 +30,9 @@ class TaskMean:
 
     end_only: bool = False
     """A function of the state at the end alone, as an implicit meta-gradient needs it."""
+    reads_theta: tuple[str, ...] = ()
+    """Patterns, as of ``fnmatch``, of the meta-parameters that it reads from ``theta`` itself: those reach it, whatever
+    the inner steps make of them."""
 
 
 @final

@@ -1,5 +1,7 @@
 """Recipes, one file per kind of run: functions that return a full configuration. Imports the rooms, no rule or family.
 
+A ``Recipe`` is one meta-training, a ``Study`` sets several methods side by side.
+
 A variant calls another and changes a line or two. Each is imported when it is first asked for.
 """
 
@@ -10,6 +12,7 @@ from collections.abc import Callable
 
 from learnedopt.core.registry import nearest
 from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
+from learnedopt.recipes.study import Study
 
 _TABLE = {
     "demo": "lstm:demo",
@@ -42,7 +45,7 @@ def names() -> list[str]:
     return [*_TABLE]
 
 
-def make(name: str) -> Recipe:
+def make(name: str) -> Recipe | Study:
     """Return the recipe of that name.
 
     Raises:
@@ -51,16 +54,28 @@ def make(name: str) -> Recipe:
     return _function(name)()
 
 
+def meta_training(name: str) -> Recipe:
+    """Return the recipe of that name, which must be of one meta-training.
+
+    Raises:
+        ValueError: there is none, or it is a study.
+    """
+    recipe = make(name)
+    if isinstance(recipe, Study):
+        raise ValueError(f"{name!r} is a study of several methods side by side, not one meta-training")
+    return recipe
+
+
 def summary(name: str) -> str:
     """Return what the recipe trains, in one line."""
     return (_function(name).__doc__ or "").partition("\n")[0]
 
 
-def _function(name: str) -> Callable[[], Recipe]:
+def _function(name: str) -> Callable[[], Recipe | Study]:
     if name not in _TABLE:
         raise ValueError(f"there is no recipe {name!r}{nearest(name, _TABLE)} (learnedopt train --list shows all)")
     module, _, function = _TABLE[name].partition(":")
     return getattr(importlib.import_module(f"learnedopt.recipes.{module}"), function)
 
 
-__all__ = ["HeldOut", "MetaLearning", "Recipe", "make", "names", "summary"]
+__all__ = ["HeldOut", "MetaLearning", "Recipe", "Study", "make", "meta_training", "names", "summary"]

@@ -16,11 +16,15 @@ ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 
 @dataclass(frozen=True)
 class MetaLearning:
-    """How theta moves: Adam, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``."""
+    """How theta moves: ``optimizer``, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``.
+
+    The options of ``optimizer`` are those beside ``lr``.
+    """
 
     lr: float = 1e-3
     final_lr_fraction: float = 1.0
     max_grad_norm: float | None = None
+    optimizer: Choice = field(default_factory=lambda: Choice("adam"))
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -18,6 +18,7 @@ from learnedopt.core.carry import narrow
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
+from learnedopt.core.named_tensors import NamedTensors
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
@@ -55,7 +56,8 @@ class MetaTrainer:
         loop: family, rule, execution and inner objective.
         estimator: how the meta-gradient is found. Its carry is its own; a checkpoint keeps it as it is.
         objective: what is minimised.
-        meta_optimizer: makes any ``torch.optim.Optimizer`` from a list of tensors; default Adam at 1e-3.
+        meta_optimizer: makes any ``torch.optim.Optimizer`` from a list of tensors; default Adam at 1e-3. The
+            list has their ``names`` for one that tells them apart.
         tracker: what is told about the run, or a function that makes it; by default a line of progress on stderr; None
             for nothing. A failure of it is reported by ``logging`` and stops nothing.
         num_tasks: tasks a meta-batch.
@@ -114,7 +116,7 @@ class MetaTrainer:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
-        self.meta_optimizer = _stepped_plainly(meta_optimizer(list(self.theta.values())))
+        self.meta_optimizer = _stepped_plainly(meta_optimizer(NamedTensors(self.theta)))
         self.scheduler = _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)

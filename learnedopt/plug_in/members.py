@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from learnedopt.checkpoint import check_theta, load
 from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.tree import Params, Theta
+from learnedopt.core.tree import Params
 
 FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
 """Options that groups of other optimizers have, and that a learned rule could only ignore."""
@@ -32,20 +30,6 @@ class Layout(NamedTuple):
 
     keys: tuple[str, ...]
     rebuild: Callable[[Sequence[Any]], State]
-
-
-def resolve_rule(rule: Any) -> tuple[UpdateRule, Theta]:
-    """Return the rule and theta that a packaged name, a checkpoint's path or ``(rule, theta)`` stands for."""
-    if isinstance(rule, str | Path):
-        return load(rule)
-    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
-        found, theta = rule
-        check_theta(found, theta, "LearnedOptimizer")
-        return found, {k: v.detach().clone() for k, v in theta.items()}
-    raise TypeError(
-        f"a {type(rule).__name__} is no learned optimizer; pass the name of a packaged one, the path of a checkpoint, "
-        "or (rule, theta), where theta is the rule's own, from init_theta or a MetaTrainer"
-    )
 
 
 def require_group(group: dict[str, Any], names: list[str]) -> None:

@@ -1,0 +1,43 @@
+"""Studies: recipes that set several methods side by side, where a ``Recipe`` is one meta-training."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learnedopt.core.files import plain_json, write_json
+from learnedopt.training.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Study(ABC):
+    """Settings of a comparison; ``run`` computes it, in a folder of its own.
+
+    What is learned in it is learned by ``MetaTrainer`` or ``HyperOptimizer``, as anywhere.
+    """
+
+    name: str
+    num_threads: int = 1
+
+    @abstractmethod
+    def run(self, folder: Path, tracker: Tracker) -> None:
+        """Compute every method, tell the tracker, and draw ``<name>.png``, with the numbers beside it as JSON.
+
+        What was finished in ``folder`` before is not computed again: see ``remember``.
+        """
+
+
+def remember(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return what the JSON file ``path`` holds; where there is none, compute it and write it, atomically.
+
+    What is computed comes back as the file gives it, so that a study that went on tells the same as one that did not
+    stop.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plain_json(compute()))
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,91 @@
+"""Studies: each runs end to end, made tiny; what was finished is not computed again; figures and trackers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import train_meta
+from learnedopt import recipes
+from learnedopt.recipes import Study, study
+from learnedopt.run import carry_out, configuration, train
+from learnedopt.training.json_tracker import read_metrics
+from learnedopt.training.tracker import NullTracker, Tracker
+
+TINY: dict[str, list[str]] = {}
+"""Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
+STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]
+
+
+def command(name: str, runs: Path, *assignments: str) -> list[str]:
+    sets = [word for assignment in assignments for word in ("--set", assignment)]
+    return [name, "--runs", str(runs), "--wandb", "disabled", *sets]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_runs_and_goes_on(name: str, tmp_path: Path, data_root: Path) -> None:
+    assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
+    folder = tmp_path / name
+    assert (folder / f"{name}.png").stat().st_size > 5000
+    assert read_metrics(folder / "metrics.jsonl")
+    written = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    assert len(written) > 1  # the configuration, and numbers
+    assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == written
+
+
+def test_what_was_finished_is_remembered(tmp_path: Path) -> None:
+    path, calls = tmp_path / "a" / "b.json", []
+
+    def compute() -> dict[str, object]:
+        calls.append(1)
+        return {"x": (1.5, float("inf"))}
+
+    first, second = study.remember(path, compute), study.remember(path, compute)
+    assert first == second == {"x": [1.5, "Infinity"]} and len(calls) == 1
+
+
+@dataclass(frozen=True)
+class _Blank(Study):
+    fails: bool = False
+
+    def run(self, folder: Path, tracker: Tracker) -> None:
+        tracker.log({"value": 1.0}, 1)
+        if self.fails:
+            raise KeyboardInterrupt
+
+
+class _Noted(NullTracker):
+    code: int | None = None
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.code = exit_code
+
+
+@pytest.mark.parametrize(("fails", "error", "code"), [(False, RuntimeError, 1), (True, KeyboardInterrupt, 130)])
+def test_a_study_that_does_not_end_well_says_so(
+    fails: bool, error: type[BaseException], code: int, tmp_path: Path
+) -> None:
+    tracker = _Noted()
+    with pytest.raises(error):
+        carry_out(_Blank("blank", fails=fails), tmp_path, tracker)
+    assert tracker.code == code
+
+
+def test_a_study_of_other_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="without its figure"):
+        train(_Blank("blank"), tmp_path, "disabled")
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["recipe"] == configuration(_Blank("blank"))
+    with pytest.raises(ValueError, match="another configuration"):
+        train(_Blank("blank", num_threads=2), tmp_path, "disabled")
+
+
+def test_a_study_cannot_be_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from learnedopt import cli
+
+    monkeypatch.setattr(recipes, "make", lambda name: _Blank(name))
+    assert cli.main(["check", "blank"]) == 2
+    assert "sets several methods side by side" in capsys.readouterr().err
