@@ -23,6 +23,8 @@ _TABLE = {
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
+    "averaged": "averaged:Averaged",
+    "iterate": "iterate:Iterate",
     "reparametrized": "reparametrized:Reparametrized",
     "recorded": "recorded:Recorded",
 }
@@ -43,6 +45,7 @@ def example(name: str, template: Params) -> UpdateRule:
     options: dict[str, dict[str, Any]] = {
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
+        "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
