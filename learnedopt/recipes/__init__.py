@@ -21,6 +21,7 @@ _TABLE = {
     "lstm-mnist-long": "lstm:lstm_mnist_long",
     "meta-sgd-mnist": "rates:meta_sgd_mnist",
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
+    "bmg-quadratic": "bmg:bmg_quadratic",
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "ridge": "ridge:ridge",
     "imaml-regression": "implicit:imaml_regression",

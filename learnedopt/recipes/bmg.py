@@ -1,0 +1,45 @@
+"""Bootstrapped against ordinary meta-gradients (Flennerhag et al. 2022), learning rates and momentum during one run."""
+
+from __future__ import annotations
+
+from learnedopt.core.carry import Tape
+from learnedopt.core.execution import Execution
+from learnedopt.core.objective import BootstrappedTarget, FinalLoss
+from learnedopt.core.registry import Choice
+from learnedopt.estimators.unrolled import Truncated
+from learnedopt.recipes.online import Fixed, Learned, OnlineLearning
+from learnedopt.recipes.recipe import ALL_TASKS
+
+HEAVY_BALL = Choice(
+    "reparametrized",
+    {
+        "rule": {"name": "momentum", "options": {"lr": 0.1, "momentum": 0.1}},
+        "scales": {"lr": "log", "momentum": "logit"},
+    },
+)
+"""Heavy-ball momentum that learns the logarithm of its rate and the logit of its momentum, both from 0.1."""
+
+
+def bmg_quadratic() -> OnlineLearning:
+    """Bootstrapped and ordinary meta-gradients learn rate and momentum while random quadratics are minimised."""
+    options = {"lr": 1e-3, "momentum": 0.1}
+    rates = (0.01, 0.03, 0.1, 0.3)
+    return OnlineLearning(
+        name="bmg-quadratic",
+        family=Choice("quadratic", {"dim": 10, "start_scale": 1.0}),
+        rule=Choice("reparametrized", {**HEAVY_BALL.options, "rule": {"name": "momentum", "options": options}}),
+        methods={
+            "SGD": Fixed(Choice("sgd"), (0.001, 0.003, 0.01, 0.03)),
+            "ordinary, K = 5": Learned(_windows(5), FinalLoss(), rates),
+            "bootstrapped, K = 5, L = 5": Learned(_windows(5), BootstrappedTarget(5, 1e-3), rates),
+        },
+        num_steps=300,
+        num_tasks=16,
+        seeds=(0, 1, 2),
+        tuning_seeds=(1000,),
+        execution=Execution(chunk_size=ALL_TASKS),
+    )
+
+
+def _windows(num_steps: int) -> Truncated:
+    return Truncated(num_steps, tape=Tape.FULL)
