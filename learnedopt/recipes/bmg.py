@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from learnedopt.core.carry import Tape
 from learnedopt.core.execution import Execution
-from learnedopt.core.objective import BootstrappedTarget, FinalLoss
+from learnedopt.core.objective import FinalLoss
 from learnedopt.core.registry import Choice
 from learnedopt.estimators.unrolled import Truncated
+from learnedopt.objectives.target_matching import BootstrappedTarget
 from learnedopt.recipes.online import Fixed, Learned, OnlineLearning
 from learnedopt.recipes.recipe import ALL_TASKS
 
