@@ -21,6 +21,7 @@ _TABLE = {
     "lstm-mnist-long": "lstm:lstm_mnist_long",
     "meta-sgd-mnist": "rates:meta_sgd_mnist",
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
+    "bmg-mnist-permuted": "bmg:bmg_mnist_permuted",
     "bmg-quadratic": "bmg:bmg_quadratic",
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "ridge": "ridge:ridge",

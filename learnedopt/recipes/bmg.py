@@ -20,6 +20,36 @@ HEAVY_BALL = Choice(
 )
 """Heavy-ball momentum that learns the logarithm of its rate and the logit of its momentum, both from 0.1."""
 
+BOOTSTRAPPED = "bootstrapped, K = 1, L = 8, from the rollout"
+"""The method of ``bmg-mnist-permuted`` that is compared."""
+COMPARED = {
+    "ordinary, K = 1": "0.85, stretch 0.78",
+    "ordinary, K = 4": "",
+    "Adam": "0.6",
+    "SGD": "",
+}
+"""What it is compared with, and the ratio of the cumulative losses that is aimed at."""
+
+
+def bmg_mnist_permuted() -> OnlineLearning:
+    """Bootstrapped and ordinary meta-gradients learn rates and momentum on MNIST with labels that change."""
+    options = {"hidden": (32,), "activation": "relu", "batch_size": 32, "size": 14, "standardize": True}
+    rates = (0.01, 0.02, 0.04, 0.08, 0.16)
+    return OnlineLearning(
+        name="bmg-mnist-permuted",
+        family=Choice("image-mlp", {**options, "relabel_every": 500}),
+        rule=HEAVY_BALL,
+        methods={
+            "SGD": Fixed(Choice("sgd"), (0.1, 0.2, 0.3, 0.4, 0.6)),
+            "Adam": Fixed(Choice("adam"), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+            "ordinary, K = 1": Learned(_windows(1), FinalLoss(), rates),
+            BOOTSTRAPPED: Learned(_windows(1), BootstrappedTarget(8, 1.0, continue_from="rollout"), rates),
+            "ordinary, K = 4": Learned(_windows(4), FinalLoss(), rates),
+            "bootstrapped, K = 4, L = 16": Learned(_windows(4), BootstrappedTarget(16, 1.0), rates),
+        },
+        num_steps=5000,
+    )
+
 
 def bmg_quadratic() -> OnlineLearning:
     """Bootstrapped and ordinary meta-gradients learn rate and momentum while random quadratics are minimised."""
