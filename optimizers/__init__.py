@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.partition import Partition, per_tensor
     from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.projected import Projected
+    from learnedopt.optimizers.recorded import Recorded
+    from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
@@ -55,6 +57,8 @@ _LAZY = {
     "Projected": "projected",
     "RMSprop": "rmsprop",
     "RecurrentHyperparameters": "recurrent_hyperparameters",
+    "Recorded": "recorded",
+    "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
     "as_meta_sgd": "balanced_rates",
@@ -96,6 +100,8 @@ __all__ = [
     "RecurrentHyperparameters",
     "Simplex",
     "as_meta_sgd",
+    "Recorded",
+    "Reparametrized",
     "build",
     "describe",
     "example",

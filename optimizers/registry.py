@@ -37,6 +37,8 @@ _PARTS = {
     "simplex": "bases.convex_sets:Simplex",
     "averaged": "averaged:Averaged",
     "iterate": "iterate:Iterate",
+    "reparametrized": "reparametrized:Reparametrized",
+    "recorded": "recorded:Recorded",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
@@ -62,6 +64,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
         "balanced-rates": {"eps": 0.6, "zeta": 3.0},
         "aruba": {"eps": 0.6, "zeta": 3.0},
+        "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
+        "recorded": {"rule": heavy_ball, "num_steps": 20},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -205,7 +205,7 @@ DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
-    "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates",
+    "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -260,14 +260,14 @@ REFUSED = [
         IMPLICIT,
         (
             "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "balanced-rates", "clip", "partition",
-            "mirror-descent", "projected", "maml", *STARTS_AND_MORE,
+            "reparametrized", "mirror-descent", "projected", "maml", *STARTS_AND_MORE,
         ),
         TASK_LOSS, None, "do not move the solution",
     ),
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
-    Refusal(IMPLICIT, ("adam", "averaged", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"),
+    Refusal(IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
 ]  # fmt: skip

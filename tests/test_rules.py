@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ from learnedopt.optimizers import (
     Nesterov,
     Partition,
     RecurrentHyperparameters,
+    Recorded,
+    Reparametrized,
     RMSprop,
     build,
     describe,
@@ -374,7 +377,7 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
     "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
-    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic",
+    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded",
 )  # fmt: skip
 
 
@@ -382,7 +385,7 @@ def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
     coupled = {
         "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
-        "balanced-rates", "aruba",
+        "balanced-rates", "aruba", "recorded",
     }  # fmt: skip
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
@@ -579,6 +582,10 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: Partition({}), ValueError, "no group at all"),
         (lambda: Partition({"a/b": ("*", SGD())}), ValueError, "slash"),
         (lambda: Partition({"a": SGD()}), TypeError, "pattern, rule"),  # pyright: ignore[reportArgumentType]
+        (lambda: Reparametrized(SGD(), {}), ValueError, "one of log, logit"),
+        (lambda: Reparametrized(SGD(), {"lr": "exp"}), ValueError, "one of log, logit"),  # pyright: ignore[reportArgumentType]
+        (lambda: Reparametrized(SGD(), "log"), TypeError, "pattern -> scale"),  # pyright: ignore[reportArgumentType]
+        (lambda: Recorded(SGD(), 0), ValueError, "num_steps=0"),
     ],
 )
 def test_a_bad_value_is_refused(make_rule: Callable[[], UpdateRule], error: type[Exception], message: str) -> None:
@@ -650,6 +657,47 @@ def test_clip_bounds_what_the_rule_sees() -> None:
     assert_close(by_norm, {k: -g / 3 for k, g in grads.items()})
     short, _ = Clip(SGD(), max_norm=2 * norm).update(theta, grads, (), params, torch.zeros(()))
     assert_close(short, {k: -g for k, g in grads.items()})
+
+
+def test_reparametrized_moves_as_the_rule_does_with_the_values_that_its_theta_stands_for() -> None:
+    rule = Reparametrized(Momentum(lr=0.1, momentum=0.6), {"l*": "log", "momentum": "logit"})
+    theta = rule.init_theta(torch.Generator())
+    assert float(theta["rule/lr"]) == pytest.approx(math.log(0.1))
+    assert float(theta["rule/momentum"]) == pytest.approx(math.log(0.6 / 0.4))
+    moved = {"rule/lr": theta["rule/lr"] + 0.3, "rule/momentum": theta["rule/momentum"] - 9.0}
+    read = {"lr": torch.tensor(0.1 * math.exp(0.3)), "momentum": 1 / (1 + torch.tensor(9.0).exp() * 0.4 / 0.6)}
+    grads = [random_like(template(), seed) for seed in range(3)]
+    found, expected = updates(rule, moved, grads, template()), updates(Momentum(), read, grads, template())
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scales", "message"),
+    [
+        (SGD(lr=0.0), {"lr": "log"}, "lr=0.*cannot be put on its scale"),
+        (Momentum(momentum=1.5), {"momentum": "logit"}, "momentum=1.5"),
+        (SGD(), {"momentum": "log"}, r"\['momentum'\] match no meta-parameter of the rule, which has \['lr'\]"),
+    ],
+)
+def test_a_value_off_its_scale_is_refused(rule: UpdateRule, scales: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Reparametrized(rule, scales).init_theta(torch.Generator())
+
+
+def test_recorded_keeps_the_first_losses_without_a_graph_and_changes_no_update() -> None:
+    plain = Momentum(lr=0.1)
+    rule, grads = Recorded(plain, 2), [random_like(template(), seed) for seed in range(3)]
+    theta = {k: v.requires_grad_() for k, v in rule.init_theta(torch.Generator()).items()}
+    params, state = rule.init(theta, template())
+    assert state["losses"].tolist() == [0.0, 0.0]
+    own = plain.init(plain.init_theta(torch.Generator()), template())[1]
+    for i, grad in enumerate(grads):
+        loss = torch.tensor(float(i + 3), requires_grad=True)
+        deltas, state = rule.update(theta, grad, state, params, loss)
+        expected, own = plain.update(plain.init_theta(torch.Generator()), grad, own, params, loss)
+        assert_close((deltas, state["rule"]), (expected, own), 0.0)
+    assert state["losses"].tolist() == [3.0, 4.0] and int(state["step"]) == 3
+    assert not state["losses"].requires_grad
 
 
 def test_partition_runs_each_rule_on_its_group() -> None:

@@ -24,6 +24,8 @@ _TABLE = {
     "meta-sgd-bootstrapped": "bootstrapped:meta_sgd_bootstrapped",
     "recurrent-bootstrapped": "bootstrapped:recurrent_bootstrapped",
     "lstm-mnist-bootstrapped": "bootstrapped:lstm_mnist_bootstrapped",
+    "bmg-mnist-permuted": "bmg:bmg_mnist_permuted",
+    "bmg-quadratic": "bmg:bmg_quadratic",
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "optimistic-convex": "optimistic:optimistic_convex",
     "ridge": "ridge:ridge",
