@@ -124,8 +124,7 @@ class Run:
             if trainer.progress.meta_step != windows:
                 raise ValueError(f"{path} ends before its checkpoint, which has no past; remove both to start anew")
             curve.append({"steps": windows * self.steps_per_window, **_point(trainer)})
-            content = json.dumps({"run": asdict(self), "curve": curve})
-            write_atomically(path, lambda partial, content=content: partial.write_text(content))
+            _write(path, {"run": asdict(self), "curve": curve})
         return curve
 
     def _curve(self, path: Path) -> list[dict[str, Any]]:
@@ -135,6 +134,13 @@ class Run:
         if found["run"] != asdict(self):
             raise ValueError(f"{path} is of another run, {found['run']}; choose another name, or remove it")
         return found["curve"]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(json.dumps(content))
+
+    write_atomically(path, write)
 
 
 def _point(trainer: MetaTrainer) -> dict[str, list[float]]:
