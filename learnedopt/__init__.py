@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from learnedopt.meta_optimizers.per_name import PerName
     from learnedopt.objectives.convex import ProjectedGradient
     from learnedopt.objectives.leader_and_radius import LeaderAndRadius
-    from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
+    from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
+    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
-    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
-    from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.recorded import Recorded
+    from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
@@ -80,9 +80,9 @@ __all__ = [
     "SGD",
     "Adam",
     "Averaged",
+    "BalancedRates",
     "Ball",
     "Box",
-    "BalancedRates",
     "Clip",
     "ConvexSet",
     "Entropic",
@@ -97,11 +97,11 @@ __all__ = [
     "Partition",
     "Projected",
     "RMSprop",
+    "Recorded",
     "RecurrentHyperparameters",
+    "Reparametrized",
     "Simplex",
     "as_meta_sgd",
-    "Recorded",
-    "Reparametrized",
     "build",
     "describe",
     "example",

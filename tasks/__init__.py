@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
-    from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.clusters import Clusters
+    from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
     from learnedopt.tasks.experts import Experts
     from learnedopt.tasks.image_folder import ImageFolder

@@ -267,7 +267,9 @@ REFUSED = [
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
-    Refusal(IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"),
+    Refusal(
+        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"
+    ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
 ]  # fmt: skip
