@@ -28,6 +28,10 @@ _TABLE = {
     "partition": "partition:Partition",
     "mirror-descent": "mirror_descent:MirrorDescent",
     "projected": "projected:Projected",
+    "averaged": "averaged:Averaged",
+    "iterate": "iterate:Iterate",
+    "reparametrized": "reparametrized:Reparametrized",
+    "recorded": "recorded:Recorded",
 }
 _PARTS = {
     "euclidean": "bases.geometry:Euclidean",
@@ -35,10 +39,6 @@ _PARTS = {
     "ball": "bases.convex_sets:Ball",
     "box": "bases.convex_sets:Box",
     "simplex": "bases.convex_sets:Simplex",
-    "averaged": "averaged:Averaged",
-    "iterate": "iterate:Iterate",
-    "reparametrized": "reparametrized:Reparametrized",
-    "recorded": "recorded:Recorded",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
