@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.tasks.clusters import Clusters
     from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
+    from learnedopt.tasks.experts import Experts
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
     from learnedopt.tasks.sine import Sine
+    from learnedopt.tasks.superclasses import Superclasses
 
 _LAZY = {
+    "Clusters": "clusters",
+    "Experts": "experts",
     "FewShotImages": "data.few_shot",
     "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
@@ -39,6 +44,7 @@ _LAZY = {
     "RegularizedLogistic": "convex",
     "SpectralQuadratic": "convex",
     "Sine": "sine",
+    "Superclasses": "superclasses",
 }
 
 
@@ -51,6 +57,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Clusters",
+    "Experts",
     "FewShotImages",
     "ImageFolder",
     "ImageMLP",
@@ -65,6 +73,7 @@ __all__ = [
     "RegularizedLogistic",
     "Sine",
     "SpectralQuadratic",
+    "Superclasses",
     "build",
     "describe",
     "make",
