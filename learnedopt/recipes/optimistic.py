@@ -86,7 +86,7 @@ class Curves(NamedTuple):
         return {"plain": scale / (2 * step), "optimistic": 4 * scale / (step * (step + 1))}[method]
 
     def violations(self, method: str, bound: str, slack: float = 1e-12) -> int:
-        """Return at how many T a method's value exceeds a bound by more than ``slack`` times the first value."""
+        """Return at how many T a method's value exceeds a bound by more than ``slack``, times the first value if that is above 1."""
         gaps = self.gaps[method]
         allowed = slack * max(1.0, gaps[0])
         return sum(not gap <= self.bound(bound, t) + allowed for t, gap in enumerate(gaps, 1))
