@@ -85,6 +85,7 @@ def make_problem(name: str, dim: int, seed: int) -> Problem:
 
 
 def parsed(name: str) -> tuple[str, float]:
+    """Return the kind and the number of a problem's name; ValueError where it is none."""
     kind, _, text = name.partition(":")
     try:
         number = float(text)
