@@ -96,7 +96,8 @@ class LearnedOptimizer(RuleOptimizer):
                 params = values_of(members)
                 state, count = self._recall(members, params)
                 theta, grads = self._theta_on(common_device(params)), self._gradients(members, params)
-                self._advance(members, theta, grads, state, count, loss, in_place=self._owned)
+                factors = self._factors(members)
+                self._advance(members, theta, grads, state, count, loss, factors, in_place=self._owned)
             self._owned = True
         return loss
 

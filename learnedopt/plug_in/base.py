@@ -141,15 +141,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         return start, () if state is None else state
 
+    def _laid_out(self, members: list[Member]) -> Layout:
+        if self._layout is None:
+            _, state = self._init(values_of(members))
+            self._layout = Layout(tuple(leaves_by_path(state)), tree.flatten(state)[1])
+        return self._layout
+
     def _recall(self, members: list[Member], params: Params) -> tuple[State, int]:
         """Return the rule's memory, or a new one, and the number of steps so far."""
         device, memory = common_device(params), self.state.get(members[0].param, {})
-        if self._layout is None or "step" not in memory:
-            _, state = self._init(params)
-            self._layout = Layout(tuple(leaves_by_path(state)), tree.flatten(state)[1])
-            if "step" not in memory:
-                return state, 0
-        state = self._layout.rebuild([memory[k] for k in self._layout.keys])
+        if "step" not in memory:
+            return self._init(params)[1], 0
+        layout = self._laid_out(members)
+        state = layout.rebuild([memory[k] for k in layout.keys])
         return tree.to(state, device, None), memory["step"]
 
     def _gradients(self, members: list[Member], params: Params) -> Params:
@@ -204,36 +208,41 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         return found, () if state is None else state, stepped is not None
 
+    def _factors(self, members: list[Member]) -> dict[str, float]:
+        """Return by what each parameter's update is multiplied; 0 where there is no gradient."""
+        return {name: 0.0 if param.grad is None else float(group["lr"]) for name, param, group in members}
+
     def _advance(
-        self, members: list[Member], theta: Theta, grads: Params, state: State, count: int, loss: Any, *,
-        in_place: bool = False,
+        self, members: list[Member], theta: Theta, grads: Params, state: State, count: int, loss: Any,
+        factors: dict[str, float], *, in_place: bool = False,
     ) -> None:  # fmt: skip
-        """Move every parameter that has a gradient by one update, and keep the rule's new memory."""
-        params = values_of(members)
-        assert self._layout is not None
+        """Move every parameter by its factor times one update, and keep the rule's new memory."""
+        params, layout = values_of(members), self._laid_out(members)
         # Whole steps are taken as the engine takes them; parts of one need the deltas.
-        whole = all(float(group["lr"]) == 1 for _, _, group in members)
+        whole = all(factor in (0, 1) for factor in factors.values())
         found, new_state, added = self._update(theta, grads, state, params, loss, whole=whole, in_place=in_place)
         memory = leaves_by_path(new_state)
-        if memory.keys() != set(self._layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
+        if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
+            kinds = {k: type(x).__name__ for k, x in memory.items()}
             raise ValueError(
                 f"{name_of(self.rule)}.update must return a state of the same structure as it was given, with tensors "
-                f"as leaves: expected {list(self._layout.keys)}, got { {k: type(x).__name__ for k, x in memory.items()} }"
+                f"as leaves: expected {list(layout.keys)}, got {kinds}"
             )
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
         memory = unshared(memory, (*params.values(), *grads.values()))
-        memory = {k: memory[k] for k in self._layout.keys}
-        for name, param, group in members:
-            lr = float(group["lr"])
-            if param.grad is not None and lr != 0:  # 0 times an infinite update would not be nothing
+        for name, param, _ in members:
+            if factors[name] != 0:  # 0 times an infinite update would not be nothing
                 if added:
                     param.copy_(found[name])
                 else:
-                    param.add_(found[name].to(param.dtype), alpha=lr)
-            # An entry for every parameter: tools that save by parameter look for one.
-            self.state[param] = {"step": count + 1}
+                    param.add_(found[name].to(param.dtype), alpha=factors[name])
+        self._remember(members, {k: memory[k] for k in layout.keys}, count + 1)
+
+    def _remember(self, members: list[Member], memory: dict[str, Any], count: int) -> None:
+        for _, param, _ in members:  # an entry for every parameter: tools that save by parameter look for one
+            self.state[param] = {"step": count}
         # A new dict each time, so that an earlier state_dict() keeps what it held.
-        self.state[members[0].param] = {"step": count + 1, **memory}
+        self.state[members[0].param] = {"step": count, **memory}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError where a rule's memory that is to be loaded does not fit; a fresh optimizer has none."""

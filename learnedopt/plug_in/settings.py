@@ -1,0 +1,84 @@
+"""What a ``HyperOptimizer`` may be asked for: its options and their combinations, as errors before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from learnedopt.core import tree
+from learnedopt.core.carry import Carry, Tape
+from learnedopt.core.estimator import check_objective, check_paths
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.objective import BootstrappedTarget, FinalLoss, MetaObjective
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.unrolled import has_learned_start
+from learnedopt.objectives.feedback import HypergradientFeedback
+from learnedopt.plug_in.guard import PresentGradient
+from learnedopt.plug_in.members import name_of
+from learnedopt.plug_in.windows import stand_in
+
+
+def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
+    """Return the rule and the theta that it starts from."""
+    if isinstance(rule, UpdateRule):
+        return rule, rule.init_theta(torch.Generator().manual_seed(seed))
+    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
+        return rule
+    raise TypeError(
+        f"rule={rule!r} is neither an update rule nor (rule, theta); pass one such as learnedopt.optimizers.Adam(), or "
+        "learnedopt.load(name), which returns a packaged rule and its theta"
+    )
+
+
+def num_recorded(num_steps: int, objective: MetaObjective) -> int:
+    """Return how many gradients of the run a window's objective reads, that after the last update included."""
+    ahead = objective.num_target_steps - 1 if isinstance(objective, BootstrappedTarget) else 0
+    return num_steps + ahead + 1
+
+
+def require_settings(
+    num_steps: int, objective: Any, guard: Any, hint: Any, tape: Tape, foreign: dict[str, Any]
+) -> None:
+    """Raise TypeError or ValueError for options that contradict each other or that a run's gradients cannot serve."""
+    if foreign:
+        raise TypeError(
+            f"HyperOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is the rule's, and learned"
+        )
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(f"objective={objective!r} cannot be called on rollouts; pass an instance, such as FinalLoss()")
+    if tape is not Tape.FIRST_ORDER:
+        raise ValueError(
+            f"tape={tape!r}: a run leaves gradients of its losses, with or without a closure, and the full tape has to "
+            "differentiate them once more; use Tape.FIRST_ORDER, or MetaTrainer with Truncated(num_steps, "
+            "tape=Tape.FULL) on a TaskFamily, whose loss is a function that can be differentiated twice"
+        )
+    one_step = num_steps == 1 and isinstance(objective, FinalLoss | HypergradientFeedback)
+    wants = "windows of one step: num_steps=1 and FinalLoss() or HypergradientFeedback()"
+    if guard is not None and not callable(guard):
+        raise TypeError(f"guard={guard!r} cannot be called on two losses; pass AcceptIfBetter(), or None")
+    if guard is not None and not one_step:
+        raise ValueError(f"a guard may take any step back, which is the end of its window; it takes {wants}")
+    if hint is not None and not isinstance(hint, PresentGradient):
+        raise TypeError(f"hint={hint!r} is no PresentGradient; other hints are the meta-optimizer's own alone")
+    if hint is not None and not one_step:
+        raise ValueError(
+            f"PresentGradient is exact for {wants}; leave it out, and let the meta-optimizer guess (LastGradient())"
+        )
+
+
+def require_learnable(
+    loop: InnerLoop, theta: Theta, params: Params, state: State, num_steps: int, objective: MetaObjective
+) -> None:
+    """Raise ValueError where a meta-parameter has no way to be learned, or the objective cannot be read of a run."""
+    loop.require_theta(theta)
+    fresh = Carry((), tree.unsqueeze(params))
+    if has_learned_start(loop, theta, fresh):
+        raise ValueError(
+            f"{name_of(loop.rule)} has a start of its own, and one run starts once: a start cannot be learned from its "
+            "windows; use the rule without it, such as LearnedRates in place of meta-sgd, or MetaTrainer"
+        )
+    begun = fresh._replace(state=tree.unsqueeze(state), tasks=stand_in(params, num_recorded(num_steps, objective)))
+    check_paths(loop, theta, begun, num_steps, Tape.FIRST_ORDER)
+    check_objective(loop, theta, objective, begun, num_steps)
