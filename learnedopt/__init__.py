@@ -49,6 +49,12 @@ _LAZY = {
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
+    "Constant": "learnedopt.core.weights",
+    "DualAveraging": "learnedopt.meta_optimizers.dual_averaging",
+    "FollowTheLeader": "learnedopt.meta_optimizers.follow_the_leader",
+    "LastGradient": "learnedopt.meta_optimizers.dual_averaging",
+    "Linear": "learnedopt.core.weights",
+    "PerName": "learnedopt.meta_optimizers.per_name",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -61,9 +67,13 @@ _LAZY = {
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
     from learnedopt.checkpoint import load, load_checkpoint, save
+    from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
+    from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
+    from learnedopt.meta_optimizers.per_name import PerName
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
@@ -87,11 +97,14 @@ __all__ = [
     "Carry",
     "CompileWarning",
     "ConjugateGradient",
+    "Constant",
     "ConvergenceWarning",
+    "DualAveraging",
     "Estimate",
     "Execution",
     "FinalLoss",
     "FirstOrder",
+    "FollowTheLeader",
     "GradientEstimator",
     "HessianFree",
     "Implicit",
@@ -99,8 +112,10 @@ __all__ = [
     "InnerObjective",
     "KLDivergence",
     "Kernel",
+    "LastGradient",
     "LearnedLoss",
     "LearnedOptimizer",
+    "Linear",
     "LinearSolver",
     "MeanLogLoss",
     "MetaObjective",
@@ -109,6 +124,7 @@ __all__ = [
     "Neumann",
     "Params",
     "Penalty",
+    "PerName",
     "Proximal",
     "Rollout",
     "Solution",

@@ -13,7 +13,9 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
+    from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.clip import Clip
+    from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "Averaged": "averaged",
     "Clip": "clip",
+    "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
@@ -52,7 +56,9 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "Averaged",
     "Clip",
+    "Iterate",
     "LearnedInit",
     "LearnedRates",
     "Momentum",

@@ -23,6 +23,8 @@ _TABLE = {
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
+    "averaged": "averaged:Averaged",
+    "iterate": "iterate:Iterate",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
@@ -41,6 +43,7 @@ def example(name: str, template: Params) -> UpdateRule:
     options: dict[str, dict[str, Any]] = {
         "learned-init": {"rule": heavy_ball},
         "clip": {"rule": heavy_ball, "max_value": 0.5},
+        "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }

@@ -92,9 +92,11 @@ def _fixed(point: tuple[Params, Any]) -> tuple[Params, Any]:
 
 
 def _left_alone(rule: UpdateRule, theta: Theta, end: Any) -> Tensor:
-    """Return, for each of the parameters' numbers, whether an update at random gradients leaves it where it is."""
+    """Return, for each of the parameters' numbers, whether an update at random gradients leaves it where it is put."""
     params, state = end
     generator = torch.Generator().manual_seed(3)
+    # Off the end: there, a rule that jumps to its solution leaves everything where it is.
+    params = {k: p + torch.randn(p.shape, generator=generator, dtype=FLOAT) for k, p in params.items()}
     grads = {k: torch.randn(p.shape, generator=generator, dtype=FLOAT) for k, p in params.items()}
     deltas, _ = rule.update(rule_theta(rule, theta), grads, state, params, torch.ones((), dtype=FLOAT))
     return torch.cat([(deltas[k] == 0).reshape(-1) for k in params])

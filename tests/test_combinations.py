@@ -197,7 +197,10 @@ class Refusal(NamedTuple):
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
 DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
-WITHOUT_START = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition")
+WITHOUT_START = (
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition", "averaged",
+    "iterate",
+)  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
 """Rules whose theta is nothing but a start, through which alone it moves anything."""
@@ -242,7 +245,7 @@ REFUSED = [
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
-    Refusal(IMPLICIT, ("adam",), TASK_LOSS, None, "counts its steps"),
+    Refusal(IMPLICIT, ("adam", "averaged"), TASK_LOSS, None, "counts its steps"),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
 ]  # fmt: skip

@@ -20,7 +20,9 @@ from learnedopt.optimizers import (
     LSTM,
     SGD,
     Adam,
+    Averaged,
     Clip,
+    Iterate,
     LearnedInit,
     LearnedRates,
     Momentum,
@@ -96,6 +98,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
     "learned start of an lstm": lambda t: LearnedInit(small_lstm(), t),
     "learned start of adam": lambda t: LearnedInit(Adam(lr=0.05, eps=1e-2), t),
+    "average of learned rates": lambda t: Averaged(LearnedRates(t)),
     "an lstm per tensor": lambda t: per_tensor(LSTM(hidden_size=2, num_layers=1), t),
     "partition with a start": lambda t: Partition(
         {
@@ -359,13 +362,13 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start",
+    "partition with a start", "iterate", "average of learned rates",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition"}
+    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "iterate"}
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -552,6 +555,11 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: Clip(SGD()), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_value=1.0, max_norm=1.0), ValueError, "exactly one"),
         (lambda: Clip(SGD(), max_norm=0.0), ValueError, "positive bound"),
+        (lambda: Averaged(SGD(), "quadratic"), ValueError, "none of constant, linear"),  # pyright: ignore[reportArgumentType]
+        (lambda: Averaged(SGD(), lambda step: 3 - step), ValueError, "0 at step 3: every weight must be positive"),
+        (lambda: Averaged(SGD(), lambda step: 1.0), ValueError, "a weight for each step, .* got a float"),  # pyright: ignore[reportArgumentType]
+        (lambda: Averaged(SGD(), 2.0), TypeError, "cannot be called on steps"),  # pyright: ignore[reportArgumentType]
+        (lambda: Iterate({}), ValueError, "an empty one"),
         (lambda: Partition({}), ValueError, "no group at all"),
         (lambda: Partition({"a/b": ("*", SGD())}), ValueError, "slash"),
         (lambda: Partition({"a": SGD()}), TypeError, "pattern, rule"),  # pyright: ignore[reportArgumentType]

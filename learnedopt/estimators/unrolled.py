@@ -147,18 +147,21 @@ class Truncated(GradientEstimator):
     Args:
         num_steps: length of a window.
         horizon: length of an episode, a multiple of ``num_steps``; the carry is None once it is reached, or passed by
-            an objective that goes on from further ahead.
+            an objective that goes on from further ahead. None for one episode without end, as online learning has it: a
+            learned start is then learned in the first window only.
         tape: what is recorded.
     """
 
     num_steps: int
-    horizon: int
+    horizon: int | None = None
     tape: Tape = Tape.FIRST_ORDER
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
-        require_count("horizon", self.horizon, least=1)
         require_recording(self.tape)
+        if self.horizon is None:
+            return
+        require_count("horizon", self.horizon, least=1)
         if self.horizon % self.num_steps:
             raise ValueError(
                 f"horizon={self.horizon} is not a multiple of the window num_steps={self.num_steps}: the last window "
@@ -181,7 +184,7 @@ class Truncated(GradientEstimator):
         """Run one window from where the carry stands."""
         unroll = Unroll(self.num_steps, self.tape)
         estimate, _ = back_propagate(loop, theta, objective, carry, unroll, goes_on=True)
-        over = estimate.carry is None or estimate.carry.step >= self.horizon
+        over = estimate.carry is None or (self.horizon is not None and estimate.carry.step >= self.horizon)
         return estimate._replace(carry=None) if over else estimate
 
 
