@@ -97,7 +97,8 @@ class LearnedOptimizer(RuleOptimizer):
                 state, count = self._recall(members, params)
                 theta, grads = self._theta_on(common_device(params)), self._gradients(members, params)
                 factors = self._factors(members)
-                self._advance(members, theta, grads, state, count, loss, factors, in_place=self._owned)
+                updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned)
+                self._apply(members, updated, grads, count, factors)
             self._owned = True
         return loss
 

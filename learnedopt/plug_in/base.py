@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from learnedopt.plug_in.members import (
     unknown_names,
     values_of,
 )
+
+
+class Updated(NamedTuple):
+    """What a rule answered: deltas or, where it ``added`` them itself, new parameters; and its new state."""
+
+    found: Params
+    state: State
+    added: bool
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -169,9 +177,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return grads
 
     def _update(
-        self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, *, whole: bool, in_place: bool
-    ) -> tuple[Params, State, bool]:
-        """Return the deltas or, where the rule adds them itself, new parameters; the new state; and which it is.
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, factors: dict[str, float],
+        *, in_place: bool = False,
+    ) -> Updated:  # fmt: skip
+        """Call the rule.
 
         Args:
             theta: its values, on the parameters' device.
@@ -179,12 +188,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             state: the rule's memory.
             params: the parameters' values.
             loss: what ``step`` was told, or None.
-            whole: whether all parameters move by the whole update.
+            factors: by what each parameter's update will be multiplied.
             in_place: whether ``state`` may be overwritten.
         """
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else scalar_loss(loss, common_device(params))
         kernel, arguments = self.rule.kernel, (theta, grads, state, params, scalar)
+        # Whole steps are taken as the engine takes them; parts of one need the deltas.
+        whole = all(factor in (0, 1) for factor in factors.values())
         try:
             stepped = kernel.step(*arguments) if kernel is not None and whole else None
             if stepped is not None:
@@ -206,22 +217,17 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{name_of(self.rule)}.update must return one delta of the same shape per parameter: expected "
                 f"{shapes(params)}, got {shapes(found)}"
             )
-        return found, () if state is None else state, stepped is not None
+        return Updated(found, () if state is None else state, stepped is not None)
 
     def _factors(self, members: list[Member]) -> dict[str, float]:
         """Return by what each parameter's update is multiplied; 0 where there is no gradient."""
         return {name: 0.0 if param.grad is None else float(group["lr"]) for name, param, group in members}
 
-    def _advance(
-        self, members: list[Member], theta: Theta, grads: Params, state: State, count: int, loss: Any,
-        factors: dict[str, float], *, in_place: bool = False,
-    ) -> None:  # fmt: skip
-        """Move every parameter by its factor times one update, and keep the rule's new memory."""
-        params, layout = values_of(members), self._laid_out(members)
-        # Whole steps are taken as the engine takes them; parts of one need the deltas.
-        whole = all(factor in (0, 1) for factor in factors.values())
-        found, new_state, added = self._update(theta, grads, state, params, loss, whole=whole, in_place=in_place)
-        memory = leaves_by_path(new_state)
+    def _apply(
+        self, members: list[Member], updated: Updated, grads: Params, count: int, factors: dict[str, float]
+    ) -> None:
+        """Move every parameter by its factor times the update, and keep the rule's new memory."""
+        layout, memory = self._laid_out(members), leaves_by_path(updated.state)
         if memory.keys() != set(layout.keys) or not all(isinstance(x, Tensor) for x in memory.values()):
             kinds = {k: type(x).__name__ for k, x in memory.items()}
             raise ValueError(
@@ -229,14 +235,15 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"as leaves: expected {list(layout.keys)}, got {kinds}"
             )
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        memory = unshared(memory, (*params.values(), *grads.values()))
+        memory = unshared(memory, (*(m.param for m in members), *grads.values()))
         for name, param, _ in members:
-            if factors[name] != 0:  # 0 times an infinite update would not be nothing
-                if added:
-                    param.copy_(found[name])
+            found, factor = updated.found[name], factors[name]
+            if factor != 0:  # 0 times an infinite update would not be nothing
+                if updated.added:
+                    param.copy_(found)
                 else:
-                    param.add_(found[name].to(param.dtype), alpha=factors[name])
-        self._remember(members, {k: memory[k] for k in layout.keys}, count + 1)
+                    param.add_(found.to(param.dtype), alpha=factor)
+        self._remember(members, {k: memory[k].detach() for k in layout.keys}, count + 1)
 
     def _remember(self, members: list[Member], memory: dict[str, Any], count: int) -> None:
         for _, param, _ in members:  # an entry for every parameter: tools that save by parameter look for one

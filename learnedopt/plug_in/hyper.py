@@ -13,12 +13,13 @@ from torch.optim.optimizer import ParamsT
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.counts import require_count
+from learnedopt.core.estimator import as_leaves
 from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.objectives.feedback import HypergradientFeedback, scale_of
 from learnedopt.plug_in import windows
-from learnedopt.plug_in.base import RuleOptimizer, unshared
+from learnedopt.plug_in.base import RuleOptimizer, Updated, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
 from learnedopt.plug_in.members import Member, common_device, leaves_by_path, scalar_loss, values_of
@@ -99,6 +100,7 @@ class HyperOptimizer(RuleOptimizer):
         self.num_steps, self.objective, self.guard, self.hint = num_steps, objective, guard, hint
         self._loop = windows.recorded_loop(self.rule)
         self._window: Window | None = None
+        self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
         device = common_device(values_of(self._members()))
         self.learner = Learner(tree.to(theta, device, None), meta_optimizer, max_skips_in_a_row)
@@ -172,7 +174,7 @@ class HyperOptimizer(RuleOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._loop = windows.recorded_loop(self.rule)
+        self._loop, self._traced = windows.recorded_loop(self.rule), None
 
     def _settle(self) -> None:
         self._settled = True
@@ -215,14 +217,14 @@ class HyperOptimizer(RuleOptimizer):
             if len(window.entries) == num_recorded(self.num_steps, self.objective):
                 window = self._closed(params, state, window)
                 state = window.state
-        self._window, now = window, window.entries[-1]
-        self._advance(members, self.theta, now.grads, state, count, now.loss, now.factors)
+        self._window = window
+        self._move(members, window, state, count)
 
     def _closed(self, params: Params, state: State, window: Window) -> Window:
         """Learn from a window, and return the one that begins where training goes on."""
         now = window.entries[-1]
         if self._one_step:
-            grads = self._one_step_gradient(self.theta, window, now.grads)
+            grads = self._one_step_gradient(window, now.grads)
             onward = Carry((), params, state, 1)
         else:
             found = windows.truncated(self._loop, self.theta, self.objective, self.num_steps, window)
@@ -235,16 +237,38 @@ class HyperOptimizer(RuleOptimizer):
         self._learn(grads, begun)
         return begun
 
-    def _one_step_gradient(self, theta: Theta, window: Window, cotangents: Params) -> Theta:
-        if isinstance(self.objective, HypergradientFeedback):
-            scale = scale_of(window.entries[0].grads)
-            cotangents = {k: scale * g for k, g in cotangents.items()}
-        return windows.one_step(self.rule, theta, window, cotangents)
+    def _move(self, members: list[Member], window: Window, state: State, count: int) -> None:
+        """Move by the update of the window's last entry; a window of one step keeps its graph for the meta-gradient."""
+        now = window.entries[-1]
+        if self._one_step:
+            self._traced = self._trace(window)
+            updated = self._traced[0]
+        else:
+            updated = self._update(self.theta, now.grads, state, values_of(members), now.loss, now.factors)
+        self._apply(members, updated, now.grads, count, now.factors)
+
+    def _trace(self, window: Window) -> tuple[Updated, Theta]:
+        """Return the window's first update with its graph, and the leaves of theta that the graph ends in."""
+        first, leaves = window.entries[0], as_leaves(self.theta)
+        with torch.enable_grad():
+            return self._update(leaves, first.grads, window.state, window.params, first.loss, first.factors), leaves
+
+    def _one_step_gradient(self, window: Window, cotangents: Params) -> Theta:
+        # In a run that was resumed, the graph is made again.
+        (updated, leaves), first = self._traced or self._trace(window), window.entries[0]
+        scale = scale_of(first.grads) if isinstance(self.objective, HypergradientFeedback) else None
+        weights = {}
+        for k, g in cotangents.items():
+            factor = first.factors[k]
+            weights[k] = torch.zeros_like(g) if factor == 0 else g if factor == 1 else factor * g
+            weights[k] = weights[k] if scale is None else scale * weights[k]
+        return windows.pulled_back(updated.found, leaves, weights)
 
     def _learn(self, grads: Theta, ahead: Window) -> None:
         """Move theta; the hint is computed with the theta of the window that ends, where the next one begins."""
+        self._traced = None
         if self.hint is not None:
-            hint = self._one_step_gradient(self.theta, ahead, ahead.entries[0].grads)
+            hint = self._one_step_gradient(ahead, ahead.entries[0].grads)
             self.hint.set([hint[k] for k in self.theta])
         self.learner.learn(grads)
 
@@ -252,14 +276,14 @@ class HyperOptimizer(RuleOptimizer):
         """Try a step, learn from the gradient where it leads to, and take it back unless it counts."""
         params = values_of(members)
         state, count = self._recall(members, params)
-        theta, device = self._theta_on(common_device(params)), common_device(params)
-        before = self._entry(members, params, loss)
-        window = self._begin(params, state, (before,))
-        self._advance(members, theta, before.grads, window.state, count, before.loss, before.factors)
+        device = common_device(params)
+        self._theta_on(device)
+        window = self._begin(params, state, (self._entry(members, params, loss),))
+        self._move(members, window, window.state, count)
         with torch.enable_grad():
             after_loss = closure()
         after = self._entry(members, params, after_loss)
-        grads = self._one_step_gradient(theta, window, after.grads)
+        grads = self._one_step_gradient(window, after.grads)
         if guard(scalar_loss(loss, device), scalar_loss(after_loss, device)):
             window = self._begin(params, self._recall(members, params)[0], (after,))
         else:

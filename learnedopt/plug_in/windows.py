@@ -15,7 +15,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
-from learnedopt.core.estimator import Estimate, as_leaves
+from learnedopt.core.estimator import Estimate
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
@@ -114,8 +114,7 @@ def truncated(loop: InnerLoop, theta: Theta, objective: MetaObjective, num_steps
         loop = InnerLoop(loop.family, Scaled(loop.rule), loop.execution)
         state = Scaled.state(state, window.entries)
     carry = Carry(_tasks(window), tree.unsqueeze(window.params), tree.unsqueeze(state), 0)
-    # The carry is what says where the run goes on: the episode must not be over.
-    estimator = Truncated(num_steps, horizon=num_steps * (len(window.entries) + 1), tape=Tape.FIRST_ORDER)
+    estimator = Truncated(num_steps, tape=Tape.FIRST_ORDER)
     found = estimator.estimate(loop, theta, objective, carry)
     end = found.carry
     state = tree.squeeze(end.state)
@@ -123,18 +122,22 @@ def truncated(loop: InnerLoop, theta: Theta, objective: MetaObjective, num_steps
     return found._replace(carry=Carry((), tree.squeeze(end.params), state, end.step))
 
 
-def one_step(rule: UpdateRule, theta: Theta, start: Window, cotangents: Params) -> Theta:
-    """Return ``Dφ(x, w)ᵀ cotangents``, the meta-gradient of one update from a window's start.
+def pulled_back(outputs: Params, leaves: Theta, cotangents: Params) -> Theta:
+    """Return ``Dφ(x, w)ᵀ cotangents`` of one update, which is a window's meta-gradient where it is all of the window.
 
     The arithmetic of ``truncated`` for ``num_steps=1``, without what the engine does around it.
+
+    Args:
+        outputs: deltas or new parameters, with their graph to ``leaves``, which stays.
+        leaves: theta, as the update was given it.
+        cotangents: the gradient after the update, times what the update was multiplied by.
     """
-    first, leaves = start.entries[0], as_leaves(theta)
-    loss: Any = first.loss
-    with torch.enable_grad():
-        deltas, _ = rule.update(leaves, first.grads, start.state, start.params, loss)
-        moved = [d for d in deltas.values() if d.requires_grad]
-    weights = [_scaled(cotangents[k], first.factors[k]).to(d.dtype) for k, d in deltas.items() if d.requires_grad]
-    found = torch.autograd.grad(moved, list(leaves.values()), weights, materialize_grads=True, allow_unused=True)
+    moved = {k: x for k, x in outputs.items() if x.requires_grad}
+    weights = [cotangents[k].to(x.dtype) for k, x in moved.items()]
+    # That all of theta is reached by some update was asked at the start; by this one it may not be.
+    found = torch.autograd.grad(
+        list(moved.values()), list(leaves.values()), weights, allow_unused=True, materialize_grads=True
+    )
     return dict(zip(leaves, found, strict=True))
 
 
@@ -195,9 +198,3 @@ def _tasks(window: Window) -> Tasks:
 def _inner(grads: Params, params: Params) -> Tensor:
     # In float64: the loss must come out of the difference as it was told.
     return torch.stack([(grads[k].double() * p.double()).sum() for k, p in params.items()]).sum()
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    if factor == 1:
-        return x
-    return x * factor if factor else torch.zeros_like(x)
