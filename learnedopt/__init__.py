@@ -10,15 +10,7 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import (
-    BootstrappedTarget,
-    FinalLoss,
-    KLDivergence,
-    MeanLogLoss,
-    MetaObjective,
-    SquaredDistance,
-    SumOfLosses,
-)
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, SumOfLosses, TaskMean
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -33,6 +25,17 @@ from learnedopt.estimators.linear_solvers import (
 )
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
+from learnedopt.objectives.matching import KLDivergence, Matching, SquaredDistance
+from learnedopt.objectives.solvers import SumOfLossesSolver
+from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
+from learnedopt.objectives.targets import (
+    BestInHindsight,
+    Bootstrap,
+    Found,
+    LastIterate,
+    RegularizedSolution,
+    Target,
+)
 
 MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names in version 0.1, kept for one version
 
@@ -93,6 +96,8 @@ __all__ = [
     "GMRES",
     "L2",
     "Batch",
+    "BestInHindsight",
+    "Bootstrap",
     "BootstrappedTarget",
     "Carry",
     "CompileWarning",
@@ -105,6 +110,7 @@ __all__ = [
     "FinalLoss",
     "FirstOrder",
     "FollowTheLeader",
+    "Found",
     "GradientEstimator",
     "HessianFree",
     "Implicit",
@@ -113,10 +119,12 @@ __all__ = [
     "KLDivergence",
     "Kernel",
     "LastGradient",
+    "LastIterate",
     "LearnedLoss",
     "LearnedOptimizer",
     "Linear",
     "LinearSolver",
+    "Matching",
     "MeanLogLoss",
     "MetaObjective",
     "MetaTrainer",
@@ -126,14 +134,19 @@ __all__ = [
     "Penalty",
     "PerName",
     "Proximal",
+    "RegularizedSolution",
     "Rollout",
     "Solution",
     "SquaredDistance",
     "State",
     "SumOfLosses",
+    "SumOfLossesSolver",
     "Tape",
+    "Target",
+    "TargetMatching",
     "TaskFamily",
     "TaskLoss",
+    "TaskMean",
     "Tasks",
     "Theta",
     "Truncated",

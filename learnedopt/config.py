@@ -7,33 +7,33 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from learnedopt.core.inner import InnerSolver
-from learnedopt.core.objective import (
-    BootstrappedTarget,
-    FinalLoss,
-    KLDivergence,
-    MeanLogLoss,
-    SquaredDistance,
-    SumOfLosses,
-)
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
 from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
 from learnedopt.evaluation.few_shot import ErrorRate
+from learnedopt.objectives.matching import KLDivergence, SquaredDistance
+from learnedopt.objectives.solvers import SumOfLossesSolver
+from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
+from learnedopt.objectives.targets import BestInHindsight, Bootstrap, LastIterate, RegularizedSolution
 
 T = TypeVar("T")
-Kinds: TypeAlias = Sequence[Sequence[type]]
-"""Groups of dataclasses that may stand for one another."""
+Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
+"""Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
     (Unrolled, Truncated, TruncatedBackprop, Implicit),
-    (FinalLoss, SumOfLosses, MeanLogLoss, BootstrappedTarget, ErrorRate),
+    (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
+    (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),
+    (SumOfLossesSolver,),
     (ConjugateGradient, Neumann, GMRES),
 )
 """What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
@@ -102,9 +102,9 @@ def _choice_changed(choice: Choice, changes: list[_Change], prefix: str) -> Choi
     return Choice(choice.name, options)
 
 
-def _made(kind: type, kept: dict[str, Any], changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
+def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
     """Make a dataclass out of the values ``kept``, where ``kind`` has such a field, and the changes."""
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    fields = _defaults(kind)
     hints = typing.get_type_hints(kind)
     by_field: dict[str, list[_Change]] = {}
     for keys, text in changes:
@@ -116,9 +116,9 @@ def _made(kind: type, kept: dict[str, Any], changes: list[_Change], prefix: str,
         by_field.setdefault(keys[0], []).append((keys[1:], text))
     values = {name: value for name, value in kept.items() if name in fields}
     for name, inner in by_field.items():
-        before = values[name] if name in values else _default(fields[name])
+        before = values.get(name, fields[name])
         values[name] = _field_changed(before, inner, prefix + name, hints[name], kinds)
-    missing = [prefix + name for name, f in fields.items() if name not in values and _default(f) is dataclasses.MISSING]
+    missing = [prefix + name for name, f in fields.items() if name not in values and f is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{kind.__name__} needs {' and '.join(missing)}: set that too")
     return kind(**values)
@@ -134,7 +134,7 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
         if read_value(text) is None and hint is Choice:
             raise ValueError(f"{path}={text!r} names nothing, and the setting needs a name")
         return _changed(None if read_value(text) is None else Choice(text), below, f"{path}.", kinds)
-    group = next((group for group in kinds if type(before) in group), None)
+    group = next((group for group in kinds if _stands_for(group, before, hint)), None)
     if group is None:
         return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
@@ -143,8 +143,25 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
+def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any) -> bool:
+    """Whether a group's members may take the place of what is there or, where nothing is, of what the type says."""
+    if before is not dataclasses.MISSING:
+        return type(before) in group
+    return isinstance(hint, type) and any(isinstance(kind, type) and issubclass(kind, hint) for kind in group)
+
+
 def _fields_of(value: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(value):  # there was nothing before
+        return {}
     return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+
+
+def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a dataclass or function takes, by name, with its default or MISSING."""
+    if isinstance(kind, type):
+        return {f.name: _default(f) for f in dataclasses.fields(kind) if f.init}
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: dataclasses.MISSING if p.default is p.empty else p.default for p in parameters}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -192,6 +209,7 @@ def up_to_date(saved: Any, value: Any) -> Any:
         value: what it is to be compared with; fields that its dataclasses have gained are taken to have had their
             defaults.
     """
+    saved = _renamed(saved)
     if not isinstance(saved, dict) or not dataclasses.is_dataclass(value) or isinstance(value, (type, Choice)):
         return saved
     if saved.get("type", type(value).__name__) != type(value).__name__:
@@ -199,6 +217,15 @@ def up_to_date(saved: Any, value: Any) -> Any:
     defaults = {f.name: _default(f) for f in dataclasses.fields(value) if f.name not in saved}
     gained = {name: as_config(default) for name, default in defaults.items() if default is not dataclasses.MISSING}
     return {**{k: up_to_date(v, getattr(value, k, None)) for k, v in saved.items()}, **gained}
+
+
+def _renamed(saved: Any) -> Any:
+    """Return a bootstrapped target, which until version 0.2 was an objective of its own, as a target to match."""
+    if not isinstance(saved, dict) or saved.get("type") != "BootstrappedTarget":
+        return saved
+    rest = {key: value for key, value in saved.items() if key not in ("type", "matching")}
+    matching = {"matching": saved["matching"]} if "matching" in saved else {}
+    return {"type": TargetMatching.__name__, "target": {"type": Bootstrap.__name__, **rest}, **matching}
 
 
 def split_imaml(rule: Any) -> tuple[Any, dict[str, Any] | None]:

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from learnedopt import (
-    BootstrappedTarget,
+    Bootstrap,
     FinalLoss,
     InnerLoop,
     KLDivergence,
     MeanLogLoss,
     SumOfLosses,
+    TargetMatching,
     TaskFamily,
     Tasks,
     Theta,
@@ -109,9 +110,9 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
     if isinstance(objective, SumOfLosses | MeanLogLoss):
         losses = torch.stack([*path.losses[1:], outer_loss("train")])
         return losses.sum() if isinstance(objective, SumOfLosses) else losses.log().mean()
-    assert isinstance(objective, BootstrappedTarget)
+    assert isinstance(objective, TargetMatching)
     if isinstance(objective.matching, KLDivergence):
-        batch = data(family, task, step, objective.split)
+        batch = data(family, task, step, objective.target.split)
         log_p, log_q = (family.outputs(x, batch).log_softmax(-1) for x in (target, end))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return 0.5 * sum(((end[k] - target[k]) ** 2).sum() for k in end)
@@ -119,16 +120,18 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
 
 def target_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Tasks, path: Path) -> Params | None:
     """Return one task's bootstrapped target: further steps of the rule, then a plain step down the outer loss."""
-    if not isinstance(objective, BootstrappedTarget):
+    if not isinstance(objective, TargetMatching):
         return None
-    step, steps = path.first_step + len(path.losses), objective.num_target_steps - 1
+    bootstrap = objective.target
+    assert isinstance(bootstrap, Bootstrap)
+    step, steps = path.first_step + len(path.losses), bootstrap.num_target_steps - 1
     start = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, path.points[-1])
     x = walk(loop, theta, task, steps, full=False, start=start, first_step=step).points[-1][0]
     x = {k: p.detach().requires_grad_() for k, p in x.items()}
-    batch = data(loop.family, task, step + steps, objective.split)
+    batch = data(loop.family, task, step + steps, bootstrap.split)
     loss = loop.inner_objective.outer_loss(theta, loop.family, x, batch)
     grads = torch.autograd.grad(loss, list(x.values()))
-    return {k: (p - objective.step_size * g).detach() for (k, p), g in zip(x.items(), grads, strict=True)}
+    return {k: (p - bootstrap.step_size * g).detach() for (k, p), g in zip(x.items(), grads, strict=True)}
 
 
 class Reference:

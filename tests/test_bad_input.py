@@ -444,7 +444,7 @@ def test_a_sum_over_a_single_task_is_still_a_sum() -> None:
 def test_a_matching_that_is_no_distance_per_task() -> None:
     objective = BootstrappedTarget(2, 0.1, matching=lambda loop, target, end, split: end.params["w"].square().sum())
     loop = InnerLoop(Quadratic(), optimizers.make("sgd"))
-    with pytest.raises(ValueError, match=r"one distance per task, shape \(1,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"one distance per task, shape \(2,\), got \(\)"):
         Unrolled(2).estimate(loop, generic_theta(loop), objective, loop.start(sample(loop.family)))
 
 

@@ -20,6 +20,7 @@ from learnedopt import (
     SquaredDistance,
     SumOfLosses,
     Tape,
+    TargetMatching,
     Truncated,
     TruncatedBackprop,
     Unrolled,
@@ -112,7 +113,7 @@ def test_the_target_is_a_plain_step_beyond_the_rules_steps() -> None:
     theta, tasks = generic_theta(loop.rule), sample(FAMILY, 2)
     end = loop.run(theta, loop.start(tasks), 3, Tape.FULL).end
     objective = BootstrappedTarget(3, 0.25, "train")
-    ahead, target = objective.targets(loop, theta, end)
+    target, ahead = objective.target.find(loop, theta, end)
     expected = loop.run(theta, loop.start(tasks), 5, Tape.NONE).end
     assert ahead.step == target.step == 5
     assert relative_error(ahead.params, expected.params) < 1e-14
@@ -183,7 +184,7 @@ def test_the_value_of_each_window_is_its_own(objective: MetaObjective) -> None:
     loop = InnerLoop(FAMILY, rule_of("momentum"))
     theta, tasks = generic_theta(loop.rule), sample(FAMILY, 2)
     carry = loop.start(tasks)
-    ahead = 2 if isinstance(objective, BootstrappedTarget) else 0
+    ahead = 2 if isinstance(objective, TargetMatching) else 0
     for window in range(3):
         found = Truncated(2, 100, Tape.FULL).estimate(loop, theta, objective, carry)
         reference = Reference(loop, theta, objective, tasks, 2, skip=window * (2 + ahead))

@@ -18,7 +18,7 @@ from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.inner_gradient import step_gradient
-from learnedopt.core.objective import MetaObjective, TaskMean
+from learnedopt.core.objective import MetaObjective, TaskMean, read_directly
 from learnedopt.core.rule import State
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -125,14 +125,16 @@ def check_objective(
     loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry, num_steps: int, *,
     end_only: bool = False, from_start: bool = True,
 ) -> None:  # fmt: skip
-    """Check once that the objective is a mean over tasks and, for ``end_only``, that it reads the end alone.
+    """Check once that the objective can be read of this loop, that it is a mean over tasks and, for ``end_only``, that
+    it reads the end alone.
 
     Without ``from_start`` the start lies before what is recorded, and an objective that reads it is refused as well.
 
     The objective is called on stand-in rollouts of two tasks that stay where they start, with falling losses.
 
     Raises:
-        ValueError: it is no mean over tasks, or it reads the losses along the way under ``end_only``.
+        ValueError: it is no mean over tasks, it reads the losses along the way under ``end_only``, what it says to read
+            of theta is not there, or what its own ``check`` finds.
     """
     name = getattr(objective, "__name__", type(objective).__name__)
     if isinstance(objective, type) or not callable(objective):
@@ -142,6 +144,10 @@ def check_objective(
     if isinstance(objective, TaskMean):
         if end_only and not objective.end_only:
             raise ValueError(_reads_path(name))
+        if not loop.cache.seen(objective, "own check", num_steps):
+            read_directly(objective, theta)
+            objective.check(loop, theta, carry, num_steps)
+            loop.cache.saw(objective, "own check", num_steps)
         return
     if loop.cache.seen(objective, num_steps, end_only, from_start):
         return
@@ -192,9 +198,12 @@ def _reads_path(name: str) -> str:
 
 
 def check_paths(
-    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, *, from_start: bool = True
-) -> list[str]:
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, *, from_start: bool = True,
+    objective: MetaObjective | None = None,
+) -> list[str]:  # fmt: skip
     """Check that every meta-parameter can reach the parameters at the end, by the structure of the rule alone.
+
+    What ``objective`` says it reads from theta itself has a path whatever the rule is.
 
     The rule is run for a few updates of one task on stand-in gradients; the family is called only where theta may enter
     the inner objective.
@@ -208,17 +217,18 @@ def check_paths(
     Raises:
         ValueError: a meta-parameter has no path to the objective.
     """
-    key = ("paths", carry.state is None, num_steps, tape, from_start)
+    read = frozenset() if objective is None else frozenset(read_directly(objective, theta))
+    key = ("paths", carry.state is None, num_steps, tape, from_start, read)
     if key not in loop.cache:
         few = min(num_steps, 3)  # by the third update of most rules whatever enters a state has come out of it
         fresh = _reached(loop, theta, carry, few, tape, through_start=from_start)
-        if theta.keys() - fresh and num_steps > few:
+        if theta.keys() - fresh - read and num_steps > few:
             fresh = _reached(loop, theta, carry, num_steps, tape, through_start=from_start)
-        lost = sorted(theta.keys() - fresh)
+        lost = sorted(theta.keys() - fresh - read)
         if lost:
             raise ValueError(no_path(lost, f"{num_steps} recorded inner steps with the {tape.value} tape"))
         begun = fresh if carry.state is None else _reached(loop, theta, carry, few, tape, through_start=False)
-        loop.cache.put(key, sorted(fresh - begun))
+        loop.cache.put(key, sorted(fresh - begun - read))
     return loop.cache.get(key)
 
 
@@ -226,7 +236,8 @@ def no_path(names: Sequence[str], how: str) -> str:
     """Return the message for meta-parameters that cannot reach the objective."""
     return (
         f"the meta-parameters {list(names)} have no path to the objective through {how}, so their meta-gradient would "
-        "be a silent zero; take more steps, choose another tape or estimator, or fix them instead of learning them"
+        "be a silent zero; take more steps, choose another tape or estimator, or fix them instead of learning them "
+        "(an objective that reads them from theta itself says so in reads_theta)"
     )
 
 

@@ -106,20 +106,21 @@ class Implicit(GradientEstimator):
         forgotten = require_solution_moves(loop, fixed, carry, objective, stationary=stationary)
 
         num_tasks = tree.size(carry.params)
-        total, sums, reports, curves, still = torch.zeros(()), {}, [], [], []
+        total, sums, reports, curves, still, read = torch.zeros(()), {}, [], [], [], set()
         for fresh in loop.split(carry):
             chunk = detach(loop.begin(fixed, fresh))
             weight = tree.size(chunk.params) / num_tasks
             rollout = solve_inner(loop, fixed, chunk, self.num_steps, self.inner)
             system = self._system(loop, leaves, chunk, rollout.end, stationary=stationary)
-            value, grads, solution = self._differentiate(loop, leaves, objective, rollout, system, fresh)
+            value, grads, solution, direct = self._differentiate(loop, leaves, objective, rollout, system, fresh)
+            read |= direct
             still.append(self._vanishing(loop, system))
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
             curves.append(weight * rollout.losses.mean(1))
-        self._refuse_vanishing(loop, still, type(system))
+        self._refuse_vanishing(loop, still, type(system), read)
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
         info = {
             "residual": residual,
@@ -166,7 +167,8 @@ class Implicit(GradientEstimator):
 
     def _differentiate(
         self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, rollout: Rollout, system: System, fresh: Carry
-    ) -> tuple[Tensor, Theta, Solution]:
+    ) -> tuple[Tensor, Theta, Solution, set[str]]:
+        """Return the objective, its gradient, the system's solution, and which of theta the objective itself reads."""
         with torch.enable_grad():
             params = {k: p.detach().requires_grad_() for k, p in system.end.params.items()}
             end = system.end._replace(params=params)
@@ -175,9 +177,10 @@ class Implicit(GradientEstimator):
             found = [None] * len(wanted)
             if value.requires_grad:
                 found = torch.autograd.grad(value, wanted, allow_unused=True)
-        if all(g is None for g in found[: len(params)]):
-            name = getattr(objective, "__name__", type(objective).__name__)
-            raise ValueError(no_path(sorted(leaves), f"the solution, which the objective {name} does not read"))
+        read = {k for k, g in zip(leaves, found[len(params) :], strict=True) if g is not None}
+        if all(g is None for g in found[: len(params)]) and leaves.keys() - read:
+            name, lost = getattr(objective, "__name__", type(objective).__name__), sorted(leaves.keys() - read)
+            raise ValueError(no_path(lost, f"the solution, which the objective {name} does not read"))
         cotangents = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         of_params, direct = cotangents[: len(params)], cotangents[len(params) :]
         rhs = system.right_hand_side(of_params)
@@ -190,7 +193,7 @@ class Implicit(GradientEstimator):
         if of_start is not None and fresh.state is None:
             for k, g in _through_start(loop, leaves, fresh, of_start).items():
                 grads[k] = grads[k] + g
-        return value.detach(), grads, solution
+        return value.detach(), grads, solution, read
 
     def _vanishing(self, loop: InnerLoop, system: System) -> set[str] | None:
         """Return what does not move a chunk's solution; None where it has not converged: nothing is known then."""
@@ -198,15 +201,21 @@ class Implicit(GradientEstimator):
             return None
         return set(system.vanishing())
 
-    def _refuse_vanishing(self, loop: InnerLoop, still: list[set[str] | None], system: type[System]) -> None:
-        """Judge once, over the whole meta-batch: what moves the solution of one task alone does move solutions."""
+    def _refuse_vanishing(
+        self, loop: InnerLoop, still: list[set[str] | None], system: type[System], read: set[str]
+    ) -> None:
+        """Judge once, over the whole meta-batch: what moves the solution of one task alone does move solutions.
+
+        What the objective itself reads has a gradient all the same.
+        """
         judged = [names for names in still if names is not None]
         if len(judged) < len(still):
             return
         everywhere = set.intersection(*judged)
         if not everywhere:
             loop.cache.put(("vanishing", system), True)
-        else:
+        elif everywhere - read:
+            everywhere -= read
             why = "its effect on a step vanishes with the step, within the stationarity error"
             raise ValueError(does_not_move(sorted(everywhere), why))
 

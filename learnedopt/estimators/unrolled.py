@@ -45,7 +45,9 @@ def back_propagate(
     adjoint = adjoint_of(loop, theta, carry, unroll)
     # Of what enters through a start that lies behind this window the gradient is zero, as ``info`` says.
     example = adjoint.example(carry)
-    zero = check_paths(loop, theta, example, unroll.num_steps, unroll.tape, from_start=unroll.ahead == 0)
+    zero = check_paths(
+        loop, theta, example, unroll.num_steps, unroll.tape, from_start=unroll.ahead == 0, objective=objective
+    )
     leaves = as_leaves(theta)
     num_tasks = tree.size(carry.params)
     values, sums, ends, curves, named = [], {}, [], [], False

@@ -54,7 +54,7 @@ def predict_peak(
         # What is done once is not to be seen.
         check_loop(loop, theta, few, second_derivatives=tape is Tape.FULL)
         check_objective(loop, theta, objective, few, num_steps)
-        check_paths(loop, theta, few, num_steps, tape)
+        check_paths(loop, theta, few, num_steps, tape, objective=objective)
         coordinatewise.reason_against(loop, theta, one, tape)
         return peak_of(lambda: whole(num_steps).estimate(loop, theta, objective, few))
 

@@ -23,8 +23,8 @@ from learnedopt.plug_in.base import RuleOptimizer, Updated, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
 from learnedopt.plug_in.members import Member, common_device, leaves_by_path, scalar_loss, values_of
-from learnedopt.plug_in.settings import num_recorded, require_learnable, require_settings, resolved
-from learnedopt.plug_in.windows import Entry, Window
+from learnedopt.plug_in.settings import num_recorded, reads_outputs, require_learnable, require_settings, resolved
+from learnedopt.plug_in.windows import Entry, Outputs, Window
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-2)
 OWN = "hyper"
@@ -117,7 +117,11 @@ class HyperOptimizer(RuleOptimizer):
         return self.learner.meta_optimizer
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
-        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        outputs: Outputs | None = None,
     ) -> Any:
         """Close the window if its last gradient has come, so that theta moves; then move every parameter once.
 
@@ -127,13 +131,15 @@ class HyperOptimizer(RuleOptimizer):
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
             loss: the loss at the present parameters, a scalar, where there is no closure; for rules and objectives
                 that read it.
+            outputs: the model's logits as a function of its parameters by name, on the present batch; for a matching
+                of outputs, which is computed on the batch with which its window closes.
 
         Returns:
             The loss, as it was given or as ``closure`` returned it; None without either.
 
         Raises:
             RunDiverged: too many meta-gradients in a row were not finite.
-            ValueError: the guard needs the closure; or as that of ``LearnedOptimizer``.
+            ValueError: the guard needs the closure, or the objective ``outputs``; or as that of ``LearnedOptimizer``.
         """
         if self.guard is not None and closure is None:
             raise ValueError(
@@ -141,6 +147,8 @@ class HyperOptimizer(RuleOptimizer):
                 "not hold the second: pass step(closure), which clears the gradients, computes the loss, calls "
                 "backward() and returns it"
             )
+        if outputs is None and reads_outputs(self.objective):
+            raise ValueError(windows.NO_OUTPUTS)
         again, loss = closure, self._evaluated(closure, loss)
         members = self._members()
         if any(m.param.grad is not None for m in members):
@@ -148,7 +156,7 @@ class HyperOptimizer(RuleOptimizer):
                 if self.guard is not None and again is not None:
                     self._step_guarded(members, loss, again, self.guard)
                 else:
-                    self._step(members, loss)
+                    self._step(members, loss, outputs)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,7 +213,7 @@ class HyperOptimizer(RuleOptimizer):
         # The parameters are moved in place.
         return Window({k: p.clone() for k, p in params.items()}, unshared(state, tuple(params.values())), entries)
 
-    def _step(self, members: list[Member], loss: Any) -> None:
+    def _step(self, members: list[Member], loss: Any, outputs: Outputs | None) -> None:
         params = values_of(members)
         state, count = self._recall(members, params)
         self._theta_on(common_device(params))
@@ -215,19 +223,19 @@ class HyperOptimizer(RuleOptimizer):
         else:
             window = window._replace(entries=(*window.entries, now))
             if len(window.entries) == num_recorded(self.num_steps, self.objective):
-                window = self._closed(params, state, window)
+                window = self._closed(params, state, window, outputs)
                 state = window.state
         self._window = window
         self._move(members, window, state, count)
 
-    def _closed(self, params: Params, state: State, window: Window) -> Window:
+    def _closed(self, params: Params, state: State, window: Window, outputs: Outputs | None) -> Window:
         """Learn from a window, and return the one that begins where training goes on."""
         now = window.entries[-1]
         if self._one_step:
             grads = self._one_step_gradient(window, now.grads)
             onward = Carry((), params, state, 1)
         else:
-            found = windows.truncated(self._loop, self.theta, self.objective, self.num_steps, window)
+            found = windows.truncated(self._loop, self.theta, self.objective, self.num_steps, window, outputs)
             grads, onward = found.grads, found.carry
         begun = self._begin(params, state, (now,))
         if onward.step < len(window.entries) - 1:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.estimator import check_objective, check_paths
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.objective import BootstrappedTarget, FinalLoss, MetaObjective
+from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import has_learned_start
 from learnedopt.objectives.feedback import HypergradientFeedback
+from learnedopt.objectives.matching import KLDivergence
+from learnedopt.objectives.target_matching import TargetMatching
+from learnedopt.objectives.targets import BestInHindsight, RegularizedSolution
 from learnedopt.plug_in.guard import PresentGradient
 from learnedopt.plug_in.members import name_of
-from learnedopt.plug_in.windows import stand_in
+from learnedopt.plug_in.windows import RecordedRun, stand_in
 
 
 def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
@@ -34,7 +38,7 @@ def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
 
 def num_recorded(num_steps: int, objective: MetaObjective) -> int:
     """Return how many gradients of the run a window's objective reads, that after the last update included."""
-    ahead = objective.num_target_steps - 1 if isinstance(objective, BootstrappedTarget) else 0
+    ahead = objective.target.rule_steps if isinstance(objective, TargetMatching) else 0
     return num_steps + ahead + 1
 
 
@@ -53,6 +57,11 @@ def require_settings(
             f"tape={tape!r}: a run leaves gradients of its losses, with or without a closure, and the full tape has to "
             "differentiate them once more; use Tape.FIRST_ORDER, or MetaTrainer with Truncated(num_steps, "
             "tape=Tape.FULL) on a TaskFamily, whose loss is a function that can be differentiated twice"
+        )
+    if isinstance(objective, TargetMatching) and isinstance(objective.target, BestInHindsight | RegularizedSolution):
+        raise ValueError(
+            f"{objective.target!r} solves for parameters at which the run has never been, where its losses are not "
+            "known; use a Bootstrap or LastIterate of the rule's own further steps, or MetaTrainer on a TaskFamily"
         )
     one_step = num_steps == 1 and isinstance(objective, FinalLoss | HypergradientFeedback)
     wants = "windows of one step: num_steps=1 and FinalLoss() or HypergradientFeedback()"
@@ -81,4 +90,14 @@ def require_learnable(
         )
     begun = fresh._replace(state=tree.unsqueeze(state), tasks=stand_in(params, num_recorded(num_steps, objective)))
     check_paths(loop, theta, begun, num_steps, Tape.FIRST_ORDER)
+    loop = loop.on(RecordedRun(_stand_in_outputs))
     check_objective(loop, theta, objective, begun, num_steps)
+
+
+def reads_outputs(objective: MetaObjective) -> bool:
+    """Whether an objective is known to compare what the model puts out."""
+    return isinstance(objective, TargetMatching) and isinstance(objective.matching, KLDivergence)
+
+
+def _stand_in_outputs(params: Params) -> Tensor:
+    return next(iter(params.values())).sum() * torch.ones(1, 2)

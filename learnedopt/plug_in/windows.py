@@ -8,7 +8,7 @@ estimators find the same meta-gradients on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Truncated
+
+Outputs: TypeAlias = Callable[[Params], Tensor]
+NO_OUTPUTS = (
+    "the objective compares what the model puts out, which gradients do not say; pass step(outputs=lambda params: "
+    "torch.func.functional_call(model, params, (inputs,))), the logits as a function of the parameters by name"
+)
 
 
 class Entry(NamedTuple):
@@ -62,8 +68,14 @@ def entry(loss: Tensor | None, grads: Params, params: Params | None, factors: di
 class RecordedRun(TaskFamily):
     """The losses ``l_t + <g_t, x - x_t>`` of one run, the same on both splits.
 
+    Args:
+        outputs: the model's logits as a function of its parameters by name, on one batch; None where nobody gave them.
+
     Tasks: ``offset`` (1, N) and ``grads``, each (1, N, ...), of the N steps recorded.
     """
+
+    def __init__(self, outputs: Outputs | None = None) -> None:
+        self._outputs = outputs
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Refuse: a run is recorded, not drawn."""
@@ -94,8 +106,14 @@ class RecordedRun(TaskFamily):
         return (batch["offset"] + _inner(batch["grads"], params)).to(like.dtype)
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
-        """Refuse: gradients say nothing of the model's outputs."""
-        raise ValueError("a run's gradients do not say what the model puts out; a KL matching needs step(outputs=...)")
+        """Return what the model puts out.
+
+        Raises:
+            ValueError: nobody gave a function for that.
+        """
+        if self._outputs is None:
+            raise ValueError(NO_OUTPUTS)
+        return self._outputs(params)
 
 
 def recorded_loop(rule: UpdateRule) -> InnerLoop:
@@ -104,12 +122,14 @@ def recorded_loop(rule: UpdateRule) -> InnerLoop:
     return InnerLoop(RecordedRun(), rule, Execution(vet=False))
 
 
-def truncated(loop: InnerLoop, theta: Theta, objective: MetaObjective, num_steps: int, window: Window) -> Estimate:
+def truncated(
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, num_steps: int, window: Window, outputs: Outputs | None
+) -> Estimate:
     """Return the engine's own estimate: ``Truncated(num_steps, tape=Tape.FIRST_ORDER)`` on what was recorded.
 
     The estimate's carry counts steps from the window's start, and is not batched.
     """
-    state = window.state
+    state, loop = window.state, loop if outputs is None else loop.on(RecordedRun(outputs))
     if any(factor != 1 for each in window.entries for factor in each.factors.values()):
         loop = InnerLoop(loop.family, Scaled(loop.rule), loop.execution)
         state = Scaled.state(state, window.entries)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from learnedopt.core.inner import Tape
-from learnedopt.core.objective import BootstrappedTarget, FinalLoss
+from learnedopt.core.objective import FinalLoss
 from learnedopt.core.registry import Choice
 from learnedopt.estimators.unrolled import Truncated
+from learnedopt.objectives.target_matching import BootstrappedTarget
 from learnedopt.recipes.rates import meta_sgd_mnist
 from learnedopt.recipes.recipe import HeldOut, Recipe
 
