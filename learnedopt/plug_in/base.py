@@ -135,10 +135,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _init(self, params: Params) -> tuple[Params, State]:
-        theta = self._theta_on(common_device(params))
+    def _init(self, params: Params, leaves: Theta | None = None) -> tuple[Params, State]:
+        """Ask the rule for its start, with a graph to ``leaves`` where there are any."""
+        theta = leaves if leaves is not None else self._theta_on(common_device(params))
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(leaves is not None):
                 start, state = self.rule.init(theta, params)
         except KeyError as error:
             raise ValueError(unknown_names(self.rule, params, error)) from error

@@ -18,12 +18,11 @@ from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.objectives.feedback import HypergradientFeedback, scale_of
-from learnedopt.plug_in import windows
+from learnedopt.plug_in import settings, windows
 from learnedopt.plug_in.base import RuleOptimizer, Updated, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
 from learnedopt.plug_in.members import Member, common_device, leaves_by_path, scalar_loss, values_of
-from learnedopt.plug_in.settings import num_recorded, reads_outputs, require_learnable, require_settings, resolved
 from learnedopt.plug_in.windows import Entry, Outputs, Window
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -95,8 +94,8 @@ class HyperOptimizer(RuleOptimizer):
     ) -> None:
         require_count("num_steps", num_steps, least=1)
         require_count("max_skips_in_a_row", max_skips_in_a_row)
-        require_settings(num_steps, objective, guard, hint, tape, foreign)
-        self.rule, theta = resolved(rule, seed)
+        settings.require_settings(num_steps, objective, guard, hint, tape, foreign)
+        self.rule, theta = settings.resolved(rule, seed)
         self.num_steps, self.objective, self.guard, self.hint = num_steps, objective, guard, hint
         self._loop = windows.recorded_loop(self.rule)
         self._window: Window | None = None
@@ -104,6 +103,7 @@ class HyperOptimizer(RuleOptimizer):
         super().__init__(params, {"lr": lr})
         device = common_device(values_of(self._members()))
         self.learner = Learner(tree.to(theta, device, None), meta_optimizer, max_skips_in_a_row)
+        settings.require_hint(hint, self.learner.meta_optimizer)
         self._settle()
 
     @property
@@ -147,7 +147,7 @@ class HyperOptimizer(RuleOptimizer):
                 "not hold the second: pass step(closure), which clears the gradients, computes the loss, calls "
                 "backward() and returns it"
             )
-        if outputs is None and reads_outputs(self.objective):
+        if outputs is None and settings.reads_outputs(self.objective):
             raise ValueError(windows.NO_OUTPUTS)
         again, loss = closure, self._evaluated(closure, loss)
         members = self._members()
@@ -167,7 +167,7 @@ class HyperOptimizer(RuleOptimizer):
         first = self._members()[0].param
         kept = self.state.get(first)
         # In the state while torch's own method runs, so that its hooks see all of it.
-        self.state[first] = {**(kept or {}), OWN: {**self.learner.state_dict(), "window": self._packed()}}
+        self.state[first] = {**(kept or {}), OWN: {**self.learner.state_dict(), "window": windows.packed(self._window)}}
         try:
             return super().state_dict()
         finally:
@@ -188,7 +188,7 @@ class HyperOptimizer(RuleOptimizer):
         self._settled = True
         members = self._members()
         _, state = self._init(values_of(members))
-        require_learnable(self._loop, self.theta, values_of(members), state, self.num_steps, self.objective)
+        settings.require_learnable(self._loop, self.theta, values_of(members), state, self.num_steps, self.objective)
 
     def _theta_on(self, device: torch.device) -> Theta:
         theta = self.theta
@@ -209,9 +209,10 @@ class HyperOptimizer(RuleOptimizer):
         value = None if loss is None else scalar_loss(loss, common_device(params))
         return windows.entry(value, grads, None if self._one_step else params, self._factors(members))
 
-    def _begin(self, params: Params, state: State, entries: tuple[Entry, ...]) -> Window:
+    def _begin(self, params: Params, state: State | None, entries: tuple[Entry, ...]) -> Window:
         # The parameters are moved in place.
-        return Window({k: p.clone() for k, p in params.items()}, unshared(state, tuple(params.values())), entries)
+        state = None if state is None else unshared(state, tuple(params.values()))
+        return Window({k: p.clone() for k, p in params.items()}, state, entries)
 
     def _step(self, members: list[Member], loss: Any, outputs: Outputs | None) -> None:
         params = values_of(members)
@@ -219,12 +220,12 @@ class HyperOptimizer(RuleOptimizer):
         self._theta_on(common_device(params))
         now, window = self._entry(members, params, loss), self._window
         if window is None:
-            window = self._begin(params, state, (now,))
+            window = self._begin(params, state if count else None, (now,))
         else:
             window = window._replace(entries=(*window.entries, now))
-            if len(window.entries) == num_recorded(self.num_steps, self.objective):
+            if len(window.entries) == settings.num_recorded(self.num_steps, self.objective):
                 window = self._closed(params, state, window, outputs)
-                state = window.state
+                state = state if window.state is None else window.state
         self._window = window
         self._move(members, window, state, count)
 
@@ -259,18 +260,16 @@ class HyperOptimizer(RuleOptimizer):
         """Return the window's first update with its graph, and the leaves of theta that the graph ends in."""
         first, leaves = window.entries[0], as_leaves(self.theta)
         with torch.enable_grad():
-            return self._update(leaves, first.grads, window.state, window.params, first.loss, first.factors), leaves
+            state = self._init(window.params, leaves)[1] if window.state is None else window.state
+            return self._update(leaves, first.grads, state, window.params, first.loss, first.factors), leaves
 
     def _one_step_gradient(self, window: Window, cotangents: Params) -> Theta:
         # In a run that was resumed, the graph is made again.
         (updated, leaves), first = self._traced or self._trace(window), window.entries[0]
-        scale = scale_of(first.grads) if isinstance(self.objective, HypergradientFeedback) else None
-        weights = {}
-        for k, g in cotangents.items():
-            factor = first.factors[k]
-            weights[k] = torch.zeros_like(g) if factor == 0 else g if factor == 1 else factor * g
-            weights[k] = weights[k] if scale is None else scale * weights[k]
-        return windows.pulled_back(updated.found, leaves, weights)
+        if isinstance(self.objective, HypergradientFeedback):
+            scale = scale_of(first.grads)
+            cotangents = {k: scale * g for k, g in cotangents.items()}
+        return windows.pulled_back(updated.found, leaves, cotangents, first.factors)
 
     def _learn(self, grads: Theta, ahead: Window) -> None:
         """Move theta; the hint is computed with the theta of the window that ends, where the next one begins."""
@@ -286,8 +285,8 @@ class HyperOptimizer(RuleOptimizer):
         state, count = self._recall(members, params)
         device = common_device(params)
         self._theta_on(device)
-        window = self._begin(params, state, (self._entry(members, params, loss),))
-        self._move(members, window, window.state, count)
+        window = self._begin(params, state if count else None, (self._entry(members, params, loss),))
+        self._move(members, window, state, count)
         with torch.enable_grad():
             after_loss = closure()
         after = self._entry(members, params, after_loss)
@@ -297,22 +296,11 @@ class HyperOptimizer(RuleOptimizer):
         else:
             for k, p in params.items():
                 p.copy_(window.params[k])
-            layout, memory = self._laid_out(members), leaves_by_path(window.state)
+            memory = leaves_by_path(unshared(state, tuple(params.values())))
+            layout = self._laid_out(members)
+            window = self._begin(params, state, window.entries)
             self._remember(members, {k: memory[k] for k in layout.keys}, count + 1)
         self._learn(grads, window)
-
-    def _packed(self) -> dict[str, Any] | None:
-        if self._window is None:
-            return None
-        params, state, entries = self._window
-        return {"params": params, "memory": leaves_by_path(state), "entries": [each._asdict() for each in entries]}
-
-    def _unpacked(self, packed: dict[str, Any] | None) -> Window | None:
-        if packed is None:
-            return None
-        layout = self._laid_out(self._members())
-        state = layout.rebuild([packed["memory"][k] for k in layout.keys])
-        return Window(dict(packed["params"]), state, tuple(Entry(**each) for each in packed["entries"]))
 
     def _own_entries(self) -> tuple[str, ...]:
         return (OWN,)
@@ -332,6 +320,6 @@ class HyperOptimizer(RuleOptimizer):
         first = self._members()[0].param
         own = self.state[first].pop(OWN)
         self.learner.load_state_dict(own)
-        self._window = self._unpacked(own["window"])
+        self._window = windows.unpacked(own["window"], self._laid_out(self._members()))
         if not self.state[first]:
             del self.state[first]

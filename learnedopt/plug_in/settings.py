@@ -20,7 +20,7 @@ from learnedopt.objectives.matching import KLDivergence
 from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import BestInHindsight, RegularizedSolution
 from learnedopt.plug_in.guard import PresentGradient
-from learnedopt.plug_in.members import name_of
+from learnedopt.plug_in.members import name_of, unknown_names
 from learnedopt.plug_in.windows import RecordedRun, stand_in
 
 
@@ -88,10 +88,35 @@ def require_learnable(
             f"{name_of(loop.rule)} has a start of its own, and one run starts once: a start cannot be learned from its "
             "windows; use the rule without it, such as LearnedRates in place of meta-sgd, or MetaTrainer"
         )
+    at_start = _through_start(loop, theta, fresh, num_steps)
+    if at_start:
+        raise ValueError(
+            f"the meta-parameters {at_start} enter {name_of(loop.rule)} through its first state alone, and one run "
+            "starts once: in every window but the first their gradient is zero; fix them, or use MetaTrainer"
+        )
     begun = fresh._replace(state=tree.unsqueeze(state), tasks=stand_in(params, num_recorded(num_steps, objective)))
-    check_paths(loop, theta, begun, num_steps, Tape.FIRST_ORDER)
     loop = loop.on(RecordedRun(_stand_in_outputs))
     check_objective(loop, theta, objective, begun, num_steps)
+
+
+def _through_start(loop: InnerLoop, theta: Theta, fresh: Carry, num_steps: int) -> list[str]:
+    """Return the meta-parameters that windows after the first do not reach; ValueError where none reaches them."""
+    with torch.no_grad():
+        _, state = loop.init_task(theta, tree.squeeze(fresh.params))
+    try:
+        return check_paths(loop, theta, fresh._replace(state=tree.unsqueeze(state)), num_steps, Tape.FIRST_ORDER)
+    except KeyError as error:
+        raise ValueError(unknown_names(loop.rule, tree.squeeze(fresh.params), error)) from error
+
+
+def require_hint(hint: PresentGradient | None, meta_optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where a meta-optimizer would take the factor of an average out of its gradients alone."""
+    if hint is not None and any(group.get("averaged") for group in meta_optimizer.param_groups):
+        raise ValueError(
+            "PresentGradient is the gradient that the next window would have, and DualAveraging(averaged=True) takes "
+            "hints to be free of the average's factor; pass averaged=False with a rule that is not averaged, or "
+            "LastGradient() with one that is"
+        )
 
 
 def reads_outputs(objective: MetaObjective) -> bool:

@@ -23,6 +23,7 @@ from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Truncated
+from learnedopt.plug_in.members import Layout, leaves_by_path
 
 Outputs: TypeAlias = Callable[[Params], Tensor]
 NO_OUTPUTS = (
@@ -45,10 +46,13 @@ class Entry(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where a window began, and what the steps since then have left, the present one included."""
+    """Where a window began, and what the steps since then have left, the present one included.
+
+    ``state`` is None where the run itself began: the rule's ``init`` is part of that window.
+    """
 
     params: Params
-    state: State
+    state: State | None
     entries: tuple[Entry, ...]
 
 
@@ -118,8 +122,10 @@ class RecordedRun(TaskFamily):
 
 def recorded_loop(rule: UpdateRule) -> InnerLoop:
     """Return the loop whose windows are those of a run by ``rule``."""
-    # Nothing to vet: the family is this file's own.
-    return InnerLoop(RecordedRun(), rule, Execution(vet=False))
+    # Nothing to vet or to check: the family is this file's own, and a loss that was not told is NaN.
+    loop = InnerLoop(RecordedRun(), rule, Execution(vet=False))
+    loop.cache.put("losses", True)
+    return loop
 
 
 def truncated(
@@ -129,11 +135,13 @@ def truncated(
 
     The estimate's carry counts steps from the window's start, and is not batched.
     """
-    state, loop = window.state, loop if outputs is None else loop.on(RecordedRun(outputs))
+    state = window.state
     if any(factor != 1 for each in window.entries for factor in each.factors.values()):
-        loop = InnerLoop(loop.family, Scaled(loop.rule), loop.execution)
-        state = Scaled.state(state, window.entries)
-    carry = Carry(_tasks(window), tree.unsqueeze(window.params), tree.unsqueeze(state), 0)
+        scaled = Scaled(loop.rule, window.entries)
+        loop, state = recorded_loop(scaled), None if state is None else scaled.at_start(state)
+    loop = loop if outputs is None else loop.on(RecordedRun(outputs))
+    state = None if state is None else tree.unsqueeze(state)
+    carry = Carry(_tasks(window), tree.unsqueeze(window.params), state, 0)
     estimator = Truncated(num_steps, tape=Tape.FIRST_ORDER)
     found = estimator.estimate(loop, theta, objective, carry)
     end = found.carry
@@ -142,7 +150,7 @@ def truncated(
     return found._replace(carry=Carry((), tree.squeeze(end.params), state, end.step))
 
 
-def pulled_back(outputs: Params, leaves: Theta, cotangents: Params) -> Theta:
+def pulled_back(outputs: Params, leaves: Theta, cotangents: Params, factors: dict[str, float]) -> Theta:
     """Return ``Dφ(x, w)ᵀ cotangents`` of one update, which is a window's meta-gradient where it is all of the window.
 
     The arithmetic of ``truncated`` for ``num_steps=1``, without what the engine does around it.
@@ -150,10 +158,14 @@ def pulled_back(outputs: Params, leaves: Theta, cotangents: Params) -> Theta:
     Args:
         outputs: deltas or new parameters, with their graph to ``leaves``, which stays.
         leaves: theta, as the update was given it.
-        cotangents: the gradient after the update, times what the update was multiplied by.
+        cotangents: the gradient after the update.
+        factors: by what each parameter's update was multiplied.
     """
     moved = {k: x for k, x in outputs.items() if x.requires_grad}
-    weights = [cotangents[k].to(x.dtype) for k, x in moved.items()]
+    weights = []
+    for k, x in moved.items():
+        weight, factor = cotangents[k].to(x.dtype), factors[k]
+        weights.append(weight if factor == 1 else torch.zeros_like(weight) if factor == 0 else factor * weight)
     # That all of theta is reached by some update was asked at the start; by this one it may not be.
     found = torch.autograd.grad(
         list(moved.values()), list(leaves.values()), weights, allow_unused=True, materialize_grads=True
@@ -165,40 +177,55 @@ def pulled_back(outputs: Params, leaves: Theta, cotangents: Params) -> Theta:
 class Scaled(UpdateRule):
     """A rule whose updates are multiplied by recorded factors, one for each parameter and step.
 
-    Theta: the rule's own. State: the rule's as ``rule``; ``factors``, each (N,), of the N steps recorded; ``step``.
+    Theta: the rule's own. State: the rule's as ``rule``, and ``step``.
     """
 
-    def __init__(self, rule: UpdateRule) -> None:
-        self.rule = rule
-
-    @staticmethod
-    def state(state: State, entries: tuple[Entry, ...]) -> dict[str, Any]:
-        """Return the state at the start of a window, of the rule's own."""
+    def __init__(self, rule: UpdateRule, entries: tuple[Entry, ...]) -> None:
         grads = entries[0].grads
-        factors = {k: g.new_tensor([each.factors[k] for each in entries]) for k, g in grads.items()}
-        step = torch.zeros((), dtype=torch.int64, device=next(iter(grads.values())).device)
-        return {"rule": state, "factors": factors, "step": step}
+        self.rule = rule
+        self.factors = {k: g.new_tensor([each.factors[k] for each in entries]) for k, g in grads.items()}
+
+    def at_start(self, state: State) -> dict[str, Any]:
+        """Return the state with which the window begins, of the rule's own."""
+        device = next(iter(self.factors.values())).device
+        return {"rule": () if state is None else state, "step": torch.zeros((), dtype=torch.int64, device=device)}
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the rule's."""
         return self.rule.init_theta(generator)
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
-        """Start as the rule does; the factor is 1 throughout."""
+        """Start as the rule does."""
         start, state = self.rule.init(theta, params)
-        ones = {k: p.new_ones(1) for k, p in params.items()}
-        first = next(iter(params.values()))
-        return start, {"rule": state, "factors": ones, "step": torch.zeros((), dtype=torch.int64, device=first.device)}
+        return start, self.at_start(state)
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Move by the factors of the present step."""
         deltas, own = self.rule.update(theta, grads, state["rule"], params, loss)
         now = state["step"].reshape(1)
-        factors = {k: f.index_select(0, now.clamp(max=len(f) - 1)).squeeze(0) for k, f in state["factors"].items()}
-        # 0 times an infinite update would not be nothing.
-        deltas = {k: torch.where(factors[k] == 0, 0.0, factors[k] * d) for k, d in deltas.items()}
-        own = () if own is None else own
-        return deltas, {"rule": own, "factors": state["factors"], "step": state["step"] + 1}
+        moved = {}
+        for k, delta in deltas.items():
+            factor = self.factors[k].index_select(0, now).squeeze(0)
+            moved[k] = torch.where(factor == 0, 0.0, factor * delta)  # 0 times an infinite update would not be nothing
+        return moved, {"rule": () if own is None else own, "step": state["step"] + 1}
+
+
+def packed(window: Window | None) -> dict[str, Any] | None:
+    """Return a window as dicts and lists of tensors and numbers, for a state dict."""
+    if window is None:
+        return None
+    entries = [each._asdict() for each in window.entries]
+    memory = None if window.state is None else leaves_by_path(window.state)
+    return {"params": window.params, "memory": memory, "entries": entries}
+
+
+def unpacked(found: dict[str, Any] | None, layout: Layout) -> Window | None:
+    """Return the window that ``packed`` took apart; ``layout`` is that of the rule's memory."""
+    if found is None:
+        return None
+    memory = found["memory"]
+    state = None if memory is None else layout.rebuild([memory[k] for k in layout.keys])
+    return Window(dict(found["params"]), state, tuple(Entry(**each) for each in found["entries"]))
 
 
 def stand_in(params: Params, num_recorded: int) -> Tasks:
