@@ -52,11 +52,11 @@ class HyperOptimizer(RuleOptimizer):
             the window's end, parameters and memory, and goes on from there: L - 1 of num_steps + L - 1 steps only look
             ahead. Train and valid split are the same here.
         meta_optimizer: makes what moves theta from its tensors: any ``torch.optim.Optimizer``, or an online learner.
-            It is kept as ``meta_optimizer``, for a scheduler of its own.
         guard: None; or ``AcceptIfBetter()``: a step that does not lower the loss on its own batch is taken back. Takes
             a closure, which is called twice a step, and windows of one step; the window's loss is that on the same
             batch.
         hint: the ``PresentGradient`` that an optimistic ``meta_optimizer`` reads.
+        meta_scheduler: makes a learning-rate scheduler from the meta-optimizer, stepped after each of its steps.
         lr: as that of ``LearnedOptimizer``.
         seed: of theta, where the rule draws it.
         max_skips_in_a_row: meta-gradients that are not finite are skipped; one more than that in a row is an error.
@@ -86,6 +86,7 @@ class HyperOptimizer(RuleOptimizer):
         guard: Guard | None = None,
         *,
         hint: PresentGradient | None = None,
+        meta_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         lr: float | Tensor = 1.0,
         seed: int = 0,
         max_skips_in_a_row: int = 10,
@@ -102,7 +103,8 @@ class HyperOptimizer(RuleOptimizer):
         self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
         device = common_device(values_of(self._members()))
-        self.learner = Learner(tree.to(theta, device, None), meta_optimizer, max_skips_in_a_row)
+        theta = tree.to(theta, device, None)
+        self.learner = Learner(theta, meta_optimizer, meta_scheduler, max_skips_in_a_row)
         settings.require_hint(hint, self.learner.meta_optimizer)
         self._settle()
 
@@ -141,14 +143,7 @@ class HyperOptimizer(RuleOptimizer):
             RunDiverged: too many meta-gradients in a row were not finite.
             ValueError: the guard needs the closure, or the objective ``outputs``; or as that of ``LearnedOptimizer``.
         """
-        if self.guard is not None and closure is None:
-            raise ValueError(
-                f"the guard {self.guard!r} compares the losses before and after a step on one batch, and gradients do "
-                "not hold the second: pass step(closure), which clears the gradients, computes the loss, calls "
-                "backward() and returns it"
-            )
-        if outputs is None and settings.reads_outputs(self.objective):
-            raise ValueError(windows.NO_OUTPUTS)
+        settings.require_arguments(self.objective, self.guard, closure, outputs)
         again, loss = closure, self._evaluated(closure, loss)
         members = self._members()
         if any(m.param.grad is not None for m in members):

@@ -26,6 +26,7 @@ class Learner:
     Args:
         theta: where it starts; it is copied.
         meta_optimizer: makes a ``torch.optim.Optimizer`` from theta's tensors.
+        scheduler: makes a learning-rate scheduler from the meta-optimizer, stepped after each of its steps; or None.
         max_skips_in_a_row: so many meta-gradients in a row may be not finite; the next one raises ``RunDiverged``.
 
     Raises:
@@ -34,7 +35,11 @@ class Learner:
     """
 
     def __init__(
-        self, theta: Theta, meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer], max_skips_in_a_row: int
+        self,
+        theta: Theta,
+        meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
+        max_skips_in_a_row: int,
     ) -> None:
         self.theta = as_leaves({k: v.detach().clone() for k, v in theta.items()})
         self.meta_optimizer = meta_optimizer(NamedTensors(self.theta))
@@ -49,6 +54,7 @@ class Learner:
                 "the meta-optimizer must move the tensors that it is handed, all of them, as they are: what else it "
                 "moved would not be the theta of this run"
             )
+        self.scheduler = None if scheduler is None else scheduler(self.meta_optimizer)
         self.max_skips_in_a_row = max_skips_in_a_row
         self.num_skipped = self.skips_in_a_row = 0
         self.values = self._copied()
@@ -71,6 +77,8 @@ class Learner:
         for k, v in self.theta.items():
             v.grad = grads[k].detach()
         self.meta_optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.values = self._copied()
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,6 +86,7 @@ class Learner:
         return {
             "theta": {k: v.clone() for k, v in self.values.items()},
             "meta_optimizer": copy.deepcopy(self.meta_optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
             "skipped": [self.num_skipped, self.skips_in_a_row],
         }
 
@@ -88,11 +97,15 @@ class Learner:
             for k, v in self.theta.items():
                 v.copy_(state_dict["theta"][k])
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(state_dict["scheduler"]))
         self.num_skipped, self.skips_in_a_row = state_dict["skipped"]
         self.values = self._copied()
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError where what is to be loaded is of another theta."""
+        if (self.scheduler is None) != (state_dict.get("scheduler") is None):
+            raise ValueError("one of this state and the optimizer has a meta_scheduler, the other has none")
         found = shapes(state_dict.get("theta", {}))
         if found != shapes(self.theta):
             raise ValueError(

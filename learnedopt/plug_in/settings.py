@@ -21,7 +21,7 @@ from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import BestInHindsight, RegularizedSolution
 from learnedopt.plug_in.guard import PresentGradient
 from learnedopt.plug_in.members import name_of, unknown_names
-from learnedopt.plug_in.windows import RecordedRun, stand_in
+from learnedopt.plug_in.windows import NO_OUTPUTS, RecordedRun, stand_in
 
 
 def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
@@ -119,9 +119,17 @@ def require_hint(hint: PresentGradient | None, meta_optimizer: torch.optim.Optim
         )
 
 
-def reads_outputs(objective: MetaObjective) -> bool:
-    """Whether an objective is known to compare what the model puts out."""
-    return isinstance(objective, TargetMatching) and isinstance(objective.matching, KLDivergence)
+def require_arguments(objective: Any, guard: Any, closure: Any, outputs: Any) -> None:
+    """Raise ValueError where a step is not told what the guard or the objective needs."""
+    if guard is not None and closure is None:
+        raise ValueError(
+            f"the guard {guard!r} compares the losses before and after a step on one batch, and gradients do not hold "
+            "the second: pass step(closure), which clears the gradients, computes the loss, calls backward() and "
+            "returns it"
+        )
+    matches_outputs = isinstance(objective, TargetMatching) and isinstance(objective.matching, KLDivergence)
+    if outputs is None and matches_outputs:
+        raise ValueError(NO_OUTPUTS)
 
 
 def _stand_in_outputs(params: Params) -> Tensor:
