@@ -350,7 +350,7 @@ def test_feedback_is_the_relative_progress_on_every_task(num_steps: int) -> None
         one = tree.narrow(tasks, i, i + 1)
         rollout = loop.run(theta, loop.start(one), num_steps, Tape.NONE)
 
-        def gradient(carry: Any, split: str) -> tuple[Tensor, Params]:
+        def gradient(carry: Any, split: Any) -> tuple[Tensor, Params]:
             leaves = {k: p.detach().clone().requires_grad_() for k, p in carry.params.items()}
             loss = loop.losses(theta, carry._replace(params=leaves), split).sum()
             return loss, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -29,10 +29,10 @@ from learnedopt.training.tracker import Tracker
 class HyperFashion(Study):
     """An MLP on scaled-down Fashion-MNIST: rates learned from far too small and far too large, beside tuned ones.
 
-    "plain" and "optimistic" move along Adam's direction at a learned rate for each tensor, kept as its logarithm, by
-    one-step windows; "OSGM" along the gradient at a learned rate for each coordinate, with null steps. Each has ONE
-    setting for both starts, which are multiples of the tuned rate of Adam (of SGD for OSGM). Baselines are tuned on
-    ``tuning_seeds`` and shown on ``seeds``.
+    "plain" and "optimistic" move along Adam's direction, "OSGM" along the gradient with null steps; all at a learned
+    rate for each tensor, kept as its logarithm, by one-step windows. Each has ONE setting for both starts, which are
+    multiples of the tuned rate of Adam (of SGD for OSGM). Baselines are tuned on ``tuning_seeds``, as the settings of
+    "plain" were, and shown on ``seeds``.
 
     Args:
         seeds: of the runs that are shown.
@@ -44,10 +44,10 @@ class HyperFashion(Study):
         sgd_rates: tried for SGD.
         hidden: units of each hidden layer.
         batch_size: images a step.
-        meta_lr: of "plain": Adam(betas=(0.5, 0.99)) on the logarithms, at ``meta_lr / sqrt(1 + step / meta_decay)``.
+        meta_lr: of "plain": Adam(betas=(0.7, 0.99)) on the logarithms, at ``meta_lr / sqrt(1 + step / meta_decay)``.
         meta_decay: steps after which that rate begins to fall.
         optimistic_lr: of "optimistic": dual averaging in its AdaGrad form.
-        osgm_lr: of "OSGM": AdaGrad's rate.
+        osgm_lr: of "OSGM": AdaGrad on the logarithms.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -121,7 +121,7 @@ class HyperFashion(Study):
         named = [*params.items()]
         if name == "OSGM":
             return HyperOptimizer(
-                named, _rates(params, rate), objective=HypergradientFeedback(), guard=AcceptIfBetter(),
+                named, _descent(params, rate), objective=HypergradientFeedback(), guard=AcceptIfBetter(),
                 meta_optimizer=lambda p: torch.optim.Adagrad(p, self.osgm_lr, eps=1e-30),
             )  # fmt: skip
         rule = _log_rates(params, rate)
@@ -133,7 +133,7 @@ class HyperFashion(Study):
             return HyperOptimizer(
                 named,
                 rule,
-                meta_optimizer=lambda p: torch.optim.Adam(p, self.meta_lr, betas=(0.5, 0.99)),
+                meta_optimizer=lambda p: torch.optim.Adam(p, self.meta_lr, betas=(0.7, 0.99)),
                 meta_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, falling),
             )
         hint = PresentGradient()
@@ -158,7 +158,9 @@ def _log_rates(params: Params, rate: float) -> UpdateRule:
     return Reparametrized(per_tensor(Adam(rate, learn=("lr",)), template), {"*/lr": "log"})
 
 
-def _rates(params: Params, rate: float) -> UpdateRule:
+def _descent(params: Params, rate: float) -> UpdateRule:
+    """Return the gradient's direction with the logarithm of a rate for each tensor in theta."""
     from learnedopt.optimizers import LearnedRates
+    from learnedopt.optimizers.reparametrized import Reparametrized
 
-    return LearnedRates({k: p.detach() for k, p in params.items()}, "coordinate", lr=rate)
+    return Reparametrized(LearnedRates({k: p.detach() for k, p in params.items()}, "tensor", lr=rate), {"*": "log"})
