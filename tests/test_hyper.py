@@ -402,6 +402,9 @@ def settings() -> dict[str, Callable[[Params], HyperOptimizer]]:
         "bootstrap": of("momentum", 3, BootstrappedTarget(3, 0.3)),
         "rollout": of("clipped nesterov", 2, BootstrappedTarget(3, 0.3, continue_from="rollout")),
         "guarded": of("momentum", 1, FinalLoss(), guard=AcceptIfBetter()),
+        "scheduled": of(
+            "momentum", 2, FinalLoss(), meta_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7)
+        ),
         "part of a step": of("log rates", 3, FinalLoss(), lr=0.5),
         "hinted": hinted,
     }
@@ -510,6 +513,16 @@ def test_without_a_gradient_nothing_happens_and_a_step_returns_its_loss() -> Non
     assert optimizer.step(loss=loss) is loss
     here = FAMILY.loss(params, tree.squeeze(FAMILY.batch(TASKS, 1, "train"))).detach()
     assert torch.equal(optimizer.step(lambda: backward(params, 1)), here)
+
+
+def test_a_meta_scheduler_steps_after_each_window() -> None:
+    params = variables()
+    optimizer = SETTINGS["scheduled"](params)
+    advance(optimizer, params, range(7))  # three windows of 2 have closed
+    assert optimizer.meta_optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.7**3)
+    with pytest.raises(ValueError, match="has a meta_scheduler, the other has none"):
+        other = HyperOptimizer([*variables().items()], start(RULES["momentum"]), 2)
+        optimizer.load_state_dict(other.state_dict())
 
 
 def test_theta_is_drawn_from_the_seed_and_handed_on_with_its_names() -> None:

@@ -15,7 +15,16 @@ from learnedopt.run import carry_out, configuration, train
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
 
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "hyper-fashion": [
+        "num_steps=60", "last=20", "seeds=[0,1]", "tuning_seeds=[100]", "adam_rates=[0.005]", "sgd_rates=[0.1]",
+        "starts=[0.1]",
+    ],
+    "optimistic-conv": [
+        "num_steps=50", "last=20", "seeds=[0]", "tuning_seeds=[100]", "batch_size=16", "starts=[0.1]", "betas=[0.01]",
+        "adam_rates=[0.005]", "sgd_rates=[0.1,0.2]", "momentum_rates=[0.02]",
+    ],
+}  # fmt: skip
 """Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
 STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]
 
