@@ -39,7 +39,18 @@ from learnedopt import (
 )
 from learnedopt.core import tree
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers import LSTM, SGD, Adam, Clip, LearnedInit, LearnedRates, Momentum, Nesterov, per_tensor
+from learnedopt.optimizers import (
+    LSTM,
+    SGD,
+    Adam,
+    Averaged,
+    Clip,
+    LearnedInit,
+    LearnedRates,
+    Momentum,
+    Nesterov,
+    per_tensor,
+)
 from learnedopt.plug_in.learner import RunDiverged
 
 EXACT = 1e-12
@@ -75,6 +86,7 @@ TEMPLATE: Params = tree.squeeze(FAMILY.init_params(TASKS))
 RULES: dict[str, UpdateRule] = {
     "rates per tensor": per_tensor(SGD(0.2), TEMPLATE),
     "rates per coordinate": LearnedRates(TEMPLATE, "coordinate", lr=0.2),
+    "averaged": Averaged(LearnedRates(TEMPLATE, "tensor", lr=0.3), "linear"),
     "momentum": Momentum(0.1, 0.5),
     "log rates": LogRate(),
     "lstm": LSTM(hidden_size=4),
