@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Callab
     inputs = torch.randn(BATCH, next(model.parameters()).shape[1], generator=generator)
     targets = torch.randint(10, (BATCH,), generator=generator)
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         model.zero_grad()
         loss = functional.cross_entropy(model(inputs), targets)
         loss.backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,8 +43,7 @@ class HyperFashion(Study):
         sgd_rates: tried for SGD.
         hidden: units of each hidden layer.
         batch_size: images a step.
-        meta_lr: of "plain": Adam(betas=(0.7, 0.99)) on the logarithms, at ``meta_lr / sqrt(1 + step / meta_decay)``.
-        meta_decay: steps after which that rate begins to fall.
+        meta_lr: of "plain": Adam(betas=(0.5, 0.99)) on the logarithms, at ``meta_lr (1 + step / 10)^-0.7``.
         optimistic_lr: of "optimistic": dual averaging in its AdaGrad form.
         osgm_lr: of "OSGM": AdaGrad on the logarithms.
     """
@@ -59,8 +57,7 @@ class HyperFashion(Study):
     sgd_rates: tuple[float, ...] = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
     hidden: tuple[int, ...] = (32,)
     batch_size: int = 32
-    meta_lr: float = 1.5
-    meta_decay: float = 10.0
+    meta_lr: float = 2.0
     optimistic_lr: float = 0.3
     osgm_lr: float = 0.3
 
@@ -126,16 +123,10 @@ class HyperFashion(Study):
             )  # fmt: skip
         rule = _log_rates(params, rate)
         if name == "plain":
-
-            def falling(step: int) -> float:
-                return 1 / math.sqrt(1 + step / self.meta_decay)
-
             return HyperOptimizer(
-                named,
-                rule,
-                meta_optimizer=lambda p: torch.optim.Adam(p, self.meta_lr, betas=(0.7, 0.99)),
-                meta_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, falling),
-            )
+                named, rule, meta_optimizer=lambda p: torch.optim.Adam(p, self.meta_lr, betas=(0.5, 0.99)),
+                meta_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: (1 + step / 10) ** -0.7),
+            )  # fmt: skip
         hint = PresentGradient()
         return HyperOptimizer(
             named, rule, hint=hint, meta_optimizer=lambda p: DualAveraging(
