@@ -28,8 +28,7 @@ from learnedopt import (
     SumOfLosses,
     UpdateRule,
 )
-from learnedopt.optimizers import Adam, per_tensor
-from learnedopt.optimizers.reparametrized import Reparametrized
+from learnedopt.optimizers import Adam, Reparametrized, per_tensor
 
 NETS = {"196-32-10": (196, 32, 10), "196-512-512-10": (196, 512, 512, 10)}
 BATCH, ROUNDS, STEPS = 32, 30, 20

@@ -142,8 +142,7 @@ def hyper_fashion() -> HyperFashion:
 
 def _log_rates(params: Params, rate: float) -> UpdateRule:
     """Return Adam's direction with the logarithm of a rate for each tensor in theta."""
-    from learnedopt.optimizers import Adam, per_tensor
-    from learnedopt.optimizers.reparametrized import Reparametrized
+    from learnedopt.optimizers import Adam, Reparametrized, per_tensor
 
     template = {k: p.detach() for k, p in params.items()}
     return Reparametrized(per_tensor(Adam(rate, learn=("lr",)), template), {"*/lr": "log"})
@@ -151,7 +150,6 @@ def _log_rates(params: Params, rate: float) -> UpdateRule:
 
 def _descent(params: Params, rate: float) -> UpdateRule:
     """Return the gradient's direction with the logarithm of a rate for each tensor in theta."""
-    from learnedopt.optimizers import LearnedRates
-    from learnedopt.optimizers.reparametrized import Reparametrized
+    from learnedopt.optimizers import LearnedRates, Reparametrized
 
     return Reparametrized(LearnedRates({k: p.detach() for k, p in params.items()}, "tensor", lr=rate), {"*": "log"})
