@@ -66,6 +66,9 @@ _LAZY = {
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
     "WeightedExamples": "learnedopt.inner_objectives",
+    "ARUBA": "learnedopt.meta_optimizers.aruba",
+    "MomentMatching": "learnedopt.objectives.regret_bound",
+    "RegretBound": "learnedopt.objectives.regret_bound",
     "inner_objectives": "",
     "optimizers": "",
     "tasks": "",
@@ -78,12 +81,14 @@ if TYPE_CHECKING:
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.meta_optimizers.aruba import ARUBA
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
     from learnedopt.meta_optimizers.guess_and_grow import GuessAndGrow
     from learnedopt.meta_optimizers.per_name import PerName
     from learnedopt.objectives.convex import ProjectedGradient
     from learnedopt.objectives.leader_and_radius import LeaderAndRadius
+    from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
     from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
@@ -101,6 +106,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ARUBA",
     "GMRES",
     "L2",
     "Batch",
@@ -140,12 +146,14 @@ __all__ = [
     "MetaObjective",
     "MetaTrainer",
     "ModuleFamily",
+    "MomentMatching",
     "Neumann",
     "Params",
     "Penalty",
     "PerName",
     "ProjectedGradient",
     "Proximal",
+    "RegretBound",
     "RegularizedSolution",
     "Rollout",
     "Solution",

@@ -1,6 +1,7 @@
 """Update rules: one file each, and the registry that makes them by name.
 
-Rules are imported when first used. ``make("meta-sgd", ...)`` and ``make("maml", ...)`` are compositions of the classes.
+Rules are imported when first used. ``make("meta-sgd", ...)``, ``make("maml", ...)`` and ``make("aruba", ...)`` are
+compositions of the classes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
+    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
     from learnedopt.optimizers.projected import Projected
+    from learnedopt.optimizers.recorded import Recorded
+    from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
+    from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
 
@@ -35,6 +40,7 @@ _LAZY = {
     "Averaged": "averaged",
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
+    "BalancedRates": "balanced_rates",
     "Clip": "clip",
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
@@ -50,8 +56,12 @@ _LAZY = {
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
+    "RecurrentHyperparameters": "recurrent_hyperparameters",
+    "Recorded": "recorded",
+    "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
+    "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
 
@@ -70,6 +80,7 @@ __all__ = [
     "SGD",
     "Adam",
     "Averaged",
+    "BalancedRates",
     "Ball",
     "Box",
     "Clip",
@@ -86,7 +97,11 @@ __all__ = [
     "Partition",
     "Projected",
     "RMSprop",
+    "Recorded",
+    "RecurrentHyperparameters",
+    "Reparametrized",
     "Simplex",
+    "as_meta_sgd",
     "build",
     "describe",
     "example",

@@ -16,15 +16,22 @@ _TABLE = {
     "rmsprop": "rmsprop:RMSprop",
     "adam": "adam:Adam",
     "lstm": "lstm:LSTM",
+    "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
+    "balanced-rates": "balanced_rates:BalancedRates",
+    "aruba": "balanced_rates:aruba",
     "anil": "anil:ANIL",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
     "mirror-descent": "mirror_descent:MirrorDescent",
     "projected": "projected:Projected",
+    "averaged": "averaged:Averaged",
+    "iterate": "iterate:Iterate",
+    "reparametrized": "reparametrized:Reparametrized",
+    "recorded": "recorded:Recorded",
 }
 _PARTS = {
     "euclidean": "bases.geometry:Euclidean",
@@ -32,8 +39,6 @@ _PARTS = {
     "ball": "bases.convex_sets:Ball",
     "box": "bases.convex_sets:Box",
     "simplex": "bases.convex_sets:Simplex",
-    "averaged": "averaged:Averaged",
-    "iterate": "iterate:Iterate",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
@@ -57,6 +62,10 @@ def example(name: str, template: Params) -> UpdateRule:
         "anil": {"head": glob.escape(next(reversed(template), ""))},
         "mirror-descent": {"lipschitz": 3.0, "num_steps": 4, "learn": ("radius",)},
         "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
+        "balanced-rates": {"eps": 0.6, "zeta": 3.0},
+        "aruba": {"eps": 0.6, "zeta": 3.0},
+        "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
+        "recorded": {"rule": heavy_ball, "num_steps": 20},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -12,6 +12,7 @@ from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
     from learnedopt.tasks.clusters import Clusters
+    from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
     from learnedopt.tasks.experts import Experts
     from learnedopt.tasks.image_folder import ImageFolder
@@ -40,6 +41,8 @@ _LAZY = {
     "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
+    "RegularizedLogistic": "convex",
+    "SpectralQuadratic": "convex",
     "Sine": "sine",
     "Superclasses": "superclasses",
 }
@@ -67,7 +70,9 @@ __all__ = [
     "NoisyImages",
     "Omniglot",
     "Quadratic",
+    "RegularizedLogistic",
     "Sine",
+    "SpectralQuadratic",
     "Superclasses",
     "build",
     "describe",

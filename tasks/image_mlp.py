@@ -37,8 +37,8 @@ class ImageMLP(TaskFamily):
     A task is a seed, which draws the initial parameters and the minibatches: every step's minibatch is drawn afresh,
     with replacement, from all images of ``meta_split``. "train" and "valid" minibatches are independent draws from the
     SAME images; what is held out from meta-training is held out by ``meta_split``. Parameters: ``layer0.weight``
-    (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs": (batch_size, 784),
-    "targets": (batch_size,)}``, made on the CPU.
+    (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs": (batch_size, side²),
+    "targets": (batch_size,)}``, made on the CPU; side is 28 unless ``crop`` or ``size`` say otherwise.
 
     Args:
         dataset: "mnist" or "fashion-mnist"; where the files are looked for is said in ``learnedopt.tasks.data.images``.
@@ -52,6 +52,13 @@ class ImageMLP(TaskFamily):
         meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images.
         crop: the side of the central square that the network sees, even: a smaller one leaves out the border, which is
             black in MNIST, and with it weights that never move. Their start is that of the whole network's part.
+        size: the side that the square is scaled down to by averaging, a divisor of ``crop``; None leaves it as it is.
+            The start is that of the whole scaled image's network.
+        standardize: subtract the mean of all pixels and divide by their standard deviation, both of the data set's
+            60,000 training images at full size.
+        relabel_every: the labels are permuted anew every so many steps, the first time at step 0, by a permutation that
+            the task's seed draws; both splits' alike. The task changes under the training, as in continual learning.
+            None keeps the images' labels.
 
     Raises:
         ValueError: an option is out of its range.
@@ -73,6 +80,9 @@ class ImageMLP(TaskFamily):
     dtype: arguments.DType | None = None
     meta_split: arguments.MetaSplit = "train"
     crop: int = images.SIDE
+    size: int | None = None
+    standardize: bool = False
+    relabel_every: int | None = None
 
     def __post_init__(self) -> None:
         arguments.require_choice("dataset", self.dataset, images.Dataset)
@@ -91,6 +101,19 @@ class ImageMLP(TaskFamily):
         arguments.require_count("crop", self.crop)
         if self.crop > images.SIDE or self.crop % 2:
             raise ValueError(f"crop={self.crop!r} cannot be centred; pass an even number of at most {images.SIDE}")
+        if self.size is not None:
+            arguments.require_count("size", self.size)
+            if self.crop % self.size:
+                raise ValueError(f"size={self.size!r} does not divide crop={self.crop}: blocks of pixels are averaged")
+        if not isinstance(self.standardize, bool):
+            raise TypeError(f"standardize={self.standardize!r} is neither True nor False")
+        if self.relabel_every is not None:
+            arguments.require_count("relabel_every", self.relabel_every)
+
+    @property
+    def side(self) -> int:
+        """The side of the square that the network sees."""
+        return self.crop if self.size is None else self.size
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw one seed a task."""
@@ -104,12 +127,13 @@ class ImageMLP(TaskFamily):
 
     def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw one task's parameters in float64, so that float32 ones are the same but for rounding."""
-        widths = (self.crop**2, *self.hidden, images.NUM_CLASSES)
+        widths = (self.side**2, *self.hidden, images.NUM_CLASSES)
+        whole = images.SIDE * self.side / self.crop  # a crop starts as its part of the whole
         params = {}
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             for name, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
                 if self.init == "linear":
-                    bound = 1 / math.sqrt(fan_in if i else images.SIDE**2)  # a crop starts as its part of the whole
+                    bound = 1 / math.sqrt(fan_in if i else whole**2)
                     params[f"layer{i}.{name}"] = random.uniform(-bound, bound, shape)
                 else:
                     params[f"layer{i}.{name}"] = random.normal(0.0, 0.01 if self.std is None else self.std, shape)
@@ -121,12 +145,29 @@ class ImageMLP(TaskFamily):
         seeds = tasks["seed"].tolist()
         drawn = [streams.stream(seed, split, step).integers(len(labels), size=self.batch_size) for seed in seeds]
         index = torch.from_numpy(np.concatenate(drawn))
+        shape = (len(seeds), self.batch_size)
+        inputs = self._seen(pixels.index_select(0, index)).reshape(*shape, -1)
+        targets = labels.index_select(0, index).reshape(shape)
+        if self.relabel_every is not None:
+            targets = self._relabelled(targets, seeds, step)
+        return {"inputs": inputs, "targets": targets}
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """Return what the network sees of images (num_images, 784): (num_images, side, side)."""
         margin = (images.SIDE - self.crop) // 2
         inner = slice(margin, images.SIDE - margin)
-        chosen = pixels.index_select(0, index).reshape(-1, images.SIDE, images.SIDE)[:, inner, inner]
-        inputs = chosen.to(arguments.resolve_dtype(self.dtype)).div_(255)
-        shape = (len(seeds), self.batch_size)
-        return {"inputs": inputs.reshape(*shape, -1), "targets": labels.index_select(0, index).reshape(shape)}
+        square = pixels.reshape(-1, images.SIDE, images.SIDE)[:, inner, inner]
+        inputs = square.to(arguments.resolve_dtype(self.dtype)).div_(255)
+        if self.standardize:
+            mean, std = images.MOMENTS[self.dataset]
+            inputs = (inputs - mean) / std
+        return inputs if self.size is None else functional.avg_pool2d(inputs, self.crop // self.size)
+
+    def _relabelled(self, targets: Tensor, seeds: list[int], step: int) -> Tensor:
+        """Return targets (num_tasks, batch_size) under the permutations that hold at this step."""
+        assert self.relabel_every is not None
+        drawn = [streams.stream(s, "labels", step // self.relabel_every).permutation(images.NUM_CLASSES) for s in seeds]
+        return torch.from_numpy(np.stack(drawn)).gather(1, targets)
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """Return the logits (batch_size, 10)."""

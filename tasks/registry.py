@@ -7,6 +7,7 @@ from learnedopt.core.task import TaskFamily
 
 _TABLE = {
     "quadratic": "quadratic:Quadratic",
+    "spectral-quadratic": "convex:SpectralQuadratic",
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ from learnedopt.optimizers import (
     Momentum,
     Nesterov,
     Partition,
+    Recorded,
+    RecurrentHyperparameters,
+    Reparametrized,
     RMSprop,
     build,
     describe,
@@ -80,10 +84,17 @@ def small_lstm() -> LSTM:
     return LSTM(hidden_size=4)
 
 
+def small_recurrent(**options: Any) -> RecurrentHyperparameters:
+    return RecurrentHyperparameters(hidden_size=3, **options)
+
+
 # Every registered rule as the registry makes it for a template, and the branches that these do not take.
 RULES: dict[str, Callable[[Params], UpdateRule]] = {
     **{name: lambda t, name=name: example(name, t) for name in names()},
     "lstm": lambda t: small_lstm(),
+    "recurrent-hyperparameters": lambda t: small_recurrent(),
+    "recurrent-hyperparameters, all": lambda t: small_recurrent(normalized=True, reads_loss=True, lr=0.01),
+    "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -93,6 +104,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "aruba, per tensor": lambda t: make("aruba", template=t, rates="tensor", eps=0.5, zeta=2.0),
+    "aruba, isotropic": lambda t: make("aruba", template=t, rates="all", eps=0.5, zeta=2.0),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
     "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
@@ -108,7 +121,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
+# Rules whose kernel adds the deltas itself.
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "balanced-rates", "aruba")
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -130,7 +144,7 @@ def updates(
     """Feed gradients to the rule at fixed parameters; return all deltas and the last state."""
     if state is None:
         _, state = rule.init(theta, params)
-    loss, deltas = torch.tensor(0.7, dtype=next(iter(params.values())).dtype), []
+    loss, deltas = torch.tensor(0.75, dtype=next(iter(params.values())).dtype), []  # the same number in every dtype
     for grads in all_grads:
         delta, state = rule.update(theta, grads, state, params, loss)
         deltas.append(delta)
@@ -362,13 +376,18 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start", "projected", "iterate", "average of learned rates",
+    "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
+    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected"}
+    coupled = {
+        "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
+        "balanced-rates", "aruba", "recorded",
+    }  # fmt: skip
+    assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -563,6 +582,10 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: Partition({}), ValueError, "no group at all"),
         (lambda: Partition({"a/b": ("*", SGD())}), ValueError, "slash"),
         (lambda: Partition({"a": SGD()}), TypeError, "pattern, rule"),  # pyright: ignore[reportArgumentType]
+        (lambda: Reparametrized(SGD(), {}), ValueError, "one of log, logit"),
+        (lambda: Reparametrized(SGD(), {"lr": "exp"}), ValueError, "one of log, logit"),  # pyright: ignore[reportArgumentType]
+        (lambda: Reparametrized(SGD(), "log"), TypeError, "pattern -> scale"),  # pyright: ignore[reportArgumentType]
+        (lambda: Recorded(SGD(), 0), ValueError, "num_steps=0"),
     ],
 )
 def test_a_bad_value_is_refused(make_rule: Callable[[], UpdateRule], error: type[Exception], message: str) -> None:
@@ -636,6 +659,47 @@ def test_clip_bounds_what_the_rule_sees() -> None:
     assert_close(short, {k: -g for k, g in grads.items()})
 
 
+def test_reparametrized_moves_as_the_rule_does_with_the_values_that_its_theta_stands_for() -> None:
+    rule = Reparametrized(Momentum(lr=0.1, momentum=0.6), {"l*": "log", "momentum": "logit"})
+    theta = rule.init_theta(torch.Generator())
+    assert float(theta["rule/lr"]) == pytest.approx(math.log(0.1))
+    assert float(theta["rule/momentum"]) == pytest.approx(math.log(0.6 / 0.4))
+    moved = {"rule/lr": theta["rule/lr"] + 0.3, "rule/momentum": theta["rule/momentum"] - 9.0}
+    read = {"lr": torch.tensor(0.1 * math.exp(0.3)), "momentum": 1 / (1 + torch.tensor(9.0).exp() * 0.4 / 0.6)}
+    grads = [random_like(template(), seed) for seed in range(3)]
+    found, expected = updates(rule, moved, grads, template()), updates(Momentum(), read, grads, template())
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "scales", "message"),
+    [
+        (SGD(lr=0.0), {"lr": "log"}, "lr=0.*cannot be put on its scale"),
+        (Momentum(momentum=1.5), {"momentum": "logit"}, "momentum=1.5"),
+        (SGD(), {"momentum": "log"}, r"\['momentum'\] match no meta-parameter of the rule, which has \['lr'\]"),
+    ],
+)
+def test_a_value_off_its_scale_is_refused(rule: UpdateRule, scales: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Reparametrized(rule, scales).init_theta(torch.Generator())
+
+
+def test_recorded_keeps_the_first_losses_without_a_graph_and_changes_no_update() -> None:
+    plain = Momentum(lr=0.1)
+    rule, grads = Recorded(plain, 2), [random_like(template(), seed) for seed in range(3)]
+    theta = {k: v.requires_grad_() for k, v in rule.init_theta(torch.Generator()).items()}
+    params, state = rule.init(theta, template())
+    assert state["losses"].tolist() == [0.0, 0.0]
+    own = plain.init(plain.init_theta(torch.Generator()), template())[1]
+    for i, grad in enumerate(grads):
+        loss = torch.tensor(float(i + 3), requires_grad=True)
+        deltas, state = rule.update(theta, grad, state, params, loss)
+        expected, own = plain.update(plain.init_theta(torch.Generator()), grad, own, params, loss)
+        assert_close((deltas, state["rule"]), (expected, own), 0.0)
+    assert state["losses"].tolist() == [3.0, 4.0] and int(state["step"]) == 3
+    assert not state["losses"].requires_grad
+
+
 def test_partition_runs_each_rule_on_its_group() -> None:
     params = template()
     rule = Partition({"layer": ("layer.*", Adam(lr=0.1)), "rest": ("*", Momentum(lr=0.2))})
@@ -667,7 +731,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
-        "learned-init", "learned-rates", "anil",
+        "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
     } <= set(names())  # fmt: skip
 
 

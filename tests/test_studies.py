@@ -16,6 +16,11 @@ from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
 
 TINY: dict[str, list[str]] = {
+    "aruba-omniglot": [
+        "num_meta_steps=2", "num_tuning_steps=1", "num_tasks=2", "lrs=(0.1,)", "aruba_lrs=(0.1,)", "zetas=(0.03,)",
+        "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",
+    ],
+    "optimistic-convex": ["num_steps=60", "dim=6"],
     "fmrl-convex": [
         "num_tasks=3", "num_losses=4", "radii=[0.1,0.4]", "num_tasks_a_radius=3", "seeds=[0,1]", "num_experts=3",
     ],

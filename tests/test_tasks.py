@@ -51,12 +51,17 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 # Options beside the defaults that the shared tests run each family with; a family without a line runs with defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
+    "spectral-quadratic": [
+        {"dim": 6, "start_scale": 0.7, "decay": 1.0},
+        {"dim": 5, "start_scale": 0.7, "spectrum": "geometric", "rotated": True, "decay": 1.0},
+    ],
     "logistic": [{"start_scale": 0.7}],
     "linear-regression": [{"start_scale": 0.7, "num_train": 4}, {"start_scale": 0.7, "dim": 4, "num_relevant": 2}],
     "image-mlp": [
         {"batch_size": 6},
         {"batch_size": 6, "hidden": (4, 3), "activation": "tanh", "init": "normal", "std": 0.3},
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
+        {"batch_size": 6, "crop": 20, "size": 10, "standardize": True, "relabel_every": 2},
     ],
     "noisy-images": [{"num_train": 30, "num_valid": 20}],
     "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,), "init_std": 0.3}],
@@ -533,9 +538,43 @@ def test_pixels_are_scaled_and_labels_belong_to_their_images() -> None:
         assert batch["inputs"].max() == 1.0 and batch["inputs"].min() == 0.0
 
 
+@pytest.mark.usefixtures("no_files")
+def test_images_are_cropped_scaled_down_and_standardized_in_this_order() -> None:
+    tasks = {"seed": torch.tensor([5])}
+    index = indices(ImageMLP(batch_size=50).batch(tasks, 3, "valid")["inputs"][0])
+    small = ImageMLP(batch_size=50, crop=24, size=12, standardize=True)
+    found = small.batch(tasks, 3, "valid")["inputs"][0]
+    square = made_images("mnist", "train").pixels[index].double().reshape(50, 28, 28)[:, 2:26, 2:26] / 255
+    blocks = square.reshape(50, 12, 2, 12, 2).mean((2, 4))
+    torch.testing.assert_close(found.reshape(50, 12, 12), (blocks - 0.1307) / 0.3081, rtol=TOLERANCE, atol=TOLERANCE)
+    weight = small.init_params(tasks)["layer0.weight"]
+    assert weight.shape == (1, 20, 144)
+    assert 0.98 / 14 < float(weight.abs().max()) <= 1 / 14  # as its part of a network on whole images of 14 x 14
+
+
+@pytest.mark.usefixtures("no_files")
+def test_labels_are_permuted_anew_every_so_many_steps() -> None:
+    plain, permuted = ImageMLP(batch_size=300), ImageMLP(batch_size=300, relabel_every=3)
+    tasks = {"seed": torch.tensor([5, 6])}
+    maps: dict[tuple[int, int], list[int]] = {}
+    for step in range(6):
+        for split in SPLITS:
+            before, after = plain.batch(tasks, step, split), permuted.batch(tasks, step, split)
+            assert torch.equal(before["inputs"], after["inputs"])
+            for task in range(2):
+                pairs = {*zip(before["targets"][task].tolist(), after["targets"][task].tolist(), strict=True)}
+                assert len(pairs) == 10  # one label for each, and no two alike
+                found = [new for _, new in sorted(pairs)]
+                assert sorted(found) == [*range(10)] and maps.setdefault((task, step // 3), found) == found
+    assert len({tuple(found) for found in maps.values()}) == 4  # two tasks, two stretches of steps
+
+
 def test_streams_are_apart_and_repeatable() -> None:
     keys: list[Any] = [
-        (seed, purpose, step) for seed in (0, 1, 2**62) for purpose in ("init", *SPLITS) for step in (0, 1, 10**6)
+        (seed, purpose, step)
+        for seed in (0, 1, 2**62)
+        for purpose in ("init", "labels", *SPLITS)
+        for step in (0, 1, 10**6)
     ]
     drawn = [tuple(streams.stream(*key).integers(2**63, size=20)) for key in keys]
     assert len({value for row in drawn for value in row}) == 20 * len(keys)  # so none is a shifted copy of another
@@ -743,6 +782,10 @@ def test_names_are_those_that_the_documentation_names() -> None:
         (lambda: make("image-mlp", init="zero"), ValueError, "init='zero'"),
         (lambda: make("image-mlp", std=0.1), ValueError, "std=0.1 has no effect with init='linear'"),
         (lambda: make("image-mlp", std=-0.1, init="normal"), ValueError, "std=-0.1"),
+        (lambda: make("image-mlp", size=9), ValueError, "size=9 does not divide crop=28"),
+        (lambda: make("image-mlp", size=0), ValueError, "size=0"),
+        (lambda: make("image-mlp", relabel_every=0), ValueError, "relabel_every=0"),
+        (lambda: make("image-mlp", standardize=1), TypeError, "standardize=1"),
         (lambda: make("image-mlp", meta_split="tets"), ValueError, "meta_split='tets'.*did you mean 'test'"),
         (lambda: make("quadratic", dtype="float16"), ValueError, "dtype='float16'"),
         (lambda: make("quadratic", dtype=torch.float64), TypeError, "dtype=torch.float64"),

@@ -22,6 +22,9 @@ NUM_CLASSES = 10
 NUM_TRAIN = 50_000
 """Images 1 to 50,000 of the 60,000 are meta-trained on, the other 10,000 are validated on."""
 
+MOMENTS: dict[Dataset, tuple[float, float]] = {"mnist": (0.1307, 0.3081), "fashion-mnist": (0.2860, 0.3530)}
+"""Mean and standard deviation of all pixels, scaled to [0, 1], of the 60,000 training images."""
+
 
 class _Source(NamedTuple):
     """A data set: its folder below the root, where to download from, and the SHA-256 of each file."""

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Purpose: TypeAlias = Literal["init", "train", "valid"]
-_NUMBERS = {"init": 0, "train": 1, "valid": 2}
+Purpose: TypeAlias = Literal["init", "train", "valid", "labels"]
+_NUMBERS = {"init": 0, "train": 1, "valid": 2, "labels": 3}
 
 
 def sample_seeds(num_tasks: int, generator: torch.Generator) -> Tensor:
