@@ -1,8 +1,9 @@
 """Optimizers meta-trained towards bootstrapped targets beside the same by the ordinary meta-gradient, on MNIST's MLP.
 
-Run ``python benchmarks/results_bootstrapped.py RECIPE ...``, by default with the three below. Each objective is meta-trained at three meta-rates, all else as in the recipe, in
-``runs/results-bootstrapped``. The rate with the best validation is then set beside tuned baselines on test images,
-after as many steps as it was trained for and after five times as many. Started again it goes on.
+Run ``python benchmarks/results_bootstrapped.py RECIPE ...``, by default with the three named at the end. Each objective
+is meta-trained at three meta-rates, all else as in the recipe, in ``runs/results-bootstrapped``. The rate with the best
+validation is then set beside tuned baselines on test images, after as many steps as it was validated for and after five
+times as many. Started again it goes on.
 """
 
 from __future__ import annotations
