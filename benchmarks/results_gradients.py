@@ -29,6 +29,7 @@ from learnedopt import (
     Proximal,
     SumOfLosses,
     Tape,
+    TargetMatching,
     TaskFamily,
     TaskLoss,
     Theta,
@@ -125,12 +126,12 @@ def differences(family: TaskFamily) -> Iterable[tuple[str, float]]:
 
 def held(loop: InnerLoop, objective, theta: Theta, carry) -> Callable[[Theta], float]:
     """Return the objective as a function of theta, a bootstrapped target held where it is."""
-    if not isinstance(objective, BootstrappedTarget):
+    if not isinstance(objective, TargetMatching):
         return lambda t: float(objective(loop, t, loop.run(t, carry, 4, Tape.NONE)))
-    _, target = objective.targets(loop, theta, loop.run(theta, carry, 4, Tape.NONE).end)
+    target, split = objective.target.find(loop, theta, loop.run(theta, carry, 4, Tape.NONE).end).target, "valid"
 
     def value(t: Theta) -> float:
-        return float(objective.matching(loop, target, loop.run(t, carry, 4, Tape.NONE).end, objective.split).mean())
+        return float(objective.matching(loop, target, loop.run(t, carry, 4, Tape.NONE).end, split).mean())
 
     return value
 

@@ -55,13 +55,20 @@ _LAZY = {
     "Constant": "learnedopt.core.weights",
     "DualAveraging": "learnedopt.meta_optimizers.dual_averaging",
     "FollowTheLeader": "learnedopt.meta_optimizers.follow_the_leader",
+    "FollowTheRegularizedLeader": "learnedopt.objectives.regularized_leader",
+    "GuessAndGrow": "learnedopt.meta_optimizers.guess_and_grow",
     "LastGradient": "learnedopt.meta_optimizers.dual_averaging",
+    "LeaderAndRadius": "learnedopt.objectives.leader_and_radius",
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
+    "ProjectedGradient": "learnedopt.objectives.convex",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
     "WeightedExamples": "learnedopt.inner_objectives",
+    "ARUBA": "learnedopt.meta_optimizers.aruba",
+    "MomentMatching": "learnedopt.objectives.regret_bound",
+    "RegretBound": "learnedopt.objectives.regret_bound",
     "inner_objectives": "",
     "optimizers": "",
     "tasks": "",
@@ -74,9 +81,15 @@ if TYPE_CHECKING:
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.meta_optimizers.aruba import ARUBA
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
+    from learnedopt.meta_optimizers.guess_and_grow import GuessAndGrow
     from learnedopt.meta_optimizers.per_name import PerName
+    from learnedopt.objectives.convex import ProjectedGradient
+    from learnedopt.objectives.leader_and_radius import LeaderAndRadius
+    from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
+    from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
@@ -93,6 +106,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ARUBA",
     "GMRES",
     "L2",
     "Batch",
@@ -110,8 +124,10 @@ __all__ = [
     "FinalLoss",
     "FirstOrder",
     "FollowTheLeader",
+    "FollowTheRegularizedLeader",
     "Found",
     "GradientEstimator",
+    "GuessAndGrow",
     "HessianFree",
     "Implicit",
     "InnerLoop",
@@ -120,6 +136,7 @@ __all__ = [
     "Kernel",
     "LastGradient",
     "LastIterate",
+    "LeaderAndRadius",
     "LearnedLoss",
     "LearnedOptimizer",
     "Linear",
@@ -129,11 +146,14 @@ __all__ = [
     "MetaObjective",
     "MetaTrainer",
     "ModuleFamily",
+    "MomentMatching",
     "Neumann",
     "Params",
     "Penalty",
     "PerName",
+    "ProjectedGradient",
     "Proximal",
+    "RegretBound",
     "RegularizedSolution",
     "Rollout",
     "Solution",

@@ -134,7 +134,7 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
         if read_value(text) is None and hint is Choice:
             raise ValueError(f"{path}={text!r} names nothing, and the setting needs a name")
         return _changed(None if read_value(text) is None else Choice(text), below, f"{path}.", kinds)
-    group = next((group for group in kinds if _stands_for(group, before, hint)), None)
+    group = next((group for group in kinds if _stands_for(group, before, hint, text)), None)
     if group is None:
         return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
@@ -143,11 +143,12 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
-def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any) -> bool:
+def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, text: str) -> bool:
     """Whether a group's members may take the place of what is there or, where nothing is, of what the type says."""
     if before is not dataclasses.MISSING:
         return type(before) in group
-    return isinstance(hint, type) and any(isinstance(kind, type) and issubclass(kind, hint) for kind in group)
+    named = text in {kind.__name__ for kind in group}  # a function's type says nothing of who has it
+    return named or any(isinstance(hint, type) and isinstance(kind, type) and issubclass(kind, hint) for kind in group)
 
 
 def _fields_of(value: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Update rules: one file each, and the registry that makes them by name.
 
-Rules are imported when first used. ``make("meta-sgd", ...)`` and ``make("maml", ...)`` are compositions of the classes.
+Rules are imported when first used. ``make("meta-sgd", ...)``, ``make("maml", ...)`` and ``make("aruba", ...)`` are
+compositions of the classes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
+    from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
+    from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
+    from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
     from learnedopt.optimizers.meta_sgd import LearnedRates
+    from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.partition import Partition, per_tensor
+    from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.recorded import Recorded
+    from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
@@ -31,18 +38,30 @@ _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
     "Averaged": "averaged",
+    "Ball": "bases.convex_sets",
+    "Box": "bases.convex_sets",
+    "BalancedRates": "balanced_rates",
     "Clip": "clip",
+    "ConvexSet": "bases.convex_sets",
+    "Entropic": "bases.geometry",
+    "Euclidean": "bases.geometry",
+    "Geometry": "bases.geometry",
     "Iterate": "iterate",
     "LSTM": "lstm",
     "LearnedInit": "learned_init",
     "LearnedRates": "meta_sgd",
+    "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
     "Nesterov": "nesterov",
     "Partition": "partition",
+    "Projected": "projected",
     "RMSprop": "rmsprop",
+    "RecurrentHyperparameters": "recurrent_hyperparameters",
     "Recorded": "recorded",
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
+    "Simplex": "bases.convex_sets",
+    "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
 
@@ -61,16 +80,28 @@ __all__ = [
     "SGD",
     "Adam",
     "Averaged",
+    "BalancedRates",
+    "Ball",
+    "Box",
     "Clip",
+    "ConvexSet",
+    "Entropic",
+    "Euclidean",
+    "Geometry",
     "Iterate",
     "LearnedInit",
     "LearnedRates",
+    "MirrorDescent",
     "Momentum",
     "Nesterov",
     "Partition",
+    "Projected",
     "RMSprop",
     "Recorded",
+    "RecurrentHyperparameters",
     "Reparametrized",
+    "Simplex",
+    "as_meta_sgd",
     "build",
     "describe",
     "example",

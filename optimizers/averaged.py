@@ -12,7 +12,7 @@ from torch import Tensor
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.weights import Weights, WeightsName, name_of, resolve
-from learnedopt.optimizers.bases.precision import wide, wide_dtype
+from learnedopt.optimizers.bases.precision import wide
 from learnedopt.optimizers.bases.wrapper import Wrapper, unprefixed
 
 
@@ -62,10 +62,12 @@ class Averaged(Wrapper):
         self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Move the average towards where the rule moves to."""
-        deltas, inner = super().update(theta, grads, state["rule"], params, loss)
+        # In the dtype to compute in, so that only the share of a delta is rounded to the parameters'.
+        wide_grads, wide_params = ({k: wide(x) for k, x in tensors.items()} for tensors in (grads, params))
+        deltas, inner = super().update(theta, wide_grads, state["rule"], wide_params, loss)
         step = state["step"] + 1
         weight = self._weights(step)
         total = state["total"] + weight
         share = weight / total
-        moved = {k: (share.to(wide_dtype(delta)) * wide(delta)).to(delta.dtype) for k, delta in deltas.items()}
+        moved = {k: (share.to(deltas[k].dtype) * deltas[k]).to(grad.dtype) for k, grad in grads.items()}
         return moved, {"step": step, "total": total, "rule": inner}

@@ -65,6 +65,15 @@ class Partition(UpdateRule):
             start |= group_start
         return {name: start[name] for name in params}, state
 
+    def start_faults(self, params: Params) -> list[str]:
+        """Say what each group's rule says of its own parameters."""
+        members = self._assign(params)
+        return [
+            f"group {label!r}: {fault}"
+            for label, (_, rule) in self.groups.items()
+            for fault in rule.start_faults({name: params[name] for name in members[label]})
+        ]
+
     def update(
         self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
     ) -> tuple[Params, dict[str, Any]]:

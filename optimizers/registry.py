@@ -16,25 +16,38 @@ _TABLE = {
     "rmsprop": "rmsprop:RMSprop",
     "adam": "adam:Adam",
     "lstm": "lstm:LSTM",
+    "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "learned-rates": "meta_sgd:LearnedRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
+    "balanced-rates": "balanced_rates:BalancedRates",
+    "aruba": "balanced_rates:aruba",
     "anil": "anil:ANIL",
     "learned-init": "learned_init:LearnedInit",
     "clip": "clip:Clip",
     "partition": "partition:Partition",
+    "mirror-descent": "mirror_descent:MirrorDescent",
+    "projected": "projected:Projected",
     "averaged": "averaged:Averaged",
     "iterate": "iterate:Iterate",
     "reparametrized": "reparametrized:Reparametrized",
     "recorded": "recorded:Recorded",
+}
+_PARTS = {
+    "euclidean": "bases.geometry:Euclidean",
+    "entropic": "bases.geometry:Entropic",
+    "ball": "bases.convex_sets:Ball",
+    "box": "bases.convex_sets:Box",
+    "simplex": "bases.convex_sets:Simplex",
 }
 _RETIRED = {
     "imaml": 'it is the rule "maml" with the inner objective "proximal": learnedopt.optimizers.make("maml", '
     'template=..., lr=...) and learnedopt.inner_objectives.make("proximal", template=..., strength=...)',
 }
 RULES = Registry(
-    UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED
-)
+    UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED,
+    parts=_PARTS,
+)  # fmt: skip
 names, register, make = RULES.names, RULES.register, RULES.make
 describe, build = RULES.describe, RULES.build
 
@@ -47,6 +60,10 @@ def example(name: str, template: Params) -> UpdateRule:
         "clip": {"rule": heavy_ball, "max_value": 0.5},
         "averaged": {"rule": heavy_ball, "weights": "linear"},
         "anil": {"head": glob.escape(next(reversed(template), ""))},
+        "mirror-descent": {"lipschitz": 3.0, "num_steps": 4, "learn": ("radius",)},
+        "projected": {"rule": heavy_ball, "onto": {"name": "ball", "options": {"radius": 8.0}}},
+        "balanced-rates": {"eps": 0.6, "zeta": 3.0},
+        "aruba": {"eps": 0.6, "zeta": 3.0},
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.tasks.registry import build, describe, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.tasks.clusters import Clusters
+    from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
+    from learnedopt.tasks.experts import Experts
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.logistic import LogisticRegression
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
     from learnedopt.tasks.quadratic import Quadratic
     from learnedopt.tasks.regression import LinearRegression
     from learnedopt.tasks.sine import Sine
+    from learnedopt.tasks.superclasses import Superclasses
 
 _LAZY = {
+    "Clusters": "clusters",
+    "Experts": "experts",
     "FewShotImages": "data.few_shot",
     "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
@@ -35,7 +41,10 @@ _LAZY = {
     "NoisyImages": "noisy_images",
     "Omniglot": "omniglot",
     "Quadratic": "quadratic",
+    "RegularizedLogistic": "convex",
+    "SpectralQuadratic": "convex",
     "Sine": "sine",
+    "Superclasses": "superclasses",
 }
 
 
@@ -48,6 +57,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Clusters",
+    "Experts",
     "FewShotImages",
     "ImageFolder",
     "ImageMLP",
@@ -59,7 +70,10 @@ __all__ = [
     "NoisyImages",
     "Omniglot",
     "Quadratic",
+    "RegularizedLogistic",
     "Sine",
+    "SpectralQuadratic",
+    "Superclasses",
     "build",
     "describe",
     "make",

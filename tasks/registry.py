@@ -7,6 +7,7 @@ from learnedopt.core.task import TaskFamily
 
 _TABLE = {
     "quadratic": "quadratic:Quadratic",
+    "spectral-quadratic": "convex:SpectralQuadratic",
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
@@ -15,6 +16,9 @@ _TABLE = {
     "omniglot": "omniglot:Omniglot",
     "image-folder": "image_folder:ImageFolder",
     "mini-imagenet": "mini_imagenet:MiniImageNet",
+    "clusters": "clusters:Clusters",
+    "experts": "experts:Experts",
+    "superclasses": "superclasses:Superclasses",
 }
 FAMILIES = Registry(TaskFamily, "task family", "task families", "learnedopt.tasks", _TABLE)
 names, register, make = FAMILIES.names, FAMILIES.register, FAMILIES.make

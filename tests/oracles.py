@@ -19,6 +19,8 @@ from learnedopt import (
     InnerLoop,
     KLDivergence,
     MeanLogLoss,
+    MomentMatching,
+    RegretBound,
     SumOfLosses,
     TargetMatching,
     TaskFamily,
@@ -110,6 +112,8 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
     if isinstance(objective, SumOfLosses | MeanLogLoss):
         losses = torch.stack([*path.losses[1:], outer_loss("train")])
         return losses.sum() if isinstance(objective, SumOfLosses) else losses.log().mean()
+    if isinstance(objective, RegretBound | MomentMatching):
+        return from_start(objective, theta, end, *target)
     assert isinstance(objective, TargetMatching)
     if isinstance(objective.matching, KLDivergence):
         batch = data(family, task, step, objective.target.split)
@@ -118,8 +122,35 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
     return 0.5 * sum(((end[k] - target[k]) ** 2).sum() for k in end)
 
 
-def target_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Tasks, path: Path) -> Params | None:
-    """Return one task's bootstrapped target: further steps of the rule, then a plain step down the outer loss."""
+def from_start(
+    objective: RegretBound | MomentMatching, theta: Theta, start: Params, last: Params, squares: Params, held: Params
+) -> Tensor:
+    """Return one task's bound, or half the squares of its moments: held are its last iterate, squares and distances."""
+
+    def entry(kind: str, k: str) -> Tensor:
+        return next(theta[key] for key in (kind, f"{kind}/{k}", f"rule/{kind}/{k}") if key in theta)
+
+    total = torch.zeros(())
+    for k, x in start.items():
+        gaps = (x - last[k]) ** 2
+        if isinstance(objective, RegretBound):
+            total = total + (gaps / (2 * entry("lr", k)) + entry("lr", k) / 2 * squares[k]).sum()
+            continue
+        of_moments = (entry("distance", k) - objective.factor * held[k]) ** 2 + (entry("squares", k) - squares[k]) ** 2
+        total = total + 0.5 * (gaps + of_moments).sum()
+    return total
+
+
+def target_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Tasks, path: Path) -> Any:
+    """Return one task's bootstrapped target: further steps of the rule, then a plain step down the outer loss.
+
+    Of an objective that takes its steps from the start: the last iterate, and the sums of squared gradients.
+    """
+    if isinstance(objective, RegretBound | MomentMatching):
+        taken = walk(loop, theta, task, objective.num_steps, full=False)
+        begin, last = ({k: p.detach() for k, p in taken.points[i][0].items()} for i in (0, -1))
+        squares = {k: sum(grad[k] ** 2 for grad in taken.grads) for k in last}
+        return last, squares, {k: (last[k] - begin[k]) ** 2 for k in last}
     if not isinstance(objective, TargetMatching):
         return None
     bootstrap = objective.target

@@ -253,6 +253,7 @@ def generic_theta(owner: UpdateRule | InnerLoop, seed: int = 3) -> Theta:
     """Return a theta without special values: known hyperparameters at moderate ones, everything else perturbed."""
     moderate = {"lr": 0.06, "momentum": 0.7, "beta1": 0.8, "beta2": 0.9, "alpha": 0.85, "eps": 0.05}
     moderate |= {"weight_decay": 0.1, "dampening": 0.2, "strength": 1.3}
+    moderate |= {"log_lr": -2.8, "logit_momentum": 0.8, "log_weight_decay": -2.3}
     generator = torch.Generator().manual_seed(seed)
     theta = {k: v.to(FLOAT) for k, v in owner.init_theta(generator).items()}
     for key, value in theta.items():

@@ -29,8 +29,10 @@ from learnedopt import (
     InnerObjective,
     KLDivergence,
     MeanLogLoss,
+    MomentMatching,
     Neumann,
     Proximal,
+    RegretBound,
     SumOfLosses,
     Tape,
     TargetMatching,
@@ -65,6 +67,8 @@ OBJECTIVES: dict[str, MetaObjective] = {
     "mean log loss": MeanLogLoss(),
     "bootstrapped": BootstrappedTarget(3, 0.2),
     "bootstrapped kl": BootstrappedTarget(2, 0.3, "train", KLDivergence()),
+    "regret bound": RegretBound(3),
+    "moments": MomentMatching(3),
 }
 
 
@@ -196,16 +200,23 @@ class Refusal(NamedTuple):
 
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
+STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd")
 DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
-    "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "learned-rates", "clip", "partition", "averaged",
-    "iterate", "reparametrized", "recorded",
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
+    "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
 """Rules whose theta is nothing but a start, through which alone it moves anything."""
-STARTS_AND_MORE = ("meta-sgd", "learned-init")
+STARTS_AND_MORE = ("meta-sgd", "learned-init", "aruba")
+ALL_RULES = {*optimizers.names(), *RULES}
+RATED, BALANCED = ("sgd", "learned-rates", "meta-sgd"), ("balanced-rates", "aruba")
+"""Rules whose rates a regret bound reads, and rules whose moments are matched."""
+FROM_START = ("regret bound", "moments")
+"""Objectives that take the steps of a task themselves."""
+OF_STEPS = tuple(OBJECTIVES.keys() - {*FROM_START})
 TASK_LOSS = ("task-loss",)
 PULLED = ("proximal", "proximal, learned")
 """Inner objectives that pull to the learned start."""
@@ -217,9 +228,16 @@ UNTIED = ("l2", "weighted-examples", "learned-loss", "a user's own")
 REFUSED = [
     # There is nothing to pull to; and with a rule without theta nothing to learn either.
     Refusal(None, (*RULES.keys() - {"maml"},), PULLED, None, "pulls to the rule's learned start|theta is empty"),
+    # These take their steps themselves, from the start, and read of theta what their own rules have.
+    Refusal(STEPPING, None, None, FROM_START, r"takes its own 3 steps|\.reads_theta names"),
+    Refusal(
+        ("no steps",), (*ALL_RULES - {*RATED},), None, ("regret bound",),
+        r"\.reads_theta names|no path to the objective through 0|theta has no 'rule/lr/w'",
+    ),
+    Refusal(("no steps",), (*ALL_RULES - {*BALANCED},), None, ("moments",), r"\.reads_theta names"),
     # Nothing but a start moves the end of an inner loop without steps.
     Refusal(
-        ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, None, "no path to the objective through 0 "
+        ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, OF_STEPS, "no path to the objective through 0 "
     ),
     Refusal(("no steps",), None, INSIDE, None, "no path to the objective through 0 recorded"),
     Refusal(("no steps",), ("momentum", "lstm"), None, None, "no path to the objective through 0 recorded"),
@@ -236,20 +254,22 @@ REFUSED = [
         "'?(rule/)?init/.*no path to the objective through 3",
     ),
     # A solution does not know the way that led to it ...
-    Refusal(IMPLICIT, None, None, ("sum of losses", "mean log loss"), "reads the losses along the way"),
+    Refusal(IMPLICIT, None, None, ("sum of losses", "mean log loss", *FROM_START), "reads the losses along the way"),
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
         (
-            "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "clip", "partition", "reparametrized", "maml",
-            *STARTS_AND_MORE,
+            "sgd", "momentum", "nesterov", "rmsprop", "learned-rates", "balanced-rates", "clip", "partition",
+            "reparametrized", "mirror-descent", "projected", "maml", *STARTS_AND_MORE,
         ),
         TASK_LOSS, None, "do not move the solution",
     ),
     Refusal(IMPLICIT, ("maml",), UNTIED, None, "do not move the solution"),
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
-    Refusal(IMPLICIT, ("adam", "averaged", "recorded"), TASK_LOSS, None, "counts its steps"),
+    Refusal(
+        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"
+    ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
 ]  # fmt: skip
@@ -282,7 +302,10 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     entry, loop = ESTIMATORS[estimator], loop_of(rule, inner)
     # With other tasks of the classifier some meta-gradients all but cancel, and differences have nothing to measure.
     tasks = sample(loop.family, seed=5 if inner == "task-loss" else 7)
-    problem = Problem(loop, generic_theta(loop), OBJECTIVES[objective], tasks)
+    theta = generic_theta(loop)
+    if objective == "regret bound":  # of rates well above zero
+        theta = {k: v.abs() + 0.1 if "lr" in k else v for k, v in theta.items()}
+    problem = Problem(loop, theta, OBJECTIVES[objective], tasks)
 
     def take() -> list[Estimate]:
         found, carry = [], loop.start(problem.tasks)

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import learnedopt
-from learnedopt import cli, inner_objectives, optimizers, recipes
+from learnedopt import BootstrappedTarget, FinalLoss, KLDivergence, cli, inner_objectives, optimizers, recipes
 from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.tree import Theta
+from learnedopt.run import configuration, find_run
 from learnedopt.training.json_tracker import read_metrics
 
 DATA = Path(__file__).resolve().parent / "data" / "version_0_1"
@@ -170,6 +171,45 @@ def test_fields_that_joined_later_count_as_their_defaults() -> None:
     # A required field has no default that a run of before could have had, and another class no fields in common.
     assert "count" not in up_to_date({"type": "Outer", "inner": None}, now)
     assert up_to_date({"type": "Other"}, now) == {"type": "Other"}
+
+
+def bootstrapped(split: str = "valid") -> dict[str, Any]:
+    """Return a bootstrapped target as version 0.2 wrote it."""
+    matching = {"type": "KLDivergence"}
+    return {"type": "BootstrappedTarget", "num_target_steps": 3, "step_size": 0.5, "split": split, "matching": matching}
+
+
+def test_a_bootstrapped_target_was_an_objective_of_its_own() -> None:
+    now = Outer(3, BootstrappedTarget(3, 0.5, matching=KLDivergence()), "none")
+    assert up_to_date({"type": "Outer", "count": 3, "inner": bootstrapped()}, now) == as_config(now)
+    for other in (
+        BootstrappedTarget(2, 0.5, matching=KLDivergence()),
+        BootstrappedTarget(3, 0.5),
+        BootstrappedTarget(3, 0.5, matching=KLDivergence("reverse")),
+        BootstrappedTarget(3, 0.5, matching=KLDivergence(), continue_from="rollout"),
+        BootstrappedTarget(3, 0.5, matching=KLDivergence(), max_distance=1.0),
+        FinalLoss(),
+    ):
+        changed = Outer(3, other, "none")
+        assert up_to_date({"type": "Outer", "count": 3, "inner": bootstrapped()}, changed) != as_config(changed)
+
+
+def test_a_run_towards_a_bootstrapped_target_is_found_again(tmp_path: Path) -> None:
+    recipe = recipes.meta_training("reptile-omniglot")
+    recorded = configuration(recipe)
+    assert recorded["objective"]["type"] == "TargetMatching"
+    objective = recipe.objective
+    recorded["objective"] = {
+        "type": "BootstrappedTarget", "num_target_steps": objective.target.num_target_steps,
+        "step_size": objective.target.step_size, "split": "train", "matching": {"type": "SquaredDistance"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"run_id": "abc", "recipe": recorded}), "utf-8")
+    (tmp_path / "checkpoint.pt").touch()
+    assert find_run(tmp_path, recipe) == "abc"
+    recorded["objective"]["num_target_steps"] += 1
+    (tmp_path / "config.json").write_text(json.dumps({"run_id": "abc", "recipe": recorded}), "utf-8")
+    with pytest.raises(ValueError, match=r"another configuration \(different: objective\)"):
+        find_run(tmp_path, recipe)
 
 
 def test_imaml_in_a_configuration_is_split_with_its_defaults() -> None:

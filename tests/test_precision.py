@@ -111,7 +111,9 @@ def test_adam_stays_nearer_to_float32_than_that_of_torch(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters"]
+)
 @low_precision
 def test_the_engine_runs_and_differentiates_rules_in_low_precision(
     name: str, dtype: torch.dtype, chunk_size: int

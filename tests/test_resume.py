@@ -28,12 +28,15 @@ import train_meta
 from learnedopt import (
     BootstrappedTarget,
     ConjugateGradient,
+    DualAveraging,
     Execution,
     FinalLoss,
+    FollowTheLeader,
     Implicit,
     InnerLoop,
     MetaTrainer,
     ModuleFamily,
+    PerName,
     Proximal,
     SumOfLosses,
     TaskFamily,
@@ -221,6 +224,24 @@ CASES: dict[str, Make] = {
         inner_objective=lambda like: Proximal(like, learn=True),
         rule_options={"lr": 0.1},
     ),
+    "averaged iterates under an online learner, in windows without end": trainer(
+        step_dependent(),
+        "averaged",
+        Truncated(1),
+        FinalLoss(),
+        rule_options={"rule": {"name": "learned-rates", "options": {"lr": 0.05}}, "weights": "linear"},
+        meta_optimizer=lambda params: DualAveraging(params, 0.02, "linear", "last-gradient", "adagrad"),
+    ),
+    "optimizers of their own for start and rates": trainer(
+        step_dependent(),
+        "meta-sgd",
+        Unrolled(2),
+        FinalLoss(),
+        rule_options={"lr": 0.05},
+        meta_optimizer=PerName(
+            {"init/*": lambda p: FollowTheLeader(p, lambda t: t**0.5), "rule/*": lambda p: torch.optim.Adam(p, 1e-2)}
+        ),
+    ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
     ),
@@ -274,6 +295,37 @@ def test_any_meta_optimizer_goes_on_exactly(optimizer: str, tmp_path: Path) -> N
     expected = make(tmp_path / "whole").run(LAST)
     assert same(killed_and_resumed(make, tmp_path / "killed", [5]), expected)
     assert not same(expected.theta, theta)
+
+
+LEARNERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "dual averaging": lambda p: DualAveraging(p, 1e-2, "linear", "last-gradient", "adagrad"),
+    "follow the leader": lambda p: FollowTheLeader(p, lambda t: t**0.5, lr=1e-2),
+    "per name": PerName({"lr": lambda p: DualAveraging(p, 1e-3), "mom*": lambda p: torch.optim.NAdam(p, 1e-2)}),
+}
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_online_learners_go_on_exactly_in_a_dtype_that_is_not_the_default(
+    learner: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    theta = {"lr": torch.tensor(0.01, dtype=dtype), "momentum": torch.tensor(0.5, dtype=dtype)}
+    make = trainer(
+        families.make("quadratic", dim=3, dtype="float64"),
+        "momentum",
+        Truncated(2),
+        FinalLoss(),
+        rule_options={"learn": ("lr", "momentum")},
+        theta=theta,
+        validation=None,
+        meta_optimizer=LEARNERS[learner],
+        scheduler=lambda outer: torch.optim.lr_scheduler.MultiStepLR(outer, [2, 5]),
+    )
+    expected = make(tmp_path / "whole").run(LAST)
+    assert same(killed_and_resumed(make, tmp_path / "killed", [3, 5]), expected)
+    assert not same(expected.theta, theta)
+    files = [tmp_path / name / "checkpoint.pt" for name in ("whole", "killed")]
+    assert same(*(torch.load(file, weights_only=True) for file in files))
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -30,6 +30,7 @@ from learnedopt.optimizers import (
     Nesterov,
     Partition,
     Recorded,
+    RecurrentHyperparameters,
     Reparametrized,
     RMSprop,
     build,
@@ -83,10 +84,17 @@ def small_lstm() -> LSTM:
     return LSTM(hidden_size=4)
 
 
+def small_recurrent(**options: Any) -> RecurrentHyperparameters:
+    return RecurrentHyperparameters(hidden_size=3, **options)
+
+
 # Every registered rule as the registry makes it for a template, and the branches that these do not take.
 RULES: dict[str, Callable[[Params], UpdateRule]] = {
     **{name: lambda t, name=name: example(name, t) for name in names()},
     "lstm": lambda t: small_lstm(),
+    "recurrent-hyperparameters": lambda t: small_recurrent(),
+    "recurrent-hyperparameters, all": lambda t: small_recurrent(normalized=True, reads_loss=True, lr=0.01),
+    "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -96,6 +104,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "aruba, per tensor": lambda t: make("aruba", template=t, rates="tensor", eps=0.5, zeta=2.0),
+    "aruba, isotropic": lambda t: make("aruba", template=t, rates="all", eps=0.5, zeta=2.0),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
     "clip, norm": lambda t: Clip(Adam(lr=0.05, eps=1e-2), max_norm=0.3),
     "clip around a start": lambda t: Clip(make("maml", template=t, lr=0.1), max_value=1.5),
@@ -111,7 +121,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     ),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
-STEPS = ("sgd", "maml", "meta-sgd", "learned-rates")  # rules whose kernel adds the deltas itself
+# Rules whose kernel adds the deltas itself.
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "balanced-rates", "aruba")
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -133,7 +144,7 @@ def updates(
     """Feed gradients to the rule at fixed parameters; return all deltas and the last state."""
     if state is None:
         _, state = rule.init(theta, params)
-    loss, deltas = torch.tensor(0.7, dtype=next(iter(params.values())).dtype), []
+    loss, deltas = torch.tensor(0.75, dtype=next(iter(params.values())).dtype), []  # the same number in every dtype
     for grads in all_grads:
         delta, state = rule.update(theta, grads, state, params, loss)
         deltas.append(delta)
@@ -365,13 +376,18 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
-    "partition with a start", "iterate", "average of learned rates", "recorded",
+    "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
+    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded",
 )  # fmt: skip
 
 
 def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
-    assert claimed == {*names()} - {"learned-rates", "meta-sgd", "anil", "partition", "iterate", "recorded"}
+    coupled = {
+        "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
+        "balanced-rates", "aruba", "recorded",
+    }  # fmt: skip
+    assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
 
 
@@ -715,7 +731,7 @@ def test_partition_takes_the_first_match_and_leaves_nothing_out() -> None:
 def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
-        "learned-init", "learned-rates", "anil",
+        "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
     } <= set(names())  # fmt: skip
 
 

@@ -15,7 +15,17 @@ from learnedopt.run import carry_out, configuration, train
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
 
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "aruba-omniglot": [
+        "num_meta_steps=2", "num_tuning_steps=1", "num_tasks=2", "lrs=(0.1,)", "aruba_lrs=(0.1,)", "zetas=(0.03,)",
+        "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",
+    ],
+    "optimistic-convex": ["num_steps=60", "dim=6"],
+    "fmrl-convex": [
+        "num_tasks=3", "num_losses=4", "radii=[0.1,0.4]", "num_tasks_a_radius=3", "seeds=[0,1]", "num_experts=3",
+    ],
+    "fmrl-fashion": ["shots=[1,2]", "num_tasks=3", "seeds=[0]", "num_features=5"],
+}  # fmt: skip
 """Study -> settings that make it run in seconds. Whoever adds a study adds a line."""
 STUDIES = [name for name in recipes.names() if isinstance(recipes.make(name), Study)]
 

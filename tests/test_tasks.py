@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import itertools
@@ -22,11 +23,14 @@ from learnedopt.core import tree
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks import (
+    Clusters,
+    Experts,
     ImageMLP,
     LinearRegression,
     LogisticRegression,
     NoisyImages,
     Quadratic,
+    Superclasses,
     build,
     describe,
     image_folder,
@@ -36,6 +40,7 @@ from learnedopt.tasks import (
     omniglot,
     register,
     registry,
+    superclasses,
 )
 from learnedopt.tasks.data import image_array, images, streams
 
@@ -46,6 +51,10 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 # Options beside the defaults that the shared tests run each family with; a family without a line runs with defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
+    "spectral-quadratic": [
+        {"dim": 6, "start_scale": 0.7, "decay": 1.0},
+        {"dim": 5, "start_scale": 0.7, "spectrum": "geometric", "rotated": True, "decay": 1.0},
+    ],
     "logistic": [{"start_scale": 0.7}],
     "linear-regression": [{"start_scale": 0.7, "num_train": 4}, {"start_scale": 0.7, "dim": 4, "num_relevant": 2}],
     "image-mlp": [
@@ -63,6 +72,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"ways": 3, "shots": 2, "queries": 3, "width": 2, "model": "mlp", "batch_norm": "support"},
     ],
     "image-folder": [{"root": "none", "size": 20, "channels": 1, "ways": 2, "shots": 3, "queries": 1, "width": 3}],
+    "clusters": [{"noise": 0.2}, {"shape": "quadratic", "num_losses": 3, "dim": 2}],
+    "experts": [{"concentration": 0.9}],
+    "superclasses": [{"shots": 2, "num_features": 5}],
     "mini-imagenet": [{"ways": 2, "shots": 2, "queries": 3, "width": 3, "model": "conv-pool"}],
 }
 
@@ -100,10 +112,16 @@ def made_classes(side: int, channels: int) -> image_array.ClassImages:
     return image_array.ClassImages(torch.from_numpy(pixels), counts.cumsum(0) - counts, counts)
 
 
+REMEMBERED = {k: functools.cache(getattr(superclasses, k).__wrapped__) for k in ("_components", "_features")}
+"""What is remembered of ``made_images``, apart from what the package remembers of the real ones."""
+
+
 @pytest.fixture
 def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the data sets by ``made_images`` and ``made_classes``."""
     monkeypatch.setattr(images, "load", made_images)
+    for name, of_made_images in REMEMBERED.items():
+        monkeypatch.setattr(superclasses, name, of_made_images)
     monkeypatch.setattr(omniglot, "load", lambda *_: made_classes(28, 1))
     monkeypatch.setattr(image_folder, "_load", lambda *args: made_classes(*args[-2:]))
     monkeypatch.setattr(mini_imagenet, "_load", lambda *_: made_classes(84, 3))
@@ -291,6 +309,72 @@ def test_logistic_loss_is_the_negative_log_likelihood() -> None:
         assert float(family.loss({"weight": weight}, batch)) == pytest.approx(expected, rel=1e-12)
         accuracy = ((p > 0.5) == (labels == 1)).mean()
         assert float(family.metrics({"weight": weight}, batch)["accuracy"]) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("shape", ["distance", "quadratic"])
+def test_clusters_stand_within_their_radius_and_are_lipschitz(shape: Any) -> None:
+    family = Clusters(dim=3, num_losses=4, shape=shape, distance=2.0, radius=0.5, width=0.3)
+    tasks = family.sample(500, seeded())
+    own = tasks["points"]
+    assert torch.equal(own[:, 0], own[:, 1]) and torch.equal(own[:, 0, 0], own[:, 0, 3])  # repeated, without noise
+    away = (own[:, 0, 0] - 2 / 3**0.5).norm(dim=1)
+    assert 0.49 < float(away.max()) <= 0.5
+    assert float(away.mean()) == pytest.approx(0.5 * 3 / 4, abs=0.02)  # uniform in a ball of three dimensions
+    batch, x = tree.squeeze(family.batch(tree.narrow(tasks, 0, 1), 6, "train")), torch.tensor([3.0, -1.0, 0.5])
+    assert torch.equal(batch["point"], own[0, 0, 2])
+    gap = float((x - own[0, 0, 2]).norm())
+    expected = gap**2 / 2 if shape == "quadratic" else (0.09 + gap**2) ** 0.5 - 0.3
+    assert float(family.loss({"x": x}, batch)) == pytest.approx(expected, rel=1e-13)
+    noisy = Clusters(dim=3, num_losses=40, noise=0.2).sample(500, seeded())["points"]
+    assert float(noisy.var(dim=2).sum(-1).mean()) == pytest.approx(0.04, rel=0.05)
+
+
+def test_the_good_experts_costs_are_lower_and_it_is_mostly_the_same_one() -> None:
+    family = Experts(num_experts=4, num_losses=30, concentration=0.5, gap=0.6)
+    tasks = family.sample(2000, seeded())
+    costs = tasks["costs"]
+    good = costs.mean((1, 2)).argmin(1)
+    shares = torch.bincount(good, minlength=4) / 2000
+    torch.testing.assert_close(shares, torch.tensor([8, 4, 2, 1]) / 15, rtol=0, atol=0.04)
+    assert float(costs.max()) <= 1 and float(costs.min()) >= 0
+    picked = costs.gather(3, good[:, None, None, None].expand(-1, 2, 30, 1))
+    assert float(picked.max()) <= 0.4 and float(picked.mean()) == pytest.approx(0.2, abs=0.01)
+    batch = tree.squeeze(family.batch(tree.narrow(tasks, 0, 1), 31, "valid"))
+    x = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert float(family.loss({"x": x}, batch)) == pytest.approx(float(costs[0, 1, 1] @ x), rel=1e-13)
+
+
+@pytest.mark.usefixtures("no_files")
+def test_superclasses_draw_one_class_each_and_no_image_twice() -> None:
+    family = Superclasses(shots=5, num_features=6, meta_split="valid")
+    tasks = family.sample(30, seeded())
+    labels = made_images("fashion-mnist", "valid").labels
+    for each, own in zip(tasks["images"], tasks["labels"], strict=True):
+        assert each.unique().numel() == 2 * family.num_losses
+        for label, classes in enumerate(superclasses.SUPERCLASSES):
+            chosen = labels[each[own == label]]
+            assert (own == label).sum(1).tolist() == [5, 5]
+            assert chosen.unique().numel() == 1 and int(chosen[0]) in classes
+    drawn = {int(labels[i]) for i in tasks["images"].flatten()}
+    assert drawn == set(range(10))
+    assert not torch.equal(tasks["labels"][0], tasks["labels"][1])  # they come in an order of their own
+
+
+@pytest.mark.usefixtures("no_files")
+def test_superclasses_are_told_apart_by_principal_components_of_the_training_images() -> None:
+    family = Superclasses(num_features=6, meta_split="test")
+    tasks = family.sample(4, seeded())
+    train = made_images("fashion-mnist", "train").pixels.double() / 255
+    mean = train.mean(0)
+    components = torch.linalg.svd(train - mean, full_matrices=False).Vh[:6]
+    test = made_images("fashion-mnist", "test").pixels.double() / 255
+    batch = family.batch(tasks, 2, "train")
+    expected = (test[tasks["images"][:, 0, 2]] - mean) @ components.T
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(batch["inputs"].abs(), expected.abs(), rtol=1e-8, atol=1e-8)  # signs are free
+    weight, one = torch.randn(4, 6, generator=seeded()), tree.squeeze(tree.narrow(batch, 0, 1))
+    p = (weight @ one["inputs"]).softmax(0)
+    assert float(family.loss({"weight": weight}, one)) == pytest.approx(-float(p[one["targets"]].log()), rel=1e-12)
 
 
 def hessian_of(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

@@ -23,8 +23,12 @@ from learnedopt import (
     FinalLoss,
     Implicit,
     KLDivergence,
+    LastIterate,
     MeanLogLoss,
+    RegularizedSolution,
+    SumOfLossesSolver,
     Tape,
+    TargetMatching,
     TaskLoss,
     Truncated,
     TruncatedBackprop,
@@ -153,6 +157,8 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
         "estimator.tape=FIRST_ORDER", "estimator.horizon=90", "seed=3", "compare=true",
     )  # fmt: skip
     assert recipe.estimator == Truncated(10, horizon=90, tape=Tape.FIRST_ORDER)
+    assert configured("lstm-mnist", "estimator.horizon=null").estimator == Truncated(20, None, Tape.FULL)
+    assert configured("maml-sine", "estimator=Truncated", "estimator.num_steps=3").estimator.horizon is None
     assert recipe.rule.options["output_scale"] == 0.01 and recipe.meta.max_grad_norm is None
     assert recipe.execution.chunk_size == 4 and recipe.execution.dtype is torch.float64
     assert recipe.seed == 3 and recipe.compare is True
@@ -191,6 +197,29 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
             "objective",
             BootstrappedTarget(2, 0.5, split="train", matching=KLDivergence()),
         ),
+        (
+            [
+                "objective=TargetMatching",
+                "objective.target=LastIterate",
+                "objective.target.num_steps=3",
+                "objective.continue_from=rollout",
+                "objective.matching=KLDivergence",
+                "objective.matching.direction=reverse",
+            ],
+            "objective",
+            TargetMatching(LastIterate(3), KLDivergence("reverse"), "rollout"),
+        ),
+        (
+            [
+                "objective=TargetMatching",
+                "objective.target=RegularizedSolution",
+                "objective.target.solver=SumOfLossesSolver",
+                "objective.target.num_steps=2",
+                "objective.target.strength=0.5",
+            ],
+            "objective",
+            TargetMatching(RegularizedSolution(SumOfLossesSolver(), 2, 0.5)),
+        ),
         (["family=linear-regression"], "family", Choice("linear-regression")),
         (["rule=adam", "rule.learn=('lr',)"], "rule", Choice("adam", {"learn": ("lr",)})),
     ],
@@ -201,6 +230,19 @@ def test_estimators_objectives_rules_and_families_are_replaced_by_name(
     changed = configured("lstm-quadratic", *assignments)
     assert getattr(changed, field) == expected
     assert configured("lstm-quadratic", "validation.objective=FinalLoss").validation.objective == FinalLoss()
+
+
+def test_a_target_is_changed_where_it_is() -> None:
+    name = "bootstrapped-mnist"
+    assert configured(name).objective == BootstrappedTarget(6, 1.0)
+    found = configured(name, "objective.target.num_target_steps=4", "objective.target.max_distance=2").objective
+    assert found == BootstrappedTarget(4, 1.0, max_distance=2.0)
+    assert configured(name, "objective.target=LastIterate", "objective.target.num_steps=2").objective == (
+        TargetMatching(LastIterate(2))
+    )
+    # By its name of before, what is not named again is as it was by default.
+    again = configured(name, "objective=BootstrappedTarget", "objective.num_target_steps=2", "objective.step_size=0.1")
+    assert again.objective == BootstrappedTarget(2, 0.1)
 
 
 def test_another_rule_estimator_and_objective_train(tmp_path: Path) -> None:
@@ -246,6 +288,11 @@ RUN = "lstm-quadratic"
         (
             [RUN, "--set", "objective=BootstrappedTarget"],
             r".*needs objective\.num_target_steps and objective\.step_size.*",
+        ),
+        ([RUN, "--set", "objective=TargetMatching"], r"TargetMatching needs objective\.target: set that too"),
+        (
+            [RUN, "--set", "objective=TargetMatching", "--set", "objective.target=Bootstrp"],
+            r"objective\.target='Bootstrp' is none of Bootstrap, .*; did you mean 'Bootstrap'\?",
         ),
         ([RUN, "--set", "estimator.horizon=90"], r"horizon=90 is not a multiple of the window num_steps=20.*80 or 100"),
         ([RUN, "--set", "family=quadratik"], r"there is no task family 'quadratik'; did you mean 'quadratic'\?.*"),

@@ -151,6 +151,19 @@ def test_offloaded_segments_are_put_aside_and_match(monkeypatch: pytest.MonkeyPa
     assert kept == 6 * [{"pin_memory": False}]  # two tasks, three segments
 
 
+def test_windows_without_a_horizon_go_on_for_ever() -> None:
+    family = Quadratic()
+    loop = loop_of("momentum", family)
+    theta, tasks = generic_theta(loop), sample(family)
+    carry = loop.start(tasks)
+    for window in range(12):
+        found = Truncated(3).estimate(loop, theta, FinalLoss(), carry)
+        bounded = Truncated(3, 36).estimate(loop, theta, FinalLoss(), carry)
+        assert all(torch.equal(found.grads[k], g) for k, g in bounded.grads.items())
+        carry = found.carry
+        assert carry.step == 3 * window + 3 and (bounded.carry is None) == (window == 11)
+
+
 def test_segments_go_on_from_a_begun_carry() -> None:
     family = TanhMLP()
     loop = loop_of("lstm", family)

@@ -125,6 +125,13 @@ def require_like(start: Params, own: Params) -> None:
         )
 
 
+def require_start(rule: UpdateRule, params: Params) -> None:
+    """Raise ValueError with what the rule says is wrong with batched starting parameters."""
+    found = rule.start_faults(params)
+    if found:
+        raise ValueError(f"{type(rule).__name__} cannot start from these parameters: " + "; ".join(found))
+
+
 def require_tensors(rule: UpdateRule, state: State) -> None:
     """Raise ValueError unless every leaf of a rule's first state is a tensor."""
     strange = sorted({type(x).__name__ for x in tree.leaves(state) if not isinstance(x, Tensor)})

@@ -89,7 +89,7 @@ class InnerLoop:
 
         Raises:
             ValueError: theta belongs to another loop or shape; a loss is not scalar, not finite at the start, or does
-                not depend on the parameters.
+                not depend on the parameters; the rule cannot start where it would.
         """
         self.require_theta(theta, tree.size(carry.params) if theta_per_task else None)
         if carry.state is not None:
@@ -97,6 +97,7 @@ class InnerLoop:
         per_task, shared = ((theta,), ()) if theta_per_task else ((), (theta,))
         params, state = self.over_tasks(self.init_task, shared, *per_task, carry.params)
         checks.require_like(params, carry.params)
+        checks.require_start(self.rule, params)
         begun = carry._replace(params=params, state=state)
         if "losses" not in self.cache:
             first = tree.narrow(theta, 0, 1) if theta_per_task else None

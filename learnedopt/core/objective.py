@@ -78,7 +78,7 @@ def _losses_after_steps(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tens
     return torch.cat([rollout.losses[1:], loop.losses(theta, rollout.end, "train").unsqueeze(0)])
 
 
-def read_directly(objective: MetaObjective, theta: Theta) -> set[str]:
+def read_directly(objective: MetaObjective | TaskMean, theta: Theta) -> set[str]:
     """Return the meta-parameters that an objective says it reads from theta itself (``TaskMean.reads_theta``).
 
     Raises:

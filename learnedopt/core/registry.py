@@ -48,6 +48,8 @@ class Registry(Generic[T]):
             otherwise ``template`` is an option like any other.
         retired: name of before -> what to make in its place; ``make`` says so.
         registered: what users have added.
+        parts: name -> module in the package:class, of what options may be made of beside things: frozen dataclasses,
+            which are described as things are.
 
     Example:
         >>> RULES = Registry(UpdateRule, "update rule", "update rules", "learnedopt.optimizers", {"sgd": "sgd:SGD"})
@@ -63,6 +65,7 @@ class Registry(Generic[T]):
     templated: bool = False
     retired: Mapping[str, str] = dataclasses.field(default_factory=dict)
     registered: dict[str, Callable[..., T]] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return all names, the users' last."""
@@ -130,7 +133,9 @@ class Registry(Generic[T]):
             TypeError: an option is of a type that JSON cannot hold, or the class is not a dataclass.
             ValueError: the class is not registered.
         """
-        name = self._name_of(type(thing))
+        return self._describe(self._name_of(type(thing)), thing)
+
+    def _describe(self, name: str, thing: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(thing):
             fields = [field.name for field in dataclasses.fields(thing) if field.init]
         elif not inspect.signature(type(thing)).parameters:
@@ -153,6 +158,12 @@ class Registry(Generic[T]):
             raise ValueError(f"this is no configuration of {self.plural}: {config!r}; {needed}")
         return self.make(config["name"], **config["options"])
 
+    def _part(self, name: str, options: Mapping[str, Any]) -> Any:
+        module, _, attribute = self.parts[name].partition(":")
+        factory = getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+        _check_options(name, inspect.signature(factory).parameters, {**options}, get_type_hints(factory))
+        return factory(**options)
+
     def _factory(self, name: str) -> Callable[..., T]:
         if name in self.registered:
             return self.registered[name]
@@ -171,17 +182,23 @@ class Registry(Generic[T]):
             if factory is kind:
                 return name
         for name, target in self.table.items():
-            module, _, attribute = target.partition(":")
-            if (kind.__module__, kind.__qualname__) == (f"{self.package}.{module}", attribute):
+            if self._is(kind, target):
                 return name
         raise ValueError(
             f"{kind.__module__}.{kind.__qualname__} is not registered, so a configuration could not name it; call "
             f"{self.package}.register('<name>', {kind.__name__}) first, before loading as well"
         )
 
+    def _is(self, kind: type[Any], target: str) -> bool:
+        module, _, attribute = target.partition(":")
+        return (kind.__module__, kind.__qualname__) == (f"{self.package}.{module}", attribute)
+
     def _encode(self, value: Any, where: str, key: str) -> Any:
         if isinstance(value, self.kind):
             return self.describe(value)
+        for name, target in self.parts.items():
+            if self._is(type(value), target):
+                return self._describe(name, value)
         if isinstance(value, Tensor) and key == "template":
             return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
@@ -199,6 +216,8 @@ class Registry(Generic[T]):
         """Undo ``_encode``; ``template`` goes on to things among the options that bring none."""
         if _is_configuration(value):
             options = value["options"]
+            if value["name"] in self.parts:
+                return self._part(value["name"], options)
             return self.make(value["name"], **({} if template is None else {"template": template}) | options)
         if isinstance(value, Mapping) and value.keys() == {"shape", "dtype"} and isinstance(value["dtype"], str):
             return _zeros(value["shape"], value["dtype"])

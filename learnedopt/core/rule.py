@@ -121,6 +121,13 @@ class UpdateRule(ABC):
                 "computes another update; set kernel = None in the class, give it a kernel of its own, or wrap the rule"
             )
 
+    def start_faults(self, params: Params) -> list[str]:
+        """Say, a sentence each, why these starting parameters, of a batch of tasks, are none that it can move from.
+
+        Asked when a carry is begun, on concrete tensors and never under vmap; what is said is raised.
+        """
+        return []
+
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw the meta-parameters that meta-training starts from, on the generator's device.

@@ -16,6 +16,7 @@ from learnedopt.core.registry import nearest
 _TABLE = {
     "adam": "torch.optim:Adam",
     "sgd": "torch.optim:SGD",
+    "aruba": "learnedopt.meta_optimizers.aruba:ARUBA",
     "dual-averaging": "learnedopt.meta_optimizers.dual_averaging:DualAveraging",
     "follow-the-leader": "learnedopt.meta_optimizers.follow_the_leader:FollowTheLeader",
 }

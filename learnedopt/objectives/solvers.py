@@ -18,6 +18,7 @@ from learnedopt.core.tree import Params, Theta
 
 DECREASE = 1e-4  # what part of the decrease that its slope promises a step must bring
 MAX_HALVINGS = 30
+LONG = 1e-3  # what part of the whole way a step is that does not come to rest
 MAX_DIM = 4096  # parameters of a task: its Hessian is dense, and is decomposed
 
 
@@ -76,13 +77,16 @@ class SumOfLossesSolver:
     def _minimised(self, total: _Sum, x: Tensor) -> Tensor:
         first = at = total.at(x)
         free = _curved(at.hessian)
+        floor = _floor(first.hessian)
         solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         length = torch.zeros_like(at.value)
         for _ in range(self.max_iterations):
-            step = _newton_step(at, free)
-            length, size = step.norm(dim=1), 1 + at.x.norm(dim=1)
+            step, curvature = _newton_step(at, free)
+            before, length = length, step.norm(dim=1)
+            away = torch.maximum(before, length) > LONG * (at.x - x).norm(dim=1)
+            _refuse(~solved & (curvature < floor) & away, at, first, length, "x runs away to where nothing curves")
             # The step that shows convergence is taken: what is left after it is its square.
-            last = length <= torch.finfo(x.dtype).eps ** 0.5 * size
+            last = length <= torch.finfo(x.dtype).eps ** 0.5 * (1 + at.x.norm(dim=1))
             moved = torch.where(last[:, None], at.x + step, _searched(total, at, step))
             moved = torch.where(solved[:, None], at.x, moved)
             solved, at = solved | last, total.at(moved)
@@ -154,16 +158,21 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
         ) from error
 
 
+def _floor(hessian: Tensor) -> Tensor:
+    """Return the curvature (num_tasks,) below which round-off hides it."""
+    return hessian.shape[-1] * 100 * torch.finfo(hessian.dtype).eps * torch.linalg.matrix_norm(hessian, 2)
+
+
 def _curved(hessian: Tensor) -> Tensor:
     """Return the projection (num_tasks, dim, dim) onto the directions that are not flat."""
     values, vectors = torch.linalg.eigh(hessian)
-    floor = hessian.shape[-1] * 100 * torch.finfo(hessian.dtype).eps * values.abs().amax(1, keepdim=True)
-    kept = vectors * (values.abs() > floor).to(vectors.dtype)[:, None, :]
+    kept = vectors * (values.abs() > _floor(hessian)[:, None]).to(vectors.dtype)[:, None, :]
     return kept @ vectors.mT
 
 
-def _newton_step(at: _Point, free: Tensor) -> Tensor:
-    """Return each task's full step (num_tasks, dim), within the directions that were not flat at the start."""
+def _newton_step(at: _Point, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each task's full step (num_tasks, dim) within the directions that were not flat at the start, and the
+    least size of curvature (num_tasks,) there."""
     dim = at.x.shape[1]
     flat = torch.eye(dim, dtype=at.x.dtype, device=at.x.device) - free
     scale = at.hessian.abs().amax((1, 2))[:, None, None]
@@ -174,7 +183,7 @@ def _newton_step(at: _Point, free: Tensor) -> Tensor:
     sizes = values.abs()
     # A curvature of exactly zero would not show in which direction to go: descend along the slope there.
     step = -along / torch.where(sizes > 0, sizes, 1.0)
-    return (vectors @ step[:, :, None]).squeeze(2)
+    return (vectors @ step[:, :, None]).squeeze(2), sizes.amin(1)
 
 
 def _searched(total: _Sum, at: _Point, step: Tensor) -> Tensor:

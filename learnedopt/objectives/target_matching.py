@@ -84,8 +84,8 @@ class TargetMatching(TaskMean):
             raise ValueError(
                 f"{type(loop.rule).__name__}'s updates keep their length, however small the gradients are, so that a "
                 f"target {target.rule_steps} of them ahead moves away by as much as a learned rate grows: under the "
-                "squared distance rates grow without end. Bound the target by the rollout's own way "
-                "(max_distance=1.0), match outputs (KLDivergence()), or use a Bootstrap with num_target_steps=1"
+                "squared distance rates grow without end. Match outputs (KLDivergence()), or use a Bootstrap with "
+                "num_target_steps=1; a bound (max_distance=0.3) may slow the growth, and rates are to be watched"
             )
         end = begun._replace(step=begun.step + num_steps)
         target.check(loop, theta, end)

@@ -72,7 +72,9 @@ class Bootstrap(Target):
         step_size: of the plain gradient step, positive.
         split: "train" or "valid", for the plain step, and for the outputs that a matching compares.
         max_distance: a target further from the end than so many times the rollout's own way, start to end, is drawn in
-            along the straight line, task by task. None leaves it where it is.
+            along the straight line, task by task. None leaves it where it is, which the squared distance refuses for a
+            rule whose updates keep their length (Adam's). Such rates may run away all the same, since the rollout's way
+            grows with them (docs/results.md): watch them, or match outputs.
     """
 
     num_target_steps: int

@@ -43,6 +43,10 @@ class Wrapper(UpdateRule):
         """Return the wrapped rule's theta under the prefix."""
         return prefixed("rule", self.rule.init_theta(generator))
 
+    def start_faults(self, params: Params) -> list[str]:
+        """Say what the wrapped rule says."""
+        return self.rule.start_faults(params)
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start as the wrapped rule does."""
         return self.rule.init(unprefixed("rule", theta), params)

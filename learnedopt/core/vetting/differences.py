@@ -31,6 +31,8 @@ _STEPS_OF_GRADIENTS = (1e-8, 1e-7, 1e-3)
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 0.05}
 _ROUNDING = 16.0  # units of eps that a loss or a gradient is uncertain by
 _MOST_NAMED = 64  # parameters that are tried one by one for the message
+
+
 class Verdict(NamedTuple):
     """``right`` is True, False, or None where it could not be told; ``reason`` in words, with numbers."""
 

@@ -97,9 +97,7 @@ def _derivatives(case: Case, loss: Loss, second_derivatives: bool) -> Iterator[F
     verdict = differences.judge_gradient(point)
     yield Finding(findings.GRADIENT, verdict.reason, verdict.right is not False)
     if second_derivatives:
-        verdict = differences.judge_second_derivatives(
-            point, mixed_plans=case.loop.mixed_plans(), moving=list(params)
-        )
+        verdict = differences.judge_second_derivatives(point, mixed_plans=case.loop.mixed_plans(), moving=list(params))
         yield Finding(findings.SECOND, verdict.reason, verdict.right is not False, verdict.error)
 
 
