@@ -115,8 +115,7 @@ def plot_panels(
         axes = figure.add_subplot(1, len(panels), i, xlabel=xlabel, ylabel=ylabel)
         _plain(axes)
         lines = {label: (_floats(x), _floats(y)) for label, (x, y) in series.items()}
-        _draw(axes, lines, emphasis, False, ylabel in logy)
-        axes.get_legend().remove()
+        _draw(axes, lines, emphasis, False, ylabel in logy, legend=False)
         _require_lines(axes, path)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return _write(figure, path)
@@ -201,8 +200,9 @@ def _plain(axes: Any) -> None:
 
 
 def _draw(
-    axes: Any, lines: Mapping[str, tuple[list[float], list[float]]], emphasis: Collection[str], logx: bool, logy: bool
-) -> None:
+    axes: Any, lines: Mapping[str, tuple[list[float], list[float]]], emphasis: Collection[str], logx: bool, logy: bool,
+    *, legend: bool = True,
+) -> None:  # fmt: skip
     counts = {True: 0, False: 0}
     for label, (x, y) in lines.items():
         strong = label in emphasis
@@ -217,8 +217,8 @@ def _draw(
     for name, logarithmic in (("x", logx), ("y", logy)):
         if logarithmic:
             _scale(axes, name)
-    # Outside, so that it hides no line.
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
+    if legend:  # outside, so that it hides no line
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
 
 
 def _scale(axes: Any, name: str) -> None:
