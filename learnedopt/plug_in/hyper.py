@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from learnedopt.core import tree
+from learnedopt.core import checks, tree
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import as_leaves
@@ -59,7 +59,7 @@ class HyperOptimizer(RuleOptimizer):
         meta_scheduler: makes a learning-rate scheduler from the meta-optimizer, stepped after each of its steps.
         lr: as that of ``LearnedOptimizer``.
         seed: of theta, where the rule draws it.
-        max_skips_in_a_row: meta-gradients that are not finite are skipped; one more than that in a row is an error.
+        max_skips_in_a_row: meta-gradients that are not finite are skipped; more than so many in a row are an error.
         tape: ``Tape.FIRST_ORDER``. The full tape takes second derivatives of the loss, which gradients do not hold.
 
     Raises:
@@ -102,8 +102,7 @@ class HyperOptimizer(RuleOptimizer):
         self._window: Window | None = None
         self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
-        device = common_device(values_of(self._members()))
-        theta = tree.to(theta, device, None)
+        theta = tree.to(theta, common_device(values_of(self._members())), None)
         self.learner = Learner(theta, meta_optimizer, meta_scheduler, max_skips_in_a_row)
         settings.require_hint(hint, self.learner.meta_optimizer)
         self._settle()
@@ -181,9 +180,10 @@ class HyperOptimizer(RuleOptimizer):
 
     def _settle(self) -> None:
         self._settled = True
-        members = self._members()
-        _, state = self._init(values_of(members))
-        settings.require_learnable(self._loop, self.theta, values_of(members), state, self.num_steps, self.objective)
+        params = values_of(self._members())
+        start, state = self._init(params)
+        checks.require_start(self.rule, tree.unsqueeze(start))
+        settings.require_learnable(self._loop, self.theta, params, state, self.num_steps, self.objective)
 
     def _theta_on(self, device: torch.device) -> Theta:
         theta = self.theta
