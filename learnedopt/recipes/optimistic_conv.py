@@ -53,7 +53,7 @@ class OptimisticConv(Study):
     num_steps: int = 500
     last: int = 100
     batch_size: int = 64
-    starts: tuple[float, ...] = (0.05, 0.1, 0.2)
+    starts: tuple[float, ...] = (0.1, 0.2, 0.3)
     betas: tuple[float, ...] = (0.003, 0.01, 0.03)
     sgd_rates: tuple[float, ...] = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
     momentum_rates: tuple[float, ...] = (0.002, 0.004, 0.007, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
