@@ -76,7 +76,7 @@ def test_violations_and_slopes_count_what_they_say() -> None:
     curves = Curves(2.0, 3.0, {"plain": [3.0 / t for t in steps], "x": [5 * t**-1.3 for t in steps]}, {})
     assert curves.violations("plain", "plain") == 0
     assert curves._replace(smoothness=1.999).violations("plain", "plain") == 2000
-    assert curves.violations("plain", "optimistic") == sum(3.0 / t > 24 / (t * (t + 1)) + 3e-12 for t in steps) > 1900
+    assert curves.violations("plain", "optimistic") == sum(3.0 / t > 24 / (t * (t + 1)) + 1e-12 for t in steps) > 1900
     assert curves.slope("x") == pytest.approx(1.3, rel=1e-6) and curves.slope("plain", 10) == pytest.approx(1.0)
     assert Curves(1.0, 1.0, {"plain": [float("nan")] * 5}, {}).violations("plain", "plain") == 5
     assert log_spaced(50, 2000)[0] == 50 and log_spaced(50, 2000)[-1] == 2000 and log_spaced(1, 3) == [1, 2, 3]

@@ -28,7 +28,7 @@ from learnedopt.training.validation import task_generator
 KINDS = ("power", "geometric", "breast-cancer", "digits")
 RATES = (0.25, 0.5, 1.0, 2.0, 3.5)
 MOMENTA = (0.8, 0.9, 0.95, 0.97, 0.99, 0.997, 0.999)
-ADAGRAD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+ADAGRAD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class Problem(NamedTuple):
@@ -85,6 +85,7 @@ def make_problem(name: str, dim: int, seed: int) -> Problem:
 
 
 def parsed(name: str) -> tuple[str, float]:
+    """Return the kind and the number of a problem's name; ValueError where it is none."""
     kind, _, text = name.partition(":")
     try:
         number = float(text)

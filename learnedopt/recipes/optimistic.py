@@ -86,10 +86,8 @@ class Curves(NamedTuple):
         return {"plain": scale / (2 * step), "optimistic": 4 * scale / (step * (step + 1))}[method]
 
     def violations(self, method: str, bound: str, slack: float = 1e-12) -> int:
-        """Return at how many T a method's value exceeds a bound by more than ``slack`` times the first value."""
-        gaps = self.gaps[method]
-        allowed = slack * max(1.0, gaps[0])
-        return sum(not gap <= self.bound(bound, t) + allowed for t, gap in enumerate(gaps, 1))
+        """Return at how many T a method's value exceeds a bound by more than ``slack``; what is not finite does."""
+        return sum(not gap <= self.bound(bound, t) + slack for t, gap in enumerate(self.gaps[method], 1))
 
     def slope(self, method: str, first: int = 50) -> float:
         """Return -d log(f - min f) / d log T, by least squares over T from ``first`` on, evenly spaced in log T."""
