@@ -17,7 +17,7 @@ from torch import Tensor
 from learnedopt import Execution, TaskFamily, optimizers
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Outcome, summarise
 from learnedopt.evaluation.evaluate import BASELINES, Baseline, TuningWarning, compare, hand_designed, measure, tune
-from learnedopt.evaluation.plots import plot_curves, plot_lines, plot_training
+from learnedopt.evaluation.plots import plot_curves, plot_lines, plot_panels, plot_training
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -335,3 +335,11 @@ def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_training(tmp_path / "none.png", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_panels_share_their_legend_and_none_is_empty(tmp_path: Path) -> None:
+    line = ([1, 2, 3], [1.0, 10.0, 100.0])
+    path = plot_panels(tmp_path / "two.png", {"loss": {"a": line}, "sum": {"a": line}}, "step", logy=["loss"])
+    assert path.stat().st_size > 5000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_panels(tmp_path / "empty.png", {"loss": {"a": line}, "sum": {"a": ([1], [math.nan])}}, "step")

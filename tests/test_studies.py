@@ -28,6 +28,8 @@ TINY: dict[str, list[str]] = {
         "num_meta_steps=2", "num_tuning_steps=1", "num_tasks=2", "lrs=(0.1,)", "aruba_lrs=(0.1,)", "zetas=(0.03,)",
         "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",
     ],
+    "bmg-quadratic": ["num_steps=20", "num_tasks=2", "seeds=[0,1]"],
+    "bmg-mnist-permuted": ["num_steps=20", "seeds=[0,1]", "tuning_seeds=[5]"],
     "optimistic-convex": ["num_steps=60", "dim=6"],
     "fmrl-convex": [
         "num_tasks=3", "num_losses=4", "radii=[0.1,0.4]", "num_tasks_a_radius=3", "seeds=[0,1]", "num_experts=3",

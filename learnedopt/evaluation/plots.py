@@ -84,6 +84,43 @@ def plot_lines(
     return _save(figure, axes, path)
 
 
+def plot_panels(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, tuple[Values, Values]]],
+    xlabel: str,
+    *,
+    logy: Collection[str] = (),
+    title: str = "",
+    emphasis: Collection[str] = (),
+) -> Path:
+    """Draw several panels side by side, of lines with the same labels, and return the path written.
+
+    Args:
+        path: of the PNG file.
+        panels: what the y-axis shows -> label -> x and y values, as for ``plot_lines``; the labels of the first panel
+            are the legend.
+        xlabel: of all panels.
+        logy: the panels with a logarithmic y-axis.
+        title: of the figure.
+        emphasis: labels drawn thick, in front, in the signal colour.
+
+    Raises:
+        ValueError: there is nothing finite to draw in one of them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 5), layout="constrained")
+    figure.suptitle(title)
+    for i, (ylabel, series) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), i, xlabel=xlabel, ylabel=ylabel)
+        _plain(axes)
+        lines = {label: (_floats(x), _floats(y)) for label, (x, y) in series.items()}
+        _draw(axes, lines, emphasis, False, ylabel in logy, legend=False)
+        _require_lines(axes, path)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return _write(figure, path)
+
+
 def plot_training(path: str | Path, rows: Iterable[Mapping[str, Any]], *, title: str = "") -> Path:
     """Draw meta-loss and validation against the meta-step and return the path written.
 
@@ -153,14 +190,19 @@ def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.grid(which="major", color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
     return figure, axes
 
 
+def _plain(axes: Any) -> None:
+    axes.grid(which="major", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _draw(
-    axes: Any, lines: Mapping[str, tuple[list[float], list[float]]], emphasis: Collection[str], logx: bool, logy: bool
-) -> None:
+    axes: Any, lines: Mapping[str, tuple[list[float], list[float]]], emphasis: Collection[str], logx: bool, logy: bool,
+    *, legend: bool = True,
+) -> None:  # fmt: skip
     counts = {True: 0, False: 0}
     for label, (x, y) in lines.items():
         strong = label in emphasis
@@ -175,8 +217,8 @@ def _draw(
     for name, logarithmic in (("x", logx), ("y", logy)):
         if logarithmic:
             _scale(axes, name)
-    # Outside, so that it hides no line.
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
+    if legend:  # outside, so that it hides no line
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
 
 
 def _scale(axes: Any, name: str) -> None:
@@ -212,10 +254,18 @@ def _running_median(x: list[float], y: list[float]) -> tuple[list[float], list[f
 
 
 def _save(figure: Any, axes: Any, path: str | Path) -> Path:
+    _require_lines(axes, path)
+    return _write(figure, path)
+
+
+def _require_lines(axes: Any, path: str | Path) -> None:
     if not any(math.isfinite(float(v)) for line in axes.lines for v in line.get_ydata()):
         raise ValueError(
             f"{path}: nothing to draw, not one value is finite (and positive where the axis is logarithmic)"
         )
+
+
+def _write(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -70,6 +71,7 @@ class OnlineLearning(Study):
         seeds: of the runs that are reported; each draws tasks of its own.
         tuning_seeds: of the runs that choose the rates; none of ``seeds``.
         execution: how tasks are run.
+        emphasis: the label of the method that the figure puts in front.
 
     Raises:
         ValueError: there is no method or rate, a seed is tuned on and reported, or fewer than two are reported.
@@ -83,6 +85,7 @@ class OnlineLearning(Study):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     execution: Execution = Execution()
+    emphasis: str | None = None
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
@@ -105,10 +108,22 @@ class OnlineLearning(Study):
             tracker.log({f"{label}/{name}": value for name, value in numbers.items()}, index)
         write_json(folder / f"{self.name}.json", plain_json(found))
         comparison.write_text(folder / f"{self.name}.md", table(found))
-        places = [(i + 0.5) * self.num_steps / self._points for i in range(self._points)]
-        curves = {label: (places, each["curve"]) for label, each in found.items()}
-        title = f"mean over {len(self.seeds)} seeds and a {self._points}th of the run"
-        plots.plot_lines(folder / f"{self.name}.png", curves, "inner step", "train loss", logy=None, title=title)
+        self._draw(folder / f"{self.name}.png", {label: each["curve"] for label, each in found.items()})
+
+    def _draw(self, path: Path, curves: Mapping[str, list[float]]) -> None:
+        """Draw the loss along the run, a mean of each stretch of it, and what it has added up to."""
+        stretch = self.num_steps / self._points
+        middles = [(i + 0.5) * stretch for i in range(self._points)]
+        ends = [(i + 1) * stretch for i in range(self._points)]
+        sums = {label: [stretch * x for x in itertools.accumulate(curve)] for label, curve in curves.items()}
+        loss, cumulative = f"train loss, mean of {stretch:g} steps", "cumulative loss"
+        panels = {
+            loss: {label: (middles, curve) for label, curve in curves.items()},
+            cumulative: {label: (ends, total) for label, total in sums.items()},
+        }
+        emphasis = [label for label in curves if label == self.emphasis]
+        title = f"{self.name}: mean over {len(self.seeds)} seeds"
+        plots.plot_panels(path, panels, "inner step", logy=[loss], title=title, emphasis=emphasis)
 
     @property
     def _points(self) -> int:
