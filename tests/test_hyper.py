@@ -305,7 +305,7 @@ def test_plain_and_optimistic_rates_follow_the_written_recursion(form: Any, opti
             g = -last * gradient
             total, squares = total + g, squares + (g - ahead).square()
             ahead = -gradient.square() if optimistic else ahead
-            scale = squares.sqrt() if form == "adagrad" else 1.0
+            scale = (squares + ahead.square()).sqrt() if form == "adagrad" else 1.0
             w = w1 - beta * (total + (ahead if optimistic else 0)) / scale
         x, last = x - w * gradient, gradient
         assert (model.x - x).abs().max() <= EXACT
