@@ -169,9 +169,9 @@ def difference(a: list[Theta], b: list[Theta]) -> float:
 @pytest.mark.parametrize("rule", RULES)
 def test_windows_are_those_of_the_engine(rule: str, objective: str, num_steps: int) -> None:
     begun, wanted = start(RULES[rule]), OBJECTIVES[objective]
-    if rule == "log rates" and objective in ("bootstrap 3", "last iterate"):  # these run away
-        with pytest.raises(ValueError, match="updates keep their length"):
-            learned(HyperOptimizer([*variables().items()], begun, num_steps, wanted), variables(), 8)
+    if rule == "log rates" and objective in ("bootstrap 3", "last iterate"):
+        with pytest.raises(ValueError, match="keep their length"):  # by the engine too
+            HyperOptimizer([*variables().items()], begun, num_steps, wanted)
         return
     make = sgd({"log": 0.003, "feedback": 0.003}.get(objective, 0.02))
     params = variables()
@@ -195,7 +195,7 @@ def test_a_matching_of_outputs_reads_the_function_that_step_is_given(direction: 
 @pytest.mark.parametrize("rule", ["momentum", "lstm"])
 def test_a_run_goes_on_from_its_window_s_end(rule: str) -> None:
     """What is run ahead is taken back, memory included; with one batch throughout the engine does the same."""
-    family, begun, make = Run(fixed=True), start(RULES[rule]), sgd(0.01)
+    family, begun, make = Run(fixed=True), start(RULES[rule]), sgd(0.02)
     objective = BootstrappedTarget(4, 0.3, continue_from="rollout")
     params = variables()
     found = learned(HyperOptimizer([*params.items()], begun, 2, objective, make), params, 10, family)
@@ -305,7 +305,7 @@ def test_plain_and_optimistic_rates_follow_the_written_recursion(form: Any, opti
             g = -last * gradient
             total, squares = total + g, squares + (g - ahead).square()
             ahead = -gradient.square() if optimistic else ahead
-            scale = squares.sqrt() if form == "adagrad" else 1.0
+            scale = (squares + ahead.square()).sqrt() if form == "adagrad" else 1.0
             w = w1 - beta * (total + (ahead if optimistic else 0)) / scale
         x, last = x - w * gradient, gradient
         assert (model.x - x).abs().max() <= EXACT

@@ -58,7 +58,7 @@ class HyperFashion(Study):
     hidden: tuple[int, ...] = (32,)
     batch_size: int = 32
     meta_lr: float = 2.0
-    optimistic_lr: float = 0.3
+    optimistic_lr: float = 1.0
     osgm_lr: float = 0.3
 
     def __post_init__(self) -> None:

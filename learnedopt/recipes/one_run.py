@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params
 from learnedopt.evaluation.plots import plot_curves
 from learnedopt.plug_in.hyper import HyperOptimizer
+from learnedopt.plug_in.learner import RunDiverged
 from learnedopt.training.tracker import Tracker
 
 WIDTH = 50  # steps that a point of a figure is a mean of
@@ -36,7 +38,10 @@ def fixed(family: TaskFamily, rule: str, options: dict[str, Any], seeds: Sequenc
 
 
 def learning(family: TaskFamily, make: Callable[[Params], HyperOptimizer], seed: int, num_steps: int) -> dict[str, Any]:
-    """Return the losses of one run in which theta is learned, and the mean of each tensor of theta at its end."""
+    """Return the losses of one run in which theta is learned, and the mean of each tensor of theta at its end.
+
+    The losses of a run that diverged are infinite from there on.
+    """
     task = {"seed": torch.tensor([seed])}
     params = {k: p.detach().clone().requires_grad_() for k, p in tree.squeeze(family.init_params(task)).items()}
     optimizer, losses = make(params), []
@@ -48,7 +53,11 @@ def learning(family: TaskFamily, make: Callable[[Params], HyperOptimizer], seed:
             loss.backward()
             return loss.detach()
 
-        losses.append(float(optimizer.step(closure)))
+        try:
+            losses.append(float(optimizer.step(closure)))
+        except RunDiverged:
+            losses += [math.inf] * (num_steps - step)
+            break
     return {"losses": losses, "theta": {k: float(v.double().mean()) for k, v in optimizer.theta.items()}}
 
 

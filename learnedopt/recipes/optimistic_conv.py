@@ -53,8 +53,8 @@ class OptimisticConv(Study):
     num_steps: int = 500
     last: int = 100
     batch_size: int = 64
-    starts: tuple[float, ...] = (0.05, 0.1, 0.2)
-    betas: tuple[float, ...] = (0.003, 0.01, 0.03)
+    starts: tuple[float, ...] = (0.2, 0.3, 0.4)
+    betas: tuple[float, ...] = (0.01, 0.03, 0.1)
     sgd_rates: tuple[float, ...] = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
     momentum_rates: tuple[float, ...] = (0.002, 0.004, 0.007, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1)
     adam_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
