@@ -129,7 +129,9 @@ def test_reverse_kl_with_linear_logits_is_natural_at_any_step_size(name: str, al
 
 
 @pytest.mark.parametrize(
-    ("direction", "family"), [("forward", Softmax()), ("forward", TanhMLP()), ("reverse", TanhMLP())], ids=str
+    ("direction", "family"),
+    [("forward", Softmax()), ("forward", TanhMLP()), ("reverse", TanhMLP())],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 @pytest.mark.parametrize("name", ["momentum", "lstm", "meta-sgd"])
 def test_elsewhere_kl_is_natural_to_first_order(name: str, direction: Any, family: TaskFamily) -> None:
