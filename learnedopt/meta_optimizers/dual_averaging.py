@@ -124,7 +124,7 @@ class DualAveraging(torch.optim.Optimizer):
         # Copies: a hint that writes to what it is given would change a step that no error tells of.
         hints = self.hint([p.clone() for p in params], [g.clone() for g in gradients])
         wanted = [tuple(g.shape) for g in gradients]
-        given = hints if isinstance(hints, list | tuple) else [hints]
+        given: list[Any] = [*hints] if isinstance(hints, list | tuple) else [hints]
         found = [tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in given]
         if found != wanted:
             raise ValueError(
