@@ -736,3 +736,23 @@ def test_a_rule_may_keep_what_it_is_given() -> None:
         found = learned(HyperOptimizer([*params.items()], begun, num_steps, meta_optimizer=make), params, 6)
         expected = engine(begun, Truncated(num_steps, tape=Tape.FIRST_ORDER), FinalLoss(), make, 6)
         assert difference(found, expected) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_theta_of_half_precision_parameters_is_learned_in_float32(dtype: torch.dtype) -> None:
+    param = torch.full((3,), 2.0, dtype=dtype, requires_grad=True)
+    optimizer = HyperOptimizer([("w", param)], LearnedRates({"w": param.detach()}, "coordinate", lr=0.05))
+    for _ in range(20):
+        optimizer.zero_grad()
+        (0.5 * param.float().square().sum()).backward()
+        optimizer.step()
+    assert all(v.dtype is torch.float32 and bool(v.isfinite().all()) for v in optimizer.theta.values())
+    assert bool((param.abs() < 1.0).all())
+
+
+def test_an_objective_that_divides_by_losses_asks_for_them_at_once() -> None:
+    params = variables()
+    optimizer = HyperOptimizer([*params.items()], start(RULES["momentum"]), 2, MeanLogLoss())
+    backward(params, 0)
+    with pytest.raises(ValueError, match=r"pass step\(loss=loss\)"):
+        optimizer.step()

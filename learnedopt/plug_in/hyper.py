@@ -142,7 +142,7 @@ class HyperOptimizer(RuleOptimizer):
             RunDiverged: too many meta-gradients in a row were not finite.
             ValueError: the guard needs the closure, or the objective ``outputs``; or as that of ``LearnedOptimizer``.
         """
-        settings.require_arguments(self.objective, self.guard, closure, outputs)
+        settings.require_arguments(self.objective, self.guard, closure, loss, outputs)
         again, loss = closure, self._evaluated(closure, loss)
         members = self._members()
         if any(m.param.grad is not None for m in members):

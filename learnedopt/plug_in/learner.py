@@ -24,7 +24,7 @@ class Learner:
     """Theta, and the meta-optimizer that moves it.
 
     Args:
-        theta: where it starts; it is copied.
+        theta: where it starts; it is copied, in float32 at least.
         meta_optimizer: makes a ``torch.optim.Optimizer`` from theta's tensors.
         scheduler: makes a learning-rate scheduler from the meta-optimizer, stepped after each of its steps; or None.
         max_skips_in_a_row: so many meta-gradients in a row may be not finite; the next one raises ``RunDiverged``.
@@ -41,7 +41,9 @@ class Learner:
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
         max_skips_in_a_row: int,
     ) -> None:
-        self.theta = as_leaves({k: v.detach().clone() for k, v in theta.items()})
+        # A rate per coordinate of half-precision parameters is drawn in theirs, where small meta-steps would be lost.
+        wide = {k: v.detach().clone().to(torch.promote_types(v.dtype, torch.float32)) for k, v in theta.items()}
+        self.theta = as_leaves(wide)
         self.meta_optimizer = meta_optimizer(NamedTensors(self.theta))
         if not isinstance(self.meta_optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -70,7 +72,8 @@ class Learner:
             if self.skips_in_a_row > self.max_skips_in_a_row:
                 raise RunDiverged(
                     f"{self.skips_in_a_row} meta-gradients in a row were not finite, so that theta cannot move: losses "
-                    "or gradients overflow; start from smaller rates, or clip the gradients before step()"
+                    "or gradients overflow (start from smaller rates, or clip the gradients before step()), or the "
+                    "objective reads losses that step() was not told: pass step(loss=loss)"
                 )
             return
         self.skips_in_a_row = 0

@@ -11,7 +11,7 @@ from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.estimator import check_objective, check_paths
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.objective import FinalLoss, MetaObjective
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import has_learned_start
@@ -119,8 +119,10 @@ def require_hint(hint: PresentGradient | None, meta_optimizer: torch.optim.Optim
         )
 
 
-def require_arguments(objective: Any, guard: Any, closure: Any, outputs: Any) -> None:
+def require_arguments(objective: Any, guard: Any, closure: Any, loss: Any, outputs: Any) -> None:
     """Raise ValueError where a step is not told what the guard or the objective needs."""
+    if isinstance(objective, MeanLogLoss) and closure is None and loss is None:
+        raise ValueError("MeanLogLoss() divides by the losses, which gradients do not hold: pass step(loss=loss)")
     if guard is not None and closure is None:
         raise ValueError(
             f"the guard {guard!r} compares the losses before and after a step on one batch, and gradients do not hold "
