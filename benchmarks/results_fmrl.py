@@ -1,6 +1,6 @@
 """FMRL: regret over tasks beside its bounds, and on Fashion-MNIST beside learners that know less or more; float64.
 
-Run ``python benchmarks/results_fmrl.py [folder]`` (about 45 CPU minutes; what is finished in the folder, ``runs`` by
+Run ``python benchmarks/results_fmrl.py [folder]`` (about 20 CPU minutes; what is finished in the folder, ``runs`` by
 default, is not computed again). It runs the studies ``fmrl-convex`` and ``fmrl-fashion`` as they are, prints their
 tables, and puts their figures into ``docs/figures``.
 """
@@ -34,7 +34,7 @@ def summary(name: str, runs: Path) -> dict[str, Any]:
 
 def convex(found: dict[str, Any]) -> None:
     """Print what the bounds are worth, over tasks and over the clusters' radius."""
-    print("| 1,000 tasks, mean of 5 seeds | TAR | bound | violations at any T | last D | single task | omniscient |")
+    print("| 1,000 tasks, mean of 3 seeds | TAR | bound | violations at any T | last D | single task | omniscient |")
     print("|---|---|---|---|---|---|---|")
     for geometry, seeds in found["over_tasks"].items():
         for who in seeds[0]:

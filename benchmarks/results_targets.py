@@ -190,9 +190,6 @@ def rates() -> Iterable[tuple[str, float]]:
     """Yield the rates that targets ahead of Adam lead to."""
     for ahead in (4, 16):
         yield f"squared distance, L = {ahead}, as it is", rate_after(BootstrappedTarget(ahead, 0.1, matching=unbounded))
-        for bound in (1.0, 0.3, 0.1):
-            objective = BootstrappedTarget(ahead, 0.1, max_distance=bound)
-            yield f"squared distance, L = {ahead}, max_distance = {bound}", rate_after(objective)
         yield f"KL, L = {ahead}", rate_after(BootstrappedTarget(ahead, 0.1, matching=KLDivergence()))
     yield "squared distance, L = 1", rate_after(BootstrappedTarget(1, 0.1))
 

@@ -25,6 +25,7 @@ from learnedopt.estimators.linear_solvers import (
 )
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
+from learnedopt.objectives.feedback import HypergradientFeedback
 from learnedopt.objectives.matching import KLDivergence, Matching, SquaredDistance
 from learnedopt.objectives.solvers import SumOfLossesSolver
 from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
@@ -43,10 +44,13 @@ __version__ = "0.2.0"
 
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {
+    "AcceptIfBetter": "learnedopt.plug_in.guard",
+    "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
     "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
+    "PresentGradient": "learnedopt.plug_in.guard",
     "load": "learnedopt.checkpoint",
     "load_checkpoint": "learnedopt.checkpoint",
     "predict_peak": "learnedopt.execution.memory",
@@ -91,6 +95,8 @@ if TYPE_CHECKING:
     from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
     from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
+    from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
+    from learnedopt.plug_in.hyper import HyperOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, Validation
 
@@ -109,6 +115,7 @@ __all__ = [
     "ARUBA",
     "GMRES",
     "L2",
+    "AcceptIfBetter",
     "Batch",
     "BestInHindsight",
     "Bootstrap",
@@ -129,6 +136,8 @@ __all__ = [
     "GradientEstimator",
     "GuessAndGrow",
     "HessianFree",
+    "HyperOptimizer",
+    "HypergradientFeedback",
     "Implicit",
     "InnerLoop",
     "InnerObjective",
@@ -151,6 +160,7 @@ __all__ = [
     "Params",
     "Penalty",
     "PerName",
+    "PresentGradient",
     "ProjectedGradient",
     "Proximal",
     "RegretBound",

@@ -88,7 +88,6 @@ def test_what_cannot_run_away_is_not_refused() -> None:
     for objective in (
         BootstrappedTarget(1, 0.1),
         BootstrappedTarget(3, 0.1, matching=KLDivergence()),
-        BootstrappedTarget(3, 0.1, max_distance=0.5),
         TargetMatching(BestInHindsight(SOLVER, 3)),
     ):
         assert Unrolled(2).estimate(learned, theta, objective, carry).loss > 0
@@ -103,7 +102,6 @@ def test_what_cannot_run_away_is_not_refused() -> None:
     ("make", "error", "told"),
     [
         (lambda: Bootstrap(0, 0.1), ValueError, "num_target_steps=0 is not a count"),
-        (lambda: Bootstrap(2, 0.1, max_distance=0.0), ValueError, "max_distance=0.0 is a multiple of the rollout's"),
         (lambda: Bootstrap(2, 0.0), ValueError, "step_size=0.0 must be positive"),
         (lambda: Bootstrap(2, 0.1, "test"), ValueError, "split='test' is neither"),  # type: ignore[arg-type]
         (lambda: LastIterate(0), ValueError, "num_steps=0 is not a count"),
@@ -142,15 +140,6 @@ def test_a_family_without_outputs_is_refused_before_the_first_step(monkeypatch: 
     monkeypatch.setattr(InnerLoop, "run", lambda *args, **kwargs: pytest.fail("a step was taken"))
     with pytest.raises(NotImplementedError, match="Bare has no outputs; define outputs"):
         Unrolled(2).estimate(loop, theta, BootstrappedTarget(1, 0.1, matching=KLDivergence()), carry)
-
-
-def test_a_bound_by_a_rollout_of_no_steps() -> None:
-    loop = InnerLoop(Quadratic(), Signs(learn=False))
-    with pytest.raises(ValueError, match="a rollout of no steps has none"):
-        Unrolled(0).estimate(
-            loop, loop.init_theta(torch.Generator()), BootstrappedTarget(2, 0.1, max_distance=1.0),
-            loop.start(sample(loop.family)),
-        )  # fmt: skip
 
 
 def test_a_solver_that_returns_something_else() -> None:

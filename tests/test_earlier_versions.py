@@ -187,7 +187,6 @@ def test_a_bootstrapped_target_was_an_objective_of_its_own() -> None:
         BootstrappedTarget(3, 0.5),
         BootstrappedTarget(3, 0.5, matching=KLDivergence("reverse")),
         BootstrappedTarget(3, 0.5, matching=KLDivergence(), continue_from="rollout"),
-        BootstrappedTarget(3, 0.5, matching=KLDivergence(), max_distance=1.0),
         FinalLoss(),
     ):
         changed = Outer(3, other, "none")

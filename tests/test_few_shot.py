@@ -17,6 +17,7 @@ from torch.nn import functional
 import learnedopt
 from benchmarks import results_few_shot, results_sine
 from learnedopt import (
+    BootstrappedTarget,
     Carry,
     Execution,
     FinalLoss,
@@ -33,7 +34,6 @@ from learnedopt import (
 )
 from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import recorded_solver
-from learnedopt.core.objective import BootstrappedTarget
 from learnedopt.core.registry import Choice
 from learnedopt.core.tree import Params
 from learnedopt.estimators.unrolled import Unrolled

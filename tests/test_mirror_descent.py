@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from learnedopt import Execution, InnerLoop, Params, Tape, UpdateRule, optimizers, tasks
+from learnedopt import (
+    Execution,
+    HyperOptimizer,
+    InnerLoop,
+    LearnedOptimizer,
+    Params,
+    Tape,
+    UpdateRule,
+    optimizers,
+    tasks,
+)
 from learnedopt.optimizers import (
     SGD,
     Ball,
@@ -269,3 +279,15 @@ def begun(rule: UpdateRule, **options: Any) -> Callable[[], Any]:
 def test_what_cannot_work_is_said(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_the_plug_ins_refuse_a_start_that_the_rule_cannot_move_from() -> None:
+    model = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.5, 0.5, 0.0]]))
+    rule = MirrorDescent(Entropic(), learn=("radius",))
+    theta = rule.init_theta(torch.Generator())
+    with pytest.raises(ValueError, match="MirrorDescent cannot start from these parameters"):
+        LearnedOptimizer(model.named_parameters(), (rule, theta))
+    with pytest.raises(ValueError, match="MirrorDescent cannot start from these parameters"):
+        HyperOptimizer(model.named_parameters(), (rule, theta))

@@ -147,7 +147,7 @@ def recursion(rule: str, alpha: Callable[[int], float], hint: str, form: str, be
         weighted, squares = weighted + alpha(t) * g, squares + (alpha(t) * g - ahead) ** 2
         guess = {"none": 0 * g, "last": g, "next": pull_back(mean, gradient(mean))}[hint]
         ahead = alpha(t + 1) * guess
-        w = w1 - (beta if form == "euclidean" else beta / squares.sqrt()) * (weighted + ahead)
+        w = w1 - (beta if form == "euclidean" else beta / (squares + ahead**2).sqrt()) * (weighted + ahead)
         means.append(mean)
         ws.append(w)
     return torch.stack(means), torch.stack(ws)

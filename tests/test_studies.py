@@ -16,6 +16,14 @@ from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
 
 TINY: dict[str, list[str]] = {
+    "hyper-fashion": [
+        "num_steps=60", "last=20", "seeds=[0,1]", "tuning_seeds=[100]", "adam_rates=[0.005]", "sgd_rates=[0.1]",
+        "starts=[0.1]",
+    ],
+    "optimistic-conv": [
+        "num_steps=50", "last=20", "seeds=[0]", "tuning_seeds=[100]", "batch_size=16", "starts=[0.1]", "betas=[0.01]",
+        "adam_rates=[0.005]", "sgd_rates=[0.1,0.2]", "momentum_rates=[0.02]",
+    ],
     "aruba-omniglot": [
         "num_meta_steps=2", "num_tuning_steps=1", "num_tasks=2", "lrs=(0.1,)", "aruba_lrs=(0.1,)", "zetas=(0.03,)",
         "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",

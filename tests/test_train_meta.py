@@ -235,8 +235,8 @@ def test_estimators_objectives_rules_and_families_are_replaced_by_name(
 def test_a_target_is_changed_where_it_is() -> None:
     name = "bootstrapped-mnist"
     assert configured(name).objective == BootstrappedTarget(6, 1.0)
-    found = configured(name, "objective.target.num_target_steps=4", "objective.target.max_distance=2").objective
-    assert found == BootstrappedTarget(4, 1.0, max_distance=2.0)
+    found = configured(name, "objective.target.num_target_steps=4", "objective.target.step_size=2").objective
+    assert found == BootstrappedTarget(4, 2.0)
     assert configured(name, "objective.target=LastIterate", "objective.target.num_steps=2").objective == (
         TargetMatching(LastIterate(2))
     )

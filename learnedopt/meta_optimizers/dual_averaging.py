@@ -46,9 +46,10 @@ class DualAveraging(torch.optim.Optimizer):
         weights: α_t, ``Constant()`` or ``Linear()``, their names "constant" and "linear", or a function of the step.
         hint: None; ``LastGradient()`` or its name "last-gradient"; or a function ``(params, gradients) -> hints`` of
             those parameters that have a gradient, which is g_t: the average's factor is taken out.
-        form: "euclidean", or "adagrad" with a rate for each coordinate, ``β_t = β / sqrt(Σ_{s<=t} (α_s (g_s - g̃_s))²)``
-            with g̃_1 = 0: of all squared gradients without a hint, of what the hints missed with one (Duchi et al. 2011;
-            Rakhlin and Sridharan 2013). A coordinate of which the sum is 0 stays where it began.
+        form: "euclidean", or "adagrad" with a rate for each coordinate,
+            ``β_t = β / sqrt(Σ_{s<=t} (α_s (g_s - g̃_s))² + (α_{t+1} g̃_{t+1})²)`` with g̃_1 = 0: of all squared gradients
+            without a hint; with one of what the hints missed, and of the one in hand, which may miss by all of itself
+            (Duchi et al. 2011; Rakhlin and Sridharan 2013). A coordinate of which the sum is 0 stays where it began.
         averaged: whether gradients are those of ``Averaged(rule, weights)`` with the same weights, whose parameters
             are x̄_t: the engine's gradient is then ρ_t g_t with ρ_t = α_t / Σ_{s<=t} α_s, so that α_t g_t is it times
             Σ_{s<=t} α_s. False takes gradients as g_t themselves.
@@ -143,8 +144,11 @@ def _direction(state: dict[str, Any], gradient: Tensor, ahead: Tensor | None) ->
     state["squares"] = state["squares"] + missed.square()
     if ahead is not None:
         state["hint"] = ahead
+    # The hint in hand may miss by all of itself: without it a coordinate whose first gradients were tiny is thrown as
+    # far as its first hint is larger than they were.
+    squares = state["squares"] if ahead is None else state["squares"] + ahead.square()
     # No small number in the denominator: where there was nothing to learn from, nothing moves.
-    return torch.where(state["squares"] > 0, total / state["squares"].sqrt(), 0.0)
+    return torch.where(state["squares"] > 0, total / squares.sqrt(), 0.0)
 
 
 def _resolve_hint(hint: Hint | str | None) -> Hint | None:

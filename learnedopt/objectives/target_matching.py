@@ -35,8 +35,8 @@ class TargetMatching(TaskMean):
             of, as published; "rollout", from the rollout's end, so that these steps are taken again.
 
     Raises:
-        ValueError: before the first step: the target or the matching cannot serve this loop; or the squared distance,
-            without a bound, to where a rule comes whose updates keep their length, however small the gradients are
+        ValueError: before the first step: the target or the matching cannot serve this loop; or the squared distance
+            to where a rule comes whose updates keep their length, however small the gradients are
             (Adam's, sign descent): it moves away by as much as a learned rate grows, and rates grow without end.
 
     Example:
@@ -63,29 +63,21 @@ class TargetMatching(TaskMean):
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> tuple[Tensor, Carry]:
         """Return the mean distance over tasks, and the carry that training goes on from."""
         found = self.target.find(loop, theta, rollout.end)
-        target = found.target
-        if self.target.max_distance is not None:
-            target = _drawn_in(target, rollout, self.target.max_distance)
-        distances = self.matching(loop, target, rollout.end, self.target.split)
+        distances = self.matching(loop, found.target, rollout.end, self.target.split)
         distances = require_distances(self.matching, distances, tree.size(rollout.end.params))
         return distances.mean(), found.ahead if self.continue_from == "bootstrap" else detach(rollout.end)
 
     def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
         """Ask the target and the matching whether they can serve, on the first two tasks where they start."""
         target, theta = self.target, tree.detach(theta)
-        if target.max_distance is not None and num_steps == 0:
-            raise ValueError(
-                f"max_distance={target.max_distance!r} bounds the target by the rollout's own way, and a rollout of no "
-                "steps has none: the meta-gradient would be a silent zero; take steps, or leave the bound out"
-            )
         begun = detach(loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params)))))
-        free = num_steps > 0 and target.max_distance is None and isinstance(self.matching, SquaredDistance)
-        if free and target.rule_steps > 0 and is_normalised(loop, theta, begun):
+        chases = num_steps > 0 and target.rule_steps > 0 and isinstance(self.matching, SquaredDistance)
+        if chases and is_normalised(loop, theta, begun):
             raise ValueError(
                 f"{type(loop.rule).__name__}'s updates keep their length, however small the gradients are, so that a "
                 f"target {target.rule_steps} of them ahead moves away by as much as a learned rate grows: under the "
                 "squared distance rates grow without end. Match outputs (KLDivergence()), or use a Bootstrap with "
-                "num_target_steps=1; a bound (max_distance=0.3) may slow the growth, and rates are to be watched"
+                "num_target_steps=1"
             )
         end = begun._replace(step=begun.step + num_steps)
         target.check(loop, theta, end)
@@ -100,22 +92,6 @@ def BootstrappedTarget(
     split: Split = "valid",
     matching: Matching = SquaredDistance(),  # noqa: B008 - without a state
     continue_from: Onward = "bootstrap",
-    max_distance: float | None = None,
 ) -> TargetMatching:
     """Bootstrapped meta-gradients: ``TargetMatching(Bootstrap(...), matching)`` (Flennerhag et al. 2022)."""
-    return TargetMatching(Bootstrap(num_target_steps, step_size, split, max_distance), matching, continue_from)
-
-
-def _drawn_in(target: Carry, rollout: Rollout, ratio: float) -> Carry:
-    """Return the target, no further from the end than ``ratio`` times the rollout's way from start to end."""
-    names = [*target.params]
-    start, end, far = (
-        tree.ravel([carry.params[k].detach() for k in names]) for carry in (rollout.start, rollout.end, target)
-    )
-    allowed, distance = ratio * (end - start).norm(dim=1), (far - end).norm(dim=1)
-    beyond = distance > allowed
-    scale = torch.where(beyond, allowed / torch.where(beyond, distance, 1.0), 1.0)  # no 0/0
-    # Within the bound the target stays as it is, to the bit.
-    near = torch.where(beyond[:, None], end + scale[:, None] * (far - end), far)
-    params = dict(zip(names, tree.unravel(near, list(target.params.values())), strict=True))
-    return target._replace(params=params)
+    return TargetMatching(Bootstrap(num_target_steps, step_size, split), matching, continue_from)

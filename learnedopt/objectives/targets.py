@@ -42,8 +42,6 @@ class Target(ABC):
 
     split: Split = "train"
     """On whose batch a matching of outputs compares, where it has no split of its own."""
-    max_distance: float | None = None
-    """How far from the end ``TargetMatching`` lets it lie, in lengths of the rollout's own way; None for any."""
 
     @property
     def rule_steps(self) -> int:
@@ -71,16 +69,11 @@ class Bootstrap(Target):
             that of the final loss on ``split``.
         step_size: of the plain gradient step, positive.
         split: "train" or "valid", for the plain step, and for the outputs that a matching compares.
-        max_distance: a target further from the end than so many times the rollout's own way, start to end, is drawn in
-            along the straight line, task by task. None leaves it where it is, which the squared distance refuses for a
-            rule whose updates keep their length (Adam's). Such rates may run away all the same, since the rollout's way
-            grows with them (docs/results.md): watch them, or match outputs.
     """
 
     num_target_steps: int
     step_size: float
     split: Split = "valid"
-    max_distance: float | None = None
 
     def __post_init__(self) -> None:
         require_count("num_target_steps", self.num_target_steps, least=1)
@@ -88,7 +81,6 @@ class Bootstrap(Target):
             raise ValueError(f"step_size={self.step_size!r} must be positive: the target lies down the loss's gradient")
         if self.split not in ("train", "valid"):
             raise ValueError(f"split={self.split!r} is neither 'train' nor 'valid'")
-        _require_bound(self.max_distance)
 
     @property
     def rule_steps(self) -> int:
@@ -117,15 +109,12 @@ class LastIterate(Target):
 
     Args:
         num_steps: at least 1.
-        max_distance: as that of ``Bootstrap``.
     """
 
     num_steps: int
-    max_distance: float | None = None
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
-        _require_bound(self.max_distance)
 
     @property
     def rule_steps(self) -> int:
@@ -205,14 +194,6 @@ class RegularizedSolution(Target):
     def check(self, loop: InnerLoop, theta: Theta, end: Carry) -> None:
         """Solve for it."""
         self.find(loop, theta, end)
-
-
-def _require_bound(max_distance: float | None) -> None:
-    if max_distance is not None and not 0 < max_distance < math.inf:
-        raise ValueError(
-            f"max_distance={max_distance!r} is a multiple of the rollout's own way, and must be positive and finite; "
-            "None sets no bound"
-        )
 
 
 def _require_solver(solver: TargetSolver) -> None:

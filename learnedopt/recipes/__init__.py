@@ -45,6 +45,8 @@ _TABLE = {
     "imaml-omniglot-paper": "implicit:imaml_omniglot_paper",
     "imaml-hf-omniglot": "implicit:imaml_hf_omniglot",
     "imaml-hf-omniglot-paper": "implicit:imaml_hf_omniglot_paper",
+    "hyper-fashion": "hyper:hyper_fashion",
+    "optimistic-conv": "optimistic_conv:optimistic_conv",
 }
 """name -> module in this package:function."""
 

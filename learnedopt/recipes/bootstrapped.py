@@ -64,6 +64,6 @@ def lstm_mnist_bootstrapped() -> Recipe:
         estimator=Truncated(5, horizon=100, tape=Tape.FULL),
         # Its inputs are nearly normalised, so that squared distances would grow with the updates: outputs are matched.
         objective=BootstrappedTarget(num_target_steps=6, step_size=1.0, matching=KLDivergence()),
-        num_meta_steps=1000,
-        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=100),
+        num_meta_steps=500,
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=4, every=100),
     )

@@ -34,12 +34,12 @@ class FmrlConvex(Study):
     dim: int = 5
     radius: float = 0.25
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
-    num_tasks_a_radius: int = 300
+    num_tasks_a_radius: int = 200
     noise: float = 0.1
     single_radii: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     num_experts: int = 10
     mixing: float = 0.05
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure both geometries over all tasks, and the Euclidean one over the clusters' radii."""

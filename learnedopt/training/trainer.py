@@ -56,8 +56,7 @@ class MetaTrainer:
         loop: family, rule, execution and inner objective.
         estimator: how the meta-gradient is found. Its carry is its own; a checkpoint keeps it as it is.
         objective: what is minimised.
-        meta_optimizer: makes any ``torch.optim.Optimizer`` from a list of tensors; default Adam at 1e-3. The
-            list has their ``names`` for one that tells them apart.
+        meta_optimizer: makes any ``torch.optim.Optimizer`` from a list of tensors with ``names``; default Adam.
         tracker: what is told about the run, or a function that makes it; by default a line of progress on stderr; None
             for nothing. A failure of it is reported by ``logging`` and stops nothing.
         num_tasks: tasks a meta-batch.
@@ -172,8 +171,7 @@ class MetaTrainer:
         carry = progress.carry if progress.carry is not None else self._fresh_carry()
         # From here on the episode counts as begun, and its carry comes back only with a finite meta-gradient.
         progress.carry = None
-        # A copy of theta, so that what an estimator or a rule keeps of it does not move with theta.
-        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})
+        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
         estimate = self.estimator.estimate(self.loop, theta, self.objective, carry)
         self._require_carry(estimate.carry)
         require_grads(self.estimator, estimate.grads, self.theta)
