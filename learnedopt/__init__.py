@@ -71,6 +71,11 @@ _LAZY = {
     "Proximal": "learnedopt.inner_objectives",
     "WeightedExamples": "learnedopt.inner_objectives",
     "ARUBA": "learnedopt.meta_optimizers.aruba",
+    "Averaged": "learnedopt.optimizers",
+    "Entropic": "learnedopt.optimizers",
+    "Euclidean": "learnedopt.optimizers",
+    "Iterate": "learnedopt.optimizers",
+    "MirrorDescent": "learnedopt.optimizers",
     "MomentMatching": "learnedopt.objectives.regret_bound",
     "RegretBound": "learnedopt.objectives.regret_bound",
     "inner_objectives": "",
@@ -95,6 +100,7 @@ if TYPE_CHECKING:
     from learnedopt.objectives.regret_bound import MomentMatching, RegretBound
     from learnedopt.objectives.regularized_leader import FollowTheRegularizedLeader
     from learnedopt.optim import LearnedOptimizer
+    from learnedopt.optimizers import Averaged, Entropic, Euclidean, Iterate, MirrorDescent
     from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
     from learnedopt.plug_in.hyper import HyperOptimizer
     from learnedopt.tasks.module_family import ModuleFamily
@@ -116,6 +122,7 @@ __all__ = [
     "GMRES",
     "L2",
     "AcceptIfBetter",
+    "Averaged",
     "Batch",
     "BestInHindsight",
     "Bootstrap",
@@ -126,7 +133,9 @@ __all__ = [
     "Constant",
     "ConvergenceWarning",
     "DualAveraging",
+    "Entropic",
     "Estimate",
+    "Euclidean",
     "Execution",
     "FinalLoss",
     "FirstOrder",
@@ -141,6 +150,7 @@ __all__ = [
     "Implicit",
     "InnerLoop",
     "InnerObjective",
+    "Iterate",
     "KLDivergence",
     "Kernel",
     "LastGradient",
@@ -154,6 +164,7 @@ __all__ = [
     "MeanLogLoss",
     "MetaObjective",
     "MetaTrainer",
+    "MirrorDescent",
     "ModuleFamily",
     "MomentMatching",
     "Neumann",

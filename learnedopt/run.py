@@ -26,7 +26,7 @@ from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
-from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
+from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
 from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
@@ -113,6 +113,8 @@ def carry_out(study: Study, folder: Path, tracker: Tracker) -> None:
     """Compute a study in ``folder``, and let the tracker know its settings, numbers, figure and end."""
     exit_code = 1
     try:
+        if isinstance(tracker, Rewindable):
+            tracker.rewind(-1)  # a study that goes on tells all of its numbers again
         tracker.start(configuration(study))
         study.run(folder, tracker)
         figure = folder / f"{study.name}.png"
@@ -192,7 +194,8 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
 def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     """Return the id of the run of this recipe that ``folder`` holds, maybe of an earlier version; None for no run.
 
-    A run of another configuration does not count where not one meta-step was taken; otherwise it is refused.
+    A run of another configuration does not count where not one meta-step was taken, and no part of a study finished;
+    otherwise it is refused.
     """
     path, record = folder / "config.json", folder / "metrics.jsonl"
     if not path.exists():
@@ -212,7 +215,9 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     if saved == config:
         return run_id
     rows = read_metrics(record) if record.exists() else []  # row 0 is the validation of the start
-    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows):
+    # A study remembers its parts by files that do not tell all its settings, often before it has told any number.
+    parts = (p for p in folder.rglob("*.json") if p != path and p.relative_to(folder).parts[0] != "wandb")
+    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows) or any(parts):
         changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
         raise ValueError(
             f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "

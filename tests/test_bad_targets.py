@@ -79,6 +79,14 @@ def test_the_squared_distance_ahead_of_a_normalised_direction_is_refused(target:
             estimator.estimate(loop, theta, TargetMatching(target), carry)
 
 
+def test_a_direction_that_is_normalised_for_one_tensor_alone_is_refused() -> None:
+    parts = {"a": ("w", optimizers.Adam(learn=("lr",))), "b": ("b", optimizers.SGD(learn=("lr",)))}
+    loop = InnerLoop(Quadratic(), optimizers.Partition(parts))
+    theta, carry = loop.init_theta(torch.Generator()), loop.start(sample(loop.family))
+    with pytest.raises(ValueError, match="Partition's updates keep their length"):
+        Unrolled(2).estimate(loop, theta, TargetMatching(LastIterate(1)), carry)
+
+
 def test_what_cannot_run_away_is_not_refused() -> None:
     family = Quadratic()
     learned, fixed = (InnerLoop(family, Signs(learn=learn)) for learn in (True, False))
@@ -103,6 +111,8 @@ def test_what_cannot_run_away_is_not_refused() -> None:
     [
         (lambda: Bootstrap(0, 0.1), ValueError, "num_target_steps=0 is not a count"),
         (lambda: Bootstrap(2, 0.0), ValueError, "step_size=0.0 must be positive"),
+        (lambda: Bootstrap(2, float("inf")), ValueError, "step_size=inf must be positive and finite"),
+        (lambda: Bootstrap(2, "0.1"), TypeError, "step_size='0.1' is a str"),  # type: ignore[arg-type]
         (lambda: Bootstrap(2, 0.1, "test"), ValueError, "split='test' is neither"),  # type: ignore[arg-type]
         (lambda: LastIterate(0), ValueError, "num_steps=0 is not a count"),
         (lambda: BestInHindsight(SOLVER, 0), ValueError, "num_steps=0 is not a count"),

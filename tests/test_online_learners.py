@@ -248,6 +248,7 @@ def test_bad_input_is_refused_before_the_first_step(make: Any, error: type[Excep
         (lambda params, gradients: [g.reshape(-1) for g in gradients], r"\[\(2, 3\), .*\[\(6,\)"),
         (lambda params, gradients: gradients[:2], r"got \[\(2, 3\), \(2,\)\]"),
         (lambda params, gradients: [0.0] * 3, "got .'float', 'float', 'float'"),
+        (lambda params, gradients: None, "got .'NoneType'"),
     ],
 )
 def test_a_hint_of_another_shape_is_refused_and_nothing_has_moved(hint: Any, told: str) -> None:

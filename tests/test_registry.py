@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import learnedopt
+from learnedopt import optimizers
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.registry import Registry
 from learnedopt.core.tree import Params
@@ -84,3 +86,8 @@ def test_where_nothing_takes_templates_one_is_an_option_like_any_other() -> None
 def test_what_cannot_be_made_is_refused(call: Callable[[Registry[InnerObjective]], Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         call(registry())
+
+
+@pytest.mark.parametrize("name", ["Averaged", "Entropic", "Euclidean", "Iterate", "MirrorDescent"])
+def test_the_parts_of_online_learning_are_importable_from_the_package_itself(name: str) -> None:
+    assert name in learnedopt.__all__ and getattr(learnedopt, name) is getattr(optimizers, name)

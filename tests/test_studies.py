@@ -29,7 +29,7 @@ TINY: dict[str, list[str]] = {
         "num_valid_tasks=2", "num_test_tasks=4", "num_test_steps=2", "width=4",
     ],
     "bmg-quadratic": ["num_steps=20", "num_tasks=2", "seeds=[0,1]"],
-    "bmg-mnist-permuted": ["num_steps=20", "seeds=[0,1]", "tuning_seeds=[5]"],
+    "bmg-mnist-permuted": ["num_steps=8", "seeds=[0,1]", "tuning_seeds=[5]"],
     "optimistic-convex": ["num_steps=60", "dim=6"],
     "fmrl-convex": [
         "num_tasks=3", "num_losses=4", "radii=[0.1,0.4]", "num_tasks_a_radius=3", "seeds=[0,1]", "num_experts=3",
@@ -50,11 +50,12 @@ def test_every_study_runs_and_goes_on(name: str, tmp_path: Path, data_root: Path
     assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
     folder = tmp_path / name
     assert (folder / f"{name}.png").stat().st_size > 5000
-    assert read_metrics(folder / "metrics.jsonl")
+    assert (told := read_metrics(folder / "metrics.jsonl"))
     written = {path: path.read_bytes() for path in folder.rglob("*.json")}
     assert len(written) > 1  # the configuration, and numbers
     assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == written
+    assert read_metrics(folder / "metrics.jsonl") == told  # once, not once a run
 
 
 def test_what_was_finished_is_remembered(tmp_path: Path) -> None:
@@ -101,6 +102,40 @@ def test_a_study_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["recipe"] == configuration(_Blank("blank"))
     with pytest.raises(ValueError, match="another configuration"):
         train(_Blank("blank", num_threads=2), tmp_path, "disabled")
+
+
+@dataclass(frozen=True)
+class _CutShort(Study):
+    def run(self, folder: Path, tracker: Tracker) -> None:
+        study.remember(folder / "runs" / "part.json", lambda: self.num_threads)
+        raise KeyboardInterrupt
+
+
+def test_parts_of_a_study_of_other_settings_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(_CutShort("short"), tmp_path, "disabled")
+    with pytest.raises(ValueError, match="another configuration"):  # though no number was told yet
+        train(_CutShort("short", num_threads=2), tmp_path, "disabled")
+
+
+@pytest.mark.parametrize(
+    ("name", "assignment", "message"),
+    [
+        ("hyper-fashion", "seeds=[]", "seeds is empty"),
+        ("optimistic-conv", "betas=[]", "betas is empty"),
+        ("aruba-omniglot", "zetas=()", "zetas is empty"),
+        ("fmrl-convex", "radii=[]", "radii is empty"),
+        ("fmrl-convex", "single_radii=[0.0,1.0]", "must be positive"),
+        ("fmrl-convex", "num_tasks=0", "num_tasks=0"),
+        ("fmrl-fashion", "seeds=[]", "seeds is empty"),
+        ("fmrl-fashion", "fal_radius=0.0", "must be positive"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_runs(
+    name: str, assignment: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_meta.main(command(name, tmp_path, assignment)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / name).exists()
 
 
 def test_a_study_cannot_be_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

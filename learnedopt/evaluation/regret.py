@@ -33,14 +33,19 @@ class Regret(NamedTuple):
         counts = torch.arange(1, len(self.regret) + 1, dtype=self.regret.dtype)
         return self.regret.cumsum(0) / counts, self.bound.cumsum(0) / counts
 
+    def violations(self) -> int:
+        """Return after how many of 1, 2, ... tasks the averaged regret is not within its bound; NaN is not."""
+        averages, bounds = self.averaged()
+        return int((~(averages <= bounds)).sum())
 
-class Recorded(TaskMean):
+
+class RecordedTasks(TaskMean):
     """An objective that remembers which tasks theta met, and the theta that it was then: what regret is computed of.
 
     It keeps all of it in memory, and none of it in a checkpoint.
 
     Example:
-        >>> objective = Recorded(LeaderAndRadius(target))
+        >>> objective = RecordedTasks(LeaderAndRadius(target))
         >>> MetaTrainer(loop, Unrolled(0), objective, meta_optimizer).run(200)
         >>> found = regret(loop, learner, objective.thetas, objective.tasks, num_steps=16, best=ProjectedGradient())
     """
@@ -92,7 +97,7 @@ def regret(
         leader: where given, x_{i+1} is what it makes of the first i losses: ``FollowTheRegularizedLeader``.
 
     Raises:
-        ValueError: ``num_steps`` is not the learner's.
+        ValueError: ``num_steps`` is not the learner's; a task's radius is not positive.
     """
     if num_steps != learner.num_steps:
         raise ValueError(
@@ -125,4 +130,6 @@ def _radius(learner: MirrorDescent, thetas: Theta, like: Tensor) -> Tensor:
     if not learner.learns_radius:
         return torch.full_like(like, learner.radius)
     (name,) = (k for k in thetas if k.rpartition("/")[2] == "radius")
+    if not bool((thetas[name] > 0).all()):
+        raise ValueError(f"the radius {name!r} must be positive, its least entry is {float(thetas[name].min()):g}")
     return thetas[name]

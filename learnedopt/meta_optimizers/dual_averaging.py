@@ -125,13 +125,14 @@ class DualAveraging(torch.optim.Optimizer):
         # Copies: a hint that writes to what it is given would change a step that no error tells of.
         hints = self.hint([p.clone() for p in params], [g.clone() for g in gradients])
         wanted = [tuple(g.shape) for g in gradients]
-        found = [tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in hints]
+        given: list[Any] = [*hints] if isinstance(hints, list | tuple) else [hints]
+        found = [tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in given]
         if found != wanted:
             raise ValueError(
                 f"the hint {self.hint!r} must return one tensor of the same shape for each gradient, {wanted}, got "
                 f"{found}; it is a guess of the next gradients, in their order"
             )
-        return hints
+        return given
 
 
 def _direction(state: dict[str, Any], gradient: Tensor, ahead: Tensor | None) -> Tensor:

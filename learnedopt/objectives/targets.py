@@ -16,6 +16,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import Split
 from learnedopt.core.tree import Theta
+from learnedopt.core.weights import require_positive
 
 TargetSolver: TypeAlias = Callable[..., Carry]
 """``(loop, theta, carry, num_steps, strength=0.0, center=None) -> Carry``: of each task, where the sum of the outer
@@ -77,8 +78,7 @@ class Bootstrap(Target):
 
     def __post_init__(self) -> None:
         require_count("num_target_steps", self.num_target_steps, least=1)
-        if not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size!r} must be positive: the target lies down the loss's gradient")
+        require_positive("Bootstrap", "step_size", self.step_size)
         if self.split not in ("train", "valid"):
             raise ValueError(f"split={self.split!r} is neither 'train' nor 'valid'")
 

@@ -24,7 +24,7 @@ from learnedopt.objectives.regret_bound import MomentMatching
 from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import LastIterate
 from learnedopt.recipes.recipe import ALL_TASKS
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Study, remember, require_some
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Tracker
 from learnedopt.training.trainer import MetaTrainer, TrainingResult
@@ -80,6 +80,9 @@ class ArubaOmniglot(Study):
     num_test_steps: int = 10
     width: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_some(self, "lrs", "aruba_lrs", "zetas")
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose settings, meta-train and test; go on with what ``folder`` has of it."""

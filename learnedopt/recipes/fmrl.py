@@ -16,8 +16,9 @@ import torch
 
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import plain_json, write_json
+from learnedopt.core.weights import require_positive
 from learnedopt.recipes.online_convex import Follows, OnlineConvex
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Study, remember, require_some
 from learnedopt.training.tracker import Tracker
 
 
@@ -40,6 +41,13 @@ class FmrlConvex(Study):
     num_experts: int = 10
     mixing: float = 0.05
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        require_some(self, "radii", "single_radii", "seeds")
+        for radius in self.single_radii:
+            require_positive(self.name, "single_radii", radius)
+        for option in ("num_tasks", "num_tasks_a_radius"):
+            require_count(option, getattr(self, option), least=2)
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure both geometries over all tasks, and the Euclidean one over the clusters' radii."""
@@ -95,7 +103,7 @@ class FmrlConvex(Study):
             best = setting.regret(setting.omniscient(met.tasks), met.tasks, leads=leads)
             found[label] = {
                 "tar": averages.tolist(), "bound": bounds.tolist(), "radius": float(regrets.radius[-1]),
-                "violations": int((averages > bounds).sum()), "single": float(single.regret.mean()),
+                "violations": regrets.violations(), "single": float(single.regret.mean()),
                 "omniscient": float(best.regret.mean()),
             }  # fmt: skip
         return found
@@ -165,6 +173,9 @@ class FmrlFashion(Study):
     meta_split: str = "test"
 
     def __post_init__(self) -> None:
+        require_some(self, "shots", "single_radii", "seeds")
+        for radius in (*self.single_radii, self.fal_radius, self.fli_radius):
+            require_positive(self.name, "a radius", radius)
         require_count("num_tasks", self.num_tasks, least=2)
 
     def run(self, folder: Path, tracker: Tracker) -> None:
@@ -209,7 +220,7 @@ class FmrlFashion(Study):
             averages, bounds = regrets.averaged()
             rows[method] = {
                 "tar": float(averages[-1]) / setting.num_losses, "bound": float(bounds[-1]) / setting.num_losses,
-                "violations": int((averages > bounds).sum()), "radius": float(regrets.radius[-1]),
+                "violations": regrets.violations(), "radius": float(regrets.radius[-1]),
             }  # fmt: skip
         return rows
 

@@ -20,7 +20,7 @@ from learnedopt.objectives.feedback import HypergradientFeedback
 from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
 from learnedopt.plug_in.hyper import HyperOptimizer
 from learnedopt.recipes import one_run
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Study, remember, require_some
 from learnedopt.training.tracker import Tracker
 
 
@@ -62,6 +62,7 @@ class HyperFashion(Study):
     osgm_lr: float = 0.3
 
     def __post_init__(self) -> None:
+        require_some(self, "seeds", "tuning_seeds", "starts", "adam_rates", "sgd_rates")
         require_count("num_steps", self.num_steps, least=1)
         require_count("last", self.last, least=1)
         if self.last > self.num_steps:

@@ -15,7 +15,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Unrolled
-from learnedopt.evaluation.regret import Recorded, Regret, regret
+from learnedopt.evaluation.regret import RecordedTasks, Regret, regret
 from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
 from learnedopt.meta_optimizers.guess_and_grow import GuessAndGrow
 from learnedopt.meta_optimizers.per_name import PerName
@@ -75,7 +75,7 @@ class OnlineConvex:
 
     def meta_train(
         self, follows: Follows, num_tasks: int, seed: int, *, radius: float = 0.1, factor: float = 1.1
-    ) -> Recorded:
+    ) -> RecordedTasks:
         """Run FMRL over that many tasks, and return what it met and knew.
 
         Args:
@@ -90,7 +90,7 @@ class OnlineConvex:
             "fli-online": LastIterate(self.num_losses),
             "fli-batch": BestInHindsight(self.leader(radius), self.num_losses),
         }
-        recorded = Recorded(LeaderAndRadius(targets[follows], divergence=self.divergence))
+        recorded = RecordedTasks(LeaderAndRadius(targets[follows], divergence=self.divergence))
         weight = math.sqrt(self.num_losses)
         meta_optimizer = PerName(
             {

@@ -20,7 +20,7 @@ from learnedopt.meta_optimizers.dual_averaging import DualAveraging
 from learnedopt.plug_in.guard import PresentGradient
 from learnedopt.plug_in.hyper import HyperOptimizer
 from learnedopt.recipes import one_run
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Study, remember, require_some
 from learnedopt.training.tracker import Tracker
 
 Settings = dict[str, float]
@@ -60,6 +60,7 @@ class OptimisticConv(Study):
     adam_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
 
     def __post_init__(self) -> None:
+        require_some(self, "seeds", "tuning_seeds", "starts", "betas", "sgd_rates", "momentum_rates", "adam_rates")
         require_count("num_steps", self.num_steps, least=1)
         require_count("last", self.last, least=1)
         if self.last > self.num_steps:

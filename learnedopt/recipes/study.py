@@ -31,6 +31,13 @@ class Study(ABC):
         """
 
 
+def require_some(study: Study, *options: str) -> None:
+    """Raise ValueError where one of these settings, each a tuple, is empty."""
+    for option in options:
+        if not getattr(study, option):
+            raise ValueError(f"{option} is empty: {study.name} cannot do without; name one at least")
+
+
 def remember(path: Path, compute: Callable[[], Any]) -> Any:
     """Return what the JSON file ``path`` holds; where there is none, compute it and write it, atomically.
 
