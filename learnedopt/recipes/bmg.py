@@ -40,14 +40,14 @@ def bmg_mnist_permuted() -> OnlineLearning:
         name="bmg-mnist-permuted",
         family=Choice("image-mlp", {**options, "relabel_every": 500}),
         rule=HEAVY_BALL,
-        methods={  # three rates each, an octave apart about the best of a coarse search on two of the tuning seeds
-            "ordinary, K = 1": Learned(_windows(1), FinalLoss(), (0.02, 0.04, 0.08)),
-            BOOTSTRAPPED: Learned(_windows(1), bootstrap, (0.01, 0.02, 0.04)),
-            "ordinary, K = 4": Learned(_windows(4), FinalLoss(), (0.04, 0.08, 0.16)),
-            "SGD": Fixed(Choice("sgd"), (0.2, 0.3, 0.4)),
-            "Adam": Fixed(Choice("adam"), (2e-3, 3e-3, 5e-3)),
+        methods={  # five rates each, an octave apart, about the best of a coarse search on two of the tuning seeds
+            "ordinary, K = 1": Learned(_windows(1), FinalLoss(), (0.01, 0.02, 0.04, 0.08, 0.16)),
+            BOOTSTRAPPED: Learned(_windows(1), bootstrap, (0.005, 0.01, 0.02, 0.04, 0.08)),
+            "ordinary, K = 4": Learned(_windows(4), FinalLoss(), (0.02, 0.04, 0.08, 0.16, 0.32)),
+            "SGD": Fixed(Choice("sgd"), (0.1, 0.2, 0.3, 0.4, 0.6)),
+            "Adam": Fixed(Choice("adam"), (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)),
             "bootstrapped, K = 4, L = 16, as published": Learned(
-                _windows(4), BootstrappedTarget(16, 1.0), (0.04, 0.08, 0.16)
+                _windows(4), BootstrappedTarget(16, 1.0), (0.02, 0.04, 0.08, 0.16, 0.32)
             ),
         },
         num_steps=5000,
@@ -60,14 +60,14 @@ def bmg_mnist_permuted() -> OnlineLearning:
 def bmg_quadratic() -> OnlineLearning:
     """Bootstrapped and ordinary meta-gradients learn rate and momentum while random quadratics are minimised."""
     start = {"name": "momentum", "options": {"lr": 0.005, "momentum": 0.5}}
-    rates = (0.03, 0.1, 0.3)
+    rates = (0.01, 0.03, 0.1, 0.3)
     return OnlineLearning(
         name="bmg-quadratic",
         family=Choice("quadratic", {"dim": 10, "start_scale": 1.0}),
         rule=Choice("reparametrized", {**HEAVY_BALL.options, "rule": start}),
         methods={
             "SGD": Fixed(Choice("sgd"), (0.005, 0.01, 0.02, 0.04)),
-            "momentum 0.9": Fixed(Choice("momentum", {"momentum": 0.9}), (0.001, 0.003, 0.006, 0.012)),
+            "momentum 0.9": Fixed(Choice("momentum", {"momentum": 0.9}), (0.003, 0.006, 0.012, 0.024)),
             "ordinary, K = 5": Learned(_windows(5), FinalLoss(), rates),
             "bootstrapped, K = 5, L = 10": Learned(
                 _windows(5), BootstrappedTarget(10, 0.01, continue_from="rollout"), rates
@@ -76,7 +76,7 @@ def bmg_quadratic() -> OnlineLearning:
         num_steps=300,
         num_tasks=16,
         seeds=(0, 1, 2),
-        tuning_seeds=(1000,),
+        tuning_seeds=(1000, 1001, 1002),
         emphasis="bootstrapped, K = 5, L = 10",
         execution=Execution(chunk_size=ALL_TASKS),
     )
