@@ -11,6 +11,7 @@ from torch import Tensor
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.convex_sets import ConvexSet, outside
+from learnedopt.optimizers.bases.precision import like, wide
 from learnedopt.optimizers.bases.wrapper import Wrapper
 
 
@@ -58,6 +59,8 @@ class Projected(Wrapper):
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Move as the rule does, then to the closest point of the set."""
-        deltas, state = super().update(theta, grads, state, params, loss)
-        inside = self.onto({k: p + deltas[k] for k, p in params.items()})
-        return {k: inside[k] - p for k, p in params.items()}, state
+        # In the dtype to compute in, so that only the way to the projection is rounded to the parameters'.
+        wide_grads, wide_params = ({k: wide(x) for k, x in tensors.items()} for tensors in (grads, params))
+        deltas, state = super().update(theta, wide_grads, state, wide_params, loss)
+        inside = self.onto({k: p + deltas[k] for k, p in wide_params.items()})
+        return {k: like(inside[k] - p, params[k]) for k, p in wide_params.items()}, state

@@ -11,6 +11,7 @@ from torch import Tensor
 from learnedopt.core.counts import require_count
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases.precision import wide_dtype
 from learnedopt.optimizers.bases.wrapper import Wrapper, unprefixed
 
 
@@ -50,7 +51,7 @@ class Recorded(Wrapper):
         first = next(iter(params.values()))
         return params, {
             "rule": state,
-            "losses": first.new_zeros(self.num_steps),
+            "losses": first.new_zeros(self.num_steps, dtype=wide_dtype(first)),
             "step": torch.zeros((), dtype=torch.int64, device=first.device),
         }
 

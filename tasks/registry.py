@@ -7,7 +7,6 @@ from learnedopt.core.task import TaskFamily
 
 _TABLE = {
     "quadratic": "quadratic:Quadratic",
-    "spectral-quadratic": "convex:SpectralQuadratic",
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
@@ -16,6 +15,7 @@ _TABLE = {
     "omniglot": "omniglot:Omniglot",
     "image-folder": "image_folder:ImageFolder",
     "mini-imagenet": "mini_imagenet:MiniImageNet",
+    "spectral-quadratic": "convex:SpectralQuadratic",
     "clusters": "clusters:Clusters",
     "experts": "experts:Experts",
     "superclasses": "superclasses:Superclasses",
