@@ -48,6 +48,9 @@ _LAZY = {
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
+    "NamedTensors": "learnedopt.core.named_tensors",
+    "RunDiverged": "learnedopt.plug_in.learner",
+    "TrainingDiverged": "learnedopt.training.trainer",
     "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
     "PresentGradient": "learnedopt.plug_in.guard",
@@ -86,6 +89,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
     from learnedopt.checkpoint import load, load_checkpoint, save
+    from learnedopt.core.named_tensors import NamedTensors
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
@@ -103,8 +107,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers import Averaged, Entropic, Euclidean, Iterate, MirrorDescent
     from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
     from learnedopt.plug_in.hyper import HyperOptimizer
+    from learnedopt.plug_in.learner import RunDiverged
     from learnedopt.tasks.module_family import ModuleFamily
-    from learnedopt.training.trainer import MetaTrainer, Validation
+    from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, Validation
 
 
 def __getattr__(name: str) -> Any:
@@ -167,6 +172,7 @@ __all__ = [
     "MirrorDescent",
     "ModuleFamily",
     "MomentMatching",
+    "NamedTensors",
     "Neumann",
     "Params",
     "Penalty",
@@ -177,6 +183,7 @@ __all__ = [
     "RegretBound",
     "RegularizedSolution",
     "Rollout",
+    "RunDiverged",
     "Solution",
     "SquaredDistance",
     "State",
@@ -190,6 +197,7 @@ __all__ = [
     "TaskMean",
     "Tasks",
     "Theta",
+    "TrainingDiverged",
     "Truncated",
     "TruncatedBackprop",
     "Unrolled",
