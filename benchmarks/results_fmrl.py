@@ -15,20 +15,16 @@ from typing import Any
 
 import torch
 
+import learnedopt.run
 from learnedopt import recipes
-from learnedopt.recipes import Study
-from learnedopt.training.tracker import NullTracker
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 def summary(name: str, runs: Path) -> dict[str, Any]:
-    """Return what a study comes to, its figures put into the documentation."""
-    study = recipes.make(name)
-    assert isinstance(study, Study)
-    study.run(runs / name, NullTracker())
-    for figure in (runs / name).glob("*.png"):
-        shutil.copyfile(figure, FIGURES / f"{figure.stem.replace('-', '_')}.png")
+    """Return what a study comes to, its figure put into the documentation."""
+    learnedopt.run.train(recipes.make(name), runs / name, "disabled")
+    shutil.copyfile(runs / name / f"{name}.png", FIGURES / f"{name.replace('-', '_')}.png")
     return json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))
 
 
