@@ -16,7 +16,7 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.counts import require_count
-from learnedopt.core.estimator import call_objective, check_loop, check_objective
+from learnedopt.core.estimator import as_leaves, call_objective, check_loop, check_objective
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective, OfLosses, TaskMean, read_directly
 from learnedopt.core.task import Tasks
@@ -186,17 +186,17 @@ def check(
         ValueError: as for other estimators; part of the objective is held fixed where it is differentiated; a
             meta-parameter moves nothing when it is perturbed.
     """
-    loop.require_theta(theta)
-    read = frozenset(read_directly(objective, theta))
+    loop.require_theta(as_leaves(theta))
     if not loop.cache.seen(objective, "perturbed", num_steps, sigma):
+        carry = loop.start(tasks)
+        check_loop(loop, theta, carry, second_derivatives=False)
+        read = read_directly(objective, theta)
         if isinstance(objective, TaskMean) and objective.holds_fixed:
             raise ValueError(
                 f"{_name(objective)} holds a part of itself fixed where it is differentiated, but a perturbed theta "
                 "moves all of it, so that differences of its values are not its gradient; use an estimator that "
                 "back-propagates, or an objective that is a function of theta, such as FinalLoss"
             )
-        carry = loop.start(tasks)
-        check_loop(loop, theta, carry, second_derivatives=False)
         check_objective(loop, theta, objective, carry, num_steps)
         lost = sorted(theta.keys() - moving(loop, theta, tasks, num_steps, sigma).whole - read)
         if lost:
@@ -207,7 +207,7 @@ def check(
                 "says so in reads_theta)"
             )
         loop.cache.saw(objective, "perturbed", num_steps, sigma)
-    return sorted(moving(loop, theta, tasks, num_steps, sigma).start_alone - read)
+    return sorted(moving(loop, theta, tasks, num_steps, sigma).start_alone - read_directly(objective, theta))
 
 
 class Moving(NamedTuple):

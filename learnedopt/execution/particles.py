@@ -8,6 +8,7 @@ that where a layer reads the batch itself one matrix product serves all particle
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple, final
@@ -21,6 +22,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.rule import State
 from learnedopt.core.task import Batch, Split, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.execution.shared_inputs import SharedInputs
 
 
 class Particles(NamedTuple):
@@ -66,11 +68,13 @@ class _ParticleMap:
     def apply_theta(self, fn: Callable[..., Any], theta: tree.Tree, *each: tree.Tree) -> Any:
         """Call ``fn(theta, *each)``."""
         values = [x.value if isinstance(x, _Shared) else x for x in each]
+        reads_batch = any(isinstance(x, _Shared) for x in each)
         if self.num_particles > 1:
             fn = torch.func.vmap(fn, in_dims=(0, *(None if isinstance(x, _Shared) else 0 for x in each)))
         if self.num_slots > 1:
             fn = torch.func.vmap(fn)
-        return fn(theta, *values)
+        with SharedInputs() if self.num_particles > 1 and reads_batch else nullcontext():
+            return fn(theta, *values)
 
 
 def begin(loop: InnerLoop, theta: Theta, tasks: Tasks, params: Params, step: int = 0) -> Particles:
