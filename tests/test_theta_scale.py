@@ -73,7 +73,7 @@ class Weighed(InnerObjective):
     """The loss times a learned factor on a scale of its own."""
 
     def __init__(self, scale: Any = None) -> None:
-        self.scale = {"factor": 3.0} if scale is None else scale
+        self.scale: dict[str, float | Tensor] = {"factor": 3.0} if scale is None else scale
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return {"factor": torch.tensor(0.9, dtype=FLOAT)}
