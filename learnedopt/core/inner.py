@@ -13,7 +13,7 @@ from learnedopt.core import checks, theta_scale, tree
 from learnedopt.core.cache import Cache
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, join, narrow
 from learnedopt.core.counts import require_count
-from learnedopt.core.execution import Execution, TaskMap
+from learnedopt.core.execution import Execution, TaskMap, ThetaMap
 from learnedopt.core.inner_gradient import StepGradient, step_gradient
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.modes import outside_inference_mode
@@ -191,7 +191,7 @@ class InnerLoop:
         own = self._theta_shapes()[1]
         return {k: v for k, v in theta.items() if k not in own} if own else theta
 
-    def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
+    def gradient(self, task_map: ThetaMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
         plans = self.mixed_plans()
         return step_gradient(self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans)
@@ -201,7 +201,7 @@ class InnerLoop:
         return self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
 
     def move(
-        self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+        self, task_map: ThetaMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state; trees are unbatched."""
         moved, new_state = task_map.apply_theta(self._step, self.rule_theta(theta), grads, state, params, loss)

@@ -68,7 +68,7 @@ class RegretBound(TaskMean):
     num_steps: int
     target: Target | None = None
 
-    reads_theta = ("*lr*",)
+    reads_theta, holds_fixed = ("*lr*",), True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)
@@ -126,7 +126,7 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta = ("*distance*", "*squares*")
+    reads_theta, holds_fixed = ("*distance*", "*squares*"), True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)
