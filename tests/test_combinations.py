@@ -33,6 +33,7 @@ from learnedopt import (
     KLDivergence,
     LeaderAndRadius,
     MeanLogLoss,
+    MetaTrainer,
     MomentMatching,
     Neumann,
     OfLosses,
@@ -357,6 +358,20 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
 @pytest.mark.parametrize(("estimator", "rule", "inner", "objective"), [*cases()])
 def test_combination(estimator: str, rule: str, inner: str, objective: str) -> None:
     check(estimator, rule, inner, objective)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128], ids=["integers", "bits", "complex"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_theta_that_is_not_of_real_numbers_is_refused(estimator: str, dtype: torch.dtype) -> None:
+    loop, entry = loop_of("sgd", "task-loss"), ESTIMATORS[estimator]
+    tasks, theta = sample(loop.family), generic_theta(loop)
+    carry = entry.estimator.start(loop, theta, tasks, torch.Generator().manual_seed(0))
+    wrong = {k: torch.ones_like(v, dtype=dtype) if k == "lr" else v for k, v in theta.items()}
+    told = rf"\{{'lr': '{dtype}'\}} are no real floating-point numbers.*as an option of its owner"
+    with pytest.raises(ValueError, match=told):
+        entry.estimator.estimate(loop, wrong, FinalLoss(), carry)
+    with pytest.raises(ValueError, match=told):
+        MetaTrainer(loop, entry.estimator, FinalLoss(), tracker=None, theta=wrong)
 
 
 class Newcomer(UpdateRule):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.core import checks, tree
+from learnedopt.core import checks, theta_scale, tree
 from learnedopt.core.cache import Cache
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, join, narrow
 from learnedopt.core.counts import require_count
@@ -70,8 +70,10 @@ class InnerLoop:
         """
         return checks.joined_theta(self.rule, self.inner_objective, generator)
 
-    def theta_scale(self, theta: Theta) -> Theta:  # TEMPORARY
-        return {k: torch.ones_like(v) for k, v in theta.items()}
+    def theta_scale(self, theta: Theta) -> Theta:
+        """Return how large a step of size one is for each entry of theta, broadcastable to it: see ``UpdateRule``."""
+        self.require_theta(theta)
+        return theta_scale.scales_of(self.rule, self.inner_objective, theta, self._theta_shapes()[1], self.cache)
 
     @outside_inference_mode
     def start(self, tasks: Tasks) -> Carry:
@@ -219,11 +221,11 @@ class InnerLoop:
             values, state = checks.params_and_state(self.rule, "kernel.step", found, params)
             # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
             # promote to the wider one).
-            moved = {k: _in_dtype_of(p, values[k]) for k, p in params.items()}
+            moved = {k: tree.in_dtype_of(p, values[k]) for k, p in params.items()}
         else:
             result = self.rule.update(theta, grads, state, params, loss)
             deltas, state = checks.params_and_state(self.rule, "update", result, params)
-            moved = {k: p + _in_dtype_of(p, deltas[k]) for k, p in params.items()}
+            moved = {k: p + tree.in_dtype_of(p, deltas[k]) for k, p in params.items()}
         return moved, () if state is None else state
 
     def _outer_loss(self, theta: Theta, params: Params, batch: Batch) -> Tensor:
@@ -312,7 +314,3 @@ def solve_inner(
         ends.append(detach(end))
     end = join(ends)
     return Rollout(carry, end, torch.stack([loop.losses(theta, c, "train").detach() for c in (carry, end)]))
-
-
-def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
-    return x if x.dtype is like.dtype else x.to(like.dtype)

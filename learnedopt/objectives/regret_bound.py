@@ -223,6 +223,9 @@ class _SumOfSquares(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        return self.rule.theta_scale()
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         params, state = self.rule.init(theta, params)
         return params, (state, {k: torch.zeros_like(p, dtype=_wide(p)) for k, p in params.items()})
