@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.counts import require_count
-from learnedopt.core.rule import UpdateRule
+from learnedopt.core.rule import Kernel, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
+from learnedopt.optimizers.kernels import small_mlp_kernel
 
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0)
 """Steps on which the network's clocks turn from -1 to 1."""
@@ -117,6 +118,11 @@ class SmallMLP(UpdateRule):
         deltas = {k: d.reshape(g.shape).to(g.dtype) for (k, g), d in zip(grads.items(), pieces, strict=True)}
         return deltas, Memory(state.step + 1, averages)
 
+    @property
+    def kernel(self) -> Compiled:
+        """The compiled step."""
+        return Compiled(self)
+
     def _averaged(self, grad: Tensor, averages: Tensor) -> Tensor:
         decays = torch.tensor(self.decays, dtype=grad.dtype, device=grad.device).reshape(-1, *(1,) * grad.ndim)
         return decays * averages + (1 - decays) * grad
@@ -137,3 +143,30 @@ class SmallMLP(UpdateRule):
         for i in range(1, len(self.widths) - 1):
             signal = torch.addmm(theta[f"layer{i}/bias"][:, None], theta[f"layer{i}/weight"], signal.relu())
         return signal
+
+
+@final
+@dataclass(frozen=True)
+class Compiled(Kernel):
+    """The step in C for tensors on a CPU, in one dtype, where no derivative is recorded; see ``small_mlp_kernel``."""
+
+    rule: SmallMLP
+
+    def step(
+        self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor
+    ) -> tuple[Params, Memory] | None:
+        """Take a step in two passes over memory; None where the compiled step does not serve."""
+        rule, names = self.rule, list(params)
+        layers = range(len(rule.widths) - 1)
+        tensors = small_mlp_kernel.Tensors(
+            state.step,
+            [theta[f"layer{i}/{kind}"] for i in layers for kind in ("weight", "bias")],
+            *([each[name] for name in names] for each in (grads, params, state.averages)),
+        )
+        if not small_mlp_kernel.serves(tensors):
+            return None
+        network = small_mlp_kernel.Network(
+            rule.widths, rule.step_scale, rule.exp_scale, rule.eps, rule.decays, TIME_SCALES
+        )
+        step, moved, averages = small_mlp_kernel.step(network, tensors)
+        return dict(zip(names, moved, strict=True)), Memory(step, dict(zip(names, averages, strict=True)))
