@@ -59,9 +59,18 @@ def serves(tensors: Tensors) -> bool:
 
 def step(network: Network, tensors: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the new step counter, parameters and averages; under any nesting of ``torch.func.vmap`` in one call."""
-    found = _Step.apply(network, 0, *_flat(tensors))
-    count = len(tensors.params)
-    return found[0], [*found[1 : 1 + count]], [*found[1 + count :]]
+    return _parts(_Step.apply(network, 0, *_flat(tensors)), len(tensors.params))
+
+
+def step_of_lanes(network: Network, tensors: Tensors, num_dims: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the same for tensors with ``num_dims`` leading dimensions of lanes each, which broadcast.
+
+    Two levels of ``torch.func.vmap`` take longer than the step itself where tensors are small, and are saved here.
+    """
+    flat = _flat(tensors)
+    lanes = torch.broadcast_shapes(*(t.shape[:num_dims] for t in flat))
+    flat = [t if t.shape[:num_dims] == lanes else t.expand(*lanes, *t.shape[num_dims:]) for t in flat]
+    return _parts(_Step.forward(network, num_dims, *flat), len(tensors.params))
 
 
 class _Step(torch.autograd.Function):
@@ -97,6 +106,10 @@ class _Step(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+def _parts(outputs: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return outputs[0], [*outputs[1 : 1 + count]], [*outputs[1 + count :]]
+
+
 def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[Tensor]) -> None:
     """Call the C function on the lanes, in as many shares as there are threads and work for them."""
     dtype, num_lanes = data[0].dtype, torch.Size(lanes).numel()
@@ -129,7 +142,9 @@ def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[T
         with ThreadPoolExecutor(len(starts)) as pool:
             failed = any(pool.map(share, starts))
     if failed:
-        raise MemoryError("the compiled step of small-mlp found no memory for its scratch space; take a smaller network")
+        raise MemoryError(
+            "the compiled step of small-mlp found no memory for its scratch space; take a smaller network"
+        )
 
 
 def _contiguous_lanes(tensor: Tensor, num_dims: int) -> Tensor:
