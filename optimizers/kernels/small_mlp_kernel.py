@@ -78,12 +78,14 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(network: Network, num_dims: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = [_contiguous_lanes(t, num_dims) for t in tensors]
         first = 1 + 2 * (len(network.widths) - 1)
-        count = (len(inputs) - first) // 3
+        count = (len(tensors) - first) // 3
+        shapes = [t.shape[num_dims:] for t in tensors]
+        _require_shapes(network, shapes, shapes[first + count : first + 2 * count])
+        inputs = [_contiguous_lanes(t, num_dims) for t in tensors]
         written = [inputs[0], *inputs[first + count :]]
         outputs = [torch.empty(t.shape, dtype=t.dtype) for t in written]
-        numels = [t[(0,) * num_dims].numel() for t in inputs[first : first + count]]
+        numels = [shape.numel() for shape in shapes[first : first + count]]
         _run(network, tensors[0].shape[:num_dims], numels, [*inputs, *outputs])
         return tuple(outputs)
 
@@ -144,6 +146,19 @@ def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[T
     if failed:
         raise MemoryError(
             "the compiled step of small-mlp found no memory for its scratch space; take a smaller network"
+        )
+
+
+def _require_shapes(network: Network, found: Sequence[Sequence[int]], params: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError where C would read past a tensor's end: its lanes are not of these shapes."""
+    layers = zip(network.widths, network.widths[1:], strict=False)
+    theta = [shape for inputs, units in layers for shape in ((units, inputs), (units,))]
+    expected = [(), *theta, *params, *params, *((len(network.decays), *shape) for shape in params)]
+    wrong = [(tuple(a), tuple(b)) for a, b in zip(found, expected, strict=True) if tuple(a) != tuple(b)]
+    if wrong:
+        raise ValueError(
+            f"a step of small-mlp was given a tensor of shape {wrong[0][0]} where {wrong[0][1]} was expected; theta "
+            "and state must be this rule's own, made by init_theta and init for these parameters"
         )
 
 

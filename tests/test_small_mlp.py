@@ -1,0 +1,428 @@
+"""The small network for every coordinate: its formula by hand, and its compiled step against the form in torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import FLOAT, Quadratic, generic_theta, sample
+from torch import Tensor, nn
+
+from learnedopt import Execution, FinalLoss, InnerLoop, LearnedOptimizer, MetaTrainer, Tape, Unrolled, optimizers
+from learnedopt.core import tree
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers import LearnedInit, SmallMLP
+from learnedopt.optimizers.kernels import native, small_mlp_kernel
+from learnedopt.optimizers.small_mlp import TIME_SCALES, Memory
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+SHAPES = {"w": (37, 19), "scale": (), "b": (20,), "none": (0, 3), "whole": (128, 4)}
+"""Tensors of whole blocks, of less than one, of no coordinate at all."""
+RULES = {
+    "default": SmallMLP(step_scale=0.1, exp_scale=0.3),
+    "six averages, odd layers": SmallMLP((0.1, 0.5, 0.9, 0.99, 0.999, 0.9999), (7, 5), step_scale=0.1, exp_scale=0.5),
+    "linear, no averages": SmallMLP((), (), step_scale=0.5),
+    "last gradient": SmallMLP((0.0,), (32, 32), step_scale=0.1, eps=1e-8),
+}
+every_rule = pytest.mark.parametrize("kind", RULES)
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def drawn(
+    rule: SmallMLP, lanes: tuple[int, ...], dtype: torch.dtype, seed: int = 0
+) -> tuple[Theta, Params, Memory, Params]:
+    """Return theta, gradients, a state in the middle of training, and parameters, all with leading ``lanes``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn((*lanes, *shape), generator=generator, dtype=FLOAT).to(dtype)
+
+    theta = {k: normal(*v.shape) / v.shape[-1] ** 0.5 for k, v in rule.init_theta(generator).items()}
+    grads = {k: 0.01 * normal(*shape) for k, shape in SHAPES.items()}
+    step = torch.randint(2000, lanes, generator=generator).to(dtype)
+    averages = {k: 0.01 * normal(len(rule.decays), *shape) for k, shape in SHAPES.items()}
+    return theta, grads, Memory(step, averages), {k: normal(*shape) for k, shape in SHAPES.items()}
+
+
+def by_update(rule: SmallMLP, theta: Theta, grads: Params, state: Memory, params: Params) -> tuple[Params, Memory]:
+    deltas, state = rule.update(theta, grads, state, params, torch.zeros(()))
+    return {k: p + deltas[k] for k, p in params.items()}, state
+
+
+def by_kernel(rule: SmallMLP, theta: Theta, grads: Params, state: Memory, params: Params) -> tuple[Params, Memory]:
+    found = rule.kernel.step(theta, grads, state, params, torch.zeros(()))
+    assert found is not None
+    return found
+
+
+def assert_close(found: Any, expected: Any, dtype: torch.dtype = FLOAT) -> None:
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# The rule.
+
+
+def by_hand(rule: SmallMLP, theta: Theta, grads: Params, state: Memory, params: Params) -> tuple[Params, Memory]:
+    """Return deltas and the new state, a number at a time."""
+    deltas, averages = {}, {}
+    clocks = [math.tanh(float(state.step) / s - 1) for s in TIME_SCALES]
+    for name, grad in grads.items():
+        kept = [b * m + (1 - b) * grad for b, m in zip(rule.decays, state.averages[name], strict=True)]
+        averages[name] = torch.stack(kept) if kept else grad.new_empty(0, *grad.shape)
+        columns = [[float(x) for x in column.flatten()] for column in (grad, params[name], *kept)]
+        roots = [math.sqrt(sum(x * x for x in column) / max(len(column), 1) + rule.eps) for column in columns]
+        found = []
+        for coordinate in zip(*columns, strict=True):
+            signal = [x / root for x, root in zip(coordinate, roots, strict=True)] + clocks
+            for i in range(len(rule.hidden) + 1):
+                signal = [max(x, 0.0) for x in signal] if i else signal
+                rows = zip(theta[f"layer{i}/weight"].tolist(), theta[f"layer{i}/bias"].tolist(), strict=True)
+                signal = [sum(w * x for w, x in zip(row, signal, strict=True)) + b for row, b in rows]
+            found.append(-rule.step_scale * signal[0] * math.exp(rule.exp_scale * signal[1]))
+        deltas[name] = torch.tensor(found, dtype=FLOAT).reshape(grad.shape)
+    return deltas, Memory(state.step + 1, averages)
+
+
+@every_rule
+def test_update_is_the_formula_by_hand(kind: str) -> None:
+    rule = RULES[kind]
+    inputs = drawn(rule, (), FLOAT)
+    assert_close(rule.update(*inputs, torch.zeros(())), by_hand(rule, *inputs))
+
+
+def test_it_starts_with_about_200_weights_and_small_steps() -> None:
+    rule = SmallMLP()
+    theta = rule.init_theta(torch.Generator().manual_seed(0))
+    assert sum(v.numel() for v in theta.values()) == 202 and len(rule.decays) + 2 <= 8
+    params = {"w": torch.randn(30, 30, generator=torch.Generator().manual_seed(1))}
+    _, state = rule.init(theta, params)
+    assert int(state.step) == 0 and not state.averages["w"].any() and state.averages["w"].shape == (4, 30, 30)
+    deltas, state = rule.update(theta, params, state, params, torch.zeros(()))
+    assert 0 < deltas["w"].abs().max() < 0.5 * rule.step_scale and int(state.step) == 1
+
+
+def test_neither_the_scale_of_gradients_nor_of_parameters_matters_far_above_eps() -> None:
+    rule = SmallMLP(eps=1e-30)
+    theta, grads, state, params = drawn(rule, (), FLOAT)
+    scaled = (
+        {k: 1e3 * g for k, g in grads.items()},
+        Memory(state.step, {k: 1e3 * m for k, m in state.averages.items()}),
+    )
+    expected, _ = rule.update(theta, grads, state, params, torch.zeros(()))
+    found, _ = rule.update(theta, *scaled, {k: 1e-2 * p for k, p in params.items()}, torch.zeros(()))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_the_clock_moves_it_and_stops_after_the_longest_scale() -> None:
+    rule = RULES["default"]
+    theta, grads, state, params = drawn(rule, (), FLOAT)
+
+    def at(step: float) -> Tensor:
+        return rule.update(theta, grads, state._replace(step=torch.tensor(step)), params, torch.zeros(()))[0]["w"]
+
+    assert (at(0.0) - at(1.0)).abs().max() > 1e-3 and (at(1e4) - at(3e4)).abs().max() > 1e-4
+    assert (at(1e7) - at(1e8)).abs().max() < 1e-12
+
+
+def test_meta_training_improves_it() -> None:
+    loop = InnerLoop(Quadratic(), SmallMLP(step_scale=0.1))
+    trainer = MetaTrainer(
+        loop, Unrolled(8), FinalLoss(), meta_optimizer=lambda p: torch.optim.Adam(p, 0.01), num_tasks=8, seed=0
+    )
+    tasks = loop.start(sample(loop.family, 16, seed=9))
+
+    def loss() -> float:
+        theta = {k: v.detach() for k, v in trainer.theta.items()}
+        return float(loop.losses(theta, loop.run(theta, tasks, 8, Tape.NONE).end, "valid").mean())
+
+    before = loss()
+    trainer.run(30)
+    assert loss() < before - 0.2
+
+
+def test_plugged_into_torch_it_moves_by_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, model = [], nn.Linear(3, 2)
+    rule = SmallMLP()
+    monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args, run=small_mlp_kernel._run: calls.append(run(*args)))
+    theta = rule.init_theta(torch.Generator().manual_seed(0))
+    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta))
+    params = {k: p.detach().clone() for k, p in model.named_parameters()}
+    _, state = rule.init(theta, params)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        params, state = by_update(rule, theta, grads, state, params)
+        assert_close({k: p.detach() for k, p in model.named_parameters()}, params, torch.float32)
+    assert len(calls) == 3
+
+
+# The compiled step.
+
+
+def test_a_compiler_is_there() -> None:
+    with torch.no_grad():
+        served = small_mlp_kernel.serves(small_mlp_kernel.Tensors(torch.zeros(()), [], [], [], []))
+    assert served, "install gcc: the next tests would test nothing"
+
+
+@torch.no_grad()
+@every_dtype
+@every_rule
+def test_a_compiled_step_is_the_update(kind: str, dtype: torch.dtype) -> None:
+    inputs = drawn(RULES[kind], (), dtype)
+    found, expected = by_kernel(RULES[kind], *inputs), by_update(RULES[kind], *inputs)
+    assert_close(found, expected, dtype)
+    moved = [float((expected[0][k] - p).abs().max()) for k, p in inputs[3].items() if p.numel()]
+    assert min(moved) > 1e-3  # enough to be told from standing still
+    assert all(torch.equal(x.isnan(), torch.zeros_like(x, dtype=torch.bool)) for x in tree.leaves(found))
+
+
+SLOTS, PARTICLES = 3, 4
+BATCHED: dict[str, tuple[tuple[int, ...], ...]] = {
+    "all have both": ((SLOTS, PARTICLES),) * 4,
+    "theta is the particles'": ((PARTICLES,), *((SLOTS, PARTICLES),) * 3),
+    "theta is the slots', parameters shared": ((SLOTS,), (SLOTS, PARTICLES), (SLOTS, PARTICLES), ()),
+    "nothing but gradients": ((), (SLOTS, PARTICLES), (), ()),
+    "nothing but theta": ((PARTICLES,), (), (SLOTS,), ()),
+}
+"""Which of slots and particles theta, gradients, state and parameters have each."""
+
+
+def over_lanes(fn: Callable[..., Any], batched: tuple[tuple[int, ...], ...]) -> Callable[..., Any]:
+    inner = tuple(0 if PARTICLES in lanes else None for lanes in batched)
+    outer = tuple(0 if SLOTS in lanes else None for lanes in batched)
+    return torch.func.vmap(torch.func.vmap(fn, in_dims=inner), in_dims=outer)
+
+
+@torch.no_grad()
+@every_dtype
+@every_rule
+@pytest.mark.parametrize("which", BATCHED)
+def test_nested_vmap_ends_in_one_call(
+    which: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, calls = RULES[kind], []
+    run = small_mlp_kernel._run
+    monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args: calls.append(args[1]) or run(*args))
+    inputs = [drawn(rule, lanes, dtype, seed)[i] for i, (seed, lanes) in enumerate(enumerate(BATCHED[which]))]
+    found = over_lanes(lambda *each: by_kernel(rule, *each), BATCHED[which])(*inputs)
+    assert calls == [(SLOTS, PARTICLES)]
+    assert_close(found, over_lanes(lambda *each: by_update(rule, *each), BATCHED[which])(*inputs), dtype)
+    for lane in ((slot, particle) for slot in range(SLOTS) for particle in range(PARTICLES)):
+        each = [one_lane(x, lanes, lane) for x, lanes in zip(inputs, BATCHED[which], strict=True)]
+        alone = by_kernel(rule, *each)  # company changes no bit
+        torch.testing.assert_close(one_lane(found, (SLOTS, PARTICLES), lane), alone, rtol=0, atol=0)
+    broadcast = [two_dims(x, lanes) for x, lanes in zip(inputs, BATCHED[which], strict=True)]
+    together = rule.kernel.step_of_lanes(*broadcast, torch.zeros(1, 1), 2)
+    assert together is not None
+    torch.testing.assert_close(together, found, rtol=0, atol=0)
+
+
+def one_lane(x: tree.Tree, lanes: tuple[int, ...], lane: tuple[int, int]) -> tree.Tree:
+    index = tuple(lane[0] if size == SLOTS else lane[1] for size in lanes)
+    return tree.tree_map(lambda t: t[index], x)
+
+
+def two_dims(x: tree.Tree, lanes: tuple[int, ...]) -> tree.Tree:
+    """Return ``x`` with a dimension for slots and one for particles, of size 1 where it has none."""
+    sizes = tuple(size if size in lanes else 1 for size in (SLOTS, PARTICLES))
+    return tree.tree_map(lambda t: t.reshape(*sizes, *t.shape[len(lanes) :]), x)
+
+
+@torch.no_grad()
+@every_dtype
+def test_strided_tensors_and_lanes_in_any_dimension_are_read_right(dtype: torch.dtype) -> None:
+    rule = RULES["default"]
+    theta, grads, state, params = drawn(rule, (5,), dtype)
+    expected = torch.func.vmap(lambda *each: by_update(rule, *each))(theta, grads, state, params)
+    # The lanes last, and a transposed matrix, which C cannot read as it is.
+    last = [tree.tree_map(lambda x: x.movedim(0, -1).contiguous(), x) for x in (theta, grads, state)]
+    turned = {k: p.mT.contiguous().mT if p.ndim == 3 else p for k, p in params.items()}
+    assert not turned["w"].is_contiguous() and not last[1]["w"].movedim(-1, 0).is_contiguous()
+    found = torch.func.vmap(lambda *each: by_kernel(rule, *each), in_dims=(-1, -1, -1, 0))(*last, turned)
+    assert_close(found, expected, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(turned.values(), params.values(), strict=True))
+
+
+@torch.no_grad()
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = RULES["default"]
+    inputs = drawn(rule, (7,), torch.float32)
+    step = torch.func.vmap(lambda *each: by_kernel(rule, *each))
+    expected = step(*inputs)
+    started = []
+    pool = small_mlp_kernel.ThreadPoolExecutor
+    monkeypatch.setattr(small_mlp_kernel, "_SHARE", 1)
+    monkeypatch.setattr(small_mlp_kernel, "ThreadPoolExecutor", lambda n: started.append(n) or pool(n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.testing.assert_close(step(*inputs), expected, rtol=0, atol=0)
+    assert started == [3]
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_in_its_lane_and_is_what_update_makes_of_it() -> None:
+    rule = RULES["default"]
+    theta, grads, state, params = drawn(rule, (3,), torch.float32)
+    grads["w"][1, 0, 0] = math.nan
+    params["b"][1, 3] = math.inf
+    theta["layer1/weight"][2, 1] = 3e5  # exp of it is infinite
+    found = torch.func.vmap(lambda *each: by_kernel(rule, *each))(theta, grads, state, params)
+    expected = torch.func.vmap(lambda *each: by_update(rule, *each))(theta, grads, state, params)
+    assert all(x[0].isfinite().all() for x in tree.leaves(found))
+    assert found[0]["w"][1].isnan().all() and not found[0]["whole"][2].isfinite().all()
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5, equal_nan=True)
+    for a, b in zip(tree.leaves(found[0]), tree.leaves(expected[0]), strict=True):
+        assert torch.equal(a[:2].isfinite(), b[:2].isfinite())
+        assert (a[2].isfinite() == b[2].isfinite()).float().mean() > 0.99 or not a.numel()
+
+
+@torch.no_grad()
+@every_dtype
+def test_gradients_that_are_zero_move_it_by_finite_steps(dtype: torch.dtype) -> None:
+    rule = RULES["default"]
+    theta, grads, state, params = drawn(rule, (), dtype)
+    zeros = tree.tree_map(torch.zeros_like, (grads, Memory(torch.zeros((), dtype=dtype), state.averages)))
+    found = by_kernel(rule, theta, *zeros, params)
+    assert all(x.isfinite().all() for x in tree.leaves(found)) and not found[1].averages["w"].any()
+    assert_close(found, by_update(rule, theta, *zeros, params), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp loads what was scripted
+def test_it_serves_only_where_nothing_is_recorded_in_one_dtype_on_a_cpu() -> None:
+    rule = RULES["default"]
+    inputs = drawn(rule, (), FLOAT)
+    ask = rule.kernel.step
+    assert ask(*inputs, torch.zeros(())) is None  # gradients are recorded
+    seen = []
+
+    def along(params: Params) -> Params:
+        with torch.no_grad():
+            seen.append(ask(*inputs[:3], params, torch.zeros(())))
+        return params
+
+    torch.func.jvp(along, (inputs[3],), (inputs[3],))
+    with torch.autograd.forward_ad.dual_level():
+        along(inputs[3])
+    assert seen == [None, None]
+    along(inputs[3])
+    assert seen[2] is not None
+    with torch.no_grad():
+        for kinds in ({0: torch.float32}, {3: torch.float32}, dict.fromkeys(range(4), torch.bfloat16)):
+            mixed = [tree.to(x, None, kinds.get(i, FLOAT)) for i, x in enumerate(inputs)]
+            assert ask(*mixed, torch.zeros(())) is None
+            assert rule.kernel.step_of_lanes(*map(tree.unsqueeze, mixed), torch.zeros(1), 1) is None
+        assert ask(*(tree.to(x, torch.device("meta"), None) for x in inputs), torch.zeros(())) is None
+
+
+def test_a_derivative_of_the_compiled_step_is_refused() -> None:
+    rule = RULES["default"]
+    theta, grads, state, params = drawn(rule, (), FLOAT)
+    tensors = rule.kernel._tensors({k: v.requires_grad_() for k, v in theta.items()}, grads, state, params)
+    _, moved, _ = small_mlp_kernel.step(rule.kernel._network, tensors)
+    with pytest.raises(NotImplementedError, match=r"no derivatives; SmallMLP\.update has all"):
+        moved[0].sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["theta", "averages", "gradient"])
+def test_another_rules_theta_or_state_is_refused_before_c_reads_it(part: str) -> None:
+    theta, grads, state, params = drawn(SmallMLP(), (2,), FLOAT)
+    if part == "theta":
+        theta["layer0/weight"] = theta["layer0/weight"][:, :, 1:]
+    elif part == "averages":
+        state.averages["b"] = state.averages["b"][:, 1:]
+    else:
+        grads["w"] = grads["w"][:, 1:]
+    with pytest.raises(ValueError, match=r"was given a tensor of shape .* where .* was expected"):
+        torch.func.vmap(lambda *each: by_kernel(SmallMLP(), *each))(theta, grads, state, params)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("start", ["the task's", "learned"])
+def test_the_engine_takes_compiled_steps_where_nothing_is_recorded(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, calls, run = Quadratic(), [], small_mlp_kernel._run
+    rule: Any = SmallMLP(step_scale=0.1)
+    if start == "learned":
+        rule = LearnedInit(rule, {k: p[0] for k, p in family.init_params(sample(family)).items()})
+    loop = InnerLoop(family, rule, Execution(chunk_size=4))
+    theta, carry = generic_theta(loop), loop.start(sample(family, 3))
+    expected = loop.run(theta, carry, 5, Tape.FULL)
+    monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args: calls.append(args[1]) or run(*args))
+    found = loop.run(theta, carry, 5, Tape.NONE)
+    assert [tuple(lanes) for lanes in calls] == [(3,)] * 5
+    assert_close((found.losses, found.end.params, found.end.state), tree.detach((expected.losses, *expected.end[1:3])))
+    loop.run(theta, carry, 5, Tape.FIRST_ORDER)
+    assert len(calls) == 5
+
+
+def test_switched_off_or_without_a_compiler_it_runs_in_pure_torch(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "from learnedopt.optimizers import SmallMLP\n"
+        "rule, params = SmallMLP(), {'x': torch.ones(3)}\n"
+        "theta = rule.init_theta(torch.Generator().manual_seed(0))\n"
+        "with torch.no_grad():\n"
+        "    state = rule.init(theta, params)[1]\n"
+        "    print(rule.kernel.step(theta, params, state, params, None))\n"
+        "    print(rule.update(theta, params, state, params, None)[0]['x'].isfinite().all().item())\n"
+    )
+    absent = {"LEARNEDOPT_CACHE": str(tmp_path), "PATH": str(tmp_path), "CC": "absent"}
+    for environment in ({"LEARNEDOPT_NATIVE": "0"}, absent):
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+        )
+        assert run.stdout.split() == ["None", "True"]
+
+
+def test_a_library_is_built_again_where_a_header_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path / "cache"))
+    found = []
+    for value in (3, 4):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "value.h").write_text(f"#define VALUE {value}\n")
+        (folder / "same.c").write_text('#include "value.h"\nint value(void) { return VALUE; }\n')
+        with caplog.at_level(logging.WARNING, logger="learnedopt"):
+            library = native.library(folder / "same.c")
+        assert library is not None, caplog.text
+        found.append(library.value())
+    assert found == [3, 4]
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"decays": (0.9, 1.0)}, ValueError, r"decays=1.0 is out of range"),
+        ({"decays": [0.9]}, TypeError, r"decays=\[0.9\] .* tuples"),
+        ({"decays": ("0.9",)}, TypeError, "decays='0.9' is a str"),
+        ({"hidden": (8, 0)}, ValueError, "hidden=0 is not a count"),
+        ({"hidden": 8}, TypeError, "hidden=8 must both be tuples"),
+        ({"step_scale": 0.0}, ValueError, "step_scale=0.0 is out of range"),
+        ({"exp_scale": -1.0}, ValueError, "exp_scale=-1.0 is out of range"),
+        ({"eps": 0.0}, ValueError, "eps=0.0 is out of range"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"SmallMLP: .*{message}"):
+        SmallMLP(**options)
+
+
+def test_the_registry_takes_lists_for_its_tuples() -> None:
+    config = optimizers.describe(SmallMLP(hidden=(4,)))
+    assert optimizers.build({**config, "options": {**config["options"], "decays": [0.5]}}) == SmallMLP((0.5,), (4,))
