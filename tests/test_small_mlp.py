@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from learnedopt import Execution, FinalLoss, InnerLoop, LearnedOptimizer, MetaTrainer, Tape, Unrolled, optimizers
 from learnedopt.core import tree
 from learnedopt.core.tree import Params, Theta
+from learnedopt.execution import particles
 from learnedopt.optimizers import LearnedInit, SmallMLP
 from learnedopt.optimizers.kernels import native, small_mlp_kernel
 from learnedopt.optimizers.small_mlp import TIME_SCALES, Memory
@@ -133,7 +134,7 @@ def test_the_clock_moves_it_and_stops_after_the_longest_scale() -> None:
 
 
 def test_meta_training_improves_it() -> None:
-    loop = InnerLoop(Quadratic(), SmallMLP(step_scale=0.1))
+    loop = InnerLoop(Quadratic(), SmallMLP(step_scale=0.1), Execution(chunk_size=16))
     trainer = MetaTrainer(
         loop, Unrolled(8), FinalLoss(), meta_optimizer=lambda p: torch.optim.Adam(p, 0.01), num_tasks=8, seed=0
     )
@@ -363,6 +364,33 @@ def test_the_engine_takes_compiled_steps_where_nothing_is_recorded(start: str, m
     assert_close((found.losses, found.end.params, found.end.state), tree.detach((expected.losses, *expected.end[1:3])))
     loop.run(theta, carry, 5, Tape.FIRST_ORDER)
     assert len(calls) == 5
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("num_slots", "num_particles"), [(2, 3), (1, 3), (2, 1), (1, 1)], ids=str)
+def test_particles_take_their_steps_together(
+    num_slots: int, num_particles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, calls, run = InnerLoop(Quadratic(), SmallMLP(step_scale=0.1)), [], small_mlp_kernel._run
+    tasks, one = sample(loop.family, num_slots), generic_theta(loop)
+    loop.check_start(one, loop.start(tasks))
+    generator = torch.Generator().manual_seed(3)
+
+    def perturbed(v: Tensor) -> Tensor:
+        return v + 0.1 * torch.randn(num_slots, num_particles, *v.shape, generator=generator)
+
+    theta = {k: perturbed(v) for k, v in one.items()}
+    begun = particles.begin(loop, theta, tasks, loop.start(tasks).params)
+    monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args: calls.append(tuple(args[1])) or run(*args))
+    found, losses = particles.run(loop, begun, 3)
+    assert calls == [tuple(size for size in (num_slots, num_particles) if size > 1)] * 3
+    for slot in range(num_slots):
+        for i in range(num_particles):
+            own = {k: v[slot, i] for k, v in theta.items()}
+            alone = loop.run(own, loop.start(tree.narrow(tasks, slot, slot + 1)), 3, Tape.FULL)
+            assert_close(losses[:, slot, i], alone.losses[:, 0].detach())
+            ours, expected = (found.params, found.state), tree.detach((alone.end.params, alone.end.state))
+            assert_close(tree.tree_map(lambda x, at=(slot, i): x[at], ours), tree.squeeze(expected))
 
 
 def test_switched_off_or_without_a_compiler_it_runs_in_pure_torch(tmp_path: Path) -> None:
