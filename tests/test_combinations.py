@@ -20,6 +20,7 @@ import learnedopt
 from learnedopt import (
     GMRES,
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     FinalLoss,
     FirstOrder,
@@ -178,6 +179,12 @@ def dense_solve(*, num_terms: int | None = None, step_map: bool = False) -> Orac
     return oracle
 
 
+def mean_of_both_tapes(problem: Problem, found: list[Estimate]) -> float:
+    """Compare with the mean of two loops, of which one holds gradients and losses as they were."""
+    gradients = [problem.reference(NUM_STEPS, full=full).gradient() for full in (True, False)]
+    return relative_error(found[0].grads, {k: (g + gradients[1][k]) / 2 for k, g in gradients[0].items()})
+
+
 ESTIMATORS = {
     "unrolled": Entry(Unrolled(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=True), 1e-7),
     "first order": Entry(FirstOrder(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=False), 1e-7),
@@ -186,6 +193,7 @@ ESTIMATORS = {
     "truncated": Entry(Truncated(2, 20), 2, windows_by_hand(2, full=False), 1e-12),
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
+    "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
@@ -203,9 +211,9 @@ class Refusal(NamedTuple):
 
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
-STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd")
-DETACHED = ("first order", "truncated")
-"""Estimators whose tape is ``Tape.FIRST_ORDER``."""
+STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined")
+DETACHED = ("first order", "truncated", "combined")
+"""Estimators whose tape, or one of whose tapes, is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
@@ -311,7 +319,7 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     problem = Problem(loop, theta, OBJECTIVES[objective], tasks)
 
     def take() -> list[Estimate]:
-        found, carry = [], loop.start(problem.tasks)
+        found, carry = [], entry.estimator.start(loop, theta, problem.tasks, torch.Generator().manual_seed(0))
         for _ in range(entry.num_estimates):
             found.append(entry.estimator.estimate(loop, problem.theta, problem.objective, carry))
             carry = found[-1].carry

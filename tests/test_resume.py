@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import train_meta
 from learnedopt import (
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     DualAveraging,
     Execution,
@@ -52,6 +53,7 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Split, Tasks
 from learnedopt.core.tree import Theta
+from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker, Trackers
 from learnedopt.training.trainer import TrainingResult
@@ -241,6 +243,20 @@ CASES: dict[str, Make] = {
         meta_optimizer=PerName(
             {"init/*": lambda p: FollowTheLeader(p, lambda t: t**0.5), "rule/*": lambda p: torch.optim.Adam(p, 1e-2)}
         ),
+    ),
+    "two estimators as one, whose windows end at different times": trainer(
+        step_dependent(),
+        "learned-init",
+        Combined(Truncated(2, horizon=6), EvolutionStrategies(2, 3, 1e-2, horizon=4), 0.7),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "two estimators as one, of which either or both may be skipped": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
