@@ -143,7 +143,7 @@ class Combined(GradientEstimator):
         moments = [self._taken_in(m, g) for m, g in zip(carry.moments, told, strict=True)]
         onward = [each.carry if ok else None for each, ok in zip(found, finite, strict=True)]
         leading = found[0] if finite[0] or not finite[1] else found[1]
-        info = _joined(*(each.info for each in found), leading)
+        info = _joined(found[0].info, found[1].info, leading)
         info["weight_back_propagated"] = _mean_share(shares, theta)
         for name, ok, m in zip(("back_propagated", "perturbed"), finite, moments, strict=True):
             info[f"not_finite_{name}"] = int(not ok)
