@@ -14,6 +14,7 @@ from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfL
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
@@ -135,6 +136,7 @@ __all__ = [
     "Bootstrap",
     "BootstrappedTarget",
     "Carry",
+    "Combined",
     "CompileWarning",
     "ConjugateGradient",
     "Constant",

@@ -21,6 +21,7 @@ import learnedopt
 from learnedopt import (
     GMRES,
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     EvolutionStrategies,
     FinalLoss,
@@ -196,6 +197,12 @@ def particles_by_hand(problem: Problem, found: list[Estimate]) -> float:
     return worst(relative_error(a.grads, b) for a, b in zip(found, expected, strict=True))
 
 
+def mean_of_both_tapes(problem: Problem, found: list[Estimate]) -> float:
+    """Compare with the mean of two loops, of which one holds gradients and losses as they were."""
+    gradients = [problem.reference(NUM_STEPS, full=full).gradient() for full in (True, False)]
+    return relative_error(found[0].grads, {k: (g + gradients[1][k]) / 2 for k, g in gradients[0].items()})
+
+
 ESTIMATORS = {
     "unrolled": Entry(Unrolled(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=True), 1e-7),
     "first order": Entry(FirstOrder(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=False), 1e-7),
@@ -204,6 +211,7 @@ ESTIMATORS = {
     "truncated": Entry(Truncated(2, 20), 2, windows_by_hand(2, full=False), 1e-12),
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
+    "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
@@ -224,10 +232,10 @@ class Refusal(NamedTuple):
 
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
-STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd")
+STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined")
 PERTURBING = ("evolution", "persistent", "noise reuse")
-DETACHED = ("first order", "truncated")
-"""Estimators whose tape is ``Tape.FIRST_ORDER``."""
+DETACHED = ("first order", "truncated", "combined")
+"""Estimators whose tape, or one of whose tapes, is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
