@@ -14,6 +14,7 @@ from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, Sum
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -146,6 +147,7 @@ __all__ = [
     "FirstOrder",
     "FollowTheLeader",
     "FollowTheRegularizedLeader",
+    "ForwardMode",
     "Found",
     "GradientEstimator",
     "GuessAndGrow",

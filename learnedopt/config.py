@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
@@ -29,7 +30,7 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit),
+    (Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode),
     (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),

@@ -161,15 +161,8 @@ class Truncated(GradientEstimator):
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
         require_recording(self.tape)
-        if self.horizon is None:
-            return
-        require_count("horizon", self.horizon, least=1)
-        if self.horizon % self.num_steps:
-            raise ValueError(
-                f"horizon={self.horizon} is not a multiple of the window num_steps={self.num_steps}: the last window "
-                f"would be cut short; use {self.horizon - self.horizon % self.num_steps or self.num_steps} or "
-                f"{self.horizon + self.num_steps - self.horizon % self.num_steps}"
-            )
+        if self.horizon is not None:
+            require_windows(self.num_steps, self.horizon)
 
     @property
     def takes_second_derivatives(self) -> bool:
@@ -227,6 +220,16 @@ def require_recording(tape: Tape) -> None:
     """Raise ValueError for ``Tape.NONE``, through which nothing can be differentiated."""
     if tape is not Tape.FULL and tape is not Tape.FIRST_ORDER:
         raise ValueError(f"tape={tape!r} records nothing to back-propagate through; use Tape.FULL or Tape.FIRST_ORDER")
+
+
+def require_windows(num_steps: int, horizon: int) -> None:
+    """Raise ValueError unless windows of ``num_steps`` fill an episode of ``horizon`` steps."""
+    require_count("horizon", horizon, least=1)
+    if horizon % num_steps:
+        raise ValueError(
+            f"horizon={horizon} is not a multiple of the window num_steps={num_steps}: the last window would be cut "
+            f"short; use {horizon - horizon % num_steps or num_steps} or {horizon + num_steps - horizon % num_steps}"
+        )
 
 
 def has_learned_start(loop: InnerLoop, theta: Theta, carry: Carry) -> bool:
