@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from learnedopt.core import checks, tree
@@ -156,13 +157,13 @@ def step_task(
         # Less its penalty, as a rule is told it.
         return family.loss(at, batch) if objective.descends_task_loss else objective.loss(theta, family, at, batch)
 
-    with _WrittenOut():
+    with _MeanOfSquares():
         grads, told = torch.func.grad_and_value(descended)(params)
     if objective.penalty is not None:
         own = _penalty_gradient(loop, theta, params)
         grads = {k: g + own[k] for k, g in grads.items()}
     shared = objective.descends_task_loss and objective.reads_task_loss
-    with _WrittenOut():
+    with _MeanOfSquares():
         outer = told if shared else objective.outer_loss(theta, family, params, batch)
     result = rule.update(loop.rule_theta(theta), grads, state, params, told)
     deltas, after = checks.params_and_state(rule, "update", result, params)
@@ -170,15 +171,15 @@ def step_task(
     return moved, tree.arrange(() if after is None else after, state), outer
 
 
-class _WrittenOut(TorchFunctionMode):
-    """Squared errors as operations that torch can go through: its own fail in forward mode over reverse mode."""
+class _MeanOfSquares(TorchFunctionMode):
+    """``mse_loss`` as the mean of what it gives unreduced: with torch's own mean, forward over reverse mode fails."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is not torch._C._nn.mse_loss:
-            return func(*args, **(kwargs or {}))
-        outputs, targets, reduction = args
-        squares = (outputs - targets).square()
-        return (squares, squares.mean(), squares.sum())[reduction]
+        options = kwargs or {}
+        plain = (options.get("reduction"), options.get("size_average"), options.get("reduce"), options.get("weight"))
+        if func is functional.mse_loss and plain == ("mean", None, None, None):
+            return func(*args, **options | {"reduction": "none"}).mean()
+        return func(*args, **options)
 
 
 def _penalty_gradient(loop: InnerLoop, theta: Theta, params: Params) -> Params:
