@@ -16,6 +16,7 @@ from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -151,6 +152,7 @@ __all__ = [
     "FirstOrder",
     "FollowTheLeader",
     "FollowTheRegularizedLeader",
+    "ForwardMode",
     "Found",
     "GradientEstimator",
     "GuessAndGrow",

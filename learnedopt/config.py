@@ -17,6 +17,7 @@ from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
@@ -32,7 +33,7 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit, EvolutionStrategies, PersistentES, Combined),
+    (Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined),
     (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),

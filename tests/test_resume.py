@@ -55,7 +55,6 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Split, Tasks
 from learnedopt.core.tree import Theta
-from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker, Trackers
 from learnedopt.training.trainer import TrainingResult
