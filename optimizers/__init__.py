@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
+    from learnedopt.optimizers.step_rates import StepRates
 
 _LAZY = {
     "ANIL": "anil",
@@ -61,6 +62,7 @@ _LAZY = {
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
+    "StepRates": "step_rates",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
@@ -101,6 +103,7 @@ __all__ = [
     "RecurrentHyperparameters",
     "Reparametrized",
     "Simplex",
+    "StepRates",
     "as_meta_sgd",
     "build",
     "describe",
