@@ -35,8 +35,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "DistilledData",
     "L2",
+    "DistilledData",
     "LearnedLoss",
     "Proximal",
     "WeightedExamples",

@@ -30,9 +30,7 @@ names, register, make = INNER_OBJECTIVES.names, INNER_OBJECTIVES.register, INNER
 describe, build = INNER_OBJECTIVES.describe, INNER_OBJECTIVES.build
 
 
-def example(
-    name: str, template: Params, num_examples: int, num_outputs: int, shape: tuple[int, ...]
-) -> InnerObjective:
+def example(name: str, template: Params, num_examples: int, num_outputs: int, shape: tuple[int, ...]) -> InnerObjective:
     """Make the named inner objective with options that have no default filled in: what tests walk over.
 
     Args:
@@ -46,6 +44,7 @@ def example(
         "l2": {"strength": 0.5},
         "weighted-examples": {"num_examples": num_examples},
         "learned-loss": {"num_outputs": num_outputs},
-        "distilled": {"shape": shape, "num_classes": num_outputs, "per_class": 2},
+        # As many images as leave no direction of a small classifier flat, where implicit gradients have no solution.
+        "distilled": {"shape": shape, "num_classes": num_outputs, "per_class": 3},
     }
     return make(name, template=template, **options.get(name, {}))

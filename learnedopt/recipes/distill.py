@@ -15,9 +15,7 @@ def distill_mnist() -> Recipe:
     """One learned image a class, on which an MLP for MNIST trains from any start (Wang et al. 2018)."""
     return Recipe(
         name="distill-mnist",
-        family=Choice(
-            "image-mlp", {"dataset": "mnist", "hidden": (128,), "activation": "relu", "batch_size": 128}
-        ),
+        family=Choice("image-mlp", {"dataset": "mnist", "hidden": (128,), "activation": "relu", "batch_size": 128}),
         # Logarithms, so that a meta-step changes a rate by a factor and no rate turns negative.
         rule=Choice(
             "reparametrized",
