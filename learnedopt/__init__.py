@@ -10,10 +10,11 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, SumOfLosses, TaskMean
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -23,6 +24,7 @@ from learnedopt.estimators.linear_solvers import (
     Neumann,
     Solution,
 )
+from learnedopt.estimators.persistent import PersistentES
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
 from learnedopt.objectives.feedback import HypergradientFeedback
@@ -143,6 +145,7 @@ __all__ = [
     "Entropic",
     "Estimate",
     "Euclidean",
+    "EvolutionStrategies",
     "Execution",
     "FinalLoss",
     "FirstOrder",
@@ -176,9 +179,11 @@ __all__ = [
     "MomentMatching",
     "NamedTensors",
     "Neumann",
+    "OfLosses",
     "Params",
     "Penalty",
     "PerName",
+    "PersistentES",
     "PresentGradient",
     "ProjectedGradient",
     "Proximal",

@@ -15,9 +15,11 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
+from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
+from learnedopt.estimators.persistent import PersistentES
 from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
 from learnedopt.evaluation.few_shot import ErrorRate
 from learnedopt.objectives.matching import KLDivergence, SquaredDistance
@@ -29,7 +31,7 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit),
+    (Unrolled, Truncated, TruncatedBackprop, Implicit, EvolutionStrategies, PersistentES),
     (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),

@@ -56,6 +56,13 @@ class Partition(UpdateRule):
             theta |= prefixed(label, rule.init_theta(generator))
         return theta
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return all groups' scales."""
+        scale: dict[str, float | Tensor] = {}
+        for label, (_, rule) in self.groups.items():
+            scale |= prefixed(label, rule.theta_scale())
+        return scale
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start each group as its rule does."""
         start, state = {}, {}

@@ -17,6 +17,7 @@ _TABLE = {
     "adam": "adam:Adam",
     "lstm": "lstm:LSTM",
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
+    "small-mlp": "small_mlp:SmallMLP",
     "learned-rates": "meta_sgd:LearnedRates",
     "step-rates": "step_rates:StepRates",
     "meta-sgd": "meta_sgd:meta_sgd",

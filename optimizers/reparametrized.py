@@ -75,6 +75,10 @@ class Reparametrized(Wrapper):
             )
         return prefixed("rule", theta)
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return the rule's scales of what stays as it is; what is put on a scale has a size of its own there, 1."""
+        return prefixed("rule", {k: s for k, s in self.rule.theta_scale().items() if self._scale(k) is None})
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start as the rule does."""
         return self.rule.init(self._read(theta), params)

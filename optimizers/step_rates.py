@@ -55,6 +55,10 @@ class StepRates(UpdateRule):
         """Return all rates at one value."""
         return {"lr": torch.full((self.num_steps,), float(self.lr), device=generator.device)}
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """A step of size one is large for a rate: 0.3."""
+        return {"lr": 0.3}
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start where the parameters are, at step 0."""
         return params, {"step": torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from implicit_oracle import implicit_gradient
 from oracles import Reference, relative_error, worst
+from perturbed_oracle import Posed, evolution, persistent
 from problems import FLOAT, Both, Labelled, Quadratic, generic_theta, sample, template
 
 import learnedopt
@@ -21,6 +22,7 @@ from learnedopt import (
     GMRES,
     BootstrappedTarget,
     ConjugateGradient,
+    EvolutionStrategies,
     FinalLoss,
     FirstOrder,
     GradientEstimator,
@@ -31,8 +33,11 @@ from learnedopt import (
     KLDivergence,
     LeaderAndRadius,
     MeanLogLoss,
+    MetaTrainer,
     MomentMatching,
     Neumann,
+    OfLosses,
+    PersistentES,
     Proximal,
     RegretBound,
     SumOfLosses,
@@ -111,6 +116,8 @@ class Problem(NamedTuple):
     theta: Theta
     objective: MetaObjective
     tasks: Tasks
+    estimator: GradientEstimator | None = None
+    first: Any = None
 
     def reference(self, num_steps: int, **options: Any) -> Reference:
         """Return the plain loop over the same problem."""
@@ -177,6 +184,18 @@ def dense_solve(*, num_terms: int | None = None, step_map: bool = False) -> Orac
     return oracle
 
 
+def particles_by_hand(problem: Problem, found: list[Estimate]) -> float:
+    """Compare with every perturbed copy walked by itself."""
+    estimator, carry = problem.estimator, problem.first
+    posed = Posed(*problem[:4])
+    if isinstance(estimator, EvolutionStrategies):
+        expected = [evolution(posed, estimator, carry)]
+    else:
+        assert isinstance(estimator, PersistentES)
+        expected = persistent(posed, estimator, carry, len(found))
+    return worst(relative_error(a.grads, b) for a, b in zip(found, expected, strict=True))
+
+
 ESTIMATORS = {
     "unrolled": Entry(Unrolled(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=True), 1e-7),
     "first order": Entry(FirstOrder(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=False), 1e-7),
@@ -188,6 +207,9 @@ ESTIMATORS = {
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
+    "evolution": Entry(EvolutionStrategies(NUM_STEPS, 2, 0.01), 1, particles_by_hand, 1e-9),
+    "persistent": Entry(PersistentES(2, 6, 2, 0.01), 2, particles_by_hand, 1e-9),
+    "noise reuse": Entry(PersistentES(2, 6, 2, 0.01, reuse_noise=True), 2, particles_by_hand, 1e-9),
 }
 
 
@@ -203,12 +225,13 @@ class Refusal(NamedTuple):
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
 STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd")
+PERTURBING = ("evolution", "persistent", "noise reuse")
 DETACHED = ("first order", "truncated")
 """Estimators whose tape is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
-    "step-rates",
+    "small-mlp", "step-rates",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -239,6 +262,11 @@ REFUSED = [
     ),
     Refusal(("no steps",), ("step-rates",), None, ("regret bound",), "of one rate for all steps"),
     Refusal(("no steps",), (*ALL_RULES - {*BALANCED},), None, ("moments",), r"\.reads_theta names"),
+    # Of what is held fixed, differences of values know nothing.
+    Refusal(
+        PERTURBING, None, None, ("bootstrapped", "bootstrapped kl", *FROM_START),
+        r"holds a part of itself fixed|\.reads_theta names",
+    ),
     # Nothing but a start moves the end of an inner loop without steps.
     Refusal(
         ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, OF_STEPS, "no path to the objective through 0 "
@@ -272,8 +300,8 @@ REFUSED = [
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
-        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "step-rates"), TASK_LOSS, None,
-        "counts its steps",
+        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates"), TASK_LOSS,
+        None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
@@ -310,10 +338,12 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     theta = generic_theta(loop)
     if objective == "regret bound":  # of rates well above zero
         theta = {k: v.abs() + 0.1 if "lr" in k else v for k, v in theta.items()}
-    problem = Problem(loop, theta, OBJECTIVES[objective], tasks)
+    problem = Problem(loop, theta, OBJECTIVES[objective], tasks, entry.estimator)
 
     def take() -> list[Estimate]:
-        found, carry = [], loop.start(problem.tasks)
+        nonlocal problem
+        carry = entry.estimator.start(loop, theta, tasks, torch.Generator().manual_seed(3))
+        found, problem = [], problem._replace(first=carry)
         for _ in range(entry.num_estimates):
             found.append(entry.estimator.estimate(loop, problem.theta, problem.objective, carry))
             carry = found[-1].carry
@@ -324,12 +354,27 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
         with pytest.raises(ValueError, match=row.reason):
             take()
         return
-    assert entry.oracle(problem, take()) <= entry.tolerance
+    found = take()
+    assert entry.oracle(problem, found) <= entry.tolerance
 
 
 @pytest.mark.parametrize(("estimator", "rule", "inner", "objective"), [*cases()])
 def test_combination(estimator: str, rule: str, inner: str, objective: str) -> None:
     check(estimator, rule, inner, objective)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128], ids=["integers", "bits", "complex"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_theta_that_is_not_of_real_numbers_is_refused(estimator: str, dtype: torch.dtype) -> None:
+    loop, entry = loop_of("sgd", "task-loss"), ESTIMATORS[estimator]
+    tasks, theta = sample(loop.family), generic_theta(loop)
+    carry = entry.estimator.start(loop, theta, tasks, torch.Generator().manual_seed(0))
+    wrong = {k: torch.ones_like(v, dtype=dtype) if k == "lr" else v for k, v in theta.items()}
+    told = rf"\{{'lr': '{dtype}'\}} are no real floating-point numbers.*as an option of its owner"
+    with pytest.raises(ValueError, match=told):
+        entry.estimator.estimate(loop, wrong, FinalLoss(), carry)
+    with pytest.raises(ValueError, match=told):
+        MetaTrainer(loop, entry.estimator, FinalLoss(), tracker=None, theta=wrong)
 
 
 class Newcomer(UpdateRule):
@@ -384,7 +429,7 @@ def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -
     public = [getattr(learnedopt, name) for name in learnedopt.__all__ if name[0].isupper() and name not in LAZY]
     classes = [x for x in public if isinstance(x, type)]
     estimators = {x for x in classes if issubclass(x, GradientEstimator) and x is not GradientEstimator}
-    objectives = {x for x in classes if issubclass(x, TaskMean) and x is not TaskMean}
+    objectives = {x for x in classes if issubclass(x, TaskMean) and x not in (TaskMean, OfLosses)}
     inners = {x for x in classes if issubclass(x, InnerObjective) and x is not InnerObjective}
     assert estimators == {type(entry.estimator) for entry in ESTIMATORS.values()}
     assert objectives == {type(objective) for objective in OBJECTIVES.values()} | {*OF_ONE_COMPOSITION}

@@ -664,9 +664,8 @@ def test_a_rule_without_meta_parameters_is_refused() -> None:
 
 
 def test_theta_of_another_rule_is_refused_before_the_first_inner_step() -> None:
-    trainer = MetaTrainer(quadratic_loop("lstm"), Unrolled(1), FinalLoss(), theta={"lr": torch.tensor(0.1)})
     with pytest.raises(ValueError, match="this theta is not one of LSTM"):
-        trainer.run(1)
+        MetaTrainer(quadratic_loop("lstm"), Unrolled(1), FinalLoss(), theta={"lr": torch.tensor(0.1)})
 
 
 @pytest.mark.parametrize("setting", ["num_steps", "num_tasks", "every", "seed"])

@@ -95,9 +95,18 @@ def require_theta(
             f"this theta is not one of {owner}{each}: expected {shapes(expected)}, got {shapes(theta)}; take it from "
             "the loop's init_theta, or load it together with its rule and inner objective"
         )
-    whole = sorted(k for k, v in theta.items() if not v.is_floating_point())
-    if whole:
-        raise ValueError(f"the meta-parameters {whole} are not floating-point, so they have no gradient; use float()")
+    require_real(theta)
+
+
+def require_real(theta: Theta) -> None:
+    """Raise ValueError unless every meta-parameter is of real floating-point numbers."""
+    wrong = {k: str(v.dtype) for k, v in theta.items() if not v.is_floating_point()}
+    if wrong:
+        raise ValueError(
+            f"the meta-parameters {wrong} are no real floating-point numbers, so that no small step changes them and "
+            "no estimator has a gradient for them: make learned ones floating-point, such as by value.float() (two "
+            "real tensors of a complex one), and keep what is not learned out of theta, as an option of its owner"
+        )
 
 
 def require_begun(carry: Carry, split: Split) -> None:
@@ -167,7 +176,7 @@ def penalty_like(penalty: Penalty, found: Any, params: Params) -> Params:
             f"{type(penalty).__name__}.gradient must return one gradient of the same shape per parameter: expected "
             f"{shapes(params)}, got {shapes(found)}"
         )
-    return {k: found[k] if found[k].dtype is p.dtype else found[k].to(p.dtype) for k, p in params.items()}
+    return {k: tree.in_dtype_of(p, found[k]) for k, p in params.items()}
 
 
 def require_num_tasks(family: TaskFamily, batch: Batch, num_tasks: int) -> None:

@@ -82,11 +82,16 @@ class GradientEstimator(ABC):
 
 
 def as_leaves(theta: Theta) -> Theta:
-    """Return theta's values as leaves of a new graph."""
+    """Return theta's values as leaves of a new graph.
+
+    Raises:
+        ValueError: there are none, or one is not of real floating-point numbers.
+    """
     if not theta:
         raise ValueError(
             "theta is empty: neither rule nor inner objective has meta-parameters, so there is nothing to differentiate"
         )
+    checks.require_real(theta)
     return {k: v.detach().requires_grad_() for k, v in theta.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 
@@ -55,6 +55,13 @@ class Execution:
                 "compile=True and mixed_mode=True exclude each other: what a compiled program keeps or computes again "
                 "is for the compiler to choose; leave one out"
             )
+
+
+class ThetaMap(Protocol):
+    """How a function of one theta and one task is mapped over whatever is run together."""
+
+    def apply_theta(self, fn: Callable[..., Any], theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Call ``fn(theta, *each)``, on trees without the leading dimensions that the map itself takes care of."""
 
 
 class TaskMap(NamedTuple):

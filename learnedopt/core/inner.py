@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.core import checks, tree
+from learnedopt.core import checks, theta_scale, tree
 from learnedopt.core.cache import Cache
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, join, narrow
 from learnedopt.core.counts import require_count
-from learnedopt.core.execution import Execution, TaskMap
+from learnedopt.core.execution import Execution, TaskMap, ThetaMap
 from learnedopt.core.inner_gradient import StepGradient, step_gradient
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.modes import outside_inference_mode
@@ -69,6 +69,11 @@ class InnerLoop:
             ValueError: both have a meta-parameter of the same name.
         """
         return checks.joined_theta(self.rule, self.inner_objective, generator)
+
+    def theta_scale(self, theta: Theta) -> Theta:
+        """Return how large a step of size one is for each entry of theta, broadcastable to it: see ``UpdateRule``."""
+        self.require_theta(theta)
+        return theta_scale.scales_of(self.rule, self.inner_objective, theta, self._theta_shapes()[1], self.cache)
 
     @outside_inference_mode
     def start(self, tasks: Tasks) -> Carry:
@@ -186,7 +191,7 @@ class InnerLoop:
         own = self._theta_shapes()[1]
         return {k: v for k, v in theta.items() if k not in own} if own else theta
 
-    def gradient(self, task_map: TaskMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
+    def gradient(self, task_map: ThetaMap, theta: Theta, params: Params, batch: Batch, tape: Tape) -> StepGradient:
         """Return what a step on a train batch descends, and what is recorded of it; trees are unbatched."""
         plans = self.mixed_plans()
         return step_gradient(self.family, self.inner_objective, task_map, theta, params, batch, tape, mixed_plans=plans)
@@ -196,7 +201,7 @@ class InnerLoop:
         return self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
 
     def move(
-        self, task_map: TaskMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
+        self, task_map: ThetaMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state; trees are unbatched."""
         moved, new_state = task_map.apply_theta(self._step, self.rule_theta(theta), grads, state, params, loss)
@@ -216,11 +221,11 @@ class InnerLoop:
             values, state = checks.params_and_state(self.rule, "kernel.step", found, params)
             # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
             # promote to the wider one).
-            moved = {k: _in_dtype_of(p, values[k]) for k, p in params.items()}
+            moved = {k: tree.in_dtype_of(p, values[k]) for k, p in params.items()}
         else:
             result = self.rule.update(theta, grads, state, params, loss)
             deltas, state = checks.params_and_state(self.rule, "update", result, params)
-            moved = {k: p + _in_dtype_of(p, deltas[k]) for k, p in params.items()}
+            moved = {k: p + tree.in_dtype_of(p, deltas[k]) for k, p in params.items()}
         return moved, () if state is None else state
 
     def _outer_loss(self, theta: Theta, params: Params, batch: Batch) -> Tensor:
@@ -309,7 +314,3 @@ def solve_inner(
         ends.append(detach(end))
     end = join(ends)
     return Rollout(carry, end, torch.stack([loop.losses(theta, c, "train").detach() for c in (carry, end)]))
-
-
-def _in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
-    return x if x.dtype is like.dtype else x.to(like.dtype)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from learnedopt.core import checks, mixed_mode
 from learnedopt.core.carry import Tape
-from learnedopt.core.execution import TaskMap
+from learnedopt.core.execution import ThetaMap
 from learnedopt.core.inner_objective import InnerObjective, Penalty
 from learnedopt.core.task import Batch, TaskFamily
 from learnedopt.core.tree import Params, Theta
 
 
 class StepGradient(NamedTuple):
-    """Of the tasks that a ``TaskMap`` holds: what a step descends, and what is recorded.
+    """Of what a ``ThetaMap`` maps over: what a step descends, and what is recorded.
 
     ``loss`` is what is descended, less its penalty, as the rule is told it; ``outer`` the outer loss; ``grads`` the
     gradient with the penalty's, at ``params``; ``penalty`` the penalty's own part of it, None without one.
@@ -31,7 +31,7 @@ class StepGradient(NamedTuple):
 
 
 def step_gradient(
-    family: TaskFamily, objective: InnerObjective, task_map: TaskMap, theta: Theta, params: Params, batch: Batch,
+    family: TaskFamily, objective: InnerObjective, task_map: ThetaMap, theta: Theta, params: Params, batch: Batch,
     tape: Tape, *, mixed_plans: dict[Hashable, Any] | None = None,
 ) -> StepGradient:  # fmt: skip
     """Evaluate and differentiate the inner objective on the train batch.
@@ -70,7 +70,7 @@ def step_gradient(
 
 
 def penalty_gradient(
-    penalty: Penalty, task_map: TaskMap, theta: Theta, params: Params, *, create_graph: bool
+    penalty: Penalty, task_map: ThetaMap, theta: Theta, params: Params, *, create_graph: bool
 ) -> Params:
     """Return the gradient of a penalty at unbatched parameters."""
     if penalty.has_gradient:
@@ -91,7 +91,7 @@ def _gradient(values: Tensor, params: Params, *, create_graph: bool) -> list[Ten
 
 
 def _outer(
-    family: TaskFamily, objective: InnerObjective, task_map: TaskMap, theta: Theta, params: Params, batch: Batch,
+    family: TaskFamily, objective: InnerObjective, task_map: ThetaMap, theta: Theta, params: Params, batch: Batch,
     tape: Tape, descended: tuple[Tensor, list[Tensor]],
 ) -> Tensor:  # fmt: skip
     loss, grads = descended

@@ -57,6 +57,10 @@ class InnerObjective(ABC):  # noqa: B024 - both losses have a default
         """Draw the meta-parameters of its own that meta-training starts from; none by default."""
         return {}
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Say how large a step of size one is for each meta-parameter of its own; see ``UpdateRule.theta_scale``."""
+        return {}
+
     def loss(self, theta: Theta, family: TaskFamily, params: Params, batch: Batch) -> Tensor:
         """Return the scalar that the inner steps descend, on the "train" split."""
         value = family.loss(params, batch)

@@ -10,7 +10,8 @@ from torch import Tensor
 class NamedTensors(list[Tensor]):
     """A list of tensors, which any ``torch.optim.Optimizer`` takes, with their ``names`` in the same order.
 
-    A part of the list is a plain list, without names.
+    A part of the list is a plain list, without names. Where meta-parameters have scales, the tensors are theta's over
+    them: see ``UpdateRule.theta_scale``.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ on from elsewhere than the rollout's end. The scalar must be a mean over tasks, 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from torch import Tensor
 from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.registry import nearest
+from learnedopt.core.task import Split
 from learnedopt.core.tree import Theta
 
 MetaObjective: TypeAlias = Callable[[InnerLoop, Theta, Rollout], "Tensor | tuple[Tensor, Carry]"]
@@ -30,6 +32,9 @@ class TaskMean:
     reads_theta: tuple[str, ...] = ()
     """Patterns, as of ``fnmatch``, of the meta-parameters that it reads from ``theta`` itself: those reach it, whatever
     the inner steps make of them."""
+    holds_fixed: bool = False
+    """Part of it is held fixed where it is differentiated, such as a target: differences of its values as theta moves
+    are then not its gradient."""
 
     def check(self, loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> None:
         """Raise ValueError where it cannot be read after ``num_steps`` steps from ``carry``; nothing by default.
@@ -38,44 +43,65 @@ class TaskMean:
         """
 
 
-@final
-@dataclass(frozen=True)
-class FinalLoss(TaskMean):
-    """Loss on the valid split at the end, as in MAML (Finn et al. 2017)."""
+class OfLosses(TaskMean):
+    """An objective of each task's outer losses, those along the way and the one at the end."""
 
-    end_only = True
+    split: Split = "train"
+    """Of the loss at the end."""
+
+    @abstractmethod
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return each task's value (num_tasks,).
+
+        Args:
+            before: the losses before each update, (num_steps, num_tasks), on the train batches.
+            end: those at the end, (num_tasks,), on the batch of ``split``.
+        """
 
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
-        return loop.losses(theta, rollout.end, "valid").mean()
+        return self.of_losses(rollout.losses, loop.losses(theta, rollout.end, self.split)).mean()
 
 
 @final
 @dataclass(frozen=True)
-class SumOfLosses(TaskMean):
+class FinalLoss(OfLosses):
+    """Loss on the valid split at the end, as in MAML (Finn et al. 2017)."""
+
+    end_only = True
+    split = "valid"
+
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return the last one."""
+        return end
+
+
+@final
+@dataclass(frozen=True)
+class SumOfLosses(OfLosses):
     """Sum of the train losses after steps 1..K (Andrychowicz et al. 2016, equation 3 with all weights 1)."""
 
-    def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
-        """Return the mean over tasks of the sum over steps."""
-        return _losses_after_steps(loop, theta, rollout).sum(0).mean()
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return the sum over steps."""
+        return _after_steps(before, end).sum(0)
 
 
 @final
 @dataclass(frozen=True)
-class MeanLogLoss(TaskMean):
+class MeanLogLoss(OfLosses):
     """Mean over steps 1..K of the logarithm of the train loss: every decade of progress counts the same.
 
     The losses must be positive: the logarithm is not shifted or clamped.
     """
 
-    def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
-        """Return the mean over steps and tasks."""
-        return _losses_after_steps(loop, theta, rollout).log().mean()
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return the mean over steps."""
+        return _after_steps(before, end).log().mean(0)
 
 
-def _losses_after_steps(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
-    """Return the train losses (max(num_steps, 1), num_tasks) after each step."""
-    return torch.cat([rollout.losses[1:], loop.losses(theta, rollout.end, "train").unsqueeze(0)])
+def _after_steps(before: Tensor, end: Tensor) -> Tensor:
+    """Return the losses (max(num_steps, 1), num_tasks) after each step."""
+    return torch.cat([before[1:], end.unsqueeze(0)])
 
 
 def read_directly(objective: MetaObjective | TaskMean, theta: Theta) -> set[str]:

@@ -135,6 +135,15 @@ class UpdateRule(ABC):
         What is made after tensors of the rule's own, such as a template, may lie where these do.
         """
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Say how large a step of size one is for each meta-parameter: 1 for all by default, and for what is left out.
+
+        A number or a tensor of its shape, positive. ``MetaTrainer`` moves ``theta / scale``, and who perturbs theta
+        does so by ``scale`` times as much: one learning rate then serves a log-rate as well as a small weight. Whoever
+        wraps a rule hands on its scales.
+        """
+        return {}
+
     @abstractmethod
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Return where the inner loop starts (``params``, or a learned start out of ``theta``) and the first state."""

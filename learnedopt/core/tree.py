@@ -132,6 +132,11 @@ def to(tree: Tree, device: torch.device | str | None, dtype: torch.dtype | None)
     return tree_map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None), tree)
 
 
+def in_dtype_of(like: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of ``like``."""
+    return x if x.dtype is like.dtype else x.to(like.dtype)
+
+
 def ravel(tensors: Sequence[Tensor]) -> Tensor:
     """Join batched tensors, each (num_tasks, ...), into one matrix (num_tasks, dim)."""
     return torch.cat([x.reshape(x.shape[0], -1) for x in tensors], dim=1)

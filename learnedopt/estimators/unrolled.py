@@ -26,6 +26,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import recording_gradients
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
+from learnedopt.estimators.windows import require_windows
 from learnedopt.execution.adjoint import Unroll
 from learnedopt.execution.choice import adjoint_of
 from learnedopt.execution.programs import seconds_spent
@@ -161,15 +162,8 @@ class Truncated(GradientEstimator):
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, least=1)
         require_recording(self.tape)
-        if self.horizon is None:
-            return
-        require_count("horizon", self.horizon, least=1)
-        if self.horizon % self.num_steps:
-            raise ValueError(
-                f"horizon={self.horizon} is not a multiple of the window num_steps={self.num_steps}: the last window "
-                f"would be cut short; use {self.horizon - self.horizon % self.num_steps or self.num_steps} or "
-                f"{self.horizon + self.num_steps - self.horizon % self.num_steps}"
-            )
+        if self.horizon is not None:
+            require_windows(self.num_steps, self.horizon)
 
     @property
     def takes_second_derivatives(self) -> bool:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.named_tensors import names_of
+from learnedopt.core.theta_scale import ThetaItself
 from learnedopt.core.weights import require_positive
 
 
 @final
-class ARUBA(torch.optim.Optimizer):
+class ARUBA(torch.optim.Optimizer, ThetaItself):
     """The meta-optimizer of ARUBA (Khodak, Balcan & Talwalkar 2019, algorithm 2), with ``MomentMatching``.
 
     With ``x - gradient`` what the t-th batch of tasks shows, t = 1, 2, ..., distances and squares become

@@ -8,11 +8,12 @@ from typing import Any, final
 import torch
 from torch.optim.optimizer import ParamsT
 
+from learnedopt.core.theta_scale import ThetaItself
 from learnedopt.core.weights import require_positive
 
 
 @final
-class FollowTheLeader(torch.optim.Optimizer):
+class FollowTheLeader(torch.optim.Optimizer, ThetaItself):
     """``w ← w - lr · (weight_t / Σ_{s<=t} weight_s) · g_t`` (Balcan, Khodak and Talwalkar 2019, algorithm 1).
 
     For losses ``½‖w - c_t‖²``, of which g_t = w - c_t is the gradient, and ``lr=1``, w is the weighted mean of c_1 to

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learnedopt.core.named_tensors import NamedTensors, names_of
 from learnedopt.core.registry import nearest
+from learnedopt.core.theta_scale import ThetaItself
 
 Factory: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -77,7 +78,7 @@ class PerName:
 
 
 @final
-class Members(torch.optim.Optimizer):
+class Members(torch.optim.Optimizer, ThetaItself):
     """Optimizers of different tensors as one: groups in the order of the members, one state, one ``state_dict``.
 
     The groups are the members' own, so that a schedule of learning rates reaches them.
@@ -97,6 +98,10 @@ class Members(torch.optim.Optimizer):
         if "members" in self.__dict__:
             raise ValueError("no member would move a group that is added here; add it to one of .members before")
         super().add_param_group(param_group)
+
+    def taken_as_theta(self) -> list[Tensor]:
+        """Return the tensors of those members that are of theta itself."""
+        return [p for each in self.members if isinstance(each, ThetaItself) for p in each.taken_as_theta()]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let each member take a step, and return what ``closure`` does, which is called once."""

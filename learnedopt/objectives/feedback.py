@@ -25,6 +25,8 @@ class HypergradientFeedback(TaskMean):
     graph.
     """
 
+    holds_fixed = True
+
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return the mean over tasks."""
         start = rollout.start

@@ -47,7 +47,7 @@ class LeaderAndRadius(TaskMean):
     radius: str = "*radius"
     divergence: Matching = field(default_factory=SquaredDistance)
 
-    end_only = True
+    end_only, holds_fixed = True, True
 
     def __post_init__(self) -> None:
         TargetMatching(self.target)  # which asks whether it is one

@@ -68,7 +68,7 @@ class RegretBound(TaskMean):
     num_steps: int
     target: Target | None = None
 
-    reads_theta = ("*lr*",)
+    reads_theta, holds_fixed = ("*lr*",), True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)
@@ -126,7 +126,7 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta = ("*distance*", "*squares*")
+    reads_theta, holds_fixed = ("*distance*", "*squares*"), True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)
@@ -230,6 +230,9 @@ class _SumOfSquares(UpdateRule):
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
+
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        return self.rule.theta_scale()
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         params, state = self.rule.init(theta, params)

@@ -48,7 +48,7 @@ class TargetMatching(TaskMean):
     matching: Matching = field(default_factory=SquaredDistance)
     continue_from: Onward = "bootstrap"
 
-    end_only = True
+    end_only, holds_fixed = True, True
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):

@@ -103,7 +103,7 @@ class HyperOptimizer(RuleOptimizer):
         self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
         theta = tree.to(theta, common_device(values_of(self._members())), None)
-        self.learner = Learner(theta, meta_optimizer, meta_scheduler, max_skips_in_a_row)
+        self.learner = Learner(theta, self._loop.theta_scale, meta_optimizer, meta_scheduler, max_skips_in_a_row)
         settings.require_hint(hint, self.learner.meta_optimizer)
         self._settle()
 
@@ -270,7 +270,7 @@ class HyperOptimizer(RuleOptimizer):
         """Move theta; the hint is computed with the theta of the window that ends, where the next one begins."""
         self._traced = None
         if self.hint is not None:
-            hint = self._one_step_gradient(ahead, ahead.entries[0].grads)
+            hint = self.learner.scaled.gradients(self._one_step_gradient(ahead, ahead.entries[0].grads))
             self.hint.set([hint[k] for k in self.theta])
         self.learner.learn(grads)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.estimator import as_leaves
-from learnedopt.core.named_tensors import NamedTensors
+from learnedopt.core.theta_scale import Scaled
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.members import shapes
 
@@ -25,18 +25,21 @@ class Learner:
 
     Args:
         theta: where it starts; it is copied, in float32 at least.
-        meta_optimizer: makes a ``torch.optim.Optimizer`` from theta's tensors.
+        scale: what says the scales of a theta, as ``InnerLoop.theta_scale``.
+        meta_optimizer: makes a ``torch.optim.Optimizer`` from theta's tensors, each over its scale.
         scheduler: makes a learning-rate scheduler from the meta-optimizer, stepped after each of its steps; or None.
         max_skips_in_a_row: so many meta-gradients in a row may be not finite; the next one raises ``RunDiverged``.
 
     Raises:
         TypeError: what ``meta_optimizer`` makes is no optimizer.
-        ValueError: there are no meta-parameters, or the meta-optimizer moves others.
+        ValueError: there are no meta-parameters, the meta-optimizer moves others, or it is one of theta itself and
+            there are scales.
     """
 
     def __init__(
         self,
         theta: Theta,
+        scale: Callable[[Theta], Theta],
         meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
         max_skips_in_a_row: int,
@@ -44,18 +47,20 @@ class Learner:
         # A rate per coordinate of half-precision parameters is drawn in theirs, where small meta-steps would be lost.
         wide = {k: v.detach().clone().to(torch.promote_types(v.dtype, torch.float32)) for k, v in theta.items()}
         self.theta = as_leaves(wide)
-        self.meta_optimizer = meta_optimizer(NamedTensors(self.theta))
+        self.scaled = Scaled(self.theta, scale(self.theta))
+        self.meta_optimizer = meta_optimizer(self.scaled.tensors)
         if not isinstance(self.meta_optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"meta_optimizer must make a torch.optim.Optimizer from a list of tensors, got "
                 f"{type(self.meta_optimizer).__name__}; pass a function such as lambda params: torch.optim.Adam(params)"
             )
         moved = {id(p) for group in self.meta_optimizer.param_groups for p in group["params"]}
-        if moved != {id(v) for v in self.theta.values()}:
+        if moved != {id(v) for v in self.scaled.phi.values()}:
             raise ValueError(
                 "the meta-optimizer must move the tensors that it is handed, all of them, as they are: what else it "
                 "moved would not be the theta of this run"
             )
+        self.scaled.require_movable(self.meta_optimizer)
         self.scheduler = None if scheduler is None else scheduler(self.meta_optimizer)
         self.max_skips_in_a_row = max_skips_in_a_row
         self.num_skipped = self.skips_in_a_row = 0
@@ -77,9 +82,9 @@ class Learner:
                 )
             return
         self.skips_in_a_row = 0
-        for k, v in self.theta.items():
-            v.grad = grads[k].detach()
-        self.meta_optimizer.step()
+        for k, g in self.scaled.gradients(grads).items():
+            self.scaled.phi[k].grad = g.detach()
+        self.scaled.move(self.meta_optimizer.step)
         if self.scheduler is not None:
             self.scheduler.step()
         self.values = self._copied()

@@ -194,6 +194,10 @@ class Scaled(UpdateRule):
         """Return the rule's."""
         return self.rule.init_theta(generator)
 
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return the rule's."""
+        return self.rule.theta_scale()
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start as the rule does."""
         start, state = self.rule.init(theta, params)

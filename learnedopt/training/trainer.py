@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +17,15 @@ from learnedopt.core.carry import narrow
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.named_tensors import NamedTensors
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
-from learnedopt.training.clipping import clip, norm_of, require_grads
+from learnedopt.training.clipping import require_grads
 from learnedopt.training.interrupts import Interrupts
+from learnedopt.training.meta_update import MetaUpdate
 from learnedopt.training.progress import SHAPES, Progress, Training, load_progress, require_loadable, save_progress
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
 from learnedopt.training.validation import Validation, require_seed, task_generator
-
-_Stepped = TypeVar("_Stepped", torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
 class TrainingDiverged(RuntimeError):
@@ -51,6 +48,9 @@ class MetaTrainer:
     Each meta-step estimates a meta-gradient on a batch of tasks and lets ``meta_optimizer`` move theta. Where the
     estimator returns a carry, the next meta-step goes on from it; otherwise fresh tasks are drawn. A meta-gradient that
     is not finite is skipped and counted, and its episode is dropped.
+
+    Where rule or inner objective say a ``theta_scale``, the meta-optimizer moves ``phi = theta / scale``: gradients,
+    ``max_grad_norm`` and the logged ``grad_norm`` are those of phi. Everything else is theta's.
 
     Args:
         loop: family, rule, execution and inner objective.
@@ -76,7 +76,8 @@ class MetaTrainer:
 
     Raises:
         TypeError, ValueError: an option is out of its range; there are no meta-parameters; the meta-optimizer or the
-            scheduler needs more at a step than a step, as LBFGS does, or cannot be kept in a checkpoint.
+            scheduler needs more at a step than a step, as LBFGS does, or cannot be kept in a checkpoint; a scale is
+            not positive, or the meta-optimizer is one of theta itself, as ``FollowTheLeader``, and there are scales.
 
     Example:
         >>> trainer = MetaTrainer(loop, Truncated(20, horizon=100), SumOfLosses(), num_tasks=128)
@@ -115,8 +116,8 @@ class MetaTrainer:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
-        self.meta_optimizer = _stepped_plainly(meta_optimizer(NamedTensors(self.theta)))
-        self.scheduler = _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
+        self._update = MetaUpdate(self.theta, loop.theta_scale(self.theta), meta_optimizer, scheduler)
+        self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
         self.progress = Progress()
@@ -175,10 +176,10 @@ class MetaTrainer:
         estimate = self.estimator.estimate(self.loop, theta, self.objective, carry)
         self._require_carry(estimate.carry)
         require_grads(self.estimator, estimate.grads, self.theta)
-        norm, loss = norm_of(estimate.grads), float(estimate.loss)
+        (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
         if math.isfinite(norm.mantissa) and math.isfinite(loss):
-            self._apply(clip(estimate.grads, norm, self.max_grad_norm))
+            self._update.apply(grads, norm, self.max_grad_norm)
             progress.carry, progress.skips_in_a_row = estimate.carry, 0
         else:
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
@@ -209,13 +210,6 @@ class MetaTrainer:
         carries.require_plain(carry, whose)
         if self._training is not None:
             carries.require_known(carry, self._training.classes, whose)
-
-    def _apply(self, grads: Theta) -> None:
-        for k, p in self.theta.items():
-            p.grad = grads[k]
-        self.meta_optimizer.step()
-        if self.scheduler:
-            self.scheduler.step()
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
@@ -307,14 +301,3 @@ class MetaTrainer:
 def _sinks(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
     made = tracker() if callable(tracker) else tracker or NullTracker()
     return made if isinstance(made, Trackers) else Trackers([made])
-
-
-def _stepped_plainly(thing: _Stepped) -> _Stepped:
-    """Return ``thing``, refusing what ``step()`` alone cannot step: closures and metrics are not at hand."""
-    needed = [k for k, p in inspect.signature(thing.step).parameters.items() if p.default is p.empty]
-    if needed:
-        raise ValueError(
-            f"{type(thing).__name__}.step needs {', '.join(needed)}, which meta-training cannot give; choose another, "
-            "such as torch.optim.Adam or CosineAnnealingLR"
-        )
-    return thing

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,10 @@ class Wrapper(UpdateRule):
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the wrapped rule's theta under the prefix."""
         return prefixed("rule", self.rule.init_theta(generator))
+
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return the wrapped rule's scales under the prefix."""
+        return prefixed("rule", self.rule.theta_scale())
 
     def start_faults(self, params: Params) -> list[str]:
         """Say what the wrapped rule says."""
@@ -89,7 +96,7 @@ def handed_on(rule: UpdateRule) -> HandedOn | None:
     return None if rule.kernel is None else HandedOn(rule.kernel)
 
 
-def prefixed(prefix: str, theta: Theta) -> Theta:
+def prefixed(prefix: str, theta: Mapping[str, T]) -> dict[str, T]:
     """Return ``theta`` with every name ``x`` as ``<prefix>/x``."""
     return {f"{prefix}/{name}": value for name, value in theta.items()}
 

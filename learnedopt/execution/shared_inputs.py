@@ -1,0 +1,74 @@
+"""One matrix product where several sets of weights read the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+@final
+class SharedInputs(TorchFunctionMode):
+    """Within it, linear layers under ``torch.func.vmap`` put the weights of all lanes side by side.
+
+    Where the weights have a lane and the inputs have none, torch's own rule copies the inputs for each lane once there
+    is another ``vmap`` around; here ``x W_1ᵀ, ..., x W_mᵀ`` are one product. Values differ by rounding at most.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take over linear layers and products of matrices, call all else."""
+        kwargs = kwargs or {}
+        if func is functional.linear and not kwargs and _serves(args[0], args[1]):
+            return _Linear.apply(*args, *[None] * (3 - len(args)))
+        if func in _PRODUCTS and not kwargs and _serves(args[0], args[1]):
+            return _Linear.apply(args[0], args[1].mT, None)
+        return func(*args, **kwargs)
+
+
+def _serves(inputs: Any, weight: Any) -> bool:
+    tensors = isinstance(inputs, Tensor) and isinstance(weight, Tensor)
+    return tensors and inputs.ndim >= 2 and weight.ndim == 2
+
+
+class _Linear(torch.autograd.Function):
+    """``x wᵀ + b``; x (..., inputs), w (outputs, inputs), b (outputs,) or None."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return functional.linear(x, w, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w), (cotangent,) = ctx.saved_tensors, cotangents
+        rows = cotangent.reshape(-1, cotangent.shape[-1])
+        d_x = cotangent @ w if ctx.needs_input_grad[0] else None
+        d_w = rows.mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return d_x, d_w, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, int]:
+        x_dim, w_dim, b_dim = in_dims
+        if b is not None and b_dim is not None:
+            b = b.movedim(b_dim, 0)
+        if x_dim is None and w_dim is not None:
+            w = w.movedim(w_dim, 0)
+            out = _Linear.apply(x, w.reshape(-1, w.shape[-1]), None).unflatten(-1, w.shape[:2])
+            return out if b is None else out + b, out.ndim - 2
+        x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
+        w = w.unsqueeze(0) if w_dim is None else w.movedim(w_dim, 0)
+        out = torch.matmul(x.flatten(1, -2), w.mT)
+        if b is not None:
+            out = out + (b if b_dim is None else b.unsqueeze(1))
+        return out.unflatten(1, x.shape[1:-1]), 0
