@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
-    from learnedopt.optimizers.step_rates import StepRates
     from learnedopt.optimizers.small_mlp import SmallMLP
+    from learnedopt.optimizers.step_rates import StepRates
 
 _LAZY = {
     "ANIL": "anil",
@@ -105,8 +105,8 @@ __all__ = [
     "RecurrentHyperparameters",
     "Reparametrized",
     "Simplex",
-    "StepRates",
     "SmallMLP",
+    "StepRates",
     "as_meta_sgd",
     "build",
     "describe",
