@@ -11,6 +11,7 @@ from oracles import relative_error
 from problems import Labelled, TanhMLP, sample
 from torch.nn import functional
 
+from benchmarks import results_distill as results
 from learnedopt import DistilledData, Execution, FinalLoss, InnerLoop, Theta, Unrolled, optimizers
 from learnedopt.optimizers import Reparametrized, StepRates
 
@@ -114,3 +115,23 @@ def test_what_a_task_trains_on_does_not_depend_on_its_own_examples() -> None:
     ends = [loop.run(theta, loop.start(each), 3) for each in (tasks, others)]
     torch.testing.assert_close(ends[0].end.params, ends[1].end.params, rtol=0, atol=0)
     assert not torch.allclose(ends[0].losses, ends[1].losses)  # what is read is the real loss
+
+
+def test_the_variants_of_the_results_change_what_they_say() -> None:
+    assert [*results.VARIANTS] == [*results.LABELS]
+    for name, num_steps in (("distill-mnist-5-steps", 5), ("distill-mnist", 20)):
+        recipe = results.VARIANTS[name]
+        assert isinstance(recipe.estimator, Unrolled)
+        inside = optimizers.make(recipe.rule.name, **recipe.rule.options).init_theta(torch.Generator())
+        assert {recipe.estimator.num_steps, recipe.validation.num_steps, len(inside["rule/lr"])} == {num_steps}
+    ten = results.VARIANTS["distill-mnist-ten"].inner_objective
+    assert ten is not None and ten.options["per_class"] == 10
+    assert [results.VARIANTS[f"distill-mnist-{seed}"].seed for seed in (1, 2)] == [1, 2]
+
+
+def test_the_picture_has_a_row_for_each_class() -> None:
+    learned = torch.arange(20.0)[:, None] + torch.zeros(784)
+    learned[3, 28 * 2 + 5] = -1.0  # class 1, its second image, row 2, column 5
+    picture = results.sheet(learned)
+    assert picture.shape == (280, 56)
+    assert picture[28 + 2, 28 + 5] == -1 and (picture[28 * 4, 28], picture[28 * 4, 27]) == (9, 8)
