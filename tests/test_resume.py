@@ -29,6 +29,7 @@ from learnedopt import (
     BootstrappedTarget,
     ConjugateGradient,
     DualAveraging,
+    EvolutionStrategies,
     Execution,
     FinalLoss,
     FollowTheLeader,
@@ -37,6 +38,7 @@ from learnedopt import (
     MetaTrainer,
     ModuleFamily,
     PerName,
+    PersistentES,
     Proximal,
     SumOfLosses,
     TaskFamily,
@@ -241,6 +243,19 @@ CASES: dict[str, Make] = {
         meta_optimizer=PerName(
             {"init/*": lambda p: FollowTheLeader(p, lambda t: t**0.5), "rule/*": lambda p: torch.optim.Adam(p, 1e-2)}
         ),
+    ),
+    "evolution strategies in windows, from a learned start": trainer(
+        step_dependent(),
+        "learned-init",
+        EvolutionStrategies(2, 3, 0.1, horizon=6),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "persistent evolution strategies at three phases": trainer(
+        step_dependent(), "learned-init", PersistentES(2, 6, 4, 0.1), SumOfLosses(), rule_options={"rule": LSTM}
+    ),
+    "noise reuse, fewer pairs than phases": trainer(
+        step_dependent(), "momentum", PersistentES(1, 5, 2, 0.01, reuse_noise=True), FinalLoss()
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}

@@ -65,7 +65,8 @@ class _Linear(torch.autograd.Function):
         if x_dim is None and w_dim is not None:
             w = w.movedim(w_dim, 0)
             out = _Linear.apply(x, w.reshape(-1, w.shape[-1]), None).unflatten(-1, w.shape[:2])
-            return out if b is None else out + b, out.ndim - 2
+            out = out if b is None else out + b
+            return out.movedim(-2, 0), 0
         x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
         w = w.unsqueeze(0) if w_dim is None else w.movedim(w_dim, 0)
         out = torch.matmul(x.flatten(1, -2), w.mT)
