@@ -73,6 +73,7 @@ _LAZY = {
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
     "ProjectedGradient": "learnedopt.objectives.convex",
+    "DistilledData": "learnedopt.inner_objectives",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -97,7 +98,7 @@ if TYPE_CHECKING:
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
-    from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.inner_objectives import L2, DistilledData, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.aruba import ARUBA
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
@@ -142,6 +143,7 @@ __all__ = [
     "ConjugateGradient",
     "Constant",
     "ConvergenceWarning",
+    "DistilledData",
     "DualAveraging",
     "Entropic",
     "Estimate",

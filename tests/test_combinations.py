@@ -108,7 +108,7 @@ def loop_of(rule: str, inner: str) -> InnerLoop:
         return InnerLoop(family, optimizers.example(rule, template(family)))
     family = Labelled()
     like = template(family)
-    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2)
+    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2, (3,))
     return InnerLoop(family, RULES[rule](like), inner_objective=objective)
 
 
@@ -246,7 +246,7 @@ DETACHED = ("first order", "truncated", "combined")
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
-    "small-mlp",
+    "small-mlp", "step-rates",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -261,9 +261,9 @@ OF_STEPS = tuple(OBJECTIVES.keys() - {*FROM_START})
 TASK_LOSS = ("task-loss",)
 PULLED = ("proximal", "proximal, learned")
 """Inner objectives that pull to the learned start."""
-INSIDE = ("l2", "weighted-examples", "learned-loss", "proximal, learned")
+INSIDE = ("l2", "weighted-examples", "learned-loss", "distilled", "proximal, learned")
 """Inner objectives whose own theta enters what is descended, and nothing else."""
-UNTIED = ("l2", "weighted-examples", "learned-loss", "a user's own")
+UNTIED = ("l2", "weighted-examples", "learned-loss", "distilled", "a user's own")
 """Inner objectives that do not know the learned start."""
 
 REFUSED = [
@@ -272,9 +272,10 @@ REFUSED = [
     # These take their steps themselves, from the start, and read of theta what their own rules have.
     Refusal(STEPPING, None, None, FROM_START, r"takes its own 3 steps|\.reads_theta names"),
     Refusal(
-        ("no steps",), (*ALL_RULES - {*RATED},), None, ("regret bound",),
+        ("no steps",), (*ALL_RULES - {*RATED, "step-rates"},), None, ("regret bound",),
         r"\.reads_theta names|no path to the objective through 0|theta has no 'rule/lr/w'",
     ),
+    Refusal(("no steps",), ("step-rates",), None, ("regret bound",), "of one rate for all steps"),
     Refusal(("no steps",), (*ALL_RULES - {*BALANCED},), None, ("moments",), r"\.reads_theta names"),
     # Of what is held fixed, differences of values know nothing.
     Refusal(
@@ -314,8 +315,8 @@ REFUSED = [
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
-        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp"), TASK_LOSS, None,
-        "counts its steps",
+        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates"), TASK_LOSS,
+        None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
