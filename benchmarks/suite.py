@@ -73,6 +73,7 @@ class Workload:
         competitors: by name; those that start with "learnedopt" are this library's.
         reference: the competitor whose gradient the others' are compared with.
         tape: the competitor whose tape of one inner step peaks are also reported in multiples of, if that is wanted.
+        per: how many of something a call does, and of what: the CPU time of one is also reported.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Workload:
     competitors: Mapping[str, Competitor]
     reference: str
     tape: str | None = None
+    per: tuple[int, str] | None = None
 
 
 def peer(module: str) -> Any:
