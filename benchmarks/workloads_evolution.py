@@ -47,6 +47,22 @@ class Window(NamedTuple):
     begins: list[int]
 
 
+class Indexed(Stored):
+    """Tasks that say which they are and hold no data themselves, as those of a family on a data set do."""
+
+    def sample(self, num_tasks, generator):
+        """Return the only task there is data for."""
+        return {"which": torch.zeros(num_tasks, dtype=torch.int64)}
+
+    def init_params(self, tasks):
+        """Start all tasks at the module's parameters."""
+        return {k: p.expand(len(tasks["which"]), *p.shape) for k, p in self.problem.start.items()}
+
+    def batch(self, tasks, step, split):
+        """Return the step's batch."""
+        return tuple(x[:1, step].expand(len(tasks["which"]), *x.shape[2:]) for x in self.problem.train)
+
+
 def pose(net: Net, size: Size, execution: Execution | None = None) -> Posed:
     """Return an MLP with ReLU, a fresh batch of random images for each step, and the pairs at the end of a window."""
     (widths, batch), steps = net, WINDOWS * size.steps + 1
@@ -56,7 +72,7 @@ def pose(net: Net, size: Size, execution: Execution | None = None) -> Posed:
     problem = Problem(*mlp(widths, nn.ReLU, size.torch_dtype), data, data)
     rule = rules.make("small-mlp")
     theta = {k: v.to(size.torch_dtype) for k, v in rule.init_theta(generator).items()}
-    loop = InnerLoop(Stored(problem, fresh=True), rule, execution or Execution())
+    loop = InnerLoop(Indexed(problem), rule, execution or Execution())
     estimator = PersistentES(size.steps, WINDOWS * size.steps, size.units, SIGMA)
     carry = estimator.start(loop, theta, loop.family.sample(1, generator), generator)
     return Posed(problem, loop, estimator, theta, carry)
