@@ -28,7 +28,8 @@ from learnedopt.core.modes import recording_gradients
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
-from learnedopt.estimators.unrolled import has_learned_start, require_windows
+from learnedopt.estimators.unrolled import has_learned_start
+from learnedopt.estimators.windows import require_windows
 from learnedopt.execution.forward_check import require_forward_mode
 from learnedopt.execution.tangents import Tangents, begin, contract, directions, floating, none_yet, push
 
@@ -141,13 +142,13 @@ class ForwardMode(GradientEstimator):
             return carry, None
         if not isinstance(carry, ForwardCarry):
             raise TypeError(
-                f"ForwardMode goes on from a Carry or a ForwardCarry, got a {type(carry).__name__}; take the carry from "
-                "its own start() or from loop.start(tasks)"
+                f"ForwardMode goes on from a Carry or a ForwardCarry, got a {type(carry).__name__}; take the carry "
+                "from its own start() or from loop.start(tasks)"
             )
         if self.horizon is None:
             raise ValueError(
-                "this carry holds the tangents of windows, but ForwardMode without a horizon takes whole episodes; pass "
-                "horizon=, or carry.inner to hold its start fixed"
+                "this carry holds the tangents of windows, but ForwardMode without a horizon takes whole episodes; "
+                "pass horizon=, or carry.inner to hold its start fixed"
             )
         if carry.params is None or carry.state is None:
             return carry.inner, None

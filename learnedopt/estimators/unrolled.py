@@ -223,16 +223,6 @@ def require_recording(tape: Tape) -> None:
         raise ValueError(f"tape={tape!r} records nothing to back-propagate through; use Tape.FULL or Tape.FIRST_ORDER")
 
 
-def require_windows(num_steps: int, horizon: int) -> None:
-    """Raise ValueError unless windows of ``num_steps`` fill an episode of ``horizon`` steps."""
-    require_count("horizon", horizon, least=1)
-    if horizon % num_steps:
-        raise ValueError(
-            f"horizon={horizon} is not a multiple of the window num_steps={num_steps}: the last window would be cut "
-            f"short; use {horizon - horizon % num_steps or num_steps} or {horizon + num_steps - horizon % num_steps}"
-        )
-
-
 def has_learned_start(loop: InnerLoop, theta: Theta, carry: Carry) -> bool:
     """Whether the rule's ``init`` puts part of theta into the starting parameters."""
     params, _ = loop.init_task(as_leaves(theta), tree.squeeze(tree.narrow(carry.params, 0, 1)))

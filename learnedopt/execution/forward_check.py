@@ -174,8 +174,8 @@ def _refusal(loop: InnerLoop, why: str, names: Sequence[str]) -> str:
     hints = "; ".join(f"in place of {name} write {INSTEAD[name]}" for name in names if name in INSTEAD)
     return (
         f"ForwardMode cannot go through a step of {type(loop.rule).__name__} on {type(loop.family).__name__}: {why}. "
-        f"{hints[:1].upper() + hints[1:] + ', or use' if hints else 'Use'} Unrolled, which needs reverse mode alone, or "
-        "evolution strategies, which need no derivative"
+        f"{hints[:1].upper() + hints[1:] + ', or use' if hints else 'Use'} Unrolled, which needs reverse mode alone, "
+        "or evolution strategies, which need no derivative"
     )
 
 
