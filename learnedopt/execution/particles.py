@@ -20,16 +20,11 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.carry import Tape
 from learnedopt.core.inner import InnerLoop
-from learnedopt.core.rule import Kernel, State
+from learnedopt.core.rule import State
 from learnedopt.core.task import Batch, Split, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.execution import particle_trial
 from learnedopt.execution.particle_maps import ParticleMap, Particles, joined, piece_of, sizes
-
-    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
-        """Call ``kernel.step_of_lanes`` on all slots and particles; None for a single one, which has no lanes."""
-        num_dims = (self.num_slots > 1) + (self.num_particles > 1)
-        return kernel.step_of_lanes(theta, *each, num_dims=num_dims) if num_dims else None
 
 
 def begin(loop: InnerLoop, theta: Theta, tasks: Tasks, params: Params, step: int = 0) -> Particles:
