@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import train_meta
 from learnedopt import (
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     DualAveraging,
     EvolutionStrategies,
@@ -256,6 +257,20 @@ CASES: dict[str, Make] = {
     ),
     "noise reuse, fewer pairs than phases": trainer(
         step_dependent(), "momentum", PersistentES(1, 5, 2, 0.01, reuse_noise=True), FinalLoss()
+    ),
+    "two estimators as one, whose windows end at different times": trainer(
+        step_dependent(),
+        "learned-init",
+        Combined(Truncated(2, horizon=6), EvolutionStrategies(2, 3, 1e-2, horizon=4), 0.7),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "two estimators as one, of which either or both may be skipped": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}

@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+_LOSSES = (functional.mse_loss, functional.smooth_l1_loss, functional.huber_loss)
+"""What torch's rules for a ``vmap`` within another get the shapes of wrong where the targets have no lane."""
 
 
 @final
@@ -19,17 +21,21 @@ class SharedInputs(TorchFunctionMode):
 
     Where the weights have a lane and the inputs have none, torch's own rule copies the inputs for each lane once there
     is another ``vmap`` around; here ``x W_1ᵀ, ..., x W_mᵀ`` are one product. Values differ by rounding at most.
+
+    Of three losses that read outputs with a lane and targets without, torch's rules fail there: they are helped.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take over linear layers and products of matrices, call all else."""
+        """Take over linear layers and products of matrices, give targets the lane of the outputs, call all else."""
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and _serves(args[0], args[1]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         if func in _PRODUCTS and not kwargs and _serves(args[0], args[1]):
             return _Linear.apply(args[0], args[1].mT, None)
+        if func in _LOSSES and len(args) > 1:
+            return func(args[0], args[1] + torch.zeros_like(args[0]), *args[2:], **kwargs)
         return func(*args, **kwargs)
 
 

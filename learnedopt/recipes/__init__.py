@@ -27,6 +27,7 @@ _TABLE = {
     "bmg-mnist-permuted": "bmg:bmg_mnist_permuted",
     "bmg-quadratic": "bmg:bmg_quadratic",
     "reweighting-mnist": "reweighting:reweighting_mnist",
+    "distill-mnist": "distill:distill_mnist",
     "optimistic-convex": "optimistic:optimistic_convex",
     "ridge": "ridge:ridge",
     "fmrl-convex": "fmrl:fmrl_convex",
