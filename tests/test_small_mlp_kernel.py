@@ -245,6 +245,7 @@ def test_particles_take_their_steps_together(
 
     theta = {k: perturbed(v) for k, v in one.items()}
     begun = particles.begin(loop, theta, tasks, loop.start(tasks).params)
+    particles.run(loop, begun, 1)  # the first time, they are tried alone too
     monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args: calls.append(tuple(args[1])) or run(*args))
     found, losses = particles.run(loop, begun, 3)
     assert calls == [tuple(size for size in (num_slots, num_particles) if size > 1)] * 3
