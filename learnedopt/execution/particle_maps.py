@@ -13,7 +13,7 @@ from learnedopt.core import tree
 from learnedopt.core.rule import Kernel, State
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
-from learnedopt.execution.shared_inputs import SharedInputs
+from learnedopt.execution.lane_functions import LaneFunctions
 
 
 class Particles(NamedTuple):
@@ -64,7 +64,7 @@ class ParticleMap:
             fn = torch.func.vmap(fn, in_dims=(0, *(None if isinstance(x, Shared) else 0 for x in each)))
         if self.num_slots > 1:
             fn = torch.func.vmap(fn)
-        with SharedInputs() if self.num_particles > 1 and reads_batch else nullcontext():
+        with LaneFunctions() if self.num_particles > 1 and reads_batch else nullcontext():
             return fn(theta, *values)
 
     def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
