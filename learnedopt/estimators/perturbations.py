@@ -167,7 +167,7 @@ def variance_of(pairs: PairGradients) -> dict[str, Any]:
 
 
 def check(
-    loop: InnerLoop, theta: Theta, objective: MetaObjective, tasks: Tasks, num_steps: int, sigma: float
+    loop: InnerLoop, theta: Theta, objective: MetaObjective | Any, tasks: Tasks, num_steps: int, sigma: float
 ) -> list[str]:
     """Make all checks of an estimator that perturbs theta, before its first inner step.
 

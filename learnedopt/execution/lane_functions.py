@@ -100,7 +100,7 @@ class _Linear(torch.autograd.Function):
             return out.movedim(-2, 0), 0
         x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
         w = w.unsqueeze(0) if w_dim is None else w.movedim(w_dim, 0)
-        out = torch.matmul(x.flatten(1, -2), w.mT)
+        out = torch.matmul(w, x.flatten(1, -2).mT).mT  # so that the gradient of w comes untransposed
         if b is not None:
             out = out + (b if b_dim is None else b.unsqueeze(1))
         return out.unflatten(1, x.shape[1:-1]), 0
