@@ -422,6 +422,10 @@ COMMANDS: dict[str, list[str]] = {
         *TINY, "estimator.horizon=12", "rule.hidden_size=3", "objective=BootstrappedTarget",
         "objective.num_target_steps=3", "objective.step_size=0.01",
     ],
+    "persistent": [
+        *TINY, "estimator=PersistentES", "estimator.horizon=6", "estimator.num_pairs=4", "estimator.sigma=0.01",
+        "rule.hidden_size=3",
+    ],
 }  # fmt: skip
 
 
@@ -476,7 +480,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert not [*folder.glob(".*")]
 
 
-@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2)])
+@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2), ("persistent", 2)])
 def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     case: str, num_kills: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

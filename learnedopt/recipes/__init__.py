@@ -19,6 +19,8 @@ _TABLE = {
     "lstm-quadratic": "lstm:lstm_quadratic",
     "lstm-mnist": "lstm:lstm_mnist",
     "lstm-mnist-long": "lstm:lstm_mnist_long",
+    "pes-quadratic": "evolution:pes_quadratic",
+    "es-mnist": "evolution:es_mnist",
     "meta-sgd-mnist": "rates:meta_sgd_mnist",
     "bootstrapped-mnist": "bootstrapped:bootstrapped_mnist",
     "meta-sgd-bootstrapped": "bootstrapped:meta_sgd_bootstrapped",
