@@ -30,6 +30,7 @@ _TABLE = {
     "bmg-quadratic": "bmg:bmg_quadratic",
     "reweighting-mnist": "reweighting:reweighting_mnist",
     "distill-mnist": "distill:distill_mnist",
+    "distill-mnist-ten": "distill:distill_mnist_ten",
     "optimistic-convex": "optimistic:optimistic_convex",
     "ridge": "ridge:ridge",
     "fmrl-convex": "fmrl:fmrl_convex",
