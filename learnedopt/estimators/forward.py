@@ -141,13 +141,13 @@ class ForwardMode(GradientEstimator):
             return carry, None
         if not isinstance(carry, ForwardCarry):
             raise TypeError(
-                f"ForwardMode goes on from a Carry or a ForwardCarry, got a {type(carry).__name__}; take the carry from "
-                "its own start() or from loop.start(tasks)"
+                f"ForwardMode goes on from a Carry or a ForwardCarry, got a {type(carry).__name__}; take the carry "
+                "from its own start() or from loop.start(tasks)"
             )
         if self.horizon is None:
             raise ValueError(
-                "this carry holds the tangents of windows, but ForwardMode without a horizon takes whole episodes; pass "
-                "horizon=, or carry.inner to hold its start fixed"
+                "this carry holds the tangents of windows, but ForwardMode without a horizon takes whole episodes; "
+                "pass horizon=, or carry.inner to hold its start fixed"
             )
         if carry.params is None or carry.state is None:
             return carry.inner, None

@@ -7,6 +7,7 @@ with what reverse mode over reverse mode, the way of the plain tape, says about 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,13 +66,8 @@ def require_forward_mode(loop: InnerLoop, theta: Theta, carry: Carry) -> None:
     recorded = _record(loop, theta, point)
     untrusted = sorted(recorded.operations & WRONG_AT_POINTS)
     if untrusted:
-        raise ValueError(
-            _refusal(
-                loop,
-                f"the gradient of {', '.join(untrusted)} has silently wrong tangents at special points (zeros, matrices that have lost rank)",
-                untrusted,
-            )
-        )
+        why = "has silently wrong tangents at special points (zeros, matrices that have lost rank)"
+        raise ValueError(_refusal(loop, f"the gradient of {', '.join(untrusted)} {why}", untrusted))
     generator = torch.Generator().manual_seed(0)
     along = {k: _random_like(x, generator) for k, x in recorded.inputs.items()}
     try:
@@ -82,7 +78,8 @@ def require_forward_mode(loop: InnerLoop, theta: Theta, carry: Carry) -> None:
     wrong = _differing(recorded, found, along, generator)
     if wrong:
         raise ValueError(_refusal(loop, _what_differs(wrong, recorded.operations, tree.size(point.params)), ()))
-    loop.cache.put("forward mode", True)
+    if all(x.isfinite().all() for x in found.values()):  # else it said nothing, and is asked again
+        loop.cache.put("forward mode", True)
 
 
 def _record(loop: InnerLoop, theta: Theta, point: Carry) -> _Step:
@@ -130,14 +127,20 @@ def _pushed(loop: InnerLoop, theta: Theta, point: Carry, along: dict[str, Tensor
 def _differing(
     recorded: _Step, found: dict[str, Tensor], along: dict[str, Tensor], generator: torch.Generator
 ) -> list[str]:
-    """Return the names of the outputs whose tangents differ from reverse mode's; [] after one product where none."""
+    """Return the names of the outputs whose tangents differ from reverse mode's; [] after one product where none.
+
+    Where both say "not a number" nothing is silent: that is no difference.
+    """
     weights = {k: _random_like(x, generator) for k, x in found.items()}
     if _agree(recorded, found, along, weights):
         return []
-    return [k for k in found if not _agree(recorded, {k: found[k]}, along, {k: weights[k]})] or [*found]
+    return [k for k in found if not _agree(recorded, {k: found[k]}, along, {k: weights[k]}, nan_is_equal=True)]
 
 
-def _agree(recorded: _Step, found: dict[str, Tensor], along: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
+def _agree(
+    recorded: _Step, found: dict[str, Tensor], along: dict[str, Tensor], weights: dict[str, Tensor], *,
+    nan_is_equal: bool = False,
+) -> bool:  # fmt: skip
     """Whether <w, J d> by forward mode equals <J' w, d> by reverse mode, up to what rounding explains."""
     pairs = [(recorded.outputs[k], w) for k, w in weights.items() if recorded.outputs[k].requires_grad]
     inputs = list(recorded.inputs.values())
@@ -149,7 +152,7 @@ def _agree(recorded: _Step, found: dict[str, Tensor], along: dict[str, Tensor], 
     reverse = [(g * d).double() for g, d in zip(pulled, along.values(), strict=True) if g is not None]
     a, b = (sum(float(x.sum()) for x in terms) for terms in (forward, reverse))
     size = sum(float(x.abs().sum()) for x in (*forward, *reverse))
-    if a == b:
+    if a == b or (nan_is_equal and not math.isfinite(a) and not math.isfinite(b)):
         return True
     coarsest = max((x.dtype for x in found.values()), key=lambda dtype: torch.finfo(dtype).eps)
     return abs(a - b) <= (_IN_DOUBLE if coarsest is torch.float64 else torch.finfo(coarsest).eps ** 0.5) * size
@@ -186,10 +189,11 @@ def _what_differs(names: list[str], operations: set[str], num_tasks: int) -> str
 
 def _refusal(loop: InnerLoop, why: str, names: Sequence[str]) -> str:
     hints = "; ".join(f"in place of {name} write {INSTEAD[name]}" for name in names if name in INSTEAD)
+    use = f"{hints[:1].upper() + hints[1:]}, or use" if hints else "Use"
     return (
         f"ForwardMode cannot go through a step of {type(loop.rule).__name__} on {type(loop.family).__name__}: {why}. "
-        f"{hints[:1].upper() + hints[1:] + ', or use' if hints else 'Use'} Unrolled, which needs reverse mode alone, or "
-        "evolution strategies (EvolutionStrategies, PersistentES), which need none"
+        f"{use} Unrolled, which needs reverse mode alone, or evolution strategies (EvolutionStrategies, PersistentES), "
+        "which need no derivative"
     )
 
 
