@@ -216,7 +216,7 @@ ESTIMATORS = {
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
     "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
     "forward": Entry(ForwardMode(NUM_STEPS), 1, plain_unroll, 1e-12),
-    "forward blocks": Entry(ForwardMode(NUM_STEPS, block_size=16), 1, plain_unroll, 1e-12),
+    "forward blocks": Entry(ForwardMode(NUM_STEPS, block_size=1000), 1, plain_unroll, 1e-12),
     "forward windows": Entry(ForwardMode(2, 20), 2, windows_by_hand(2, full=True, through=True), 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),

@@ -137,7 +137,7 @@ class ForwardMode(GradientEstimator):
 
     def _opened(self, loop: InnerLoop, theta: Theta, carry: Any) -> tuple[Carry, Tangents | None]:
         """Return the inner loop's carry, and the tangents that have come along."""
-        as_leaves(theta)
+        loop.require_theta(theta)
         if isinstance(carry, Carry):
             return carry, None
         if not isinstance(carry, ForwardCarry):
