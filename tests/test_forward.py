@@ -46,7 +46,8 @@ from learnedopt import (
 )
 from learnedopt.core.carry import detach
 from learnedopt.core.tree import Params
-from learnedopt.estimators.forward import MOST_BYTES, ForwardCarry
+from learnedopt.estimators.forward import ForwardCarry
+from learnedopt.execution.forward import MOST_BYTES, ForwardRun
 from learnedopt.execution.tangents import directions
 
 pytestmark = [
@@ -269,12 +270,10 @@ def test_what_is_alive_does_not_grow_with_the_steps() -> None:
 
 
 def test_tangents_of_a_block_stay_below_the_stated_size() -> None:
-    from learnedopt.estimators.forward import _Run
-
     loop = loop_of("maml", "task-loss")
     wide = {"init/w": torch.zeros(3000, 2000), "init/b": torch.zeros(7)}
     begun = Carry({}, {"w": torch.zeros(1, 3000, 2000), "b": torch.zeros(1, 7)}, (), 0)
-    run = _Run(loop, wide, FinalLoss(), 1, None, False)
+    run = ForwardRun(loop, wide, FinalLoss(), 1, None, False)
     first, second = next(iter(run.blocks(begun)))
     assert (first, second) == (0, 1)  # one direction is more than that already
     small = {"lr": torch.zeros(5000)}
