@@ -108,7 +108,9 @@ def window_of(posed: Posed) -> Window:
         num_averages = len(posed.loop.rule.decays)  # type: ignore[attr-defined]
         zeros = {k: x.new_zeros(len(x), num_averages, *x.shape[1:]) for k, x in here.items()}
         params.append(list(here.values()))
-        averages.append([x[0] for x in cohort.state.averages.values()] if begun else list(zeros.values()))
+        averages.append(
+            [x[0] for x in cohort.state.averages.values()] if cohort.state is not None else [*zeros.values()]
+        )
     assert num_phases == WINDOWS
     return Window(
         {k: torch.stack([x[k] for x in thetas]) for k in posed.theta},

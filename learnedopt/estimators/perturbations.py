@@ -194,7 +194,7 @@ def check(
         carry = loop.start(tasks)
         check_loop(loop, theta, carry, second_derivatives=False)
         read = read_directly(objective, theta)
-        if isinstance(objective, TaskMean) and objective.holds_fixed:
+        if getattr(objective, "holds_fixed", False):
             raise ValueError(
                 f"{_name(objective)} holds a part of itself fixed where it is differentiated, but a perturbed theta "
                 "moves all of it, so that differences of its values are not its gradient; use an estimator that "
