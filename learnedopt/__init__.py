@@ -10,11 +10,13 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, SumOfLosses, TaskMean
+from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.combined import Combined
+from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -24,6 +26,7 @@ from learnedopt.estimators.linear_solvers import (
     Neumann,
     Solution,
 )
+from learnedopt.estimators.persistent import PersistentES
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
 from learnedopt.objectives.feedback import HypergradientFeedback
@@ -70,6 +73,7 @@ _LAZY = {
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
     "ProjectedGradient": "learnedopt.objectives.convex",
+    "DistilledData": "learnedopt.inner_objectives",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -94,7 +98,7 @@ if TYPE_CHECKING:
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
-    from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.inner_objectives import L2, DistilledData, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.aruba import ARUBA
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
@@ -139,15 +143,18 @@ __all__ = [
     "ConjugateGradient",
     "Constant",
     "ConvergenceWarning",
+    "DistilledData",
     "DualAveraging",
     "Entropic",
     "Estimate",
     "Euclidean",
+    "EvolutionStrategies",
     "Execution",
     "FinalLoss",
     "FirstOrder",
     "FollowTheLeader",
     "FollowTheRegularizedLeader",
+    "ForwardMode",
     "Found",
     "GradientEstimator",
     "GuessAndGrow",
@@ -176,9 +183,11 @@ __all__ = [
     "MomentMatching",
     "NamedTensors",
     "Neumann",
+    "OfLosses",
     "Params",
     "Penalty",
     "PerName",
+    "PersistentES",
     "PresentGradient",
     "ProjectedGradient",
     "Proximal",

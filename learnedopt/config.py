@@ -16,9 +16,12 @@ from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.combined import Combined
+from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
+from learnedopt.estimators.persistent import PersistentES
 from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
 from learnedopt.evaluation.few_shot import ErrorRate
 from learnedopt.objectives.matching import KLDivergence, SquaredDistance
@@ -30,7 +33,7 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit, Combined),
+    (Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined),
     (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),

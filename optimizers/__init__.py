@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
+    from learnedopt.optimizers.small_mlp import SmallMLP
+    from learnedopt.optimizers.step_rates import StepRates
 
 _LAZY = {
     "ANIL": "anil",
@@ -61,6 +63,8 @@ _LAZY = {
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
+    "StepRates": "step_rates",
+    "SmallMLP": "small_mlp",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
@@ -101,6 +105,8 @@ __all__ = [
     "RecurrentHyperparameters",
     "Reparametrized",
     "Simplex",
+    "SmallMLP",
+    "StepRates",
     "as_meta_sgd",
     "build",
     "describe",

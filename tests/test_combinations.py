@@ -14,6 +14,7 @@ import pytest
 import torch
 from implicit_oracle import implicit_gradient
 from oracles import Reference, relative_error, worst
+from perturbed_oracle import Posed, evolution, persistent
 from problems import FLOAT, Both, Labelled, Quadratic, generic_theta, sample, template
 
 import learnedopt
@@ -22,8 +23,10 @@ from learnedopt import (
     BootstrappedTarget,
     Combined,
     ConjugateGradient,
+    EvolutionStrategies,
     FinalLoss,
     FirstOrder,
+    ForwardMode,
     GradientEstimator,
     HypergradientFeedback,
     Implicit,
@@ -35,6 +38,8 @@ from learnedopt import (
     MetaTrainer,
     MomentMatching,
     Neumann,
+    OfLosses,
+    PersistentES,
     Proximal,
     RegretBound,
     SumOfLosses,
@@ -61,6 +66,7 @@ pytestmark = [
     pytest.mark.usefixtures("float64"),
     # Four steps solve nothing: the dense oracle is taken at the same unsolved point.
     pytest.mark.filterwarnings("ignore:the inner problem has not converged"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch's own forward mode
 ]
 
 NUM_STEPS = 4
@@ -102,7 +108,7 @@ def loop_of(rule: str, inner: str) -> InnerLoop:
         return InnerLoop(family, optimizers.example(rule, template(family)))
     family = Labelled()
     like = template(family)
-    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2)
+    objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2, (3,))
     return InnerLoop(family, RULES[rule](like), inner_objective=objective)
 
 
@@ -113,6 +119,8 @@ class Problem(NamedTuple):
     theta: Theta
     objective: MetaObjective
     tasks: Tasks
+    estimator: GradientEstimator | None = None
+    first: Any = None
 
     def reference(self, num_steps: int, **options: Any) -> Reference:
         """Return the plain loop over the same problem."""
@@ -147,8 +155,10 @@ def last_steps_by_hand(problem: Problem, found: list[Estimate]) -> float:
     return relative_error(found[0].grads, reference.gradient())
 
 
-def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
+def windows_by_hand(num_steps: int, *, full: bool, through: bool = False) -> Oracle:
     """Return the oracle that compares each window with a loop from where the last one ended, cut by hand.
+
+    With ``through`` it is not cut: the window's objective is differentiated through all steps before it.
 
     The bootstrapped target's further steps come between windows, so its windows start later.
     """
@@ -158,9 +168,8 @@ def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
         ahead = problem.objective.target.rule_steps if isinstance(problem.objective, TargetMatching) else 0
         for i, estimate in enumerate(found):
             start = i * (num_steps + ahead)
-            errors.append(
-                relative_error(estimate.grads, problem.reference(num_steps, full=full, skip=start).gradient())
-            )
+            reference = problem.reference(num_steps, full=full, skip=start, through=through)
+            errors.append(relative_error(estimate.grads, reference.gradient()))
         return worst(errors)
 
     return oracle
@@ -179,6 +188,18 @@ def dense_solve(*, num_terms: int | None = None, step_map: bool = False) -> Orac
     return oracle
 
 
+def particles_by_hand(problem: Problem, found: list[Estimate]) -> float:
+    """Compare with every perturbed copy walked by itself."""
+    estimator, carry = problem.estimator, problem.first
+    posed = Posed(*problem[:4])
+    if isinstance(estimator, EvolutionStrategies):
+        expected = [evolution(posed, estimator, carry)]
+    else:
+        assert isinstance(estimator, PersistentES)
+        expected = persistent(posed, estimator, carry, len(found))
+    return worst(relative_error(a.grads, b) for a, b in zip(found, expected, strict=True))
+
+
 def mean_of_both_tapes(problem: Problem, found: list[Estimate]) -> float:
     """Compare with the mean of two loops, of which one holds gradients and losses as they were."""
     gradients = [problem.reference(NUM_STEPS, full=full).gradient() for full in (True, False)]
@@ -194,9 +215,15 @@ ESTIMATORS = {
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
     "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
+    "forward": Entry(ForwardMode(NUM_STEPS), 1, plain_unroll, 1e-12),
+    "forward blocks": Entry(ForwardMode(NUM_STEPS, block_size=1000), 1, plain_unroll, 1e-12),
+    "forward windows": Entry(ForwardMode(2, 20), 2, windows_by_hand(2, full=True, through=True), 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
+    "evolution": Entry(EvolutionStrategies(NUM_STEPS, 2, 0.01), 1, particles_by_hand, 1e-9),
+    "persistent": Entry(PersistentES(2, 6, 2, 0.01), 2, particles_by_hand, 1e-9),
+    "noise reuse": Entry(PersistentES(2, 6, 2, 0.01, reuse_noise=True), 2, particles_by_hand, 1e-9),
 }
 
 
@@ -211,12 +238,15 @@ class Refusal(NamedTuple):
 
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
-STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined")
+FORWARD = ("forward", "forward blocks", "forward windows")
+STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined", *FORWARD)
+PERTURBING = ("evolution", "persistent", "noise reuse")
 DETACHED = ("first order", "truncated", "combined")
 """Estimators whose tape, or one of whose tapes, is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
+    "small-mlp", "step-rates",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -231,9 +261,9 @@ OF_STEPS = tuple(OBJECTIVES.keys() - {*FROM_START})
 TASK_LOSS = ("task-loss",)
 PULLED = ("proximal", "proximal, learned")
 """Inner objectives that pull to the learned start."""
-INSIDE = ("l2", "weighted-examples", "learned-loss", "proximal, learned")
+INSIDE = ("l2", "weighted-examples", "learned-loss", "distilled", "proximal, learned")
 """Inner objectives whose own theta enters what is descended, and nothing else."""
-UNTIED = ("l2", "weighted-examples", "learned-loss", "a user's own")
+UNTIED = ("l2", "weighted-examples", "learned-loss", "distilled", "a user's own")
 """Inner objectives that do not know the learned start."""
 
 REFUSED = [
@@ -242,10 +272,16 @@ REFUSED = [
     # These take their steps themselves, from the start, and read of theta what their own rules have.
     Refusal(STEPPING, None, None, FROM_START, r"takes its own 3 steps|\.reads_theta names"),
     Refusal(
-        ("no steps",), (*ALL_RULES - {*RATED},), None, ("regret bound",),
+        ("no steps",), (*ALL_RULES - {*RATED, "step-rates"},), None, ("regret bound",),
         r"\.reads_theta names|no path to the objective through 0|theta has no 'rule/lr/w'",
     ),
+    Refusal(("no steps",), ("step-rates",), None, ("regret bound",), "of one rate for all steps"),
     Refusal(("no steps",), (*ALL_RULES - {*BALANCED},), None, ("moments",), r"\.reads_theta names"),
+    # Of what is held fixed, differences of values know nothing.
+    Refusal(
+        PERTURBING, None, None, ("bootstrapped", "bootstrapped kl", *FROM_START),
+        r"holds a part of itself fixed|\.reads_theta names",
+    ),
     # Nothing but a start moves the end of an inner loop without steps.
     Refusal(
         ("no steps",), (*WITHOUT_START, *STARTS_AND_MORE), TASK_LOSS, OF_STEPS, "no path to the objective through 0 "
@@ -279,7 +315,8 @@ REFUSED = [
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
-        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters"), TASK_LOSS, None, "counts its steps"
+        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates"), TASK_LOSS,
+        None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
@@ -316,10 +353,12 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     theta = generic_theta(loop)
     if objective == "regret bound":  # of rates well above zero
         theta = {k: v.abs() + 0.1 if "lr" in k else v for k, v in theta.items()}
-    problem = Problem(loop, theta, OBJECTIVES[objective], tasks)
+    problem = Problem(loop, theta, OBJECTIVES[objective], tasks, entry.estimator)
 
     def take() -> list[Estimate]:
-        found, carry = [], entry.estimator.start(loop, theta, problem.tasks, torch.Generator().manual_seed(0))
+        nonlocal problem
+        carry = entry.estimator.start(loop, theta, tasks, torch.Generator().manual_seed(3))
+        found, problem = [], problem._replace(first=carry)
         for _ in range(entry.num_estimates):
             found.append(entry.estimator.estimate(loop, problem.theta, problem.objective, carry))
             carry = found[-1].carry
@@ -330,7 +369,8 @@ def check(estimator: str, rule: str, inner: str, objective: str) -> None:
         with pytest.raises(ValueError, match=row.reason):
             take()
         return
-    assert entry.oracle(problem, take()) <= entry.tolerance
+    found = take()
+    assert entry.oracle(problem, found) <= entry.tolerance
 
 
 @pytest.mark.parametrize(("estimator", "rule", "inner", "objective"), [*cases()])
@@ -404,7 +444,7 @@ def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -
     public = [getattr(learnedopt, name) for name in learnedopt.__all__ if name[0].isupper() and name not in LAZY]
     classes = [x for x in public if isinstance(x, type)]
     estimators = {x for x in classes if issubclass(x, GradientEstimator) and x is not GradientEstimator}
-    objectives = {x for x in classes if issubclass(x, TaskMean) and x is not TaskMean}
+    objectives = {x for x in classes if issubclass(x, TaskMean) and x not in (TaskMean, OfLosses)}
     inners = {x for x in classes if issubclass(x, InnerObjective) and x is not InnerObjective}
     assert estimators == {type(entry.estimator) for entry in ESTIMATORS.values()}
     assert objectives == {type(objective) for objective in OBJECTIVES.values()} | {*OF_ONE_COMPOSITION}

@@ -30,6 +30,7 @@ from learnedopt import (
     Combined,
     ConjugateGradient,
     DualAveraging,
+    EvolutionStrategies,
     Execution,
     FinalLoss,
     FollowTheLeader,
@@ -38,6 +39,7 @@ from learnedopt import (
     MetaTrainer,
     ModuleFamily,
     PerName,
+    PersistentES,
     Proximal,
     SumOfLosses,
     TaskFamily,
@@ -53,7 +55,6 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.task import Split, Tasks
 from learnedopt.core.tree import Theta
-from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker, Trackers
 from learnedopt.training.trainer import TrainingResult
@@ -244,6 +245,19 @@ CASES: dict[str, Make] = {
             {"init/*": lambda p: FollowTheLeader(p, lambda t: t**0.5), "rule/*": lambda p: torch.optim.Adam(p, 1e-2)}
         ),
     ),
+    "evolution strategies in windows, from a learned start": trainer(
+        step_dependent(),
+        "learned-init",
+        EvolutionStrategies(2, 3, 0.1, horizon=6),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "persistent evolution strategies at three phases": trainer(
+        step_dependent(), "learned-init", PersistentES(2, 6, 4, 0.1), SumOfLosses(), rule_options={"rule": LSTM}
+    ),
+    "noise reuse, fewer pairs than phases": trainer(
+        step_dependent(), "momentum", PersistentES(1, 5, 2, 0.01, reuse_noise=True), FinalLoss()
+    ),
     "two estimators as one, whose windows end at different times": trainer(
         step_dependent(),
         "learned-init",
@@ -408,6 +422,10 @@ COMMANDS: dict[str, list[str]] = {
         *TINY, "estimator.horizon=12", "rule.hidden_size=3", "objective=BootstrappedTarget",
         "objective.num_target_steps=3", "objective.step_size=0.01",
     ],
+    "persistent": [
+        *TINY, "estimator=PersistentES", "estimator.horizon=6", "estimator.num_pairs=4", "estimator.sigma=0.01",
+        "rule.hidden_size=3",
+    ],
 }  # fmt: skip
 
 
@@ -462,7 +480,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert not [*folder.glob(".*")]
 
 
-@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2)])
+@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2), ("persistent", 2)])
 def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     case: str, num_kills: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ from learnedopt.optimizers import (
     RecurrentHyperparameters,
     Reparametrized,
     RMSprop,
+    StepRates,
     build,
     describe,
     example,
@@ -95,6 +96,8 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "recurrent-hyperparameters": lambda t: small_recurrent(),
     "recurrent-hyperparameters, all": lambda t: small_recurrent(normalized=True, reads_loss=True, lr=0.01),
     "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
+    "small-mlp": lambda t: make("small-mlp", step_scale=0.1),  # steps that rounding does not drown
+    "small-mlp, deep": lambda t: make("small-mlp", decays=(0.0, 0.8), hidden=(4, 3), step_scale=0.1, exp_scale=0.5),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -104,6 +107,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "step-rates, last kept": lambda t: StepRates(2, lr=0.05),
     "aruba, per tensor": lambda t: make("aruba", template=t, rates="tensor", eps=0.5, zeta=2.0),
     "aruba, isotropic": lambda t: make("aruba", template=t, rates="all", eps=0.5, zeta=2.0),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
@@ -122,7 +126,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
 # Rules whose kernel adds the deltas itself.
-STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "balanced-rates", "aruba")
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "step-rates", "balanced-rates", "aruba")
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -377,7 +381,7 @@ def test_scaling_coordinates_of_a_coordinatewise_rule_changes_only_those(kind: s
 NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
     "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
-    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded",
+    "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded", "small-mlp", "small-mlp, deep",
 )  # fmt: skip
 
 
@@ -385,7 +389,7 @@ def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
     coupled = {
         "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
-        "balanced-rates", "aruba", "recorded",
+        "balanced-rates", "aruba", "recorded", "small-mlp",
     }  # fmt: skip
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
@@ -732,6 +736,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
+        "small-mlp", "step-rates",
     } <= set(names())  # fmt: skip
 
 

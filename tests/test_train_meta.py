@@ -21,11 +21,13 @@ from learnedopt import (
     BootstrappedTarget,
     Combined,
     ConjugateGradient,
+    EvolutionStrategies,
     FinalLoss,
     Implicit,
     KLDivergence,
     LastIterate,
     MeanLogLoss,
+    PersistentES,
     RegularizedSolution,
     SumOfLossesSolver,
     Tape,
@@ -87,6 +89,10 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
         request.getfixturevalue("data_root")
     if isinstance(recipe.estimator, Truncated):
         sets += ["estimator.num_steps=2", "estimator.horizon=4"]
+    if isinstance(recipe.estimator, EvolutionStrategies | PersistentES):
+        sets += ["estimator.num_steps=2", "estimator.num_pairs=2"]
+    if isinstance(recipe.estimator, PersistentES):
+        sets += ["estimator.horizon=4"]
     if recipe.family.name == "omniglot":
         request.getfixturevalue("data_root")
         sets += ["family.width=2", "family.queries=2"]

@@ -10,103 +10,11 @@
  * coordinates from `first` to `last`, so that threads may share the work; both functions return 0, or 1 where memory
  * is short.
  */
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#define LANES ((int)(64 / sizeof(REAL)))
 #define VECS 4
 #define BLOCK (VECS * LANES)
 #define TILE 5
-#define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
-#define INLINE static inline __attribute__((always_inline))
-
-typedef REAL vec __attribute__((vector_size(64)));
-typedef INTEGER ivec __attribute__((vector_size(64)));
-
-INLINE vec spread(REAL x) { return x - (vec){0}; }
-
-/* Into [-bound, bound]. NaN stays NaN: comparisons with it are false, and the instructions return their second operand. */
-#ifdef __AVX512F__
-INLINE vec clamp(vec x, vec bound) {
-    if (sizeof(REAL) == 4) return (vec)_mm512_max_ps((__m512)-bound, _mm512_min_ps((__m512)bound, (__m512)x));
-    return (vec)_mm512_max_pd((__m512d)-bound, _mm512_min_pd((__m512d)bound, (__m512d)x));
-}
-#else
-INLINE vec clamp(vec x, vec bound) {
-    ivec above = x > bound, below = x < -bound;
-    return (vec)((above & (ivec)bound) | (below & (ivec)-bound) | (~(above | below) & (ivec)x));
-}
-#endif
-
-/* exp(x) - 1, to a few units in the last place, near 0 too. */
-INLINE vec expm1_(vec x) {
-    x = clamp(x, spread(sizeof(REAL) == 4 ? 80 : 600));
-    /* x = n ln 2 + r: adding 1.5 * 2^mantissa rounds n to an integer and leaves it in the low bits. */
-    const REAL magic = sizeof(REAL) == 4 ? 12582912.0f : 6755399441055744.0;
-    const int mantissa = sizeof(REAL) == 4 ? 23 : 52;
-    vec shifted = x * (REAL)1.4426950408889634074 + magic, n = shifted - magic;
-    ivec exponent = ((ivec)shifted - (ivec)spread(magic) + (sizeof(REAL) == 4 ? 127 : 1023)) << mantissa;
-    vec scale = (vec)exponent;
-    vec r = sizeof(REAL) == 4 ? (x - n * (REAL)0.693145751953125) - n * (REAL)1.42860682030941723212e-6
-                              : (x - n * (REAL)6.93147180369123816490e-01) - n * (REAL)1.90821492927058770002e-10;
-    /* The Taylor series of (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2. */
-    vec p;
-    if (sizeof(REAL) == 4) {
-        p = spread((REAL)(1. / 5040));
-    } else {
-        p = spread((REAL)(1. / 6227020800.));
-        p = p * r + (REAL)(1. / 479001600.);
-        p = p * r + (REAL)(1. / 39916800);
-        p = p * r + (REAL)(1. / 3628800);
-        p = p * r + (REAL)(1. / 362880);
-        p = p * r + (REAL)(1. / 40320);
-        p = p * r + (REAL)(1. / 5040);
-    }
-    p = p * r + (REAL)(1. / 720);
-    p = p * r + (REAL)(1. / 120);
-    p = p * r + (REAL)(1. / 24);
-    p = p * r + (REAL)(1. / 6);
-    p = p * r + (REAL)0.5;
-    p = p * r * r + r;
-    return scale * p + (scale - 1);
-}
-
-/* floats: AVX-512 splits an exponent from its fraction f, |f| <= 1/2, and puts it back, each in one instruction; powers
- * past the range of floats become 0 or infinity as they should. The polynomials have the least largest relative error,
- * 2e-9 and 1e-8; with rounding tanh has 3e-7, and sigmoid an absolute error of 1e-7. */
-#ifdef __AVX512DQ__
-#define FAST_EXP2 (sizeof(REAL) == 4)
-INLINE vec fraction(vec x) { return (vec)_mm512_reduce_ps((__m512)x, 0); }
-INLINE vec scaled(vec x, vec exponent) { return (vec)_mm512_scalef_ps((__m512)x, (__m512)exponent); }
-INLINE vec at_most(vec bound, vec x) { return (vec)_mm512_min_ps((__m512)bound, (__m512)x); } /* NaN stays NaN */
-INLINE vec exp2_(vec x) {
-    vec f = fraction(x), p = spread((REAL)1.53458120e-04);
-    p = p * f + (REAL)1.33999314e-03;
-    p = p * f + (REAL)9.61848896e-03;
-    p = p * f + (REAL)5.55032878e-02;
-    p = p * f + (REAL)2.40226469e-01;
-    p = p * f + (REAL)6.93147206e-01;
-    p = p * f + (REAL)1;
-    return scaled(p, x - f);
-}
-INLINE vec exp2m1(vec x) {
-    vec f = fraction(x), p = spread((REAL)1.54035127e-04), scale = scaled(spread(1), x - f);
-    p = p * f + (REAL)1.33907356e-03;
-    p = p * f + (REAL)9.61823749e-03;
-    p = p * f + (REAL)5.55035743e-02;
-    p = p * f + (REAL)2.40226498e-01;
-    p = p * f + (REAL)6.93147188e-01;
-    return scale * (p * f) + (scale - 1);
-}
-#else
-#define FAST_EXP2 0
-INLINE vec at_most(vec bound, vec x) { return bound + x; } /* these three are never called */
-INLINE vec exp2_(vec x) { return x; }
-INLINE vec exp2m1(vec x) { return x; }
-#endif
 
 INLINE vec sigmoid(vec x) {
     if (FAST_EXP2) return 1 / (1 + exp2_(x * (REAL)-1.4426950408889634074));
@@ -116,16 +24,6 @@ INLINE vec tanh_(vec x) {
     vec e = FAST_EXP2 ? exp2m1(at_most(spread(64), x * (REAL)2.8853900817779268147)) : expm1_(2 * x);
     return e / (e + 2);
 }
-
-/* Keeps the compiler from reading a value from memory again for each of its uses. */
-#if defined(__x86_64__) && defined(__AVX512F__)
-#define KEEP(x) __asm__("" : "+v"(x))
-#else
-#define KEEP(x)
-#endif
-
-INLINE vec load(const REAL *at) { return *(const vec *)at; }
-INLINE void store(REAL *at, vec x) { *(vec *)at = x; }
 
 /* Four rows of a product: sum over k of w[k][0..3] * x[k][:], on top of what acc holds. */
 INLINE void four_rows(const REAL *w, int num_k, const REAL *x, vec acc[4][VECS]) {
@@ -153,13 +51,6 @@ typedef struct {
     Layer *layers;
     const REAL *readout, *readout_bias;
 } Net;
-
-static REAL *aligned(size_t count) {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 64, (count ? count : 1) * sizeof(REAL))) return NULL;
-    memset(memory, 0, count * sizeof(REAL));
-    return memory;
-}
 
 static void release(Net *net) {
     if (net->layers)

@@ -27,7 +27,7 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
     ``learnedopt`` in the user's cache folder, under a name that says source, compiler, flags and processor.
 
     Args:
-        source: a C file without dependencies.
+        source: a C file that includes no others than headers beside it, ``*.h``.
         definitions: preprocessor definitions, such as ``REAL=float``.
     """
     if os.environ.get(SWITCH) == "0":
@@ -57,7 +57,8 @@ def _built(source: Path, definitions: tuple[str, ...]) -> Path:
     command = [compiler, *_FLAGS, *(f"-D{definition}" for definition in definitions)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     # A library for another processor would end in an illegal instruction: home folders are shared between machines.
-    key = hashlib.sha256("\n".join([*command, version, _processor(), source.read_text()]).encode()).hexdigest()[:24]
+    texts = [path.read_text() for path in (*sorted(source.parent.glob("*.h")), source)]
+    key = hashlib.sha256("\n".join([*command, version, _processor(), *texts]).encode()).hexdigest()[:24]
     target = _cache_folder() / f"{source.stem}-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
