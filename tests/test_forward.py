@@ -518,7 +518,7 @@ def test_bad_thetas_and_carries_are_refused_before_the_first_step() -> None:
     first = windows(ForwardMode(2, 8), loop, [theta], FinalLoss(), tasks)[0].carry
     estimate = ForwardMode(2, 8).estimate
     whole = {k: v.round().long() for k, v in theta.items()}
-    with pytest.raises(ValueError, match="no real floating-point numbers"):
+    with pytest.raises(ValueError, match=r"int64.*floating-point"):
         estimate(loop, whole, FinalLoss(), loop.start(tasks))
     other = first._replace(sizes={"lr": 3})
     with pytest.raises(ValueError, match=r"tangents are along .*'lr': 3.*another theta.*begin a new episode"):

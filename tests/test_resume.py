@@ -265,6 +265,13 @@ CASES: dict[str, Make] = {
         SumOfLosses(),
         rule_options={"rule": LSTM},
     ),
+    "two estimators as one, with particles at staggered phases": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), PersistentES(2, 4, 2, 1e-2)),
+        SumOfLosses(),
+        rule_options={"learn": ("lr", "momentum")},
+    ),
     "two estimators as one, of which either or both may be skipped": trainer(
         families.make("quadratic", dim=3),
         "momentum",

@@ -36,6 +36,7 @@ _TABLE = {
     "fmrl-convex": "fmrl:fmrl_convex",
     "fmrl-fashion": "fmrl:fmrl_fashion",
     "imaml-regression": "implicit:imaml_regression",
+    "learned-loss-sine": "learned_loss:learned_loss_sine",
     "maml-sine": "sine:maml_sine",
     "meta-sgd-sine": "sine:meta_sgd_sine",
     "maml-omniglot": "omniglot:maml_omniglot",
