@@ -144,6 +144,25 @@ def test_pieces_change_nothing(chunk_size: int) -> None:
         assert a.info["gradient_variance"] == pytest.approx(b.info["gradient_variance"], rel=1e-9)
 
 
+class Squashed(TaskMean):
+    """A monotone function of the sum of losses."""
+
+    def __call__(self, loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
+        return SumOfLosses()(loop, theta, rollout).log()
+
+
+def test_ranks_are_those_within_a_cohort() -> None:
+    ranked, plain = (PersistentES(WINDOW, HORIZON, 8, 0.01, ranked=ranked) for ranked in (True, False))
+    first, squashed = (estimates(loop_of(), ranked, 3, objective=objective)[0] for objective in (None, Squashed()))
+    values = estimates(loop_of(), plain, 3)[0]
+    for a, b, c in zip(first, squashed, values, strict=True):
+        assert all(torch.equal(a.grads[k], b.grads[k]) for k in a.grads)
+        assert not any(torch.equal(a.grads[k], c.grads[k]) for k in a.grads)
+    (one,), carry = estimates(loop_of(), PersistentES(WINDOW, HORIZON, 1, 0.01, ranked=True), 1)
+    for k, drift in carry.cohorts[0].drift.items():  # of a single pair a rank is a sign
+        torch.testing.assert_close(one.grads[k].abs(), drift[0].abs() / (2 * 0.01), rtol=1e-12, atol=0)
+
+
 class Cliff(TaskMean):
     """The final loss, but NaN for particles whose weights have gone below a bound."""
 
