@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from problems import FLOAT
@@ -59,6 +61,23 @@ def test_cross_entropy_is_torch_s(ignored: int) -> None:
     if ignored < 7:
         gradients = [torch.autograd.grad(x.sum(), y)[0] for x, y in ((found, leaves), (expected, own))]
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+
+
+def test_products_under_autocast_are_left_to_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 5, generator=generator), torch.randn(3, 4, 5, generator=generator)
+
+    def layer(w: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (functional.linear(x, w).tanh() @ w).float().square().mean()
+
+    found = []
+    for mode in (LaneFunctions(), nullcontext()):
+        leaves = w.clone().requires_grad_()
+        with mode:
+            values = torch.func.vmap(layer)(leaves)
+        found.append((values, *torch.autograd.grad(values.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_classes_out_of_range_are_an_error() -> None:

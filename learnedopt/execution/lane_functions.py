@@ -66,7 +66,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _serves(inputs: Any, weight: Any) -> bool:
     tensors = isinstance(inputs, Tensor) and isinstance(weight, Tensor)
-    return tensors and inputs.ndim >= 2 and weight.ndim == 2
+    # Autocast would cast within the product, and not within its gradient.
+    return tensors and inputs.ndim >= 2 and weight.ndim == 2 and not torch.is_autocast_enabled(inputs.device.type)
 
 
 class _Linear(torch.autograd.Function):
