@@ -81,9 +81,10 @@ def loops() -> Iterator[tuple[str, InnerLoop]]:
     for where, family in families.items():
         template = like(family)
         for rule in optimizers.names():
-            # At Adam's usual 1e-8 the first updates hardly know its decay rates, whose gradients are then what rounding
-            # leaves of differences of much larger numbers.
-            made = optimizers.make(rule, eps=0.1) if rule == "adam" else optimizers.example(rule, template)
+            # At Adam's usual decay rates the first updates hardly know them: what is left of their gradients is the
+            # rounding of a difference of numbers a million times as large.
+            adam = optimizers.make("adam", lr=0.06, beta1=0.8, beta2=0.9, eps=0.05)
+            made = adam if rule == "adam" else optimizers.example(rule, template)
             yield f"{rule}, {where}", InnerLoop(family, made)
         for inner in ("l2", "proximal"):
             objective = inner_objectives.example(inner, template, 8, 2)
@@ -116,8 +117,12 @@ def peak(label: str, num_steps: int) -> float:
     loop = InnerLoop(family, optimizers.make("momentum", lr=0.01, momentum=0.9, learn=("lr", "momentum")))
     generator = torch.Generator().manual_seed(0)
     carry, theta = loop.start(family.sample(1, generator)), loop.init_theta(generator)
-    PEAKS[label](1).estimate(loop, theta, FinalLoss(), carry)  # what is set up once
-    return allocator_peak(lambda: PEAKS[label](num_steps).estimate(loop, theta, FinalLoss(), carry))
+
+    def estimate(steps: int) -> None:
+        PEAKS[label](steps).estimate(loop, theta, FinalLoss(), carry)
+
+    estimate(1)  # what is set up once
+    return allocator_peak(lambda: estimate(num_steps))
 
 
 def peaks() -> dict[str, list[float]]:

@@ -91,7 +91,7 @@ def test_the_meta_gradient_is_that_of_a_loop_by_hand() -> None:
             weights = weights - rates[step] * slope
         batch = {k: x[task] for k, x in family.batch(tasks, 3, "valid").items()}
         total = total + family.loss({"w": weights[:3], "b": weights[3:]}, batch) / num_tasks
-    expected = dict(zip(("images", "lr"), torch.autograd.grad(total, (images, rates)), strict=True))
+    expected: Theta = dict(zip(("images", "lr"), torch.autograd.grad(total, (images, rates)), strict=True))
     found = Unrolled(3).estimate(loop, theta, FinalLoss(), loop.start(tasks))
     torch.testing.assert_close(found.loss, total.detach(), rtol=1e-13, atol=0)
     assert relative_error(found.grads, expected) < 1e-12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from learnedopt.core import carry as carries
 from learnedopt.core import tree
-from learnedopt.core.carry import Carry, Rollout, Tape
+from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import (
     Estimate,
     GradientEstimator,
     as_leaves,
-    call_objective,
     check_loop,
     check_objective,
     check_paths,
@@ -30,11 +28,9 @@ from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import has_learned_start
 from learnedopt.estimators.windows import require_windows
+from learnedopt.execution.forward import Cotangents, ForwardChunk, ForwardRun, all_of, moving
 from learnedopt.execution.forward_check import require_forward_mode
-from learnedopt.execution.tangents import Tangents, begin, contract, directions, floating, none_yet, push
-
-MOST_BYTES = 2**26
-"""Of tangents of one chunk of tasks at one point of the inner loop, where ``block_size`` is left to the estimator."""
+from learnedopt.execution.tangents import Tangents
 
 
 class ForwardCarry(NamedTuple):
@@ -116,7 +112,7 @@ class ForwardMode(GradientEstimator):
         zero = check_paths(loop, theta, example, reach, Tape.FULL, objective=objective)
         if self.num_steps > 0:
             require_forward_mode(loop, theta, inner)
-        run = _Run(loop, tree.detach(theta), objective, self.num_steps, self.block_size, self.horizon is not None)
+        run = ForwardRun(loop, tree.detach(theta), objective, self.num_steps, self.block_size, self.horizon is not None)
         chunks, num_tasks, done = [], tree.size(inner.params), 0
         for chunk in loop.split(inner):
             count = tree.size(chunk.params)
@@ -159,8 +155,8 @@ class ForwardMode(GradientEstimator):
                 f"this carry's tangents are along {carry.sizes}, the entries of another theta: this one has {sizes}; "
                 "begin a new episode, with the estimator's start()"
             )
-        expected = [(len(x), sum(sizes.values()), *x.shape[1:]) for x in _moving(inner)]
-        found = [tuple(x.shape) for x in _all(tangents)]
+        expected = [(len(x), sum(sizes.values()), *x.shape[1:]) for x in moving(inner)]
+        found = [tuple(x.shape) for x in all_of(tangents)]
         if found != expected or carry.params.keys() != inner.params.keys():
             raise ValueError(
                 f"this carry's tangents have the shapes {found}, its parameters and state need {expected} (tasks, "
@@ -168,7 +164,9 @@ class ForwardMode(GradientEstimator):
             )
         return inner, tangents
 
-    def _onward(self, loop: InnerLoop, theta: Theta, inner: Carry, chunks: list[_Chunk]) -> Carry | ForwardCarry | None:
+    def _onward(
+        self, loop: InnerLoop, theta: Theta, inner: Carry, chunks: list[ForwardChunk]
+    ) -> Carry | ForwardCarry | None:
         """Return where the next estimate goes on from."""
         if self.horizon is None:
             if not chunks[0].named or has_learned_start(loop, theta, inner):
@@ -180,114 +178,7 @@ class ForwardMode(GradientEstimator):
         return ForwardCarry(carries.join([x.end for x in chunks]), params, state, _sizes(theta))
 
 
-class _Cotangents(NamedTuple):
-    """Of an objective, by one reverse pass: None for what it does not read."""
-
-    of_theta: list[Tensor | None]
-    of_start: list[Tensor | None]
-    of_end: list[Tensor | None]
-    of_losses: Tensor | None
-
-
-class _Chunk(NamedTuple):
-    """What came of a chunk of tasks: its share of the objective, of its gradient (one vector) and of the curve."""
-
-    value: Tensor
-    gradient: Tensor
-    curve: Tensor
-    end: Carry
-    named: bool
-    tangents: Tangents | None
-    read: _Cotangents
-    inner_steps: int
-
-
-class _Run(NamedTuple):
-    """What the chunks of an estimate have in common."""
-
-    loop: InnerLoop
-    theta: Theta
-    objective: MetaObjective
-    num_steps: int
-    block_size: int | None
-    goes_on: bool
-
-    def of_chunk(self, chunk: Carry, before: Tangents | None, weight: float) -> _Chunk:
-        """Run a chunk of tasks, block by block of directions; the objective is asked once, after the first."""
-        loop, theta = self.loop, self.theta
-        begun = carries.detach(loop.begin(theta, chunk))
-        pieces, kept, found, taken = [], [], None, 0
-        for start, stop in self.blocks(begun):
-            along = directions(theta, start, stop)
-            with torch.no_grad():
-                if before is not None:
-                    first = tree.tree_map(lambda x, a=start, b=stop: x[:, a:b], before)
-                else:
-                    first = begin(loop, theta, along, chunk) if chunk.state is None else none_yet(chunk, stop - start)
-                pushed = push(loop, theta, along, begun, first, self.num_steps)
-            if found is None:
-                rollout = Rollout(begun, pushed.end, pushed.losses)
-                found = value, onward, read = _pull(loop, theta, self.objective, rollout, weight)
-            with torch.no_grad():
-                pieces.append(_contracted(read, first, pushed.tangents, pushed.of_losses, begun))
-                if self.goes_on and onward is not None:
-                    further = max(onward.step - pushed.end.step, 0)
-                    pushed = push(loop, theta, along, pushed.end, pushed.tangents, further)
-                    _require_same(onward, pushed.end, self.objective)
-            if self.goes_on:
-                kept.append(pushed.tangents)
-            taken += tree.size(begun.params) * (pushed.end.step - begun.step)
-        end = rollout.end if onward is None else onward
-        tangents = tree.tree_map(lambda *xs: torch.cat(xs, 1), *kept) if kept else None
-        curve = weight * rollout.losses.mean(1)
-        return _Chunk(value, torch.cat(pieces), curve, end, onward is not None, tangents, read, taken)
-
-    def blocks(self, begun: Carry) -> Iterator[tuple[int, int]]:
-        """Yield the first direction of each block, and the one after its last."""
-        count = sum(x.numel() for x in self.theta.values())
-        each = sum(x.nbytes for x in (*_moving(begun), *self.theta.values()))
-        size = self.block_size or max(1, MOST_BYTES // each)
-        yield from ((i, min(i + size, count)) for i in range(0, count, size))
-
-
-def _pull(
-    loop: InnerLoop, theta: Theta, objective: MetaObjective, rollout: Rollout, weight: float
-) -> tuple[Tensor, Carry | None, _Cotangents]:
-    """Return ``weight`` times the objective of a rollout, the carry that it names, and its cotangents."""
-    leaves = as_leaves(theta)
-    start, of_start = _with_leaves(rollout.start)
-    end, of_end = _with_leaves(rollout.end)
-    losses = rollout.losses.detach().requires_grad_()
-    value, onward = call_objective(objective, loop, leaves, Rollout(start, end, losses))
-    value = value * weight
-    inputs = [*leaves.values(), *of_start, *of_end, losses]
-    found: Sequence[Tensor | None] = [None] * len(inputs)
-    if value.requires_grad:
-        found = torch.autograd.grad(value, inputs, allow_unused=True)
-    groups = iter(found)
-    of_theta, through_start, through_end = (
-        [next(groups) for _ in range(len(group))] for group in (leaves, of_start, of_end)
-    )
-    read = _Cotangents(of_theta, through_start, through_end, next(groups))
-    return value.detach(), None if onward is None else carries.detach(onward), read
-
-
-def _with_leaves(carry: Carry) -> tuple[Carry, list[Tensor]]:
-    """Return a begun carry of new leaves, and these: its parameters, then the floating-point leaves of its state."""
-    params = {k: p.detach().requires_grad_() for k, p in carry.params.items()}
-    state = tree.tree_map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, carry.state)
-    return carry._replace(params=params, state=state), [*params.values(), *floating(state)]
-
-
-def _contracted(read: _Cotangents, first: Tangents, last: Tangents, of_losses: Tensor, begun: Carry) -> Tensor:
-    """Return the gradient along a block's directions, less what the objective reads of theta itself."""
-    losses = None if read.of_losses is None else read.of_losses.flatten()
-    total = contract(read.of_start, _all(first)) + contract(read.of_end, _all(last))
-    total = total + contract([losses], [of_losses.flatten(0, 1)])
-    return total if isinstance(total, Tensor) else next(iter(begun.params.values())).new_zeros(of_losses.shape[2])
-
-
-def _gradient(theta: Theta, chunks: list[_Chunk], zero: list[str]) -> tuple[Theta, list[str]]:
+def _gradient(theta: Theta, chunks: list[ForwardChunk], zero: list[str]) -> tuple[Theta, list[str]]:
     """Return the gradient by name, and the names of which nothing at all came."""
     total, grads, lost, offset = torch.stack([x.gradient for x in chunks]).sum(0), {}, [], 0
     for i, (name, value) in enumerate(theta.items()):
@@ -301,15 +192,15 @@ def _gradient(theta: Theta, chunks: list[_Chunk], zero: list[str]) -> tuple[Thet
 
 
 def _without_path(
-    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, read: _Cotangents, names: list[str]
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, read: Cotangents, names: list[str]
 ) -> list[str]:
     """Return which of ``names``, whose gradient is zero, have no path to what the objective reads."""
     lost = names
     for steps in sorted({min(num_steps, 3), num_steps}):
         leaves = as_leaves({k: theta[k] for k in lost})
         rollout = loop.run(theta | leaves, carries.detach(carries.narrow(carry, 0, 1)), steps, Tape.FULL)
-        pairs = [*zip(_moving(rollout.start), read.of_start, strict=True)]
-        pairs += [*zip(_moving(rollout.end), read.of_end, strict=True), (rollout.losses, read.of_losses)]
+        pairs = [*zip(moving(rollout.start), read.of_start, strict=True)]
+        pairs += [*zip(moving(rollout.end), read.of_end, strict=True), (rollout.losses, read.of_losses)]
         reached = [x.sum() for x, c in pairs if c is not None and x.requires_grad]
         found = [None] * len(leaves)
         if reached:
@@ -320,31 +211,5 @@ def _without_path(
     return lost
 
 
-def _require_same(named: Carry, reached: Carry, objective: MetaObjective) -> None:
-    """Raise ValueError unless the rule's further steps, whose tangents are known, came to the carry that is named."""
-    pairs = [*zip(_moving(named), _moving(reached), strict=True)]
-    if named.step == reached.step and all(_close(x, y) for x, y in pairs):
-        return
-    raise ValueError(
-        f"the objective {type(objective).__name__} goes on from a carry at step {named.step} that {reached.step} "
-        "steps of the rule do not come to, so that its tangents are unknown; let it go on from the rollout's end "
-        "(continue_from='rollout'), use Truncated, or ForwardMode without a horizon"
-    )
-
-
-def _close(x: Tensor, y: Tensor) -> bool:
-    tolerance = torch.finfo(x.dtype).eps ** 0.5
-    return torch.allclose(x, y, rtol=tolerance, atol=tolerance * float(x.abs().max()), equal_nan=True)
-
-
 def _sizes(theta: Theta) -> dict[str, int]:
     return {k: v.numel() for k, v in theta.items()}
-
-
-def _moving(carry: Carry) -> list[Tensor]:
-    """Return the tensors of a begun carry that have tangents, in their order."""
-    return [*carry.params.values(), *floating(carry.state)]
-
-
-def _all(tangents: Tangents) -> list[Tensor]:
-    return [*tangents.params.values(), *tangents.state]

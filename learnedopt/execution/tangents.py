@@ -196,7 +196,8 @@ def _push(
     """Return ``fn``'s tensors, their derivatives along each of the ``tangents`` (leading dimension), and its rest."""
 
     def along(*each: Any) -> tuple[list[Tensor], list[Tensor], Any]:
-        return torch.func.jvp(fn, primals, each, has_aux=True)
+        values, found, rest = torch.func.jvp(fn, primals, each, has_aux=True)  # pyright: ignore[reportAssignmentType]
+        return values, found, rest
 
     primals = tree.tree_map(_without_repeats, primals)
     outputs, found, rest = torch.func.vmap(along)(*tangents)

@@ -11,7 +11,10 @@ from learnedopt.recipes.recipe import ALL_TASKS, HeldOut, MetaLearning, Recipe
 
 
 def pes_quadratic() -> Recipe:
-    """A recurrent net that sets rate and momentum on random quadratics, by persistent evolution strategies."""
+    """A recurrent net that sets rate and momentum on random quadratics, by persistent evolution strategies.
+
+    2.3 CPU minutes. With 16 tasks at three times the meta-rate some held-out functions diverged, again and again.
+    """
     return Recipe(
         name="pes-quadratic",
         family=Choice("quadratic", {"dim": 10}),
@@ -27,7 +30,11 @@ def pes_quadratic() -> Recipe:
 
 
 def es_mnist() -> Recipe:
-    """A small network for every coordinate of an MLP on MNIST, by evolution strategies through whole episodes."""
+    """A small network for every coordinate of an MLP on MNIST, by evolution strategies through whole episodes.
+
+    3.3 CPU minutes, most of them for 480,000 inner steps. The rule's own ``step_scale`` of 1e-3 is a hundredth of what
+    an MLP of this kind needs in 100 steps, and its own ``exp_scale`` lets the network hardly vary it.
+    """
     return Recipe(
         name="es-mnist",
         family=Choice(
