@@ -184,8 +184,9 @@ def adam(start: list[Tensor], data: tuple[Tensor, Tensor], hyper: list[float], s
 
     def total(hyper: list[Any]) -> Any:
         def step(carry: Any, i: Any) -> Any:
-            value, grads = jax.value_and_grad(loss)(carry[0], batch(i))
-            return _adam_step(hyper, *carry, grads, (i + 1).astype(hyper[0].dtype)), value
+            params, means, squares = carry
+            value, grads = jax.value_and_grad(loss)(params, batch(i))
+            return _adam_step(hyper, params, means, squares, grads, (i + 1).astype(hyper[0].dtype)), value
 
         zeros = [np.zeros_like(p) for p in params]
         moved = jax.checkpoint(step) if remat else step
