@@ -21,6 +21,7 @@ from benchmarks import (
     report,
     scaling,
     workloads_adam,
+    workloads_evolution,
     workloads_implicit,
     workloads_lstm,
     workloads_maml,
@@ -34,6 +35,7 @@ WORKLOADS: dict[str, Workload] = {
     **workloads_lstm.WORKLOADS,
     **workloads_step.WORKLOADS,
     **workloads_adam.WORKLOADS,
+    **workloads_evolution.WORKLOADS,
 }
 AGREE = 1e-6  # relative difference of meta-gradients in float64
 ROUNDS = 3

@@ -23,12 +23,13 @@ SECONDS = 1.2  # of measuring a process, beside one call at least
 MOST = 50  # calls a process
 MB = 1e6
 
-# One thread, also in libraries that do not ask torch.
+# One thread, also in libraries that do not ask torch, and the same processor.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "JAX_PLATFORMS": "cpu",
 }
 # glibc gives every tensor of 16 KiB or more pages of its own, and so back to the system when it is freed: left to
 # itself it keeps freed ones in its heap, which then counts more than is held. It costs time, so time is not taken then.

@@ -91,6 +91,10 @@ def _remarks(results: Results) -> list[str]:
         f"First calls of {k}, in one process after the other: {', '.join(f'{s:.1f}' for s in seconds)} s."
         for k, seconds in slow.items()
     ]
+    if results.workload.per is not None:
+        count, what = results.workload.per
+        each = {k: 1e3 * statistics.median(one.cpu_ms) / count for k, one in results.measured.items()}
+        remarks.append(f"CPU µs per {what}: {', '.join(f'{k} {number(us)}' for k, us in each.items())}.")
     return remarks + ([f"A tape: {results.tape / MB:.3g} MB."] if results.tape else [])
 
 

@@ -14,7 +14,9 @@ from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfL
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -71,6 +73,7 @@ _LAZY = {
     "Linear": "learnedopt.core.weights",
     "PerName": "learnedopt.meta_optimizers.per_name",
     "ProjectedGradient": "learnedopt.objectives.convex",
+    "DistilledData": "learnedopt.inner_objectives",
     "L2": "learnedopt.inner_objectives",
     "LearnedLoss": "learnedopt.inner_objectives",
     "Proximal": "learnedopt.inner_objectives",
@@ -95,7 +98,7 @@ if TYPE_CHECKING:
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
     from learnedopt.execution.memory import predict_peak
-    from learnedopt.inner_objectives import L2, LearnedLoss, Proximal, WeightedExamples
+    from learnedopt.inner_objectives import L2, DistilledData, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.aruba import ARUBA
     from learnedopt.meta_optimizers.dual_averaging import DualAveraging, LastGradient
     from learnedopt.meta_optimizers.follow_the_leader import FollowTheLeader
@@ -135,10 +138,12 @@ __all__ = [
     "Bootstrap",
     "BootstrappedTarget",
     "Carry",
+    "Combined",
     "CompileWarning",
     "ConjugateGradient",
     "Constant",
     "ConvergenceWarning",
+    "DistilledData",
     "DualAveraging",
     "Entropic",
     "Estimate",
@@ -149,6 +154,7 @@ __all__ = [
     "FirstOrder",
     "FollowTheLeader",
     "FollowTheRegularizedLeader",
+    "ForwardMode",
     "Found",
     "GradientEstimator",
     "GuessAndGrow",

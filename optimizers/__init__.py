@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
+    from learnedopt.optimizers.step_rates import StepRates
 
 _LAZY = {
     "ANIL": "anil",
@@ -62,6 +63,7 @@ _LAZY = {
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
     "Simplex": "bases.convex_sets",
+    "StepRates": "step_rates",
     "SmallMLP": "small_mlp",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
@@ -104,6 +106,7 @@ __all__ = [
     "Reparametrized",
     "Simplex",
     "SmallMLP",
+    "StepRates",
     "as_meta_sgd",
     "build",
     "describe",

@@ -19,6 +19,7 @@ _TABLE = {
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "small-mlp": "small_mlp:SmallMLP",
     "learned-rates": "meta_sgd:LearnedRates",
+    "step-rates": "step_rates:StepRates",
     "meta-sgd": "meta_sgd:meta_sgd",
     "maml": "meta_sgd:maml",
     "balanced-rates": "balanced_rates:BalancedRates",
@@ -67,6 +68,7 @@ def example(name: str, template: Params) -> UpdateRule:
         "aruba": {"eps": 0.6, "zeta": 3.0},
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
+        "step-rates": {"num_steps": 3},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

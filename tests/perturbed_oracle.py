@@ -40,27 +40,34 @@ def window(posed: Posed, theta: Theta, starts: list[Any], step: int, num_steps: 
     return torch.stack(values).mean(), ends
 
 
-def moved(theta: Theta, noise: Theta, pair: int, sign: int, sigma: float) -> Theta:
-    return {k: x + sign * sigma * noise[k][pair] for k, x in theta.items()}
+def lengths_of(posed: Posed, sigma: float) -> dict[str, Any]:
+    """Return how far each meta-parameter is perturbed by noise of one, from what rule and inner objective say."""
+    said = {**posed.loop.rule.theta_scale(), **posed.loop.inner_objective.theta_scale()}
+    return {k: sigma * said.get(k, 1.0) for k in posed.theta}
+
+
+def moved(theta: Theta, noise: Theta, pair: int, sign: int, lengths: dict[str, Any]) -> Theta:
+    return {k: x + sign * lengths[k] * noise[k][pair] for k, x in theta.items()}
 
 
 def evolution(posed: Posed, estimator: EvolutionStrategies, carry: EvolutionCarry) -> Theta:
-    """Return the estimate of whole episodes of loops whose scales are one."""
+    """Return the estimate of whole episodes."""
+    lengths = lengths_of(posed, estimator.sigma)
     noise = perturbations.draw(posed.theta, estimator.num_pairs, perturbations.generator(carry.seed, carry.window), [])
     starts = [None] * len(one_by_one(posed.tasks))
     found = []
     for pair in range(estimator.num_pairs):
         above, below = (
-            window(posed, moved(posed.theta, noise, pair, sign, estimator.sigma), starts, 0, estimator.num_steps)[0]
+            window(posed, moved(posed.theta, noise, pair, sign, lengths), starts, 0, estimator.num_steps)[0]
             for sign in (1, -1)
         )
-        found.append({k: n[pair] * (above - below) / (2 * estimator.sigma) for k, n in noise.items()})
+        found.append({k: n[pair] * (above - below) / (2 * lengths[k]) for k, n in noise.items()})
     return mean(found)
 
 
 def persistent(posed: Posed, estimator: PersistentES, carry: PersistentCarry, num_estimates: int) -> list[Theta]:
     """Return the first estimates, of one pair a cohort and none that has to begin anew among them."""
-    windows = estimator.horizon // estimator.num_steps
+    windows, lengths = estimator.horizon // estimator.num_steps, lengths_of(posed, estimator.sigma)
     found: list[list[Theta]] = [[] for _ in range(num_estimates)]
     for i, phase in enumerate(i * windows // estimator.num_pairs for i in range(estimator.num_pairs)):
         ends: dict[int, list[Any]] = dict.fromkeys((1, -1), [None] * len(one_by_one(posed.tasks)))
@@ -74,17 +81,17 @@ def persistent(posed: Posed, estimator: PersistentES, carry: PersistentCarry, nu
             drift = {k: n[0] + (0 if estimator.reuse_noise else drift[k]) for k, n in noise.items()}
             values = {}
             for sign in (1, -1):
-                theta = moved(posed.theta, noise, 0, sign, estimator.sigma)
+                theta = moved(posed.theta, noise, 0, sign, lengths)
                 values[sign], ends[sign] = window(
                     posed, theta, ends[sign], number * estimator.num_steps, estimator.num_steps
                 )
             if number >= phase:
-                slope = (values[1] - values[-1]) / (2 * estimator.sigma)
-                found[number - phase].append({k: x * slope for k, x in drift.items()})
+                slope = (values[1] - values[-1]) / 2
+                found[number - phase].append({k: x * slope / lengths[k] for k, x in drift.items()})
     return [mean(each) for each in found]
 
 
 def start_alone(posed: Posed, estimator: PersistentES) -> list[str]:
     """Return the meta-parameters that the rule's ``init`` reads and no update does."""
-    names = perturbations.moving(posed.loop, posed.theta, posed.tasks, estimator.num_steps, estimator.sigma)
+    names = perturbations.moving(posed.loop, posed.theta, posed.tasks, estimator.horizon, estimator.sigma)
     return sorted(names.start_alone)

@@ -96,10 +96,10 @@ class Labelled(TaskFamily):
     def batch(self, tasks: Tasks, step: int, split: str) -> Any:
         wave = 0.3 * torch.sin(torch.arange(24, dtype=FLOAT) + step).reshape(8, 3)
         order = torch.tensor([3, 0, 4, 7, 1, 6, 2, 5]).expand(len(tasks["y"]), 8)
-        return {"x": tasks["x"][:, int(split == "valid")] + wave, "targets": tasks["y"], "index": order}
+        return {"inputs": tasks["x"][:, int(split == "valid")] + wave, "targets": tasks["y"], "index": order}
 
     def outputs(self, params: Params, batch: Any) -> Tensor:
-        logits = batch["x"] @ params["w"] + params["b"]
+        logits = batch["inputs"] @ params["w"] + params["b"]
         return torch.stack([torch.zeros_like(logits), logits], dim=-1)
 
     def loss(self, params: Params, batch: Any) -> Tensor:

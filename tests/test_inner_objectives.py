@@ -16,6 +16,7 @@ from torch.nn import functional
 import learnedopt
 from learnedopt import (
     L2,
+    DistilledData,
     InnerObjective,
     LearnedLoss,
     Params,
@@ -123,7 +124,7 @@ def named(name: str) -> Case:
     """Return the case of a registered name or of a variant; a name that is registered is enrolled by that alone."""
     if name in VARIANTS:
         return case(*VARIANTS[name])
-    return case(inner_objectives.example(name, TEMPLATE, NUM_EXAMPLES, NUM_CLASSES))
+    return case(inner_objectives.example(name, TEMPLATE, NUM_EXAMPLES, NUM_CLASSES, (2,)))
 
 
 @pytest.fixture(params=ALL)
@@ -333,6 +334,25 @@ def test_a_learned_loss_is_its_network_and_starts_at_the_tasks_loss() -> None:
     torch.testing.assert_close(it.loss(it.theta, params, batch), expected)
 
 
+def test_distilled_data_are_the_familys_loss_on_the_images_and_on_nothing_else() -> None:
+    objective = DistilledData((2,), NUM_CLASSES, per_class=2)
+    it = case(objective)
+    params, batch = it.one()
+    learned = {"inputs": it.theta["images"], "targets": torch.tensor([0, 0, 1, 1, 2, 2])}
+    assert torch.equal(it.loss(it.theta, params, batch), it.family.loss(params, learned))
+    other = {**batch, "inputs": batch["inputs"] + 1, "targets": batch["targets"].flip(0)}
+    assert torch.equal(it.loss(it.theta, params, other), it.loss(it.theta, params, batch))
+    logits = it.theta["images"] @ params["weight"].mT + params["bias"]
+    by_hand = [x.exp().sum().log() - x[i // 2] for i, x in enumerate(logits)]
+    torch.testing.assert_close(it.loss(it.theta, params, batch), torch.stack(by_hand).mean())
+
+
+def test_distilled_images_start_from_noise_of_the_given_size() -> None:
+    images = DistilledData((50, 40), 10, std=0.3).init_theta(torch.Generator().manual_seed(0))["images"]
+    assert images.shape == (10, 50, 40)
+    assert float(images.std()) == pytest.approx(0.3, rel=0.02) and float(images.mean()) == pytest.approx(0, abs=0.01)
+
+
 def test_base_scales_the_familys_part_of_a_learned_loss() -> None:
     it = named("learned-loss, values")
     params, batch = it.one()
@@ -359,6 +379,12 @@ def test_base_scales_the_familys_part_of_a_learned_loss() -> None:
         (lambda: L2(TEMPLATE, 1.0, per="layer"), ValueError, "per='layer' is none of 'scalar', 'tensor'"),  # pyright: ignore
         (lambda: WeightedExamples(0), ValueError, "num_examples=0 is not a count"),
         (lambda: WeightedExamples(5, "hinge"), ValueError, "per_example='hinge' is none of"),  # pyright: ignore
+        (lambda: DistilledData(784), ValueError, "shape=784 is not a tuple"),  # pyright: ignore
+        (lambda: DistilledData((28, 0)), ValueError, r"shape\[1\]=0 is not a count"),
+        (lambda: DistilledData((784,), per_class=0), ValueError, "per_class=0 is not a count"),
+        (lambda: DistilledData((784,), num_classes=True), ValueError, "num_classes=True is not a count"),
+        (lambda: DistilledData((784,), std=-0.1), ValueError, "std=-0.1 is negative"),
+        (lambda: DistilledData((784,), std="1"), TypeError, "std='1' is a str; pass a number"),  # pyright: ignore
         (lambda: LearnedLoss(0), ValueError, "num_outputs=0 is not a count"),
         (lambda: LearnedLoss(3, hidden=()), ValueError, r"hidden=\(\) is not a tuple of widths"),
         (lambda: LearnedLoss(3, hidden=(4, 0)), ValueError, r"hidden\[1\]=0 is not a count"),
@@ -391,6 +417,12 @@ def changed(name: str, **entries: Any) -> None:
         ("weighted-examples", {"index": torch.arange(5) - 1}, ValueError, "outside 0 to 11"),
         ("weighted-examples", {"targets": torch.zeros(5)}, ValueError, "needs logits .* and integer classes"),
         ("weighted-examples, squared", {"targets": torch.zeros(5, 1)}, ValueError, "of one shape"),
+        ("distilled", {"inputs": None}, ValueError, r"DistilledData reads batch\['inputs'\]"),
+        ("distilled", {"targets": None}, ValueError, r"DistilledData reads batch\['targets'\]"),
+        ("distilled", {"inputs": torch.zeros(5, 3)}, ValueError, r"inputs of shape \(2,\).*pass shape=\(3,\)"),
+        ("distilled", {"inputs": torch.zeros(5, 2).long()}, ValueError, "torch.int64 of shape .* cannot be learned"),
+        ("distilled", {"targets": torch.zeros(5)}, ValueError, "are integer classes"),
+        ("distilled", {"targets": torch.zeros(5, 2).long()}, ValueError, "are integer classes"),
         ("learned-loss", {"targets": None}, ValueError, r"LearnedLoss reads batch\['targets'\]"),
         ("learned-loss", {"targets": torch.zeros(5)}, ValueError, "as targets integer classes"),
         ("learned-loss, values", {"targets": torch.zeros(5, 1)}, ValueError, "as targets values of the outputs' shape"),
@@ -410,10 +442,11 @@ def test_an_index_out_of_range_is_refused_for_tasks_together() -> None:
 
 
 def test_a_batch_that_is_no_dict_is_refused() -> None:
-    it = named("weighted-examples")
-    params, batch = it.one()
-    with pytest.raises(ValueError, match="the family's batch is a tuple"):
-        it.loss(it.theta, params, tuple(batch.values()))
+    for name in ("weighted-examples", "distilled"):
+        it = named(name)
+        params, batch = it.one()
+        with pytest.raises(ValueError, match="the family's batch is a tuple"):
+            it.loss(it.theta, params, tuple(batch.values()))
 
 
 def test_a_learned_loss_of_another_width_is_refused() -> None:
@@ -446,7 +479,8 @@ def test_proximal_without_one_learned_start_is_refused(theta: Theta, message: st
 
 
 def test_the_registry_makes_by_name_and_hands_the_template_to_those_that_take_one() -> None:
-    assert {"task-loss", "proximal", "l2", "weighted-examples", "learned-loss"} <= set(inner_objectives.names())
+    known = set(inner_objectives.names())
+    assert {"task-loss", "proximal", "l2", "weighted-examples", "learned-loss", "distilled"} <= known
     objective = learnedopt.inner_objectives.make("proximal", template=TEMPLATE, strength=2.0)
     assert isinstance(objective, Proximal) and objective.strength == 2.0
     assert isinstance(inner_objectives.make("task-loss", template=TEMPLATE), TaskLoss)

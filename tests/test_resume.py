@@ -27,8 +27,10 @@ from torch import Tensor, nn
 import train_meta
 from learnedopt import (
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     DualAveraging,
+    EvolutionStrategies,
     Execution,
     FinalLoss,
     FollowTheLeader,
@@ -37,6 +39,7 @@ from learnedopt import (
     MetaTrainer,
     ModuleFamily,
     PerName,
+    PersistentES,
     Proximal,
     SumOfLosses,
     TaskFamily,
@@ -241,6 +244,40 @@ CASES: dict[str, Make] = {
         meta_optimizer=PerName(
             {"init/*": lambda p: FollowTheLeader(p, lambda t: t**0.5), "rule/*": lambda p: torch.optim.Adam(p, 1e-2)}
         ),
+    ),
+    "evolution strategies in windows, from a learned start": trainer(
+        step_dependent(),
+        "learned-init",
+        EvolutionStrategies(2, 3, 0.1, horizon=6),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "persistent evolution strategies at three phases": trainer(
+        step_dependent(), "learned-init", PersistentES(2, 6, 4, 0.1), SumOfLosses(), rule_options={"rule": LSTM}
+    ),
+    "noise reuse, fewer pairs than phases": trainer(
+        step_dependent(), "momentum", PersistentES(1, 5, 2, 0.01, reuse_noise=True), FinalLoss()
+    ),
+    "two estimators as one, whose windows end at different times": trainer(
+        step_dependent(),
+        "learned-init",
+        Combined(Truncated(2, horizon=6), EvolutionStrategies(2, 3, 1e-2, horizon=4), 0.7),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "two estimators as one, with particles at staggered phases": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), PersistentES(2, 4, 2, 1e-2)),
+        SumOfLosses(),
+        rule_options={"learn": ("lr", "momentum")},
+    ),
+    "two estimators as one, of which either or both may be skipped": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
     ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}

@@ -33,6 +33,7 @@ from learnedopt.optimizers import (
     RecurrentHyperparameters,
     Reparametrized,
     RMSprop,
+    StepRates,
     build,
     describe,
     example,
@@ -106,6 +107,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
+    "step-rates, last kept": lambda t: StepRates(2, lr=0.05),
     "aruba, per tensor": lambda t: make("aruba", template=t, rates="tensor", eps=0.5, zeta=2.0),
     "aruba, isotropic": lambda t: make("aruba", template=t, rates="all", eps=0.5, zeta=2.0),
     "anil, learned rate": lambda t: ANIL(t, head="layer.*", lr=0.1, learn_lr=True),
@@ -124,7 +126,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
 # Rules whose kernel adds the deltas itself.
-STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "balanced-rates", "aruba")
+STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "step-rates", "balanced-rates", "aruba")
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
@@ -734,7 +736,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
-        "small-mlp",
+        "small-mlp", "step-rates",
     } <= set(names())  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import train_meta
 from learnedopt import (
     GMRES,
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     EvolutionStrategies,
     FinalLoss,
@@ -190,6 +191,19 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
             ["estimator=Implicit", "estimator.solver.num_iterations=3"],
             "estimator",
             Implicit(20, ConjugateGradient(3)),
+        ),
+        (
+            [
+                "estimator=Combined",
+                "estimator.back_propagated=Unrolled",
+                "estimator.back_propagated.num_steps=3",
+                "estimator.perturbed=TruncatedBackprop",
+                "estimator.perturbed.num_steps=3",
+                "estimator.perturbed.num_backward_steps=2",
+                "estimator.decay=0.5",
+            ],
+            "estimator",
+            Combined(Unrolled(3), TruncatedBackprop(3, 2), 0.5),
         ),
         (["objective=MeanLogLoss"], "objective", MeanLogLoss()),
         (

@@ -10,6 +10,7 @@ import torch
 
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
+from learnedopt.core.rule import Kernel
 
 
 @final
@@ -63,6 +64,9 @@ class ThetaMap(Protocol):
     def apply_theta(self, fn: Callable[..., Any], theta: tree.Tree, *each: tree.Tree) -> Any:
         """Call ``fn(theta, *each)``, on trees without the leading dimensions that the map itself takes care of."""
 
+    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Return what ``kernel.step_of_lanes`` does, with the leading dimensions; None where there are none."""
+
 
 class TaskMap(NamedTuple):
     """How a function of one task is mapped over a chunk of them: called as it is for one, under vmap for several."""
@@ -90,3 +94,10 @@ class TaskMap(NamedTuple):
         if self.theta_per_task:
             return self.apply(fn, (), theta, *each)
         return self.apply(fn, (theta,), *each)
+
+    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Call ``kernel.step_of_lanes`` on all tasks; None for one task, which has no lanes."""
+        if self.num_tasks == 1:
+            return None
+        theta = theta if self.theta_per_task else tree.unsqueeze(theta)
+        return kernel.step_of_lanes(theta, *each, num_dims=1)

@@ -108,7 +108,7 @@ class PersistentES(GradientEstimator):
         """Return cohorts on these tasks, each run to its phase."""
         theta, seed, windows = tree.detach(theta), perturbations.draw_seed(generator), self.horizon // self.num_steps
         check_loop(loop, as_leaves(theta), loop.start(tasks), second_derivatives=False)
-        still = sorted(perturbations.moving(loop, theta, tasks, self.num_steps, self.sigma).start_alone)
+        still = sorted(perturbations.moving(loop, theta, tasks, self.horizon, self.sigma).start_alone)
         cohorts = [self._fresh(loop, theta, tasks, size, 0) for size in self.cohort_sizes]
         phases = [i * windows // len(cohorts) for i in range(len(cohorts))]
         # The estimates' windows are numbered from ``windows`` on, those that lead up to them just before.
@@ -124,7 +124,7 @@ class PersistentES(GradientEstimator):
         """Run every particle through one window of its episode."""
         self._require_carry(carry)
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
-        still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma)
+        still = perturbations.check(loop, theta, objective, tasks, self.horizon, self.sigma)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         everyone = list(range(len(carry.cohorts)))
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)

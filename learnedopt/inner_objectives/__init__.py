@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.inner_objectives.registry import build, describe, example, make, names, register
 
 if TYPE_CHECKING:
+    from learnedopt.inner_objectives.distilled import DistilledData
     from learnedopt.inner_objectives.l2 import L2
     from learnedopt.inner_objectives.learned_loss import LearnedLoss
     from learnedopt.inner_objectives.proximal import Proximal
     from learnedopt.inner_objectives.weighted_examples import WeightedExamples
 
 _LAZY = {
+    "DistilledData": "distilled",
     "L2": "l2",
     "LearnedLoss": "learned_loss",
     "Proximal": "proximal",
@@ -34,6 +36,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "L2",
+    "DistilledData",
     "LearnedLoss",
     "Proximal",
     "WeightedExamples",

@@ -13,6 +13,7 @@ _TABLE = {
     "l2": "l2:L2",
     "weighted-examples": "weighted_examples:WeightedExamples",
     "learned-loss": "learned_loss:LearnedLoss",
+    "distilled": "distilled:DistilledData",
 }
 """name -> module in this package:class; imported when first made."""
 
@@ -29,18 +30,21 @@ names, register, make = INNER_OBJECTIVES.names, INNER_OBJECTIVES.register, INNER
 describe, build = INNER_OBJECTIVES.describe, INNER_OBJECTIVES.build
 
 
-def example(name: str, template: Params, num_examples: int, num_outputs: int) -> InnerObjective:
+def example(name: str, template: Params, num_examples: int, num_outputs: int, shape: tuple[int, ...]) -> InnerObjective:
     """Make the named inner objective with options that have no default filled in: what tests walk over.
 
     Args:
         name: one of ``names()``.
         template: one task's parameters.
         num_examples: the size of the training set.
-        num_outputs: of the family's model for one example.
+        num_outputs: of the family's model for one example, of which each is a class.
+        shape: of one example's inputs.
     """
     options: dict[str, dict[str, Any]] = {
         "l2": {"strength": 0.5},
         "weighted-examples": {"num_examples": num_examples},
         "learned-loss": {"num_outputs": num_outputs},
+        # As many images as leave no direction of a small classifier flat, where implicit gradients have no solution.
+        "distilled": {"shape": shape, "num_classes": num_outputs, "per_class": 3},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -61,8 +61,8 @@ class RegretBound(TaskMean):
         target: what the regret is against, such as ``BestInHindsight``; None for the last iterate of the steps.
 
     Raises:
-        ValueError: theta has no rates ``lr`` or ``lr/<param>``, or one that is not positive; the estimator takes steps
-            of its own.
+        ValueError: theta has no rates ``lr`` or ``lr/<param>``, or one that is not positive, or rates for each step;
+            the estimator takes steps of its own.
     """
 
     num_steps: int
@@ -85,7 +85,7 @@ class RegretBound(TaskMean):
 
     def bounds(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
         """Return each task's bound (num_tasks,)."""
-        rates = {name: _rate(theta, name) for name in rollout.end.params}
+        rates = {name: _rate(theta, name, start.shape[1:]) for name, start in rollout.end.params.items()}
         found = within_task(loop, theta, rollout, self.num_steps, self.target)
         terms = []
         for name, start in rollout.end.params.items():
@@ -193,9 +193,17 @@ def _half_squares(x: Tensor) -> Tensor:
     return 0.5 * x.square().reshape(len(x), -1).sum(1)
 
 
-def _rate(theta: Theta, name: str) -> Tensor:
+def _rate(theta: Theta, name: str, shape: torch.Size) -> Tensor:
     keys = ("lr", "rule/lr", f"lr/{name}", f"rule/lr/{name}")
-    return _positive(theta, next((key for key in keys if key in theta), keys[-1]), "meta-sgd")
+    key = next((key for key in keys if key in theta), keys[-1])
+    rate = _positive(theta, key, "meta-sgd")
+    if rate.ndim and rate.shape != shape:
+        raise ValueError(
+            f"the bound on the regret is of one rate for all steps, a number or one for each coordinate of {name!r} "
+            f"{tuple(shape)}, but theta[{key!r}] has the shape {tuple(rate.shape)}, as rates for each step have; use a "
+            "rule with one rate for all steps, such as meta-sgd"
+        )
+    return rate
 
 
 def _positive(theta: Theta, key: str, rule: str) -> Tensor:

@@ -1,0 +1,241 @@
+"""Dataset distillation on MNIST: how well fresh MLPs train on nothing but a few learned images.
+
+Run ``python benchmarks/results_distill.py`` (hours on one core: runs are kept in ``runs/`` and go on where they
+stopped), or name runs to meta-train only those; ``--table`` measures those that are there. Meta-training sees the
+50,000 training images, the settings were chosen on the 10,000 after them, and the test images are used here alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnedopt import EvolutionStrategies, Execution, InnerLoop, Tape, Theta, load_checkpoint, recipes
+from learnedopt.core.files import write_atomically, write_json
+from learnedopt.estimators.unrolled import Unrolled
+from learnedopt.recipes import Recipe
+from learnedopt.recipes.distill import NUM_STEPS, mlp, rates
+from learnedopt.run import find_run, train
+from learnedopt.tasks import ImageMLP
+from learnedopt.tasks.data import images
+from learnedopt.training.json_tracker import read_metrics
+
+RUNS = Path("runs")
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "distill.png"
+NUM_STARTS = 32
+TEST_SEED = 7919
+"""Of the fresh MLPs that are tested; their starts are none that meta-training or validation has seen."""
+
+
+def one(seed: int = 0) -> Recipe:
+    """Return the recipe: one image a class."""
+    return replace(recipes.meta_training("distill-mnist"), seed=seed)
+
+
+def shorter(num_steps: int) -> Recipe:
+    """Return the recipe with fewer inner steps, in meta-training and after it."""
+    recipe = one()
+    return replace(
+        recipe,
+        rule=rates(num_steps),
+        estimator=Unrolled(num_steps),
+        validation=replace(recipe.validation, num_steps=num_steps),
+    )
+
+
+def smooth(num_meta_steps: int, num_tasks: int) -> Recipe:
+    """Return the recipe with gelu for an activation, which learns faster, and another number of meta-steps."""
+    return replace(one(), family=mlp("gelu"), num_meta_steps=num_meta_steps, num_tasks=num_tasks)
+
+
+def bounded() -> Recipe:
+    """Return 4,000 meta-steps with all rates between 0 and 1."""
+    recipe = smooth(4000, 2)
+    return replace(recipe, rule=replace(recipe.rule, options={**recipe.rule.options, "scales": {"lr": "logit"}}))
+
+
+def perturbed() -> Recipe:
+    """Return the recipe with evolution strategies for its meta-gradient, for as many CPU seconds."""
+    recipe = one()
+    return replace(
+        recipe,
+        estimator=EvolutionStrategies(NUM_STEPS, num_pairs=8, sigma=0.1),
+        num_tasks=1,
+        num_meta_steps=350,
+        execution=Execution(),
+    )
+
+
+VARIANTS: dict[str, Recipe] = {
+    "distill-mnist": one(),
+    "distill-mnist-1": one(1),
+    "distill-mnist-2": one(2),
+    "distill-mnist-ten": recipes.meta_training("distill-mnist-ten"),
+    "distill-mnist-10-steps": shorter(10),
+    "distill-mnist-5-steps": shorter(5),
+    "distill-mnist-es": perturbed(),
+    "distill-mnist-gelu": smooth(1500, 8),
+    "distill-mnist-4000": smooth(4000, 4),
+    "distill-mnist-bounded": bounded(),
+}
+"""Run -> what it meta-trains."""
+LABELS = {
+    "distill-mnist": "one image a class",
+    "distill-mnist-1": "meta-training seed 1",
+    "distill-mnist-2": "meta-training seed 2",
+    "distill-mnist-ten": "ten images a class (gelu)",
+    "distill-mnist-10-steps": "10 steps",
+    "distill-mnist-5-steps": "5 steps",
+    "distill-mnist-es": "evolution strategies",
+    "distill-mnist-gelu": "gelu",
+    "distill-mnist-4000": "gelu, 4,000 meta-steps",
+    "distill-mnist-bounded": "gelu, 4,000 meta-steps, rates in (0, 1)",
+}
+
+
+class Row(NamedTuple):
+    """What a finished run gave: test accuracies of fresh MLPs in per cent, and the course of its validation."""
+
+    accuracies: Tensor
+    meta_steps: int
+    starts: int
+    cpu_seconds: float | None
+    best_step: int
+    best: float
+    last: float
+
+    def text(self, label: str) -> str:
+        """Return the row of the table; the interval is one of 95 % for the mean over starts."""
+        mean, sd = float(self.accuracies.mean()), float(self.accuracies.std())
+        spent = "" if self.cpu_seconds is None else f"{self.cpu_seconds:,.0f}"
+        interval = 1.96 * sd / math.sqrt(len(self.accuracies))
+        return (
+            f"| {label} | {mean:.2f} ± {interval:.2f} | {float(self.accuracies.min()):.1f} | {self.meta_steps:,} × "
+            f"{self.starts} | {spent} | {self.best:.3f} at {self.best_step:,} | {self.last:.3f} |"
+        )
+
+
+HEADER = (
+    "| run | test accuracy, % | worst start | meta-steps × starts | CPU s | best validation loss | last |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def meta_train(name: str) -> None:
+    """Meta-train a run where it is not finished yet, and keep the CPU seconds it took."""
+    folder, recipe = RUNS / name, VARIANTS[name]
+    if (folder / "theta.safetensors").exists() and find_run(folder, recipe):
+        return
+    spent, began = folder / "cpu.json", cpu_seconds()
+    before = json.loads(spent.read_text("utf-8"))["seconds"] if spent.exists() else 0.0
+    try:
+        train(recipe, folder, "disabled")
+    finally:
+        write_json(spent, {"seconds": before + cpu_seconds() - began})
+
+
+def cpu_seconds() -> float:
+    """Return what this process and its children, such as a compiler, have spent."""
+    return sum(os.times()[:4])
+
+
+def trained(loop: InnerLoop, theta: Theta, num_steps: int, num_starts: int, seed: int) -> dict[str, Tensor]:
+    """Return the parameters (num_starts, ...) of fresh MLPs after so many steps on the learned images."""
+    tasks = loop.family.sample(num_starts, torch.Generator().manual_seed(seed))
+    return loop.run(theta, loop.start(tasks), num_steps, Tape.NONE).end.params
+
+
+def accuracies(family: ImageMLP, params: dict[str, Tensor]) -> Tensor:
+    """Return each MLP's share of the split's images that it classifies right, in per cent: (num_starts,)."""
+    pixels, labels = images.load(family.dataset, family.meta_split)
+    whole = {"inputs": pixels.to(torch.float32) / 255, "targets": labels}
+    found = []
+    for start in range(NUM_STARTS):
+        found.append(family.metrics({k: v[start] for k, v in params.items()}, whole)["accuracy"])
+    return 100 * torch.stack(found)
+
+
+def measure(name: str, split: str = "test", seed: int = TEST_SEED) -> Row:
+    """Test a finished run."""
+    folder, recipe = RUNS / name, VARIANTS[name]
+    rule, objective, theta, _ = load_checkpoint(folder)
+    # What is recorded along the way is of no interest, so that one real image is enough.
+    options: dict[str, Any] = {**recipe.family.options, "batch_size": 1, "meta_split": split}
+    family = ImageMLP(**options)
+    loop = InnerLoop(family, rule, Execution(), objective)
+    params = trained(loop, theta, recipe.validation.num_steps, NUM_STARTS, seed)
+    course = [(row["validation"], row["step"]) for row in read_metrics(folder / "metrics.jsonl") if "validation" in row]
+    best, best_step = min(course)
+    spent = folder / "cpu.json"
+    seconds = json.loads(spent.read_text("utf-8"))["seconds"] if spent.exists() else None
+    return Row(
+        accuracies(family, params), recipe.num_meta_steps, recipe.num_tasks, seconds, best_step, best, course[-1][0]
+    )
+
+
+def draw(path: Path, learned: dict[str, Theta], courses: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw the images, one a class and ten a class, and the validation along meta-training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 2, 2.6))
+    for axes, (label, theta) in zip((left, middle), learned.items(), strict=True):
+        axes.imshow(sheet(theta["images"]), cmap="RdGy", vmin=-0.5, vmax=1.5)
+        axes.set(title=label)
+        axes.axis("off")
+    for (label, course), colour in zip(courses.items(), ("#D55E00", "#0072B2", "#009E73"), strict=False):
+        right.plot(*zip(*course, strict=True), color=colour, label=label)
+    right.set(xlabel="meta-step", ylabel="validation loss of fresh MLPs", yscale="log")
+    right.legend(frameon=False)
+    right.spines[["top", "right"]].set_visible(False)
+    right.grid(color="#dddddd", linewidth=0.6)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+
+
+def sheet(learned: Tensor) -> Tensor:
+    """Return images (10 * per_class, 784) as one picture, a row for each class."""
+    per_class = len(learned) // images.NUM_CLASSES
+    side = images.SIDE
+    rows = learned.reshape(images.NUM_CLASSES, per_class, side, side).permute(0, 2, 1, 3)
+    return rows.reshape(images.NUM_CLASSES * side, per_class * side)
+
+
+def course_of(name: str) -> list[tuple[int, float]]:
+    """Return meta-steps and validation losses of a run."""
+    rows = read_metrics(RUNS / name / "metrics.jsonl")
+    return [(row["step"], row["validation"]) for row in rows if "validation" in row]
+
+
+def main(arguments: list[str]) -> None:
+    """Meta-train what is not finished, print the table and draw the figure."""
+    torch.set_num_threads(1)
+    if "--table" not in arguments:
+        for name in arguments or VARIANTS:
+            meta_train(name)
+    if arguments and "--table" not in arguments:
+        return
+    finished = [name for name in VARIANTS if (RUNS / name / "theta.safetensors").exists()]
+    print(HEADER)
+    for name in finished:
+        print(measure(name).text(LABELS[name]), flush=True)
+    pictures = {"1 a class": "distill-mnist", "10 a class": "distill-mnist-ten"}
+    shown = {
+        "one image a class": "distill-mnist",
+        "gelu, 4,000 meta-steps": "distill-mnist-4000",
+        "the same, rates in (0, 1)": "distill-mnist-bounded",
+    }
+    if {*pictures.values(), *shown.values()} <= {*finished}:
+        learned = {label: load_checkpoint(RUNS / name).theta for label, name in pictures.items()}
+        draw(FIGURE, learned, {label: course_of(name) for label, name in shown.items()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
