@@ -87,7 +87,7 @@ def loops() -> Iterator[tuple[str, InnerLoop]]:
             made = adam if rule == "adam" else optimizers.example(rule, template)
             yield f"{rule}, {where}", InnerLoop(family, made)
         for inner in ("l2", "proximal"):
-            objective = inner_objectives.example(inner, template, 8, 2)
+            objective = inner_objectives.example(inner, template, 8, 2, (2,))
             loop = InnerLoop(family, optimizers.example("maml", template), inner_objective=objective)
             yield f"maml on {inner}, {where}", loop
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learnedopt import Execution, InnerLoop, Tape, TaskFamily, Theta, optimizers
+from learnedopt import Execution, InnerLoop, State, Tape, TaskFamily, Theta, UpdateRule, optimizers
 from learnedopt.core import tree
 from learnedopt.core.tree import Params
 from learnedopt.execution import particles
@@ -187,6 +187,29 @@ def test_what_cannot_run_together_is_refused_with_what_to_do(family: TaskFamily)
     with pytest.raises(ValueError, match=r"cannot be run together: .*Execution\(chunk_size=1\)"):
         particles.run(loop, start, NUM_STEPS)
     particles.run(InnerLoop(family, loop.rule, Execution(1)), start, NUM_STEPS)
+
+
+class Asking(UpdateRule):
+    """Gradient descent whose start asks for a number."""
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"lr": torch.tensor(0.1)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
+        return {k: p * (1 if theta["lr"].item() > 0 else 2) for k, p in params.items()}, ()
+
+    def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
+        return {k: -theta["lr"] * g for k, g in grads.items()}, state
+
+
+def test_what_cannot_start_together_is_refused_with_what_to_do() -> None:
+    loop, alone = (InnerLoop(Labelled(), Asking(), Execution(n)) for n in (None, 1))
+    tasks, thetas = sample(loop.family, NUM_SLOTS), thetas_of(loop)
+    with pytest.raises(ValueError, match=r"Asking.init cannot start particles together: .*Execution\(chunk_size=1\)"):
+        particles.begin(loop, thetas, tasks, loop.start(tasks).params)
+    begun = particles.begin(alone, thetas, tasks, alone.start(tasks).params)
+    for k, p in alone.start(tasks).params.items():
+        close(begun.params[k], p.unsqueeze(1).expand(NUM_SLOTS, NUM_PARTICLES, *p.shape[1:]))
 
 
 def test_noise_that_an_optimizer_blows_up_is_no_difference() -> None:

@@ -22,6 +22,7 @@ class Execution:
         chunk_size: tasks run together. 1 is a plain autograd loop over tasks, n > 1 runs chunks of n under
             ``torch.func.vmap`` (any number at or above ``num_tasks`` means all at once). Default: 1 on a CPU, where
             many sets of weights fall out of the cache, and all at once on a GPU, where small tasks are launch-bound.
+            Of particles, as evolution strategies run them, it counts these, and the default is all at once.
         device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
         dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
         compile: compile the meta-gradient of a chunk as a whole: its forward steps, their gradients and the way back.

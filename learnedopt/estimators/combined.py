@@ -48,8 +48,9 @@ class Combined(GradientEstimator):
     ``g = w b + (1 - w) p`` with ``w = var_p / (var_b + var_p)`` by entry, the weights of least variance where the two
     are independent. The variances are running ones, of estimates BEFORE this one: the weights then know nothing of
     this one's noise, and a mean of unbiased gradients stays unbiased, as it would not with weights that read what they
-    weigh. Until both are known, after two estimates, and where both are 0, w is 1/2. Changes of the gradient as
-    theta moves count as variance, as they do there; ``decay`` says how soon they are forgotten.
+    weigh. (Successive estimates of ``PersistentES`` are not independent, so that there it holds up to that.) Until both
+    are known, after two estimates, and where both are 0, w is 1/2. Changes of the gradient as theta moves count as
+    variance, as they do there; ``decay`` says how soon they are forgotten.
 
     Both see the same theta and objective, so they should estimate the same gradient: ``Unrolled(n)`` and
     ``EvolutionStrategies(n, ...)`` do, while ``PersistentES`` has one window's share of a sum over windows.

@@ -73,12 +73,13 @@ class PersistentES(GradientEstimator):
             Li et al. 2023): less variance where the windows' gradients agree.
         ranked: take ranks of the objective within a cohort in its place.
 
-    A pair whose objective is not finite is left out until its episode is over, and counted in ``info["not_finite"]``.
-    ``loss`` is the mean over the particles, ``info["losses"]`` the mean curve over phases; for the rest of ``info`` see
-    ``EvolutionStrategies``.
+    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; one
+    whose parameters are not finite stays out until its episode is over. ``loss`` is the mean over the particles,
+    ``info["losses"]`` the mean curve over phases; ``info["variance"]`` takes pairs of all phases for draws of one kind,
+    so that differences between phases count as well. For the rest of ``info`` see ``EvolutionStrategies``.
 
     Raises:
-        ValueError: as ``EvolutionStrategies``; a carry of another number of pairs.
+        ValueError: as ``EvolutionStrategies``; a carry of another number of pairs, of other windows or another theta.
     """
 
     num_steps: int
@@ -122,9 +123,9 @@ class PersistentES(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
         """Run every particle through one window of its episode."""
-        self._require_carry(carry)
+        self._require_carry(carry, theta)
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
-        still = perturbations.check(loop, theta, objective, tasks, self.horizon, self.sigma)
+        still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma, self.horizon)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         everyone = list(range(len(carry.cohorts)))
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)
@@ -193,7 +194,7 @@ class PersistentES(GradientEstimator):
         tasks = loop.family.sample(num_tasks, perturbations.generator(seed, 1, episode, i))
         return self._fresh(loop, theta, tasks, tree.size(cohort.drift), episode)
 
-    def _require_carry(self, carry: Any) -> None:
+    def _require_carry(self, carry: Any, theta: Theta) -> None:
         if not isinstance(carry, PersistentCarry):
             raise TypeError(
                 f"PersistentES keeps its particles in a carry of its own, got a {type(carry).__name__}; begin with "
@@ -211,6 +212,13 @@ class PersistentES(GradientEstimator):
             raise ValueError(
                 f"the carry's pairs stand at the steps {sorted(steps)}, which are no windows of {self.num_steps} steps "
                 f"within {self.horizon}; go on with the estimator that it came from, or begin anew"
+            )
+        drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
+        here = {k: tuple(x.shape) for k, x in theta.items()}
+        if drifts != here:
+            raise ValueError(
+                f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
+                "theta that it came from, or begin anew with estimator.start(...)"
             )
 
 

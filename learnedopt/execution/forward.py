@@ -151,4 +151,5 @@ def moving(carry: Carry) -> list[Tensor]:
 
 
 def all_of(tangents: Tangents) -> list[Tensor]:
+    """Return them in the order of ``moving``."""
     return [*tangents.params.values(), *tangents.state]

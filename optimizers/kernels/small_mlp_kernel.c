@@ -4,7 +4,8 @@
  * they will be. The second computes the averages again, from memory that is by then in the cache, writes them, and runs
  * the network on BLOCK coordinates at a time. The features' norms are folded into the first layer's weights, the clocks
  * into its bias. The second pass is bound by arithmetic, so the first one's memory for the next lane is fetched
- * meanwhile: with all lanes' memories larger than the cache, that saves a quarter of the time. Compiled once with REAL=float, once with REAL=double.
+ * meanwhile: with all lanes' memories larger than the cache, that saves a quarter of the time. Compiled once with
+ * REAL=float, once with REAL=double.
  *
  * `data` has the tensors' addresses, and `strides` how far apart the lanes lie in each, num_dims numbers a tensor, in
  * elements, 0 where all lanes share it; the lanes are numbered with the last of their dimensions fastest. Within a lane

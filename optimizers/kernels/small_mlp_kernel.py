@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import native
 
 _SOURCE = Path(__file__).with_name("small_mlp_kernel.c")
@@ -48,8 +48,7 @@ class Tensors(NamedTuple):
 
 def serves(tensors: Tensors) -> bool:
     """Return whether there is a compiled step for such tensors here: no graph, all on a CPU and in one dtype."""
-    # Any of torch.func's forward derivatives enters a level of this module's.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
     dtype = tensors.step.dtype
     if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in _flat(tensors)):
