@@ -43,7 +43,7 @@ lint: $(STAMP)  ## check style (ruff) and types (pyright)
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (12 minutes)
+bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (20 minutes)
 	$(BIN)/python benchmarks/bench.py
 
 bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)

@@ -96,10 +96,16 @@ def _kilobytes(status: Path, field: str) -> float:
     return float(line.split()[1])
 
 
-def worker(workload: str, competitor: str, what: str, size: Size, seconds: float = SECONDS) -> Any:
-    """Return what ``bench.py --worker`` prints in a fresh process: ``what`` is "times" or "peak"."""
+def worker(
+    workload: str, competitor: str, what: str, size: Size, seconds: float = SECONDS, compiled: str | None = None
+) -> Any:
+    """Return what ``bench.py --worker`` prints in a fresh process: ``what`` is "times" or "peak".
+
+    Torch keeps what it compiles in the folder ``compiled``, by default where it always does.
+    """
     arguments = ["--worker", workload, competitor, what, json.dumps(dataclasses.asdict(size)), str(seconds)]
-    return run(arguments, OWN_PAGES if what == "peak" else {})
+    environment = {} if compiled is None else {"TORCHINDUCTOR_CACHE_DIR": compiled}
+    return run(arguments, {**environment, **(OWN_PAGES if what == "peak" else {})})
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> Any:

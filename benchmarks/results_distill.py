@@ -70,6 +70,7 @@ def perturbed() -> Recipe:
         estimator=EvolutionStrategies(NUM_STEPS, num_pairs=8, sigma=0.1),
         num_tasks=1,
         num_meta_steps=350,
+        meta=replace(recipe.meta, lr=0.03),  # the best of 0.003, 0.01 and 0.03 by validation
         execution=Execution(),
     )
 

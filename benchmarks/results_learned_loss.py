@@ -1,6 +1,6 @@
 """A learned loss beside the mean squared error that it is judged by: sine waves, after the same steps of descent.
 
-Run ``python benchmarks/results_learned_loss.py`` (3 CPU minutes; it goes on where it stopped). The recipe
+Run ``python benchmarks/results_learned_loss.py`` (4 CPU minutes; it goes on where it stopped). The recipe
 ``learned-loss-sine`` is meta-trained with three seeds. Two others descend the plain loss: at the rate that was learned
 together with the loss, and at the best of many rates, by as many validation tasks as test tasks. Nothing is chosen on
 the test tasks.

@@ -103,14 +103,13 @@ def window_of(posed: Posed) -> Window:
         noise = perturbations.draw(posed.theta, num_pairs, source, [])
         thetas.append(perturbations.perturbed(posed.theta, noise, lengths))
         drifts.append({k: cohort.drift[k] + noise[k] for k in noise})
-        begun = cohort.state is not None
+        memory: Any = cohort.state
+        begun = memory is not None
         here = {k: x[0] if begun else x.expand(2 * num_pairs, *x.shape[1:]) for k, x in cohort.params.items()}
         num_averages = len(posed.loop.rule.decays)  # type: ignore[attr-defined]
         zeros = {k: x.new_zeros(len(x), num_averages, *x.shape[1:]) for k, x in here.items()}
         params.append(list(here.values()))
-        averages.append(
-            [x[0] for x in cohort.state.averages.values()] if cohort.state is not None else [*zeros.values()]
-        )
+        averages.append([x[0] for x in memory.averages.values()] if begun else list(zeros.values()))
     assert num_phases == WINDOWS
     return Window(
         {k: torch.stack([x[k] for x in thetas]) for k in posed.theta},
