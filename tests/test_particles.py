@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learnedopt import Execution, InnerLoop, State, Tape, TaskFamily, Theta, UpdateRule, optimizers
 from learnedopt.core import tree
 from learnedopt.core.tree import Params
-from learnedopt.execution import particles
+from learnedopt.execution import particle_trial, particles
 from learnedopt.execution.lane_functions import LaneFunctions
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -210,6 +210,14 @@ def test_what_cannot_start_together_is_refused_with_what_to_do() -> None:
     begun = particles.begin(alone, thetas, tasks, alone.start(tasks).params)
     for k, p in alone.start(tasks).params.items():
         close(begun.params[k], p.unsqueeze(1).expand(NUM_SLOTS, NUM_PARTICLES, *p.shape[1:]))
+
+
+def test_on_a_gpu_products_of_float32_may_be_coarser(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.ones(3, dtype=torch.float32), torch.full((3,), 1.01, dtype=torch.float32)
+    assert not particle_trial._near(x, y)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert particle_trial._near(x, y) and not particle_trial._near(x, 1.1 * x)
+    assert not particle_trial._near(x.double(), y.double())
 
 
 def test_noise_that_an_optimizer_blows_up_is_no_difference() -> None:
