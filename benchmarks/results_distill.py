@@ -18,9 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt import EvolutionStrategies, Execution, InnerLoop, Tape, Theta, load_checkpoint, recipes
+from learnedopt import (
+    DistilledData,
+    EvolutionStrategies,
+    Execution,
+    InnerLoop,
+    Tape,
+    Theta,
+    UpdateRule,
+    load_checkpoint,
+    recipes,
+)
 from learnedopt.core.files import write_atomically, write_json
 from learnedopt.estimators.unrolled import Unrolled
+from learnedopt.optimizers import SGD
 from learnedopt.recipes import Recipe
 from learnedopt.recipes.distill import NUM_STEPS, mlp, rates
 from learnedopt.run import find_run, train
@@ -114,12 +125,10 @@ class Row(NamedTuple):
     last: float
 
     def text(self, label: str) -> str:
-        """Return the row of the table; the interval is one of 95 % for the mean over starts."""
-        mean, sd = float(self.accuracies.mean()), float(self.accuracies.std())
+        """Return the row of the table."""
         spent = "" if self.cpu_seconds is None else f"{self.cpu_seconds:,.0f}"
-        interval = 1.96 * sd / math.sqrt(len(self.accuracies))
         return (
-            f"| {label} | {mean:.2f} ± {interval:.2f} | {float(self.accuracies.min()):.1f} | {self.meta_steps:,} × "
+            f"| {label} | {interval(self.accuracies)} | {float(self.accuracies.min()):.1f} | {self.meta_steps:,} × "
             f"{self.starts} | {spent} | {self.best:.3f} at {self.best_step:,} | {self.last:.3f} |"
         )
 
@@ -148,14 +157,15 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def trained(loop: InnerLoop, theta: Theta, num_steps: int, num_starts: int, seed: int) -> dict[str, Tensor]:
-    """Return the parameters (num_starts, ...) of fresh MLPs after so many steps on the learned images."""
-    tasks = loop.family.sample(num_starts, torch.Generator().manual_seed(seed))
-    return loop.run(theta, loop.start(tasks), num_steps, Tape.NONE).end.params
-
-
-def accuracies(family: ImageMLP, params: dict[str, Tensor]) -> Tensor:
-    """Return each MLP's share of the split's images that it classifies right, in per cent: (num_starts,)."""
+def tested(rule: UpdateRule, theta: Theta, recipe: Recipe, split: str, seed: int) -> Tensor:
+    """Return the accuracies (NUM_STARTS,) of fresh MLPs trained on theta's images, in per cent of a split's images."""
+    # What is recorded along the way is of no interest, so that one real image is enough.
+    options: dict[str, Any] = {**recipe.family.options, "batch_size": 1, "meta_split": split}
+    family = ImageMLP(**options)
+    objective = DistilledData((images.NUM_PIXELS,), per_class=len(theta["images"]) // images.NUM_CLASSES)
+    loop = InnerLoop(family, rule, Execution(), objective)
+    tasks = family.sample(NUM_STARTS, torch.Generator().manual_seed(seed))
+    params = loop.run(theta, loop.start(tasks), recipe.validation.num_steps, Tape.NONE).end.params
     pixels, labels = images.load(family.dataset, family.meta_split)
     whole = {"inputs": pixels.to(torch.float32) / 255, "targets": labels}
     found = []
@@ -164,22 +174,36 @@ def accuracies(family: ImageMLP, params: dict[str, Tensor]) -> Tensor:
     return 100 * torch.stack(found)
 
 
+def real(per_class: int, *, means: bool) -> Theta:
+    """Return training images in place of learned ones: the first of each class, or each class's mean."""
+    pixels, labels = images.load("mnist", "train")
+    classes = [pixels[labels == label].to(torch.float32) / 255 for label in range(images.NUM_CLASSES)]
+    return {"images": torch.cat([x.mean(0, keepdim=True) if means else x[:per_class] for x in classes])}
+
+
+def on_real_images(label: str, theta: Theta) -> str:
+    """Test real images at the best of nine fixed rates by the validation images, as a row of the table."""
+    recipe, rates = one(), [10**power for power in (-2, -1.5, -1, -0.75, -0.5, -0.25, 0, 0.25, 0.5)]
+    best = max(rates, key=lambda lr: float(tested(SGD(lr, learn=()), theta, recipe, "valid", 0).mean()))
+    found = tested(SGD(best, learn=()), theta, recipe, "test", TEST_SEED)
+    return f"| {label}, rate {best:.2g} | {interval(found)} | {float(found.min()):.1f} | | | | |"
+
+
+def interval(found: Tensor) -> str:
+    """Return a mean with half its 95 % interval."""
+    return f"{float(found.mean()):.2f} ± {1.96 * float(found.std()) / math.sqrt(len(found)):.2f}"
+
+
 def measure(name: str, split: str = "test", seed: int = TEST_SEED) -> Row:
     """Test a finished run."""
     folder, recipe = RUNS / name, VARIANTS[name]
-    rule, objective, theta, _ = load_checkpoint(folder)
-    # What is recorded along the way is of no interest, so that one real image is enough.
-    options: dict[str, Any] = {**recipe.family.options, "batch_size": 1, "meta_split": split}
-    family = ImageMLP(**options)
-    loop = InnerLoop(family, rule, Execution(), objective)
-    params = trained(loop, theta, recipe.validation.num_steps, NUM_STARTS, seed)
-    course = [(row["validation"], row["step"]) for row in read_metrics(folder / "metrics.jsonl") if "validation" in row]
+    rule, _, theta, _ = load_checkpoint(folder)
+    course = [(value, step) for step, value in course_of(name)]
     best, best_step = min(course)
     spent = folder / "cpu.json"
     seconds = json.loads(spent.read_text("utf-8"))["seconds"] if spent.exists() else None
-    return Row(
-        accuracies(family, params), recipe.num_meta_steps, recipe.num_tasks, seconds, best_step, best, course[-1][0]
-    )
+    found = tested(rule, theta, recipe, split, seed)
+    return Row(found, recipe.num_meta_steps, recipe.num_tasks, seconds, best_step, best, course[-1][0])
 
 
 def draw(path: Path, learned: dict[str, Theta], courses: dict[str, list[tuple[int, float]]]) -> None:
@@ -227,6 +251,9 @@ def main(arguments: list[str]) -> None:
     print(HEADER)
     for name in finished:
         print(measure(name).text(LABELS[name]), flush=True)
+    for per_class in (1, 10):
+        print(on_real_images(f"real images, {per_class} a class", real(per_class, means=False)), flush=True)
+    print(on_real_images("the mean image of each class", real(1, means=True)), flush=True)
     pictures = {"1 a class": "distill-mnist", "10 a class": "distill-mnist-ten"}
     shown = {
         "one image a class": "distill-mnist",
