@@ -41,11 +41,13 @@ class Cohort(NamedTuple):
 
 
 class PersistentCarry(NamedTuple):
-    """The cohorts, the seed of all draws, and the number of the next window."""
+    """The cohorts, the seed of all draws, the number of the next window, and what the drifts were made with."""
 
     cohorts: tuple[Cohort, ...]
     seed: int
     window: int
+    sigma: float
+    reuse_noise: bool
 
 
 @final
@@ -118,7 +120,7 @@ class PersistentES(GradientEstimator):
             moved = self._advance(loop, theta, [cohorts[i] for i in running], running, seed, number, still)
             for i, each in zip(running, moved, strict=True):
                 cohorts[i] = each.cohort
-        return PersistentCarry(tuple(cohorts), seed, windows)
+        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise)
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
