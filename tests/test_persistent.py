@@ -252,8 +252,10 @@ def test_settings_that_cannot_work(options: dict[str, Any], told: str) -> None:
         (PersistentES(2, 4, 4, 0.1), r"4 pairs at 4 phases .* has 4 at 2"),
         (PersistentES(3, 12, 4, 0.1), r"stand at the steps \[0, 2, 4, 6\], which are no windows of 3 steps within 12"),
         (PersistentES(1, 4, 4, 0.1), r"which are no windows of 1 steps within 4"),
+        (PersistentES(2, 8, 4, 0.2), r"with sigma=0.1 and reuse_noise=False, this estimator has sigma=0.2"),
+        (PersistentES(2, 8, 4, 0.1, reuse_noise=True), r"this estimator has sigma=0.1 and reuse_noise=True"),
     ],
-    ids=["pairs", "phases", "window", "horizon"],
+    ids=["pairs", "phases", "window", "horizon", "sigma", "reuse"],
 )
 def test_a_carry_of_another_estimator_is_refused(other: PersistentES, told: str) -> None:
     loop = loop_of()

@@ -148,7 +148,7 @@ class PersistentES(GradientEstimator):
         grads = {k: _mean([perturbations.mean_of(p)[k] for _, _, p in seen], theta[k]) for k in theta}
         loss = _mean([f[p.finite.repeat(2)].mean() for f, _, p in seen], found[0][0])
         cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed) for i, each in enumerate(moved))
-        return Estimate(loss, grads, PersistentCarry(cohorts, carry.seed, carry.window + 1), info)
+        return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
 
     def _advance(
         self, loop: InnerLoop, theta: Theta, cohorts: Sequence[Cohort], indices: list[int], seed: int, window: int,
@@ -214,6 +214,12 @@ class PersistentES(GradientEstimator):
             raise ValueError(
                 f"the carry's pairs stand at the steps {sorted(steps)}, which are no windows of {self.num_steps} steps "
                 f"within {self.horizon}; go on with the estimator that it came from, or begin anew"
+            )
+        if (carry.sigma, carry.reuse_noise) != (self.sigma, self.reuse_noise):
+            raise ValueError(
+                f"the carry's pairs were perturbed with sigma={carry.sigma:g} and reuse_noise={carry.reuse_noise}, this "
+                f"estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would be "
+                "taken for other perturbations; go on with the estimator that it came from, or begin anew"
             )
         drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
         here = {k: tuple(x.shape) for k, x in theta.items()}
