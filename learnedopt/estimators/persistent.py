@@ -81,7 +81,7 @@ class PersistentES(GradientEstimator):
     so that differences between phases count as well. For the rest of ``info`` see ``EvolutionStrategies``.
 
     Raises:
-        ValueError: as ``EvolutionStrategies``; a carry of another number of pairs, of other windows or another theta.
+        ValueError: as ``EvolutionStrategies``; a carry of other pairs, windows, sigma, reuse or theta.
     """
 
     num_steps: int
@@ -217,8 +217,8 @@ class PersistentES(GradientEstimator):
             )
         if (carry.sigma, carry.reuse_noise) != (self.sigma, self.reuse_noise):
             raise ValueError(
-                f"the carry's pairs were perturbed with sigma={carry.sigma:g} and reuse_noise={carry.reuse_noise}, this "
-                f"estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would be "
+                f"the carry's pairs were perturbed with sigma={carry.sigma:g} and reuse_noise={carry.reuse_noise}, "
+                f"this estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would be "
                 "taken for other perturbations; go on with the estimator that it came from, or begin anew"
             )
         drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
