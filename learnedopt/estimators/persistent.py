@@ -218,8 +218,8 @@ class PersistentES(GradientEstimator):
         if (carry.sigma, carry.reuse_noise) != (self.sigma, self.reuse_noise):
             raise ValueError(
                 f"the carry's pairs were perturbed with sigma={carry.sigma:g} and reuse_noise={carry.reuse_noise}, "
-                f"this estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would be "
-                "taken for other perturbations; go on with the estimator that it came from, or begin anew"
+                f"this estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would "
+                "be taken for other perturbations; go on with the estimator that it came from, or begin anew"
             )
         drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
         here = {k: tuple(x.shape) for k, x in theta.items()}
