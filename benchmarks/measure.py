@@ -23,12 +23,13 @@ SECONDS = 1.2  # of measuring a process, beside one call at least
 MOST = 50  # calls a process
 MB = 1e6
 
-# One thread, also in libraries that do not ask torch.
+# One thread, also in libraries that do not ask torch, and the same processor.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "JAX_PLATFORMS": "cpu",
 }
 # glibc gives every tensor of 16 KiB or more pages of its own, and so back to the system when it is freed: left to
 # itself it keeps freed ones in its heap, which then counts more than is held. It costs time, so time is not taken then.
@@ -95,10 +96,16 @@ def _kilobytes(status: Path, field: str) -> float:
     return float(line.split()[1])
 
 
-def worker(workload: str, competitor: str, what: str, size: Size, seconds: float = SECONDS) -> Any:
-    """Return what ``bench.py --worker`` prints in a fresh process: ``what`` is "times" or "peak"."""
+def worker(
+    workload: str, competitor: str, what: str, size: Size, seconds: float = SECONDS, compiled: str | None = None
+) -> Any:
+    """Return what ``bench.py --worker`` prints in a fresh process: ``what`` is "times" or "peak".
+
+    Torch keeps what it compiles in the folder ``compiled``, by default where it always does.
+    """
     arguments = ["--worker", workload, competitor, what, json.dumps(dataclasses.asdict(size)), str(seconds)]
-    return run(arguments, OWN_PAGES if what == "peak" else {})
+    environment = {} if compiled is None else {"TORCHINDUCTOR_CACHE_DIR": compiled}
+    return run(arguments, {**environment, **(OWN_PAGES if what == "peak" else {})})
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> Any:

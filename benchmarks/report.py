@@ -88,9 +88,13 @@ def _remarks(results: Results) -> list[str]:
     slow = {k: one.first_s for k, one in results.measured.items() if one.first_s[0] > SLOW_START}
     slow = {k: s for k, s in slow.items() if s[0] > 3e-3 * statistics.median(results.measured[k].wall_ms)}
     remarks = [
-        f"First calls of {k}, in one process after the other: {', '.join(f'{s:.1f}' for s in seconds)} s."
+        f"First calls of {k}, the first with nothing compiled on disk: {', '.join(f'{s:.1f}' for s in seconds)} s."
         for k, seconds in slow.items()
     ]
+    if results.workload.per is not None:
+        count, what = results.workload.per
+        each = {k: 1e3 * statistics.median(one.cpu_ms) / count for k, one in results.measured.items()}
+        remarks.append(f"CPU µs per {what}: {', '.join(f'{k} {number(us)}' for k, us in each.items())}.")
     return remarks + ([f"A tape: {results.tape / MB:.3g} MB."] if results.tape else [])
 
 

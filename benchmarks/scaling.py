@@ -14,6 +14,8 @@ from benchmarks import measure, report
 from benchmarks.measure import MB
 from benchmarks.networks import IMAGE
 from benchmarks.suite import Competitor, Size, Workload
+from benchmarks.workloads_evolution import LARGE
+from benchmarks.workloads_evolution import ours as persistent
 from benchmarks.workloads_lstm import ours_quadratics
 from benchmarks.workloads_maml import WIDTHS, higher, narrow_problem, ours
 from learnedopt import Execution, Unrolled
@@ -46,6 +48,7 @@ WORKLOADS = {
                 ours(narrow_problem, execution=Execution(chunk_size=1_000_000))
             ),
             "LSTM, coordinatewise adjoint": Competitor(ours_quadratics),
+            "PersistentES": Competitor(persistent(LARGE)),
             "higher": _HIGHER,
         },
         "unrolled",
@@ -93,6 +96,12 @@ SWEEPS = (
         lambda n: dataclasses.replace(_BASE, tasks=n),
         ("LSTM, coordinatewise adjoint",),
         lambda n: 10.0 * n,
+    ),
+    Sweep(
+        "pairs of persistent evolution strategies, MLP 784-20-10, 20 steps",
+        (4, 8, 16, 32),
+        lambda n: Size(steps=20, units=n),
+        ("PersistentES",),
     ),
 )
 
@@ -148,8 +157,8 @@ def _page(tables: Sequence[str]) -> str:
 
 {report.machine()} One thread, a process for every number. An MLP with one hidden layer of {_BASE.units} units
 ({_parameters(_BASE.units):,} parameters) on 10 + 10 images a task, {_BASE.steps} inner steps and {_BASE.tasks} task
-where nothing else is said; the meta-gradient is MAML's. Exponents are slopes of straight lines through the logarithms
-of the last {LARGEST} points: 1 is linear growth, 0 is none.
+where nothing else is said; the meta-gradient is MAML's, but for the last two tables. Exponents are slopes of straight
+lines through the logarithms of the last {LARGEST} points: 1 is linear growth, 0 is none.
 
 ![Time and memory against size](figures/scaling.png)
 """

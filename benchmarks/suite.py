@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +16,10 @@ from torch import Tensor
 
 Call: TypeAlias = "Callable[[], list[Tensor]]"
 """One evaluation of the workload; it returns the meta-gradient, in an order that all competitors share."""
+
+BARE = ("learn2learn",)
+"""Packages that import data sets and environments, with requirements of their own, when they are imported themselves:
+of these only the module that is asked for is run."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Competitor:
 
     Args:
         build: makes inputs and models of a size, and returns the call that is measured.
-        needs: the package that must be importable beside torch, if any.
+        needs: the module that must be importable beside torch, if any.
         compared: whether its result must agree with the others'; False for what does another job, shown for scale.
         warm_at_size: warm up at the size that is measured before memory is, as what is compiled must be.
     """
@@ -66,6 +73,7 @@ class Workload:
         competitors: by name; those that start with "learnedopt" are this library's.
         reference: the competitor whose gradient the others' are compared with.
         tape: the competitor whose tape of one inner step peaks are also reported in multiples of, if that is wanted.
+        per: how many of something a call does, and of what: the CPU time of one is also reported.
     """
 
     title: str
@@ -75,11 +83,27 @@ class Workload:
     competitors: Mapping[str, Competitor]
     reference: str
     tape: str | None = None
+    per: tuple[int, str] | None = None
 
 
-def peer(package: str) -> Any:
-    """Return a package that is not among the library's dependencies."""
-    return importlib.import_module(package)
+def peer(module: str) -> Any:
+    """Return a module that is not among the library's dependencies."""
+    package = module.split(".", 1)[0]
+    if package in BARE:
+        _without_inits(module)
+    return importlib.import_module(module)
+
+
+def _without_inits(module: str) -> None:
+    """Enter the packages around a module as if they were empty, so that importing it runs nothing else."""
+    names = module.split(".")[:-1]
+    for package in (".".join(names[: i + 1]) for i in range(len(names))):
+        if package not in sys.modules:
+            found = importlib.util.find_spec(package)
+            if found is None or found.submodule_search_locations is None:
+                raise ModuleNotFoundError(f"no package {package}", name=package)
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = list(found.submodule_search_locations)
 
 
 def absent(competitor: Competitor) -> str | None:
@@ -88,7 +112,7 @@ def absent(competitor: Competitor) -> str | None:
         try:
             peer(competitor.needs)
         except ImportError as error:
-            missing = error.name == competitor.needs
+            missing = error.name == competitor.needs.split(".", 1)[0]
             return "not installed" if missing else f"does not import: {error}"
     return None
 

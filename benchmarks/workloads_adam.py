@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers_jax
 from benchmarks.networks import Problem, Stored, at
 from benchmarks.suite import Call, Competitor, Size, Workload
 from benchmarks.workloads_lstm import mlp_problem
@@ -83,6 +84,13 @@ def _moved(
     return [p - lr * (m / correction1) / (r / correction2 + eps) for p, m, r in pairs], means, squares
 
 
+def jax(size: Size, remat: bool) -> Call:
+    """Return the same in JAX."""
+    problem = _problem(size)
+    start, data = list(problem.start.values()), at(problem.train, 0)
+    return peers_jax.adam(start, data, list(START.values()), size, remat=remat)
+
+
 WORKLOADS = {
     "adam-1000": Workload(
         f"Learned Adam, MLP 784-20-10, {STEPS:,} steps",
@@ -94,6 +102,7 @@ WORKLOADS = {
             f"learnedopt, segments of {SEGMENT}": Competitor(ours(SEGMENT)),
             "learnedopt": Competitor(ours(None)),
             "plain autograd": Competitor(plain),
+            **peers_jax.rows(jax),
         },
         "plain autograd",
         tape="learnedopt",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peers_jax
 from benchmarks.networks import IMAGE, Problem, Stored, at, images, mlp
 from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FirstOrder, InnerLoop, SumOfLosses, Theta
@@ -162,7 +163,7 @@ def plain(pose: Callable[[Size], Posed]) -> Callable[[Size], Call]:
 
     def build(size: Size) -> Call:
         (module, data, num_tasks), cells = pose(size), cells_of(trained(size))
-        names, weights = [k for k, _ in module.named_parameters()], _weights(cells)
+        names, weights = [k for k, _ in module.named_parameters()], weights_of(cells)
 
         def call() -> list[Tensor]:
             params = [p.detach().requires_grad_() for p in module.parameters()]
@@ -214,23 +215,47 @@ def higher(pose: Callable[[Size], Posed]) -> Callable[[Size], Call]:
                     total = total + loss if step else total
                     moving.step(loss)
                 total = total + patched(data[size.steps])
-                return list(torch.autograd.grad(total / num_tasks, _weights(cells)))
+                return list(torch.autograd.grad(total / num_tasks, weights_of(cells)))
 
         return call
 
     return build
 
 
-def _weights(cells: Cells) -> list[Tensor]:
+def jax_mlp(size: Size, remat: bool) -> Call:
+    """Return the MLP in JAX."""
+    problem, jax = mlp_problem(size), peers_jax.ready(size)
+    data = tuple(peers_jax.array(x[0]) for x in problem.train)
+    loss, weights = peers_jax.mlp_loss(jax.nn.sigmoid), weights_of(cells_of(trained(size)))
+    start = list(problem.start.values())
+    return peers_jax.lstm_training(start, loss, lambda i: tuple(x[i] for x in data), weights, size, 1, remat=remat)
+
+
+def jax_quadratics(size: Size, remat: bool) -> Call:
+    """Return the quadratics in JAX."""
+    (_, tasks), jax = _quadratics(size), peers_jax.ready(size)
+    data = tuple(peers_jax.array(tasks[k]) for k in ("W", "y"))
+
+    def loss(params: list[Any], batch: Any) -> Any:
+        return jax.numpy.square((batch[0] @ params[0][:, :, None])[:, :, 0] - batch[1]).sum()
+
+    weights = weights_of(cells_of(trained(size)))
+    return peers_jax.lstm_training([tasks["start"]], loss, lambda i: data, weights, size, size.tasks, remat=remat)
+
+
+def weights_of(cells: Cells) -> list[Tensor]:
     return [p for cell in cells for p in cell.parameters()]
 
 
-def _training(ours: Callable[..., Call], pose: Callable[[Size], Posed]) -> dict[str, Competitor]:
+def _training(
+    ours: Callable[..., Call], pose: Callable[[Size], Posed], jax: Callable[[Size, bool], Call]
+) -> dict[str, Competitor]:
     return {
         "learnedopt": Competitor(ours),
         "learnedopt, compiled": Competitor(lambda size: ours(size, compile=True), warm_at_size=True),
         "higher": Competitor(higher(pose), "higher"),
         "nn.LSTMCell loop": Competitor(plain(pose)),
+        **peers_jax.rows(jax),
     }
 
 
@@ -241,12 +266,12 @@ _TEXT = (
 WORKLOADS = {
     "lstm-mlp": Workload(
         "LSTM meta-training step, MLP 784-20-10, 20 steps", _TEXT + f" Batches of {BATCH} random images.",
-        Size(steps=20), Size(steps=5), _training(ours_mlp, _posed_mlp), "nn.LSTMCell loop",
+        Size(steps=20), Size(steps=5), _training(ours_mlp, _posed_mlp, jax_mlp), "nn.LSTMCell loop",
     ),
     "lstm-quadratics": Workload(
         f"LSTM meta-training step, 128 quadratics of {DIM} dimensions, 20 steps",
         _TEXT + " All quadratics at once; for the peers they are one module.",
         Size(steps=20, tasks=128), Size(steps=20, tasks=8),
-        _training(ours_quadratics, _posed_quadratics), "nn.LSTMCell loop",
+        _training(ours_quadratics, _posed_quadratics, jax_quadratics), "nn.LSTMCell loop",
     ),
 }  # fmt: skip

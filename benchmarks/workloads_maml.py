@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peers_jax
 from benchmarks.networks import CONV_WAYS, IMAGE, Forward, Problem, Stored, at, conv, conv_pooled_first, images, mlp
 from benchmarks.suite import Call, Competitor, Size, Workload, peer
 from learnedopt import Execution, FinalLoss, GradientEstimator, InnerLoop, Unrolled
@@ -20,6 +20,7 @@ from learnedopt.execution.programs import CompileWarning
 WIDTHS, NUM_EXAMPLES = (784, 256, 128, 64, 5), 25
 SHOTS, QUERIES = 1, 15
 LR = 0.05
+LEARN2LEARN = "learn2learn.algorithms.maml"
 
 
 def mlp_problem(size: Size) -> Problem:
@@ -163,9 +164,9 @@ def learn2learn(pose: Pose) -> Callable[[Size], Call]:
     """Return learn2learn's MAML (Arnold et al. 2020)."""
 
     def build(size: Size) -> Call:
-        package, problem = peer("learn2learn"), pose(size)
+        package, problem = peer(LEARN2LEARN), pose(size)
         module = problem.module
-        maml = package.algorithms.MAML(module, lr=LR)
+        maml = package.MAML(module, lr=LR)
 
         def call() -> list[Tensor]:
             module.zero_grad()
@@ -175,43 +176,6 @@ def learn2learn(pose: Pose) -> Callable[[Size], Call]:
                     learner.adapt(_loss(learner, at(problem.train, task)))
                 (_loss(learner, at(problem.valid, task)) / size.tasks).backward()
             return _grads(module)
-
-        return call
-
-    return build
-
-
-def jax(pose: Pose) -> Callable[[Size], Call]:
-    """Return JAX (Bradbury et al. 2018): the meta-gradient of one task compiled as a whole, of an MLP with ReLU."""
-
-    def build(size: Size) -> Call:
-        package, numbers, problem = peer("jax"), peer("jax.numpy"), pose(size)
-        package.config.update("jax_enable_x64", size.dtype == "float64")
-        start = [numbers.asarray(p.numpy()) for p in problem.start.values()]
-        data = [
-            [numbers.asarray(x.numpy()) for x in (*at(problem.train, task), *at(problem.valid, task))]
-            for task in range(size.tasks)
-        ]
-
-        def loss(params: list[Any], x: Any, classes: Any) -> Any:
-            for i in range(0, len(params), 2):
-                x = x @ params[i].T + params[i + 1]
-                x = package.nn.relu(x) if i < len(params) - 2 else x
-            return -numbers.take_along_axis(package.nn.log_softmax(x), classes[:, None], axis=1).mean()
-
-        def final(params: list[Any], x: Any, classes: Any, valid_x: Any, valid_classes: Any) -> Any:
-            for _ in range(size.steps):
-                grads = package.grad(loss)(params, x, classes)
-                params = [p - LR * g for p, g in zip(params, grads, strict=True)]
-            return loss(params, valid_x, valid_classes) / size.tasks
-
-        gradient = package.jit(package.grad(final))
-
-        def call() -> list[Tensor]:
-            total = [0.0 for _ in start]
-            for examples in data:
-                total = [a + b for a, b in zip(total, gradient(start, *examples), strict=True)]
-            return [torch.from_numpy(numpy.array(x)) for x in total]
 
         return call
 
@@ -236,7 +200,7 @@ def _peers(pose: Pose) -> dict[str, Competitor]:
     return {
         "higher": Competitor(higher(pose), "higher"),
         "torchopt": Competitor(torchopt(pose), "torchopt"),
-        "learn2learn": Competitor(learn2learn(pose), "learn2learn"),
+        "learn2learn": Competitor(learn2learn(pose), LEARN2LEARN),
         "plain autograd": Competitor(plain(pose)),
     }
 
@@ -280,7 +244,8 @@ WORKLOADS = {
             "higher": Competitor(higher(mlp_problem), "higher"),
             "torchopt": Competitor(torchopt(mlp_problem), "torchopt"),
             "plain autograd": Competitor(plain(mlp_problem)),
-            "JAX, jitted": Competitor(jax(mlp_problem), "jax", warm_at_size=True),
+            "learn2learn": Competitor(learn2learn(mlp_problem), LEARN2LEARN),
+            **peers_jax.rows(lambda size, remat: peers_jax.maml(mlp_problem(size), size, LR, remat=remat)),
         },
         "plain autograd",
     ),

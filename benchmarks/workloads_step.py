@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peers_jax
 from benchmarks.suite import Call, Competitor, Size, Workload
-from benchmarks.workloads_lstm import cells_of, step_of, trained, zeros
+from benchmarks.workloads_lstm import cells_of, step_of, trained, weights_of, zeros
 from learnedopt import LearnedOptimizer
 from learnedopt import optimizers as rules
 
@@ -74,6 +75,12 @@ def cell_step(chunk: int | None) -> Callable[[Size], Call]:
     return build
 
 
+def jax_step(size: Size) -> Call:
+    """Return the step in JAX."""
+    _, grads = _frozen(size)
+    return peers_jax.frozen_lstm(grads, weights_of(cells_of(trained(size))), size)
+
+
 def _learned(parameter: nn.Parameter, size: Size) -> torch.optim.Optimizer:
     return LearnedOptimizer([parameter], (rules.make("lstm"), trained(size)))
 
@@ -87,6 +94,7 @@ WORKLOADS = {
             "learnedopt": Competitor(_by(_learned)),
             "nn.LSTMCell": Competitor(cell_step(None)),
             f"nn.LSTMCell, chunks of {CHUNK:,}": Competitor(cell_step(CHUNK)),
+            "JAX, jitted": Competitor(jax_step, "jax", warm_at_size=True),
             "torch.optim.Adam": Competitor(
                 _by(lambda parameter, size: torch.optim.Adam([parameter], lr=1e-3)), compared=False
             ),

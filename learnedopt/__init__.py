@@ -14,7 +14,9 @@ from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfL
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
 from learnedopt.estimators.linear_solvers import (
@@ -136,6 +138,7 @@ __all__ = [
     "Bootstrap",
     "BootstrappedTarget",
     "Carry",
+    "Combined",
     "CompileWarning",
     "ConjugateGradient",
     "Constant",
@@ -151,6 +154,7 @@ __all__ = [
     "FirstOrder",
     "FollowTheLeader",
     "FollowTheRegularizedLeader",
+    "ForwardMode",
     "Found",
     "GradientEstimator",
     "GuessAndGrow",

@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
+from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
@@ -31,7 +33,7 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit, EvolutionStrategies, PersistentES),
+    (Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined),
     (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),
@@ -253,6 +255,8 @@ def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
         ValueError: it was a solver of the user's own, which a record cannot hold.
     """
     estimator = record.get("estimator")
+    if isinstance(estimator, dict) and estimator.get("type") == Combined.__name__:
+        estimator = estimator["back_propagated"]  # the solver is that of both
     found = estimator.get("inner") if isinstance(estimator, dict) else None
     if found is None:
         return None

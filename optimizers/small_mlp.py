@@ -156,17 +156,34 @@ class Compiled(Kernel):
         self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor
     ) -> tuple[Params, Memory] | None:
         """Take a step in two passes over memory; None where the compiled step does not serve."""
-        rule, names = self.rule, list(params)
-        layers = range(len(rule.widths) - 1)
-        tensors = small_mlp_kernel.Tensors(
-            state.step,
-            [theta[f"layer{i}/{kind}"] for i in layers for kind in ("weight", "bias")],
-            *([each[name] for name in names] for each in (grads, params, state.averages)),
-        )
+        tensors = self._tensors(theta, grads, state, params)
         if not small_mlp_kernel.serves(tensors):
             return None
-        network = small_mlp_kernel.Network(
+        return self._named(params, *small_mlp_kernel.step(self._network, tensors))
+
+    def step_of_lanes(
+        self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor, num_dims: int
+    ) -> tuple[Params, Memory] | None:
+        """Take the steps of all lanes in one call."""
+        tensors = self._tensors(theta, grads, state, params)
+        if not small_mlp_kernel.serves(tensors):
+            return None
+        return self._named(params, *small_mlp_kernel.step_of_lanes(self._network, tensors, num_dims))
+
+    @property
+    def _network(self) -> small_mlp_kernel.Network:
+        rule = self.rule
+        return small_mlp_kernel.Network(
             rule.widths, rule.step_scale, rule.exp_scale, rule.eps, rule.decays, TIME_SCALES
         )
-        step, moved, averages = small_mlp_kernel.step(network, tensors)
-        return dict(zip(names, moved, strict=True)), Memory(step, dict(zip(names, averages, strict=True)))
+
+    def _tensors(self, theta: Theta, grads: Params, state: Memory, params: Params) -> small_mlp_kernel.Tensors:
+        weights = [theta[f"layer{i}/{kind}"] for i in range(len(self.rule.widths) - 1) for kind in ("weight", "bias")]
+        return small_mlp_kernel.Tensors(
+            state.step, weights, *([each[name] for name in params] for each in (grads, params, state.averages))
+        )
+
+    def _named(
+        self, params: Params, step: Tensor, moved: list[Tensor], averages: list[Tensor]
+    ) -> tuple[Params, Memory]:
+        return dict(zip(params, moved, strict=True)), Memory(step, dict(zip(params, averages, strict=True)))

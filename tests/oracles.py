@@ -171,6 +171,7 @@ class Reference:
     Args:
         skip: steps taken before the window, without a graph; the window starts there.
         whole: the objective sees the losses before the window too, at constant parameters.
+        through: the derivative goes back through the steps before the window as well.
         full: the whole tape, or gradients and losses detached.
     """
 
@@ -185,8 +186,9 @@ class Reference:
         full: bool = True,
         skip: int = 0,
         whole: bool = False,
+        through: bool = False,
     ) -> None:
-        self.loop, self.objective, self.full = loop, objective, full
+        self.loop, self.objective, self.full, self.through = loop, objective, full, through
         self.theta, self.num_steps, self.skip = theta, num_steps, skip
         self.tasks = one_by_one(tasks)
         self.starts, self.held, self.targets, self.before = [], [], [], []
@@ -208,6 +210,8 @@ class Reference:
         values = []
         cases = zip(self.tasks, self.starts, self.held, self.targets, self.before, strict=True)
         for task, start, held, target, before in cases:
+            if self.through:
+                start = walk(self.loop, theta, task, self.skip).points[-1]
             path = walk(
                 self.loop,
                 theta,

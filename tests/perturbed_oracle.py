@@ -93,5 +93,5 @@ def persistent(posed: Posed, estimator: PersistentES, carry: PersistentCarry, nu
 
 def start_alone(posed: Posed, estimator: PersistentES) -> list[str]:
     """Return the meta-parameters that the rule's ``init`` reads and no update does."""
-    names = perturbations.moving(posed.loop, posed.theta, posed.tasks, estimator.num_steps, estimator.sigma)
+    names = perturbations.moving(posed.loop, posed.theta, posed.tasks, estimator.horizon, estimator.sigma)
     return sorted(names.start_alone)

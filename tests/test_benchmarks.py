@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ SMALL = {
     "lstm-quadratics": Size(steps=3, tasks=2),
     "lstm-step": Size(units=100),
     "adam-1000": Size(steps=4),
+    "pes-small-mlp": Size(steps=2, units=4),
 }
 
 
@@ -43,6 +45,21 @@ def test_a_wrong_gradient_and_an_absent_package_are_said() -> None:
     assert found["wrong"] == pytest.approx(0.01, rel=1e-6) and found["absent"] == "not installed"
 
 
+def test_of_some_packages_only_the_module_that_is_needed_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heavy_peer" / "part").mkdir(parents=True)
+    for folder in ("heavy_peer", "heavy_peer/part"):
+        (tmp_path / folder / "__init__.py").write_text("raise ImportError('data sets')", encoding="utf-8")
+    (tmp_path / "heavy_peer" / "part" / "light.py").write_text("value = 3", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    competitor = Competitor(lambda size: list, needs="heavy_peer.part.light")
+    assert suite.absent(competitor) == "does not import: data sets"
+    monkeypatch.setattr(suite, "BARE", ("heavy_peer", "no_such_package"))
+    with monkeypatch.context() as entered:  # what is entered here is to be gone afterwards
+        entered.setattr("sys.modules", dict(sys.modules))
+        assert suite.peer("heavy_peer.part.light").value == 3 and suite.absent(competitor) is None
+    assert suite.absent(dataclasses.replace(competitor, needs="no_such_package.light")) == "not installed"
+
+
 def test_the_difference_sees_small_tensors_and_forgives_round_off() -> None:
     large, small, noise = torch.full((3,), 1e3), torch.tensor([1.0]), torch.tensor([1e-13])
     expected = [large, small, noise]
@@ -60,9 +77,11 @@ def test_ratios_are_taken_turn_by_turn() -> None:
         for (k, x), peak in zip(times.items(), (2e6, 8e6), strict=True)
     }
     excluded = {"nn.LSTMCell loop": "not installed"}
+    workload = dataclasses.replace(workload, per=(4, "inner step"))
     text = report.section(report.Results(workload, measured, excluded, None, 1.0))
     assert "| learnedopt | 2 | 2 | 2 | 1e-15 | 3.00 × speed, 0.25 × memory |" in text
     assert "| nn.LSTMCell loop | not installed |" in text
+    assert "CPU µs per inner step: learnedopt 500, higher 1,000." in text
 
 
 def test_the_page_keeps_its_other_part(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

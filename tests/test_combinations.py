@@ -21,10 +21,12 @@ import learnedopt
 from learnedopt import (
     GMRES,
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     EvolutionStrategies,
     FinalLoss,
     FirstOrder,
+    ForwardMode,
     GradientEstimator,
     HypergradientFeedback,
     Implicit,
@@ -64,6 +66,7 @@ pytestmark = [
     pytest.mark.usefixtures("float64"),
     # Four steps solve nothing: the dense oracle is taken at the same unsolved point.
     pytest.mark.filterwarnings("ignore:the inner problem has not converged"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch's own forward mode
 ]
 
 NUM_STEPS = 4
@@ -152,8 +155,10 @@ def last_steps_by_hand(problem: Problem, found: list[Estimate]) -> float:
     return relative_error(found[0].grads, reference.gradient())
 
 
-def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
+def windows_by_hand(num_steps: int, *, full: bool, through: bool = False) -> Oracle:
     """Return the oracle that compares each window with a loop from where the last one ended, cut by hand.
+
+    With ``through`` it is not cut: the window's objective is differentiated through all steps before it.
 
     The bootstrapped target's further steps come between windows, so its windows start later.
     """
@@ -163,9 +168,8 @@ def windows_by_hand(num_steps: int, *, full: bool) -> Oracle:
         ahead = problem.objective.target.rule_steps if isinstance(problem.objective, TargetMatching) else 0
         for i, estimate in enumerate(found):
             start = i * (num_steps + ahead)
-            errors.append(
-                relative_error(estimate.grads, problem.reference(num_steps, full=full, skip=start).gradient())
-            )
+            reference = problem.reference(num_steps, full=full, skip=start, through=through)
+            errors.append(relative_error(estimate.grads, reference.gradient()))
         return worst(errors)
 
     return oracle
@@ -196,6 +200,12 @@ def particles_by_hand(problem: Problem, found: list[Estimate]) -> float:
     return worst(relative_error(a.grads, b) for a, b in zip(found, expected, strict=True))
 
 
+def mean_of_both_tapes(problem: Problem, found: list[Estimate]) -> float:
+    """Compare with the mean of two loops, of which one holds gradients and losses as they were."""
+    gradients = [problem.reference(NUM_STEPS, full=full).gradient() for full in (True, False)]
+    return relative_error(found[0].grads, {k: (g + gradients[1][k]) / 2 for k, g in gradients[0].items()})
+
+
 ESTIMATORS = {
     "unrolled": Entry(Unrolled(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=True), 1e-7),
     "first order": Entry(FirstOrder(NUM_STEPS), 1, finite_differences(NUM_STEPS, full=False), 1e-7),
@@ -204,6 +214,10 @@ ESTIMATORS = {
     "truncated": Entry(Truncated(2, 20), 2, windows_by_hand(2, full=False), 1e-12),
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
+    "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
+    "forward": Entry(ForwardMode(NUM_STEPS), 1, plain_unroll, 1e-12),
+    "forward blocks": Entry(ForwardMode(NUM_STEPS, block_size=1000), 1, plain_unroll, 1e-12),
+    "forward windows": Entry(ForwardMode(2, 20), 2, windows_by_hand(2, full=True, through=True), 1e-12),
     "implicit cg": Entry(Implicit(NUM_STEPS, ConjugateGradient(5)), 1, dense_solve(), 1e-10),
     "implicit neumann": Entry(Implicit(NUM_STEPS, Neumann(6)), 1, dense_solve(num_terms=6, step_map=True), 1e-12),
     "implicit gmres": Entry(Implicit(NUM_STEPS, GMRES(200)), 1, dense_solve(), 1e-10),
@@ -224,10 +238,11 @@ class Refusal(NamedTuple):
 
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
-STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd")
+FORWARD = ("forward", "forward blocks", "forward windows")
+STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined", *FORWARD)
 PERTURBING = ("evolution", "persistent", "noise reuse")
-DETACHED = ("first order", "truncated")
-"""Estimators whose tape is ``Tape.FIRST_ORDER``."""
+DETACHED = ("first order", "truncated", "combined")
+"""Estimators whose tape, or one of whose tapes, is ``Tape.FIRST_ORDER``."""
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",

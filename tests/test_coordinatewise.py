@@ -36,7 +36,7 @@ from learnedopt import (
 from learnedopt.core.estimator import Estimate
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Params
-from learnedopt.execution import coordinatewise
+from learnedopt.execution import coordinatewise, programs
 from learnedopt.execution.programs import CompileWarning
 from learnedopt.optimizers import SGD, Clip, LearnedInit, registry
 from learnedopt.optimizers.kernels import lstm_kernel
@@ -228,7 +228,7 @@ def test_the_record_of_an_inner_gradient_gives_the_same(
     execution: Execution, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     records: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda record, **options: records.append(record) or record)
+    monkeypatch.setattr(programs, "backend", lambda record, example: records.append(record) or record)
     compiled = replace(execution, compile=True)
     for kind in ("lstm", "adam"):
         rule = registry.example(kind, template(Quadratic()))
@@ -239,7 +239,7 @@ def test_the_record_of_an_inner_gradient_gives_the_same(
 
 
 def test_an_inner_gradient_that_is_compiled_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda record, **options: lambda *x: [1.001 * y for y in record(*x)])
+    monkeypatch.setattr(programs, "backend", lambda record, example: lambda *x: [1.001 * y for y in record(*x)])
     rule = registry.example("lstm", template(Quadratic()))
     with pytest.warns(CompileWarning, match="ArithmeticError: the compiled loss differs by") as caught:
         found = windows(FirstOrder(4), rule, SumOfLosses(), Execution(compile=True), plain=False)

@@ -119,7 +119,6 @@ def test_windows_go_on_from_theta_itself_and_have_the_bias_of_windows() -> None:
     truncated, exact = Truncated(2, 6, Tape.FULL), loop.start(tasks)
     estimator = EvolutionStrategies(2, 4096, 1e-4, horizon=6)
     carry: Any = estimator.start(loop, theta, tasks, torch.Generator().manual_seed(0))
-    differs = []
     whole = Unrolled(6).estimate(loop, theta, SumOfLosses(), loop.start(tasks)).grads
     total: Theta = {k: torch.zeros_like(v) for k, v in theta.items()}
     while exact is not None:

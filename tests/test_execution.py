@@ -95,7 +95,7 @@ def assert_same(found: list[Estimate], expected: list[Estimate]) -> None:
 def uncompiled_programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Run what is recorded as it is, without a compiler, which is quick; return the list of the records."""
     records = []
-    monkeypatch.setattr(torch, "compile", lambda record, **options: records.append(record) or record)
+    monkeypatch.setattr(programs, "backend", lambda record, example: records.append(record) or record)
     return records
 
 
@@ -150,7 +150,7 @@ def test_the_record_of_a_meta_gradient_gives_the_same(
 
 
 def test_factors_that_compilers_drop_are_recorded_as_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda record, **options: record)
+    monkeypatch.setattr(programs, "backend", lambda record, example: record)
     a, b, c = (torch.randn(3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
 
     def sums(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
@@ -227,7 +227,7 @@ def test_what_is_not_compiled_says_why_and_runs(
 
 
 def test_a_program_that_ends_in_nan_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda record, **options: lambda *x: [math.nan * y for y in record(*x)])
+    monkeypatch.setattr(programs, "backend", lambda record, example: lambda *x: [math.nan * y for y in record(*x)])
     with pytest.warns(CompileWarning, match="ArithmeticError: the compiled objective differs by nan"):
         found = estimate_twice(Unrolled(2), FinalLoss(), compile=True)
     assert_same(found, estimate_twice(Unrolled(2), FinalLoss(), compile=False))
@@ -252,7 +252,7 @@ def test_a_compiler_that_fails_or_errs_is_told_of_and_not_used(
     compiler: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda record, **options: calls.append(1) or compiler(record))
+    monkeypatch.setattr(programs, "backend", lambda record, example: calls.append(1) or compiler(record))
     with pytest.warns(CompileWarning, match=reason) as caught:
         found = estimate_twice(Unrolled(2), FinalLoss(), compile=True)
     assert len(caught) == len(calls) == 1

@@ -360,6 +360,9 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     }
     assert saved["methods"]["newton"]["measures"][LOSS][-1]["mean"] == pytest.approx(float(by[solver].mean()))
     assert float((by[solver] - by[None]).abs().max()) > 1e-3
+    found = {"type": "HessianFree", "num_cg_iterations": 3}
+    both = {"type": "Combined", "back_propagated": {"type": "Implicit", "inner": found}}
+    assert recorded_solver({"estimator": both}) == HessianFree(3)
     assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
     assert "num_steps=0 is not a count" in refusal(capsys, str(run), "--few-shot", "--steps", "0", *out)
     with pytest.raises(ValueError, match="cannot be made again from the record"):

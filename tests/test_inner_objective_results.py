@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import results_learned_loss as learned_loss
 from benchmarks import results_reweighting as reweighting
 from benchmarks import results_ridge as ridge
-from learnedopt import L2, FinalLoss, Implicit, InnerLoop, recipes
+from learnedopt import L2, FinalLoss, Implicit, InnerLoop, Unrolled, recipes
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.linear_solvers import ConjugateGradient
 from learnedopt.optimizers import SGD
+from learnedopt.run import build
 from learnedopt.tasks import NoisyImages
 
 
@@ -51,6 +53,34 @@ def test_the_area_under_the_curve_by_hand() -> None:
     positive = torch.tensor([True, True, False, False])
     for scores, area in (([2.0, 3.0, 0.0, 1.0], 1.0), ([0.0, 3.0, 1.0, 2.0], 0.5), ([1.0, 2.0, 1.0, 0.0], 0.875)):
         assert reweighting.area_under_curve(torch.tensor(scores), positive) == area
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_learned_loss_begins_as_the_plain_one() -> None:
+    loop = build(learned_loss.RECIPE)[0]
+    tasks = loop.family.sample(20, torch.Generator().manual_seed(0))
+    theta = loop.init_theta(torch.Generator().manual_seed(0))
+    found = learned_loss.losses(loop, theta, tasks)
+    assert learned_loss.RECIPE.estimator == Unrolled(learned_loss.RECIPE.validation.num_steps)
+    torch.testing.assert_close(found, learned_loss.plain(loop, 0.03, tasks), rtol=1e-9, atol=0)
+    theta = {k: v + 0.1 for k, v in theta.items()}
+    assert (learned_loss.losses(loop, theta, tasks) - found).abs().min() > 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_learned_loss_recipes_meta_gradient_is_a_difference_of_test_losses() -> None:
+    loop = build(learned_loss.RECIPE)[0]
+    tasks = loop.family.sample(3, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    theta = {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in loop.init_theta(generator).items()}
+    grads = learned_loss.RECIPE.estimator.estimate(loop, theta, FinalLoss(), loop.start(tasks)).grads
+    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+
+    def value(length: float) -> float:
+        moved = {k: v + length * grads[k] / norm for k, v in theta.items()}
+        return float(learned_loss.losses(loop, moved, tasks).mean())
+
+    assert (value(1e-6) - value(-1e-6)) / 2e-6 == pytest.approx(float(norm), rel=1e-5)
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import train_meta
 from learnedopt import (
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
     DualAveraging,
     EvolutionStrategies,
@@ -257,6 +258,27 @@ CASES: dict[str, Make] = {
     "noise reuse, fewer pairs than phases": trainer(
         step_dependent(), "momentum", PersistentES(1, 5, 2, 0.01, reuse_noise=True), FinalLoss()
     ),
+    "two estimators as one, whose windows end at different times": trainer(
+        step_dependent(),
+        "learned-init",
+        Combined(Truncated(2, horizon=6), EvolutionStrategies(2, 3, 1e-2, horizon=4), 0.7),
+        SumOfLosses(),
+        rule_options={"rule": LSTM},
+    ),
+    "two estimators as one, with particles at staggered phases": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), PersistentES(2, 4, 2, 1e-2)),
+        SumOfLosses(),
+        rule_options={"learn": ("lr", "momentum")},
+    ),
+    "two estimators as one, of which either or both may be skipped": trainer(
+        families.make("quadratic", dim=3),
+        "momentum",
+        Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
+    ),
     "a memory that is no Carry": trainer(
         step_dependent(), "learned-init", Antithetic(), FinalLoss(), rule_options={"rule": LSTM}
     ),
@@ -407,6 +429,10 @@ COMMANDS: dict[str, list[str]] = {
         *TINY, "estimator.horizon=12", "rule.hidden_size=3", "objective=BootstrappedTarget",
         "objective.num_target_steps=3", "objective.step_size=0.01",
     ],
+    "persistent": [
+        *TINY, "estimator=PersistentES", "estimator.horizon=6", "estimator.num_pairs=4", "estimator.sigma=0.01",
+        "rule.hidden_size=3",
+    ],
 }  # fmt: skip
 
 
@@ -461,7 +487,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert not [*folder.glob(".*")]
 
 
-@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2)])
+@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2), ("persistent", 2)])
 def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     case: str, num_kills: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -19,12 +19,15 @@ import train_meta
 from learnedopt import (
     GMRES,
     BootstrappedTarget,
+    Combined,
     ConjugateGradient,
+    EvolutionStrategies,
     FinalLoss,
     Implicit,
     KLDivergence,
     LastIterate,
     MeanLogLoss,
+    PersistentES,
     RegularizedSolution,
     SumOfLossesSolver,
     Tape,
@@ -86,6 +89,10 @@ def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureReq
         request.getfixturevalue("data_root")
     if isinstance(recipe.estimator, Truncated):
         sets += ["estimator.num_steps=2", "estimator.horizon=4"]
+    if isinstance(recipe.estimator, EvolutionStrategies | PersistentES):
+        sets += ["estimator.num_steps=2", "estimator.num_pairs=2"]
+    if isinstance(recipe.estimator, PersistentES):
+        sets += ["estimator.horizon=4"]
     if recipe.family.name == "omniglot":
         request.getfixturevalue("data_root")
         sets += ["family.width=2", "family.queries=2"]
@@ -184,6 +191,19 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
             ["estimator=Implicit", "estimator.solver.num_iterations=3"],
             "estimator",
             Implicit(20, ConjugateGradient(3)),
+        ),
+        (
+            [
+                "estimator=Combined",
+                "estimator.back_propagated=Unrolled",
+                "estimator.back_propagated.num_steps=3",
+                "estimator.perturbed=TruncatedBackprop",
+                "estimator.perturbed.num_steps=3",
+                "estimator.perturbed.num_backward_steps=2",
+                "estimator.decay=0.5",
+            ],
+            "estimator",
+            Combined(Unrolled(3), TruncatedBackprop(3, 2), 0.5),
         ),
         (["objective=MeanLogLoss"], "objective", MeanLogLoss()),
         (

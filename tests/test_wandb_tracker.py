@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import train_meta
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Tracker, Trackers
 from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
@@ -212,6 +213,29 @@ def test_an_offline_run_can_be_read_back(tmp_path: Path, wandb_home: Path, caplo
     assert Path(entry.local_path).is_relative_to(run) and not list(wandb_home.rglob("staging"))
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [143]
     assert {"header", "history", "files"} <= kinds and not reports(caplog)
+
+
+TINY_PARTICLES = [
+    "num_meta_steps=3", "num_tasks=2", "validation.num_tasks=2", "validation.num_steps=2", "validation.every=3",
+    "estimator.num_steps=2", "estimator.num_pairs=2",
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("wandb_home")
+@pytest.mark.parametrize("estimator", ["EvolutionStrategies", "PersistentES"])
+def test_a_run_of_particles_tells_their_variance_and_cost(estimator: str, tmp_path: Path) -> None:
+    sets = [*TINY_PARTICLES, f"estimator={estimator}", "estimator.horizon=4"]
+    words = [word for assignment in sets for word in ("--set", assignment)]
+    assert train_meta.main(["pes-quadratic", "--runs", str(tmp_path), "--wandb", "offline", *words]) == 0
+    folder = tmp_path / "pes-quadratic"
+    logged = [row for row in history(records(run_file(folder))) if "meta_loss" in row]
+    kept = [row for row in read_metrics(folder / "metrics.jsonl") if "meta_loss" in row]
+    for row, other, step in zip(logged, kept, (1, 2, 3), strict=True):
+        assert row["meta_step"] == other["step"] == step
+        assert all(row[name] == other[name] for name in ("gradient_variance", "inner_steps", "not_finite"))
+        # Two pairs on two tasks, two steps each; windows of an episode run one more particle, at theta itself.
+        assert row["inner_steps"] == 2 * 2 * (5 if estimator == "EvolutionStrategies" else 4)
+        assert row["gradient_variance"] > 0 and row["not_finite"] == 0 and len(row["inner_loss"]) == 2
 
 
 @pytest.mark.usefixtures("wandb_home")

@@ -10,6 +10,7 @@ import torch
 
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
+from learnedopt.core.rule import Kernel
 
 
 @final
@@ -21,6 +22,7 @@ class Execution:
         chunk_size: tasks run together. 1 is a plain autograd loop over tasks, n > 1 runs chunks of n under
             ``torch.func.vmap`` (any number at or above ``num_tasks`` means all at once). Default: 1 on a CPU, where
             many sets of weights fall out of the cache, and all at once on a GPU, where small tasks are launch-bound.
+            Of particles, as evolution strategies run them, it counts these, and the default is all at once.
         device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
         dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
         compile: compile the meta-gradient of a chunk as a whole: its forward steps, their gradients and the way back.
@@ -63,6 +65,9 @@ class ThetaMap(Protocol):
     def apply_theta(self, fn: Callable[..., Any], theta: tree.Tree, *each: tree.Tree) -> Any:
         """Call ``fn(theta, *each)``, on trees without the leading dimensions that the map itself takes care of."""
 
+    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Return what ``kernel.step_of_lanes`` does, with the leading dimensions; None where there are none."""
+
 
 class TaskMap(NamedTuple):
     """How a function of one task is mapped over a chunk of them: called as it is for one, under vmap for several."""
@@ -90,3 +95,10 @@ class TaskMap(NamedTuple):
         if self.theta_per_task:
             return self.apply(fn, (), theta, *each)
         return self.apply(fn, (theta,), *each)
+
+    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Call ``kernel.step_of_lanes`` on all tasks; None for one task, which has no lanes."""
+        if self.num_tasks == 1:
+            return None
+        theta = theta if self.theta_per_task else tree.unsqueeze(theta)
+        return kernel.step_of_lanes(theta, *each, num_dims=1)

@@ -204,7 +204,9 @@ class InnerLoop:
         self, task_map: ThetaMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state; trees are unbatched."""
-        moved, new_state = task_map.apply_theta(self._step, self.rule_theta(theta), grads, state, params, loss)
+        arguments = (self.rule_theta(theta), grads, state, params, loss)
+        found = None if self.rule.kernel is None else task_map.apply_kernel(self.rule.kernel, *arguments)
+        moved, new_state = task_map.apply_theta(self._step, *arguments) if found is None else self._own(found, params)
         try:
             # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
             new_state = tree.arrange(new_state, state) if new_state is not state else state
@@ -218,15 +220,16 @@ class InnerLoop:
         kernel = self.rule.kernel
         found = None if kernel is None else kernel.step(theta, grads, state, params, loss)
         if found is not None:
-            values, state = checks.params_and_state(self.rule, "kernel.step", found, params)
-            # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
-            # promote to the wider one).
-            moved = {k: tree.in_dtype_of(p, values[k]) for k, p in params.items()}
-        else:
-            result = self.rule.update(theta, grads, state, params, loss)
-            deltas, state = checks.params_and_state(self.rule, "update", result, params)
-            moved = {k: p + tree.in_dtype_of(p, deltas[k]) for k, p in params.items()}
-        return moved, () if state is None else state
+            return self._own(found, params)
+        result = self.rule.update(theta, grads, state, params, loss)
+        deltas, state = checks.params_and_state(self.rule, "update", result, params)
+        return {k: p + tree.in_dtype_of(p, deltas[k]) for k, p in params.items()}, () if state is None else state
+
+    def _own(self, found: Any, params: Params) -> tuple[Params, State]:
+        values, state = checks.params_and_state(self.rule, "kernel.step", found, params)
+        # Neither the rule's order nor a theta of another dtype may become the parameters' (scalars of both would
+        # promote to the wider one).
+        return {k: tree.in_dtype_of(p, values[k]) for k, p in params.items()}, () if state is None else state
 
     def _outer_loss(self, theta: Theta, params: Params, batch: Batch) -> Tensor:
         return self.inner_objective.outer_loss(theta, self.family, params, batch)

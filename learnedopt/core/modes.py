@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from learnedopt.core import tree
 
@@ -39,6 +40,11 @@ def recording_gradients(method: Method) -> Method:
             return method(*args, **options)
 
     return run  # pyright: ignore[reportReturnType]
+
+
+def taking_tangents() -> bool:
+    """Whether forward-mode derivatives are being taken: a compiled function without them has to stand back then."""
+    return forward_ad._current_level >= 0  # torch has no public name for it
 
 
 def _ordinary(x: Any) -> Any:

@@ -30,6 +30,15 @@ class Kernel:
         """
         return None
 
+    def step_of_lanes(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor, num_dims: int
+    ) -> tuple[Params, State] | None:
+        """Return what ``step`` returns under ``num_dims`` levels of ``torch.func.vmap``, without their cost.
+
+        Every tensor has so many leading dimensions; where all lanes of one share it, that may be of size 1.
+        """
+        return None
+
     def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
         """Return the deltas and write the new state over ``state``, without a graph, to the same bits as ``update``.
 

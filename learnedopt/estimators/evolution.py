@@ -54,7 +54,7 @@ class EvolutionStrategies(GradientEstimator):
 
     A pair whose objective is not finite is left out, and counted in ``info["not_finite"]``; where all are, the estimate
     is not finite. ``loss`` is the mean over the particles. ``info`` also holds ``inner_steps``, how many were taken of
-    one task, ``variance`` by entry of the estimate, and ``gradient_variance``, its sum.
+    one task; ``variance`` of the estimate by entry, on these tasks; and ``gradient_variance``, its sum.
 
     Raises:
         ValueError: no pairs, a sigma that is not positive, a window that does not divide the horizon; before the first

@@ -41,11 +41,13 @@ class Cohort(NamedTuple):
 
 
 class PersistentCarry(NamedTuple):
-    """The cohorts, the seed of all draws, and the number of the next window."""
+    """The cohorts, the seed of all draws, the number of the next window, and what the drifts were made with."""
 
     cohorts: tuple[Cohort, ...]
     seed: int
     window: int
+    sigma: float
+    reuse_noise: bool
 
 
 @final
@@ -73,12 +75,13 @@ class PersistentES(GradientEstimator):
             Li et al. 2023): less variance where the windows' gradients agree.
         ranked: take ranks of the objective within a cohort in its place.
 
-    A pair whose objective is not finite is left out until its episode is over, and counted in ``info["not_finite"]``.
-    ``loss`` is the mean over the particles, ``info["losses"]`` the mean curve over phases; for the rest of ``info`` see
-    ``EvolutionStrategies``.
+    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; one
+    whose parameters are not finite stays out until its episode is over. ``loss`` is the mean over the particles,
+    ``info["losses"]`` the mean curve over phases; ``info["variance"]`` takes pairs of all phases for draws of one kind,
+    so that differences between phases count as well. For the rest of ``info`` see ``EvolutionStrategies``.
 
     Raises:
-        ValueError: as ``EvolutionStrategies``; a carry of another number of pairs.
+        ValueError: as ``EvolutionStrategies``; a carry of other pairs, windows, sigma, reuse or theta.
     """
 
     num_steps: int
@@ -108,7 +111,7 @@ class PersistentES(GradientEstimator):
         """Return cohorts on these tasks, each run to its phase."""
         theta, seed, windows = tree.detach(theta), perturbations.draw_seed(generator), self.horizon // self.num_steps
         check_loop(loop, as_leaves(theta), loop.start(tasks), second_derivatives=False)
-        still = sorted(perturbations.moving(loop, theta, tasks, self.num_steps, self.sigma).start_alone)
+        still = sorted(perturbations.moving(loop, theta, tasks, self.horizon, self.sigma).start_alone)
         cohorts = [self._fresh(loop, theta, tasks, size, 0) for size in self.cohort_sizes]
         phases = [i * windows // len(cohorts) for i in range(len(cohorts))]
         # The estimates' windows are numbered from ``windows`` on, those that lead up to them just before.
@@ -117,14 +120,14 @@ class PersistentES(GradientEstimator):
             moved = self._advance(loop, theta, [cohorts[i] for i in running], running, seed, number, still)
             for i, each in zip(running, moved, strict=True):
                 cohorts[i] = each.cohort
-        return PersistentCarry(tuple(cohorts), seed, windows)
+        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise)
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
         """Run every particle through one window of its episode."""
-        self._require_carry(carry)
+        self._require_carry(carry, theta)
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
-        still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma)
+        still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma, self.horizon)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         everyone = list(range(len(carry.cohorts)))
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)
@@ -145,7 +148,7 @@ class PersistentES(GradientEstimator):
         grads = {k: _mean([perturbations.mean_of(p)[k] for _, _, p in seen], theta[k]) for k in theta}
         loss = _mean([f[p.finite.repeat(2)].mean() for f, _, p in seen], found[0][0])
         cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed) for i, each in enumerate(moved))
-        return Estimate(loss, grads, PersistentCarry(cohorts, carry.seed, carry.window + 1), info)
+        return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
 
     def _advance(
         self, loop: InnerLoop, theta: Theta, cohorts: Sequence[Cohort], indices: list[int], seed: int, window: int,
@@ -193,7 +196,7 @@ class PersistentES(GradientEstimator):
         tasks = loop.family.sample(num_tasks, perturbations.generator(seed, 1, episode, i))
         return self._fresh(loop, theta, tasks, tree.size(cohort.drift), episode)
 
-    def _require_carry(self, carry: Any) -> None:
+    def _require_carry(self, carry: Any, theta: Theta) -> None:
         if not isinstance(carry, PersistentCarry):
             raise TypeError(
                 f"PersistentES keeps its particles in a carry of its own, got a {type(carry).__name__}; begin with "
@@ -211,6 +214,19 @@ class PersistentES(GradientEstimator):
             raise ValueError(
                 f"the carry's pairs stand at the steps {sorted(steps)}, which are no windows of {self.num_steps} steps "
                 f"within {self.horizon}; go on with the estimator that it came from, or begin anew"
+            )
+        if (carry.sigma, carry.reuse_noise) != (self.sigma, self.reuse_noise):
+            raise ValueError(
+                f"the carry's pairs were perturbed with sigma={carry.sigma:g} and reuse_noise={carry.reuse_noise}, "
+                f"this estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would be "
+                "taken for other perturbations; go on with the estimator that it came from, or begin anew"
+            )
+        drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
+        here = {k: tuple(x.shape) for k, x in theta.items()}
+        if drifts != here:
+            raise ValueError(
+                f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
+                "theta that it came from, or begin anew with estimator.start(...)"
             )
 
 

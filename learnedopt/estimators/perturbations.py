@@ -167,8 +167,9 @@ def variance_of(pairs: PairGradients) -> dict[str, Any]:
 
 
 def check(
-    loop: InnerLoop, theta: Theta, objective: MetaObjective, tasks: Tasks, num_steps: int, sigma: float
-) -> list[str]:
+    loop: InnerLoop, theta: Theta, objective: MetaObjective, tasks: Tasks, num_steps: int, sigma: float,
+    reach: int | None = None,
+) -> list[str]:  # fmt: skip
     """Make all checks of an estimator that perturbs theta, before its first inner step.
 
     Args:
@@ -178,6 +179,7 @@ def check(
         tasks: some of them.
         num_steps: of a window.
         sigma: how far theta is perturbed.
+        reach: inner steps in which each meta-parameter has to move something; by default the window's.
 
     Returns:
         The names that enter through the start alone: in windows after the first they need no perturbation.
@@ -187,27 +189,28 @@ def check(
             meta-parameter moves nothing when it is perturbed.
     """
     loop.require_theta(as_leaves(theta))
-    if not loop.cache.seen(objective, "perturbed", num_steps, sigma):
+    reach = num_steps if reach is None else reach
+    if not loop.cache.seen(objective, "perturbed", num_steps, reach, sigma):
         carry = loop.start(tasks)
         check_loop(loop, theta, carry, second_derivatives=False)
         read = read_directly(objective, theta)
-        if isinstance(objective, TaskMean) and objective.holds_fixed:
+        if getattr(objective, "holds_fixed", False):
             raise ValueError(
                 f"{_name(objective)} holds a part of itself fixed where it is differentiated, but a perturbed theta "
                 "moves all of it, so that differences of its values are not its gradient; use an estimator that "
                 "back-propagates, or an objective that is a function of theta, such as FinalLoss"
             )
         check_objective(loop, theta, objective, carry, num_steps)
-        lost = sorted(theta.keys() - moving(loop, theta, tasks, num_steps, sigma).whole - read)
+        lost = sorted(theta.keys() - moving(loop, theta, tasks, reach, sigma).whole - read)
         if lost:
             raise ValueError(
-                f"perturbing the meta-parameters {lost} by {sigma:g} (times theta_scale) moves nothing in {num_steps} "
+                f"perturbing the meta-parameters {lost} by {sigma:g} (times theta_scale) moves nothing in {reach} "
                 "inner steps, to the last bit, so their meta-gradient would be a silent zero; take more steps or a "
                 "larger sigma, or fix them instead of learning them (an objective that reads them from theta itself "
                 "says so in reads_theta)"
             )
-        loop.cache.saw(objective, "perturbed", num_steps, sigma)
-    return sorted(moving(loop, theta, tasks, num_steps, sigma).start_alone - read_directly(objective, theta))
+        loop.cache.saw(objective, "perturbed", num_steps, reach, sigma)
+    return sorted(moving(loop, theta, tasks, reach, sigma).start_alone - read_directly(objective, theta))
 
 
 class Moving(NamedTuple):
@@ -219,9 +222,8 @@ class Moving(NamedTuple):
 
 def moving(loop: InnerLoop, theta: Theta, tasks: Tasks, num_steps: int, sigma: float) -> Moving:
     """Return which meta-parameters move anything when they are perturbed; found once, on one task."""
-    return loop.cache.remember(
-        ("moving", num_steps, sigma), lambda: _find_moving(loop, tree.detach(theta), tasks, num_steps, sigma)
-    )
+    key = ("moving", num_steps, sigma, *(x.dtype for x in theta.values()))  # by rounding, the less precise ones do not
+    return loop.cache.remember(key, lambda: _find_moving(loop, tree.detach(theta), tasks, num_steps, sigma))
 
 
 def _find_moving(loop: InnerLoop, theta: Theta, tasks: Tasks, num_steps: int, sigma: float) -> Moving:

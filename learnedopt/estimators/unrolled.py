@@ -38,7 +38,8 @@ def back_propagate(
     """Differentiate the objective through ``unroll``, chunk by chunk of tasks so that only one chunk's graph is held.
 
     Returns the estimate with the carry to go on from, and whether the objective named that carry itself; without
-    ``goes_on`` the carry is None unless it did, and no task's end outlives its chunk.
+    ``goes_on`` the carry is None unless it did, and no task's end outlives its chunk. ``info["inner_steps"]`` counts
+    the inner steps of one task, those forward and no more.
     """
     num_steps = unroll.ahead + unroll.num_steps
     check_loop(loop, theta, carry, second_derivatives=unroll.tape is Tape.FULL and unroll.num_steps > 0)
@@ -64,7 +65,7 @@ def back_propagate(
             ends.append(found.end)
         curves.append(weight * found.losses.mean(1))
         del found  # the next chunk has no use for its end
-    info: dict[str, Any] = {"losses": torch.stack(curves).sum(0)}
+    info: dict[str, Any] = {"losses": torch.stack(curves).sum(0), "inner_steps": num_tasks * num_steps}
     if zero:
         info["zero_gradient"] = zero
     seconds = seconds_spent(loop)

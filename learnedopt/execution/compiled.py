@@ -2,7 +2,7 @@
 
 The engine's own code is run once on stand-in tensors that only record: the inner steps, their gradients and the
 back-propagation to theta become one flat list of tensor operations, without autograd and without Python, which
-``torch.compile`` then turns into fused kernels. A loss that is differentiated twice cannot be compiled by itself; here
+torch's compiler then turns into fused kernels. A loss that is differentiated twice cannot be compiled by itself; here
 no derivative is left to take. What a family does to make its batches is not recorded: they are inputs, drawn before.
 """
 

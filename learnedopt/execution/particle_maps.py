@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, final
 import torch
 
 from learnedopt.core import tree
-from learnedopt.core.rule import State
+from learnedopt.core.rule import Kernel, State
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
-from learnedopt.execution.shared_inputs import SharedInputs
+from learnedopt.execution.lane_functions import LaneFunctions
 
 
 class Particles(NamedTuple):
@@ -64,8 +64,13 @@ class ParticleMap:
             fn = torch.func.vmap(fn, in_dims=(0, *(None if isinstance(x, Shared) else 0 for x in each)))
         if self.num_slots > 1:
             fn = torch.func.vmap(fn)
-        with SharedInputs() if self.num_particles > 1 and reads_batch else nullcontext():
+        with LaneFunctions() if self.num_particles > 1 and reads_batch else nullcontext():
             return fn(theta, *values)
+
+    def apply_kernel(self, kernel: Kernel, theta: tree.Tree, *each: tree.Tree) -> Any:
+        """Call ``kernel.step_of_lanes`` on all slots and particles; None for a single one, which has no lanes."""
+        num_dims = (self.num_slots > 1) + (self.num_particles > 1)
+        return kernel.step_of_lanes(theta, *each, num_dims=num_dims) if num_dims else None
 
 
 def piece_of(particles: Particles, slots: tuple[int, int], lanes: tuple[int, int]) -> Particles:

@@ -30,12 +30,26 @@ from learnedopt.execution.particle_maps import ParticleMap, Particles, joined, p
 def begin(loop: InnerLoop, theta: Theta, tasks: Tasks, params: Params, step: int = 0) -> Particles:
     """Return the particles where the rule's ``init`` puts them; ``tasks`` and ``params`` are (num_slots, ...)."""
     num_slots, num_particles = sizes(theta)
-    mapped = ParticleMap(num_slots, num_particles)
+    params = {k: p.unsqueeze(1).expand(num_slots, num_particles, *p.shape[1:]) for k, p in params.items()}
+    fresh = Particles(tasks, (step,) * num_slots, theta, params, ())
     loop.rule_theta(theta)  # what it finds out once, it cannot find out under vmap
-    with torch.no_grad():
-        begun = mapped.apply_theta(loop.init_task, mapped.unbatch(theta), mapped.share(params))
-        begun = tree.tree_map(lambda x: x.contiguous(), mapped.rebatch(begun))
-    return Particles(tasks, (step,) * num_slots, theta, *begun)
+
+    def of_piece(piece: Particles) -> tuple[Params, State]:
+        mapped = ParticleMap(*sizes(piece.theta))
+        with torch.no_grad():
+            found = mapped.apply_theta(loop.init_task, *map(mapped.unbatch, (piece.theta, piece.params)))
+        return tree.tree_map(lambda x: x.contiguous(), mapped.rebatch(found))
+
+    try:
+        begun = _pieced(loop, fresh, of_piece, begun=False)
+    except RuntimeError as error:
+        if loop.execution.chunk_size == 1:
+            raise
+        raise ValueError(
+            f"{type(loop.rule).__name__}.init cannot start particles together: {str(error).partition(chr(10))[0]}. "
+            "Execution(chunk_size=1) starts and runs them one after the other"
+        ) from error
+    return fresh._replace(params=begun[0], state=begun[1])
 
 
 def concatenate(parts: Sequence[Particles]) -> Particles:
@@ -104,12 +118,15 @@ def _batch(loop: InnerLoop, particles: Particles, ahead: int, split: Split) -> B
     return tree.concatenate(pieces)
 
 
-def _pieced(loop: InnerLoop, particles: Particles, fn: Callable[[Particles], Any]) -> Any:
-    """Call ``fn`` on pieces that ``Execution.chunk_size`` allows, and put the results together again."""
+def _pieced(loop: InnerLoop, particles: Particles, fn: Callable[[Particles], Any], *, begun: bool = True) -> Any:
+    """Call ``fn`` on pieces that ``Execution.chunk_size`` allows, and put the results together again.
+
+    Particles that have ``begun`` can take a step, which is tried first.
+    """
     num_slots, num_particles = sizes(particles.theta)
     limit = loop.execution.chunk_size or num_slots * num_particles
     wide, high = min(limit, num_particles), min(max(limit // num_particles, 1), num_slots)
-    if wide * high > 1 and not particle_trial.serves_together(loop, particles, high):
+    if begun and wide * high > 1 and not particle_trial.serves_together(loop, particles, high):
         high = 1
     rows = []
     for first in range(0, num_slots, high):

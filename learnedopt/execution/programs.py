@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -69,9 +70,20 @@ def compiled(record: Callable[..., list[Tensor]], example: Sequence[Tensor]) -> 
     graph = make_fx(record, _WITHOUT_FACTORS, tracing_mode="fake", _allow_non_fake_inputs=True)(
         *[x.detach().clone() for x in example]
     )
+    return backend(graph, [x.detach() for x in example])  # the strides that it will be called with
+
+
+def backend(record: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Compile a record for inputs like these.
+
+    Not by ``torch.compile``, which traces the record once more and looks at every input in every call.
+    """
+    import torch._inductor
+
     # On a CPU the many small kernels are called from C++ too: it is faster, and sooner ready when found on disk.
     options: dict[str, Any] | None = {"cpp_wrapper": True} if all(x.device.type == "cpu" for x in example) else None
-    return torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    with torch.no_grad():
+        return torch._inductor.compile(record, example, options)  # type: ignore[return-value, arg-type]
 
 
 def _add(a: Any, b: Any, alpha: float = 1) -> Any:

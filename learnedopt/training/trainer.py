@@ -229,7 +229,7 @@ class MetaTrainer:
         raise TrainingDiverged(
             f"{self.progress.skips_in_a_row} meta-gradients in a row were not finite (meta-step "
             f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Lower the "
-            "meta-learning rate, set max_grad_norm, or shorten the unroll"
+            "meta-learning rate, set max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma"
         )
 
     def _result(self) -> TrainingResult:

@@ -76,6 +76,12 @@ class HandedOn(Kernel):
         """Step as the wrapped rule's kernel does."""
         return self.kernel.step(unprefixed("rule", theta), grads, state, params, loss)
 
+    def step_of_lanes(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor, num_dims: int
+    ) -> tuple[Params, State] | None:
+        """Step as the wrapped rule's kernel does."""
+        return self.kernel.step_of_lanes(unprefixed("rule", theta), grads, state, params, loss, num_dims)
+
     def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
         """Write over the state as the wrapped rule's kernel does."""
         return self.kernel.update_in_place(unprefixed("rule", theta), grads, state, params, loss)

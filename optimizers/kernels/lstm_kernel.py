@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import lstm_native, native
 
 logger = logging.getLogger("learnedopt")
@@ -24,9 +25,9 @@ _COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.b
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype in which the kernel would compute, or None where it cannot serve."""
+    """Return the dtype in which the kernel would compute, or None where it cannot serve, as in forward mode."""
     dtype = _COMPUTED.get(tensor.dtype)
-    if dtype is None or torch.compiler.is_compiling():
+    if dtype is None or torch.compiler.is_compiling() or taking_tangents():
         return None
     return dtype if _kernels(tensor.device.type, dtype) is not None else None
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import native
 
 _SOURCE = Path(__file__).with_name("small_mlp_kernel.c")
@@ -48,8 +48,7 @@ class Tensors(NamedTuple):
 
 def serves(tensors: Tensors) -> bool:
     """Return whether there is a compiled step for such tensors here: no graph, all on a CPU and in one dtype."""
-    # Any of torch.func's forward derivatives enters a level of this module's.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
     dtype = tensors.step.dtype
     if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in _flat(tensors)):
@@ -59,9 +58,18 @@ def serves(tensors: Tensors) -> bool:
 
 def step(network: Network, tensors: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the new step counter, parameters and averages; under any nesting of ``torch.func.vmap`` in one call."""
-    found = _Step.apply(network, 0, *_flat(tensors))
-    count = len(tensors.params)
-    return found[0], [*found[1 : 1 + count]], [*found[1 + count :]]
+    return _parts(_Step.apply(network, 0, *_flat(tensors)), len(tensors.params))
+
+
+def step_of_lanes(network: Network, tensors: Tensors, num_dims: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the same for tensors with ``num_dims`` leading dimensions of lanes each, which broadcast.
+
+    Two levels of ``torch.func.vmap`` take longer than the step itself where tensors are small, and are saved here.
+    """
+    flat = _flat(tensors)
+    lanes = torch.broadcast_shapes(*(t.shape[:num_dims] for t in flat))
+    flat = [t if t.shape[:num_dims] == lanes else t.expand(*lanes, *t.shape[num_dims:]) for t in flat]
+    return _parts(_Step.forward(network, num_dims, *flat), len(tensors.params))
 
 
 class _Step(torch.autograd.Function):
@@ -69,12 +77,14 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(network: Network, num_dims: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = [_contiguous_lanes(t, num_dims) for t in tensors]
         first = 1 + 2 * (len(network.widths) - 1)
-        count = (len(inputs) - first) // 3
+        count = (len(tensors) - first) // 3
+        shapes = [t.shape[num_dims:] for t in tensors]
+        _require_shapes(network, shapes, shapes[first + count : first + 2 * count])
+        inputs = [_contiguous_lanes(t, num_dims) for t in tensors]
         written = [inputs[0], *inputs[first + count :]]
         outputs = [torch.empty(t.shape, dtype=t.dtype) for t in written]
-        numels = [t[(0,) * num_dims].numel() for t in inputs[first : first + count]]
+        numels = [shape.numel() for shape in shapes[first : first + count]]
         _run(network, tensors[0].shape[:num_dims], numels, [*inputs, *outputs])
         return tuple(outputs)
 
@@ -95,6 +105,10 @@ class _Step(torch.autograd.Function):
         ]
         outputs = _Step.apply(network, num_dims + 1, *lanes)
         return outputs, (0,) * len(outputs)
+
+
+def _parts(outputs: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return outputs[0], [*outputs[1 : 1 + count]], [*outputs[1 + count :]]
 
 
 def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[Tensor]) -> None:
@@ -129,7 +143,22 @@ def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[T
         with ThreadPoolExecutor(len(starts)) as pool:
             failed = any(pool.map(share, starts))
     if failed:
-        raise MemoryError("the compiled step of small-mlp found no memory for its scratch space; take a smaller network")
+        raise MemoryError(
+            "the compiled step of small-mlp found no memory for its scratch space; take a smaller network"
+        )
+
+
+def _require_shapes(network: Network, found: Sequence[Sequence[int]], params: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError where C would read past a tensor's end: its lanes are not of these shapes."""
+    layers = zip(network.widths, network.widths[1:], strict=False)
+    theta = [shape for inputs, units in layers for shape in ((units, inputs), (units,))]
+    expected = [(), *theta, *params, *params, *((len(network.decays), *shape) for shape in params)]
+    wrong = [(tuple(a), tuple(b)) for a, b in zip(found, expected, strict=True) if tuple(a) != tuple(b)]
+    if wrong:
+        raise ValueError(
+            f"a step of small-mlp was given a tensor of shape {wrong[0][0]} where {wrong[0][1]} was expected; theta "
+            "and state must be this rule's own, made by init_theta and init for these parameters"
+        )
 
 
 def _contiguous_lanes(tensor: Tensor, num_dims: int) -> Tensor:

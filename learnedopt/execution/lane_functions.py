@@ -1,4 +1,4 @@
-"""One matrix product where several sets of weights read the same inputs."""
+"""Functions of torch that its rules for ``torch.func.vmap`` do slowly, or wrong, done well for particles."""
 
 from __future__ import annotations
 
@@ -11,31 +11,63 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+_LOSSES = (functional.mse_loss, functional.smooth_l1_loss, functional.huber_loss)
+"""What torch's rules for a ``vmap`` within another get the shapes of wrong where the targets have no lane."""
 
 
 @final
-class SharedInputs(TorchFunctionMode):
-    """Within it, linear layers under ``torch.func.vmap`` put the weights of all lanes side by side.
+class LaneFunctions(TorchFunctionMode):
+    """Within it, some functions under ``torch.func.vmap`` go ways of their own; values differ by rounding at most.
 
-    Where the weights have a lane and the inputs have none, torch's own rule copies the inputs for each lane once there
-    is another ``vmap`` around; here ``x W_1ᵀ, ..., x W_mᵀ`` are one product. Values differ by rounding at most.
+    Linear layers whose weights have a lane and whose inputs have none: torch's own rule copies the inputs for each lane
+    once there is another ``vmap`` around; here ``x W_1ᵀ, ..., x W_mᵀ`` are one product. Cross-entropy of classes, with
+    the default options: torch's rule takes it apart into many operations, the slowest a softmax over a short last
+    dimension. Three losses that read outputs with a lane and targets without: torch's rules fail there, and are helped.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take over linear layers and products of matrices, call all else."""
+        """Take over these, call all else."""
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and _serves(args[0], args[1]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
         if func in _PRODUCTS and not kwargs and _serves(args[0], args[1]):
             return _Linear.apply(args[0], args[1].mT, None)
+        if func is functional.cross_entropy and len(args) == 2 and _is_plain(kwargs) and _are_classes(*args):
+            return _cross_entropy(*args)
+        if func in _LOSSES and len(args) > 1:
+            return func(args[0], args[1] + torch.zeros_like(args[0]), *args[2:], **kwargs)
         return func(*args, **kwargs)
+
+
+_PLAIN = {
+    "weight": None, "size_average": None, "ignore_index": -100, "reduce": None, "reduction": "mean",
+    "label_smoothing": 0.0,
+}  # fmt: skip
+"""The default options of ``cross_entropy``."""
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    return all(name in _PLAIN and _PLAIN[name] == value for name, value in options.items() if value is not None)
+
+
+def _are_classes(logits: Tensor, targets: Tensor) -> bool:
+    return logits.ndim == 2 and targets.ndim == 1 and targets.dtype is torch.int64
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over rows, without those whose target is -100, as ``functional.cross_entropy`` by default."""
+    kept = targets != -100
+    # Along the rows, of which there are many, one softmax is vectorised; along the classes each is a loop of its own.
+    found = logits.mT.contiguous().log_softmax(0).gather(0, torch.where(kept, targets, 0).unsqueeze(0)).squeeze(0)
+    return -torch.where(kept, found, 0.0).sum() / kept.sum()
 
 
 def _serves(inputs: Any, weight: Any) -> bool:
     tensors = isinstance(inputs, Tensor) and isinstance(weight, Tensor)
-    return tensors and inputs.ndim >= 2 and weight.ndim == 2
+    # Autocast would cast within the product, and not within its gradient.
+    return tensors and inputs.ndim >= 2 and weight.ndim == 2 and not torch.is_autocast_enabled(inputs.device.type)
 
 
 class _Linear(torch.autograd.Function):
@@ -69,7 +101,7 @@ class _Linear(torch.autograd.Function):
             return out.movedim(-2, 0), 0
         x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
         w = w.unsqueeze(0) if w_dim is None else w.movedim(w_dim, 0)
-        out = torch.matmul(x.flatten(1, -2), w.mT)
+        out = torch.matmul(w, x.flatten(1, -2).mT).mT  # so that the gradient of w comes untransposed
         if b is not None:
             out = out + (b if b_dim is None else b.unsqueeze(1))
         return out.unflatten(1, x.shape[1:-1]), 0
