@@ -129,9 +129,9 @@ def test_the_variants_of_the_results_change_what_they_say() -> None:
     assert [results.VARIANTS[f"distill-mnist-{seed}"].seed for seed in (1, 2)] == [1, 2]
 
 
-def test_the_picture_has_a_row_for_each_class() -> None:
-    learned = torch.arange(20.0)[:, None] + torch.zeros(784)
-    learned[3, 28 * 2 + 5] = -1.0  # class 1, its second image, row 2, column 5
-    picture = results.sheet(learned)
-    assert picture.shape == (280, 56)
-    assert picture[28 + 2, 28 + 5] == -1 and (picture[28 * 4, 28], picture[28 * 4, 27]) == (9, 8)
+def test_the_picture_shows_the_images_row_by_row() -> None:
+    learned = torch.ones(20, 784)
+    learned[13, 28 * 2 + 5] = -4.0  # second row, fourth of ten; there row 2, column 5
+    picture = results.sheet(learned, 10)
+    assert picture.shape == (56, 280)
+    assert (picture[28 + 2, 28 * 3 + 5], picture[28, 28 * 3], picture[0, 0]) == (-1, 0.25, 1)
