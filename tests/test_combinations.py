@@ -182,7 +182,7 @@ def dense_solve(*, num_terms: int | None = None, step_map: bool = False) -> Orac
         # Elsewhere the solution is a stationary point of an inner objective that theta enters.
         own, rests = not problem.loop.inner_objective.is_task_loss, not isinstance(problem.loop.rule, optimizers.LSTM)
         on_step_map = step_map or not (own and rests)
-        expected = implicit_gradient(*problem, NUM_STEPS, step_map=on_step_map, num_terms=num_terms)
+        expected = implicit_gradient(*problem[:4], NUM_STEPS, step_map=on_step_map, num_terms=num_terms)
         return relative_error(found[0].grads, expected)
 
     return oracle
