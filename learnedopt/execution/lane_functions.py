@@ -31,9 +31,9 @@ class LaneFunctions(TorchFunctionMode):
         """Take over these, call all else."""
         kwargs = kwargs or {}
         if func is functional.linear and not kwargs and _serves(args[0], args[1]):
-            return _Linear.apply(*args, *[None] * (3 - len(args)))
+            return _linear(*args)
         if func in _PRODUCTS and not kwargs and _serves(args[0], args[1]):
-            return _Linear.apply(args[0], args[1].mT, None)
+            return _linear(args[0], args[1].mT)
         if func is functional.cross_entropy and len(args) == 2 and _is_plain(kwargs) and _are_classes(*args):
             return _cross_entropy(*args)
         if func in _LOSSES and len(args) > 1:
@@ -66,42 +66,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _serves(inputs: Any, weight: Any) -> bool:
     tensors = isinstance(inputs, Tensor) and isinstance(weight, Tensor)
-    # Autocast would cast within the product, and not within its gradient.
-    return tensors and inputs.ndim >= 2 and weight.ndim == 2 and not torch.is_autocast_enabled(inputs.device.type)
+    return tensors and inputs.ndim >= 2 and weight.ndim == 2
 
 
-class _Linear(torch.autograd.Function):
-    """``x wᵀ + b``; x (..., inputs), w (outputs, inputs), b (outputs,) or None."""
+def _linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return ``x wᵀ + b``; x (..., inputs), w (outputs, inputs), b (outputs,) or None.
 
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return functional.linear(x, w, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w), (cotangent,) = ctx.saved_tensors, cotangents
-        rows = cotangent.reshape(-1, cotangent.shape[-1])
-        d_x = cotangent @ w if ctx.needs_input_grad[0] else None
-        d_w = rows.mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return d_x, d_w, rows.sum(0) if ctx.needs_input_grad[2] else None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, int]:
-        x_dim, w_dim, b_dim = in_dims
-        if b is not None and b_dim is not None:
-            b = b.movedim(b_dim, 0)
-        if x_dim is None and w_dim is not None:
-            w = w.movedim(w_dim, 0)
-            out = _Linear.apply(x, w.reshape(-1, w.shape[-1]), None).unflatten(-1, w.shape[:2])
-            out = out if b is None else out + b
-            return out.movedim(-2, 0), 0
-        x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
-        w = w.unsqueeze(0) if w_dim is None else w.movedim(w_dim, 0)
-        out = torch.matmul(w, x.flatten(1, -2).mT).mT  # so that the gradient of w comes untransposed
-        if b is not None:
-            out = out + (b if b_dim is None else b.unsqueeze(1))
-        return out.unflatten(1, x.shape[1:-1]), 0
+    With the weights on the left torch folds their lanes into rows of one matrix, and so does the way back.
+    """
+    out = torch.matmul(w, x.flatten(0, -2).mT).mT
+    out = out if b is None else out + b
+    return out if x.ndim == 2 else out.unflatten(0, x.shape[:-1])
