@@ -109,8 +109,8 @@ times are the median over turns of a turn's median over repetitions, ratios the 
 measurement, all compute the meta-gradient in float64 on a smaller copy of the workload: the table says by how much it
 differs, in relative norm, from the reference's. The peak is that of resident memory during one
 meta-gradient, native memory and all, over what was there before. *Speed* is CPU time; 2 × is half the time. Networks,
-data and arithmetic (float32) are the same for all. JAX's compiler takes more threads than the one it is told to: its CPU
-time is that of all, its wall time profits.
+data and arithmetic (float32) are the same for all. JAX's compiler takes more threads than the one it is told to: its
+CPU time is that of all, its wall time profits.
 
 A loop's first estimate also vets it, in float64, and that is what peaks where the estimate itself needs little: MAML on
 the MLP, uncompiled, has 32 MB, and 6.4 with `Execution(vet=False)`.

@@ -247,7 +247,7 @@ _TEXT = (
 )
 WORKLOADS = {
     "pes-mlp": Workload(
-        "A window of persistent evolution strategies, MLP 784-20-10, 20 steps, 16 pairs",
+        "Window of PersistentES, MLP 784-20-10, 20 steps, 16 pairs",
         _TEXT + f" Batches of {LARGE[1]} random images.",
         Size(steps=20, units=16),
         Size(steps=3, units=8),
@@ -256,7 +256,7 @@ WORKLOADS = {
         per=(16 * 20, "pair and inner step"),
     ),
     "pes-small-mlp": Workload(
-        "A window of persistent evolution strategies, MLP 64-32-10, 20 steps, 16 pairs",
+        "Window of PersistentES, MLP 64-32-10, 20 steps, 16 pairs",
         _TEXT + f" Batches of {SMALL[1]} random images of 8x8 pixels.",
         Size(steps=20, units=16),
         Size(steps=3, units=8),
