@@ -6,7 +6,8 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-BENCH_STAMP := .venv/.installed-bench
+BENCH_BIN := .venv-bench/bin
+BENCH_STAMP := .venv-bench/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
@@ -44,22 +45,25 @@ results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmark
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (20 minutes)
-	$(BIN)/python benchmarks/bench.py
+	$(BENCH_BIN)/python benchmarks/bench.py
 
 bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)
-	$(BIN)/python benchmarks/bench.py --scaling
+	$(BENCH_BIN)/python benchmarks/bench.py --scaling
 
 # The C in learn2learn's source archive was generated for Python 3.10 and older; build_ext has it generated anew. What it
-# requires itself (data sets, environments of gym) is not needed for what is measured.
-$(BENCH_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps --use-pep517 --config-settings=--build-option=build_ext \
+# requires itself (data sets, environments of gym) is not needed for what is measured. An environment of its own: what it
+# installs as `tests` would hide the tests here, and JAX warns where a process forks.
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH_BIN)/pip install --quiet '$(TORCH)'
+	$(BENCH_BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BENCH_BIN)/pip install --quiet -c constraints.txt --no-deps --use-pep517 --config-settings=--build-option=build_ext \
 	    learn2learn || echo "learn2learn does not build here: its rows will say so, the others are measured"
 	@touch $@
 
 wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment and inspect it there
 	$(BIN)/python .ci/check_wheel.py '$(TORCH)'
 
-clean:  ## remove build products and caches; runs/ and .venv stay
+clean:  ## remove build products and caches; runs/ and environments stay
 	rm -rf build dist .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
