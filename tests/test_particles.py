@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learnedopt import Execution, InnerLoop, State, Tape, TaskFamily, Theta, UpdateRule, optimizers
 from learnedopt.core import tree
 from learnedopt.core.tree import Params
+from learnedopt.core.vetting.purity import near
 from learnedopt.execution import particle_trial, particles
 from learnedopt.execution.lane_functions import LaneFunctions
 
@@ -214,10 +215,10 @@ def test_what_cannot_start_together_is_refused_with_what_to_do() -> None:
 
 def test_on_a_gpu_products_of_float32_may_be_coarser(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.ones(3, dtype=torch.float32), torch.full((3,), 1.01, dtype=torch.float32)
-    assert not particle_trial._near(x, y)
+    assert not near(x, y, particle_trial._eps(y))
     monkeypatch.setattr(Tensor, "is_cuda", True)
-    assert particle_trial._near(x, y) and not particle_trial._near(x, 1.1 * x)
-    assert not particle_trial._near(x.double(), y.double())
+    assert near(x, y, particle_trial._eps(y)) and not near(x, 1.1 * x, particle_trial._eps(x))
+    assert not near(x.double(), y.double(), particle_trial._eps(y.double()))
 
 
 def test_noise_that_an_optimizer_blows_up_is_no_difference() -> None:

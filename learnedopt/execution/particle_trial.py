@@ -16,6 +16,7 @@ from learnedopt.core.carry import Tape
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import Batch
 from learnedopt.core.tree import Params
+from learnedopt.core.vetting.purity import near
 from learnedopt.execution.particle_maps import ParticleMap, Particles, joined, piece_of, sizes
 
 logger = logging.getLogger("learnedopt")
@@ -92,14 +93,7 @@ def _agree(found: _Step, expected: _Step) -> bool:
     if bool(length.isfinite()) and not torch.stack(gaps).norm() <= 4 * eps**0.5 * length:
         return False
     pairs = [pair for i in (0, 2) for pair in zip(tree.leaves(found[i]), tree.leaves(expected[i]), strict=True)]
-    return all(_near(x, y) for x, y in pairs)
-
-
-def _near(x: Tensor, y: Tensor) -> bool:
-    if not y.is_floating_point():
-        return torch.equal(x, y)
-    scale = float(y.abs().nan_to_num(0.0, 0.0, 0.0).max()) if y.numel() else 0.0
-    return torch.allclose(x, y, rtol=0.0, atol=_eps(y) ** 0.5 * scale, equal_nan=True)
+    return all(near(x, y, _eps(y) if y.is_floating_point() else None) for x, y in pairs)
 
 
 def _eps(x: Tensor) -> float:

@@ -125,16 +125,17 @@ def swapped(case: Case, loss: Loss) -> Finding:
 
 def _close(a: tree.Tree, b: tree.Tree) -> bool:
     """Return whether trees are equal but for the order of sums."""
-    return all(x.shape == y.shape and _near(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    return all(x.shape == y.shape and near(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
 
 
-def _near(x: Tensor, y: Tensor) -> bool:
+def near(x: Tensor, y: Tensor, eps: float | None = None) -> bool:
+    """Return whether tensors are equal up to the root of ``eps``, by default their dtype's, of the largest entry."""
     if not (x.is_floating_point() or x.is_complex()):
         return torch.equal(x, y)
     if x.numel() == 0:
         return True
     scale = y.detach().abs().nan_to_num(0.0, 0.0, 0.0).max().item()
-    return torch.allclose(x, y, rtol=0.0, atol=torch.finfo(x.dtype).eps ** 0.5 * scale, equal_nan=True)
+    return torch.allclose(x, y, rtol=0.0, atol=(eps or torch.finfo(x.dtype).eps) ** 0.5 * scale, equal_nan=True)
 
 
 def together(case: Case, loss: Loss) -> Finding:
