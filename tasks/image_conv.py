@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
-from learnedopt.tasks.data import arguments, images, initial_params, streams
+from learnedopt.tasks.data import arguments, initial_params, streams
 from learnedopt.tasks.data.activations import ACTIVATIONS, Activation
 from learnedopt.tasks.data.minibatches import Dataset, Minibatches
 

@@ -28,9 +28,10 @@ class ImageMLP(TaskFamily):
 
     A task is a seed, which draws the initial parameters and the minibatches: every step's minibatch is drawn afresh,
     with replacement, from all images of ``meta_split``. "train" and "valid" minibatches are independent draws from the
-    SAME images unless ``held_out``; what is held out from meta-training is held out by ``meta_split``. Parameters: ``layer0.weight``
-    (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs": (batch_size, side²),
-    "targets": (batch_size,)}``, made on the CPU; side is 28 unless ``crop`` or ``size`` say otherwise.
+    SAME images unless ``held_out``; what is held out from meta-training is held out by ``meta_split``. Parameters:
+    ``layer0.weight`` (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs":
+    (batch_size, side²), "targets": (batch_size,)}``, made on the CPU; side is 28 unless ``crop`` or ``size`` say
+    otherwise.
 
     Args:
         dataset: "mnist", "fashion-mnist" or "omniglot-characters", see ``learnedopt.tasks.data.minibatches``; where the

@@ -162,8 +162,8 @@ def read(root: str | None, cache: str | None) -> tuple[list[str], Tensor]:
         cache: ``$LEARNEDOPT_CACHE``, a part of what is remembered.
 
     Returns:
-        ``<Alphabet>/characterNN``, and uint8 (num_characters * 4 * 20, 28, 28, 1): character by character, turned 0 to 3
-        times, drawing by drawing.
+        ``<Alphabet>/characterNN``, and uint8 (num_characters * 4 * 20, 28, 28, 1): character by character, turned 0 to
+        3 times, drawing by drawing.
     """
     return _read(root, cache)
 
