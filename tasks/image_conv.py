@@ -141,14 +141,13 @@ class ImageConv(TaskFamily):
         if self.norm == "none":
             return out
         # By hand: torch's own batch normalisation has wrong derivatives in some orders of its modes, and says nothing.
-        if self.norm == "batch":
-            variance, mean = torch.var_mean(out, (0, 2, 3), correction=0, keepdim=True)
-            out = (out - mean) * (variance + _EPS).rsqrt()
-        else:
-            grouped = out.unflatten(1, (self.groups, -1))
-            variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
-            out = ((grouped - mean) * (variance + _EPS).rsqrt()).flatten(1, 2)
-        return out * params[f"norm{i}.weight"].reshape(-1, 1, 1) + params[f"norm{i}.bias"].reshape(-1, 1, 1)
+        # The mean of squares of what is centred costs a third of torch.var_mean on the CPU.
+        groups, axes = (1, (0, 3, 4)) if self.norm == "batch" else (self.groups, (2, 3, 4))
+        grouped = out.unflatten(1, (groups, -1))
+        gain, shift = (params[f"norm{i}.{name}"].reshape(groups, -1, 1, 1) for name in ("weight", "bias"))
+        centred = grouped - grouped.mean(axes, keepdim=True)
+        scale = (centred.square().mean(axes, keepdim=True) + _EPS).rsqrt() * gain
+        return (centred * scale + shift).flatten(1, 2)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Return the mean cross-entropy."""
