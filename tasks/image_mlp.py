@@ -44,7 +44,7 @@ class ImageMLP(TaskFamily):
         std: of "normal"; 0.01 by default.
         dtype: "float32" or "float64"; by default torch's default dtype.
         meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images. Of
-            the characters: alphabets of 99, 93 and 98 characters, one class each, 15 drawings a class.
+            the characters: alphabets of 99, 89 and 98 characters, one class each, 15 drawings a class.
         crop: the side of the central square that the network sees, even: a smaller one leaves out the border, which is
             black in MNIST, and with it weights that never move. Their start is that of the whole network's part.
         size: the side that the square is scaled down to by averaging, a divisor of ``crop``; None leaves it as it is.

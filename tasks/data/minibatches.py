@@ -34,7 +34,7 @@ class Minibatches:
         dtype: of the pixels; by default torch's default dtype.
         meta_split: which images. Of the MNISTs, "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000,
             "test" the 10,000 test images. Of the characters, see ``learnedopt.tasks.data.characters``, other alphabets:
-            99, 93 and 98 classes; the first 15 drawings of each.
+            99, 89 and 98 classes; the first 15 drawings of each.
         crop: the side of the central square that is seen, even.
         size: the side that the square is scaled down to by averaging, a divisor of ``crop``; None leaves it as it is.
         standardize: subtract the mean of all pixels and divide by their standard deviation, both of the whole data set
