@@ -13,7 +13,6 @@ from learnedopt.execution.allocator import keep_freed_memory
 from learnedopt.execution.compiled import Compiled
 from learnedopt.execution.coordinatewise import Coordinatewise
 
-
 LONGEST_AS_ONE = 20  # inner steps: the time that one program of all takes to compile grows with them
 
 
