@@ -37,138 +37,155 @@ def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape)
     theta = tree.detach(theta) if tape is Tape.NONE else theta
     with torch.set_grad_enabled(tape is not Tape.NONE):
         start = here = loop.begin(theta, carry)
-        losses = []
-        for _ in range(num_steps):
-            here, loss = _take(loop, theta, here, tape)
+        # Flat throughout, as walking trees would be a tenth of a small step.
+        fixed, (moving, restore) = _of_one_layout(tree.leaves(theta)), tree.flatten((here.params, here.state))
+        losses, programs, kind = [], None, None
+        for step in range(carry.step, carry.step + num_steps):
+            batch = loop.batch(carry.tasks, step, "train")
+            drawn, drawn_kind = inspected(batch)
+            moving = _of_one_layout(moving)
+            if programs is None or drawn_kind != kind or not (programs.forward and programs.forward.goes_on):
+                one = _OneStep(loop, carry.tasks, (theta, *restore(moving), batch), len(fixed), len(moving))
+                kind, programs = drawn_kind, _programs(one, [*fixed, *moving, *drawn], tape)
+            if programs.forward is None:
+                here = loop.run(theta, Carry(carry.tasks, *restore(moving), step), 1, tape)
+                moving, loss = tree.leaves(here.end[1:3]), here.losses
+            else:
+                *moving, loss = programs.take([*fixed, *moving, *drawn])
             losses.append(loss)
-        return Rollout(start, here, torch.cat(losses))
+        return Rollout(start, Carry(carry.tasks, *restore(moving), carry.step + num_steps), torch.cat(losses))
 
 
-def _take(loop: InnerLoop, theta: Theta, here: Carry, tape: Tape) -> tuple[Carry, Tensor]:
-    """Take one step; return where it leads and its losses (1, num_tasks)."""
-    batch = loop.batch(here.tasks, here.step, "train")
+def _of_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
     # What comes out of a step goes into the next: one layout for all steps is one program for all.
-    given = tree.tree_map(torch.Tensor.contiguous, (theta, here.params, here.state))
-    inputs, structure = inspected((*given, batch))
-    one = _OneStep(loop, here.tasks, (*given, batch), len(inputs) - len(tree.leaves(batch)))
-    forward = _forward_program(one, inputs, structure)
-    backward = None if tape is Tape.NONE or forward is None else _backward_program(one, inputs, structure, tape)
-    if forward is None or (backward is None and tape is not Tape.NONE):
-        rollout = loop.run(theta, here, 1, tape)
-        return rollout.end, rollout.losses
-    outputs = forward(*inputs) if backward is None else _Call.apply(forward, backward, *inputs)
-    *moved, losses = outputs
-    _, restore = tree.flatten((here.params, here.state))
-    params, state = restore(moved)
-    return Carry(here.tasks, params, state, here.step + 1), losses
+    return [x.contiguous() for x in tensors]
 
 
 @final
 @dataclass(frozen=True)
 class _OneStep:
-    """One step as a function of the leaves of ``example``: theta, parameters, state and batch, of which the first
-    ``num_given`` are not the batch's."""
+    """One step as a function of the leaves of ``example``: those of theta, those that move (of parameters and state),
+    and those of the batch."""
 
     loop: InnerLoop
     tasks: Any
     example: tree.Tree
-    num_given: int
+    num_theta: int
+    num_moving: int
 
     def outputs(self, tensors: Sequence[Tensor], tape: Tape) -> list[Tensor]:
-        """Return the leaves of the new parameters and state, and the losses."""
+        """Return what has moved, and the losses (1, num_tasks)."""
         _, restore = tree.flatten(self.example)
         theta, params, state, batch = restore(tensors)
         loop = with_batches(self.loop, lambda tasks, step, split: batch)
         rollout = loop.run(theta, Carry(self.tasks, params, state), 1, tape)
-        return [*tree.leaves((rollout.end.params, rollout.end.state)), rollout.losses]
+        return [*tree.leaves(rollout.end[1:3]), rollout.losses]
 
     def pulled_back(self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], tape: Tape) -> list[Tensor | None]:
-        """Return the cotangents of the first ``num_given`` tensors, None where the step does not read them.
+        """Return the cotangents of theta's leaves and of those that move, None where nothing reaches them.
 
         Args:
             cotangents: of the outputs of floating-point numbers.
         """
-        at = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors[: self.num_given]]
+        num_given = self.num_theta + self.num_moving
+        at = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors[:num_given]]
         with torch.enable_grad():
-            outputs = self.outputs([*at, *tensors[self.num_given :]], tape)
-        floating = [x for x in outputs if x.is_floating_point()]
-        pairs = [(x, c) for x, c in zip(floating, cotangents, strict=True) if x.requires_grad]
-        wanted = [x for x in at if x.requires_grad]
+            outputs = _floating(self.outputs([*at, *tensors[num_given:]], tape))
+        pairs = [(x, c) for x, c in zip(outputs, cotangents, strict=True) if x.requires_grad]
         reached, onward = zip(*pairs, strict=True)
+        wanted = [x for x in at if x.requires_grad]
         found = iter(torch.autograd.grad(reached, wanted, onward, allow_unused=True))
         return [next(found) if x.requires_grad else None for x in at]
 
 
-def _forward_program(one: _OneStep, inputs: Sequence[Tensor], structure: Any) -> Program | None:
-    """Return the compiled step, built now where there is none yet; None where it cannot be built."""
-    cache, key = one.loop.cache, ("step", structure)
-    program = cache.get(key)
-    if program is not MISSING:
-        return program
+class _Forward(NamedTuple):
+    """``call(*inputs)`` takes the step; ``goes_on``: what has moved is of the same kinds as before."""
 
-    # A graph that nobody goes back through is no part of a record; without one, a rule may leave torch for a kernel.
-    def record(*tensors: Tensor) -> list[Tensor]:
-        return [x.detach() for x in one.outputs(tensors, Tape.FULL)]
-
-    right = record(*inputs)
-
-    def build() -> Program:
-        program = _without_graph(compiled(record, inputs))
-        require_close({"step": (_floating(program(*inputs)), _floating(right))})
-        return program
-
-    return cache.put(key, build_once(one.loop, "an inner step", build))
+    call: Program
+    goes_on: bool
 
 
 class _Backward(NamedTuple):
-    """``call(*inputs, *cotangents)`` returns the cotangents of those inputs that are ``reached``."""
+    """``call(*inputs, *cotangents)`` returns the cotangents of those inputs that are ``reached``, of which each has an
+    entry."""
 
     call: Program
     reached: Sequence[bool]
 
-    def all_of(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def complete(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """Return a cotangent, or None, for every input."""
         found = iter(self.call(*tensors))
         return [next(found) if reached else None for reached in self.reached]
 
 
-def _backward_program(one: _OneStep, inputs: Sequence[Tensor], structure: Any, tape: Tape) -> _Backward | None:
-    """Return the compiled way back, built now where there is none yet; None where it cannot be built."""
-    cache, key = one.loop.cache, ("step", tape, structure)
-    program = cache.get(key)
-    if program is not MISSING:
-        return program
-    n, reached = len(inputs), [False] * len(inputs)
+class _Programs(NamedTuple):
+    """Those of a step: without a tape there is no ``backward``; no ``forward`` where it is to run uncompiled."""
 
+    forward: _Forward | None
+    backward: _Backward | None
+
+    def take(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what ``_OneStep.outputs`` does, with a graph where there is a way back."""
+        assert self.forward is not None
+        return _Call.apply(*self, *inputs) if self.backward is not None else self.forward.call(*inputs)
+
+
+def _programs(one: _OneStep, inputs: Sequence[Tensor], tape: Tape) -> _Programs:
+    """Return the programs of such a step, built now where there are none yet."""
+    cache, (_, kind) = one.loop.cache, inspected(one.example)
+    forward, backward = cache.get(("step", kind)), None
+    if forward is MISSING:
+        forward = cache.put(("step", kind), _compile_forward(one, inputs))
+    if forward is not None and tape is not Tape.NONE:
+        backward = cache.get(("step", kind, tape))
+        if backward is MISSING:
+            backward = cache.put(("step", kind, tape), _compile_backward(one, inputs, tape))
+        forward = None if backward is None else forward
+    return _Programs(forward, backward)
+
+
+def _compile_forward(one: _OneStep, inputs: Sequence[Tensor]) -> _Forward | None:
+    # Recorded with a graph, which leaves no trace in the record: without one, a rule may leave torch for its kernel.
     def record(*tensors: Tensor) -> list[Tensor]:
-        found = one.pulled_back(tensors[:n], tensors[n:], tape)
-        reached[: one.num_given] = [x is not None for x in found]
-        return [x for x in found if x is not None]
+        return [x.detach() for x in one.outputs(tensors, Tape.FULL)]
 
-    generator = torch.Generator().manual_seed(0)
+    right = record(*inputs)
+    before = inputs[one.num_theta : one.num_theta + one.num_moving]
+    goes_on = all(x.shape == y.shape and x.dtype is y.dtype for x, y in zip(before, right[:-1], strict=True))
+
+    def build() -> _Forward:
+        program = _Forward(_without_graph(compiled(record, inputs)), goes_on)
+        require_close({"inner step": (_floating(program.call(*inputs)), _floating(right))})
+        return program
+
+    return build_once(one.loop, "an inner step", build)
+
+
+def _compile_backward(one: _OneStep, inputs: Sequence[Tensor], tape: Tape) -> _Backward | None:
+    generator, num_inputs = torch.Generator().manual_seed(0), len(inputs)
     outputs = _floating(one.outputs(inputs, tape))
     cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in outputs]
-    right = one.pulled_back(inputs, cotangents, tape)
+    right, reached = one.pulled_back(inputs, cotangents, tape), []
+
+    def record(*tensors: Tensor) -> list[Tensor]:
+        found = one.pulled_back(tensors[:num_inputs], tensors[num_inputs:], tape)
+        reached[:] = [x is not None for x in found]
+        return [x for x in found if x is not None]
 
     def build() -> _Backward:
         program = _Backward(_without_graph(compiled(record, [*inputs, *cotangents])), reached)
-        found = program.all_of([*inputs, *cotangents])[: one.num_given]
-        theta = len(one.example[0])
-        require_close(
-            {
-                "gradient of a step for theta": (found[:theta], right[:theta]),
-                "gradient of a step for parameters and state": (found[theta:], right[theta:]),
-            }
-        )
+        found, n = program.complete([*inputs, *cotangents]), one.num_theta
+        where = {"theta": (found[:n], right[:n]), "parameters and state": (found[n:], right[n:])}
+        require_close({f"way back through an inner step, to {name}": pair for name, pair in where.items()})
         return program
 
-    return cache.put(key, build_once(one.loop, "the way back through an inner step", build))
+    return build_once(one.loop, "the way back through an inner step", build)
 
 
 def _without_graph(program: Program) -> Program:
     def call(*tensors: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            return program(*[x.detach() for x in tensors])
+            return program(*tensors)
 
     return call
 
@@ -181,10 +198,10 @@ class _Call(torch.autograd.Function):
     """One step: forward by one program, back by the other."""
 
     @staticmethod
-    def forward(ctx: Any, forward: Program, backward: _Backward, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.program = backward
+    def forward(ctx: Any, forward: _Forward, backward: _Backward, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.backward_program = backward
         ctx.save_for_backward(*inputs)
-        outputs = tuple(x.detach() for x in forward(*inputs))  # some may be one tensor, or an input as it is
+        outputs = tuple([x.detach() for x in forward.call(*inputs)])  # some may be one tensor, or an input as it is
         ctx.floating = [x.is_floating_point() for x in outputs]
         ctx.mark_non_differentiable(*[x for x in outputs if not x.is_floating_point()])
         return outputs
@@ -193,4 +210,5 @@ class _Call(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         given = [c.contiguous() for c, floating in zip(cotangents, ctx.floating, strict=True) if floating]
-        return None, None, *ctx.program.all_of([*ctx.saved_tensors, *given])
+        found, inputs = ctx.backward_program.complete([*ctx.saved_tensors, *given]), ctx.saved_tensors
+        return None, None, *found, *[None] * (len(inputs) - len(found))
