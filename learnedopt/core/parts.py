@@ -45,7 +45,7 @@ def parts_of(loop: InnerLoop, tasks: Tasks) -> list[Part]:
     Raises:
         ValueError: the family's ``split`` loses tasks, has some twice, or names a family that is not of it.
     """
-    if loop.family.families == (loop.family,):
+    if loop.family.families[0] is loop.family:
         return [Part(loop, tasks, tuple(range(tree.size(tasks))), 0)]
     found = []
     for family, own, positions in cast(Mixed, loop.family).split(tasks):

@@ -242,8 +242,9 @@ class MetaTrainer:
         if self.progress.skips_in_a_row < self.max_skips_in_a_row:
             return
         self._save()
+        why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
         raise TrainingDiverged(
-            f"{self.progress.skips_in_a_row} meta-gradients in a row were not finite (meta-step "
+            f"{self.progress.skips_in_a_row} meta-gradients in a row were {why} (meta-step "
             f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Lower the "
             "meta-learning rate, set max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma"
         )
