@@ -18,7 +18,7 @@ from learnedopt.optimizers.bases.frame import Memory
 from learnedopt.optimizers.bases.kinds import TensorKind, kinds_of
 from learnedopt.optimizers.kernels import normalised_native
 from learnedopt.optimizers.kernels.lanes import expanded
-from learnedopt.optimizers.kernels.normalised_native import NO_NET, READ, WRITTEN, Cut, Data, Net, Shapes, Sums
+from learnedopt.optimizers.kernels.normalised_native import NO_NET, READ, Cut, Data, Net, Shapes, Sums
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 """Of all matrices' rows, and of all columns."""

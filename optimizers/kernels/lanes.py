@@ -5,7 +5,6 @@ A lane is one particle or task; what all lanes of a dimension share is expanded 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -92,8 +92,8 @@ class _Sizes:
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
         numels = [torch.Size(shape).numel() for shape in shapes]
-        matrices = [(i, shape[0], n // max(shape[0], 1)) for i, (shape, n) in enumerate(zip(shapes, numels, strict=True))
-                    if len(shape) >= 2]  # fmt: skip
+        sizes = enumerate(zip(shapes, numels, strict=True))
+        matrices = [(i, shape[0], n // max(shape[0], 1)) for i, (shape, n) in sizes if len(shape) >= 2]
         self.numels = torch.tensor(numels, dtype=dtype)
         self.matrices = torch.tensor([float(len(shape) >= 2) for shape in shapes], dtype=dtype)
         self.matrix_of_row = torch.tensor([i for i, rows, _ in matrices for _ in range(rows)], dtype=torch.int64)
