@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
     from learnedopt.optimizers.step_rates import StepRates
+    from learnedopt.optimizers.tensor_gru import TensorGRU
 
 _LAZY = {
     "ANIL": "anil",
@@ -65,6 +66,7 @@ _LAZY = {
     "Simplex": "bases.convex_sets",
     "StepRates": "step_rates",
     "SmallMLP": "small_mlp",
+    "TensorGRU": "tensor_gru",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
@@ -107,6 +109,7 @@ __all__ = [
     "Simplex",
     "SmallMLP",
     "StepRates",
+    "TensorGRU",
     "as_meta_sgd",
     "build",
     "describe",

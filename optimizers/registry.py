@@ -18,6 +18,7 @@ _TABLE = {
     "lstm": "lstm:LSTM",
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "small-mlp": "small_mlp:SmallMLP",
+    "tensor-gru": "tensor_gru:TensorGRU",
     "learned-rates": "meta_sgd:LearnedRates",
     "step-rates": "step_rates:StepRates",
     "meta-sgd": "meta_sgd:meta_sgd",
