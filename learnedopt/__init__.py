@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import Execution
+from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
@@ -159,6 +160,7 @@ __all__ = [
     "GradientEstimator",
     "GuessAndGrow",
     "HessianFree",
+    "HorizonWarning",
     "HyperOptimizer",
     "HypergradientFeedback",
     "Implicit",

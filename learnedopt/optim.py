@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
@@ -12,6 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import checks, tree
+from learnedopt.core.counts import require_count
+from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer
@@ -36,6 +39,8 @@ class LearnedOptimizer(RuleOptimizer):
             without names a parameter is called by its number, from "0" on.
         rule: the name of a packaged optimizer, the path of a checkpoint, or ``(rule, theta)``; theta is copied.
         lr: factor on the whole update. 1 is what the rule was trained with, 0 moves nothing; schedulers may change it.
+        num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it its schedule
+            stays at its end, with one warning.
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
 
@@ -59,16 +64,20 @@ class LearnedOptimizer(RuleOptimizer):
         rule: str | Path | tuple[UpdateRule, Theta],
         *,
         lr: float | Tensor = 1.0,
+        num_steps: int | None = None,
         adopt_start: bool = False,
         **foreign: Any,
     ) -> None:
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr and adopt_start"
+                "theta; its options are lr, num_steps and adopt_start"
             )
         self.rule, self.theta = resolve_rule(rule)
-        self.adopt_start = adopt_start
+        if num_steps is not None:
+            require_count("num_steps", num_steps, least=1)
+        self.adopt_start, self.num_steps = adopt_start, num_steps
+        self.rule.within(num_steps)  # refused now where it needs a horizon
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
         super().__init__(params, {"lr": lr})
         self._settle()
@@ -95,6 +104,7 @@ class LearnedOptimizer(RuleOptimizer):
             with torch.no_grad():
                 params = values_of(members)
                 state, count = self._recall(members, params)
+                self._require_end(count + 1)
                 theta, grads = self._theta_on(common_device(params)), self._gradients(members, params)
                 factors = self._factors(members)
                 updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned)
@@ -118,12 +128,16 @@ class LearnedOptimizer(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._owned = False
-        own = {"rule": self.rule, "theta": self.theta, "adopt_start": self.adopt_start, "_settled": self._settled}
+        own = {k: self.__dict__[k] for k in ("rule", "theta", "adopt_start", "num_steps", "_settled")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._owned = False
+
+    @property
+    def _mover(self) -> UpdateRule:
+        return self.rule.within(self.num_steps)
 
     def _settle(self) -> None:
         """See that the rule takes these parameters, and put its start into them if that was allowed."""
@@ -142,6 +156,16 @@ class LearnedOptimizer(RuleOptimizer):
         checks.require_start(self.rule, tree.unsqueeze(start))
         for name in changed:
             params[name].copy_(start[name])
+
+    def _require_end(self, step: int) -> None:
+        """Warn at the first step past the horizon that the rule reads."""
+        if self.rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
+            warnings.warn(
+                f"step {step} is past the num_steps={self.num_steps} that {name_of(self.rule)} was told: its schedule "
+                "stays at its end. Make the optimizer with the number of steps of the whole training",
+                HorizonWarning,
+                stacklevel=4,
+            )
 
     def _theta_on(self, device: torch.device) -> Theta:
         self.theta = tree.to(self.theta, device, None)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
+    from learnedopt.optimizers.general import General
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
     from learnedopt.optimizers.nesterov import Nesterov
+    from learnedopt.optimizers.normalised import Normalised
+    from learnedopt.optimizers.normalised_lstm import NormalisedLSTM
+    from learnedopt.optimizers.normalised_mlp import NormalisedMLP
     from learnedopt.optimizers.partition import Partition, per_tensor
     from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.recorded import Recorded
@@ -48,6 +52,7 @@ _LAZY = {
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
     "Euclidean": "bases.geometry",
+    "General": "general",
     "Geometry": "bases.geometry",
     "Iterate": "iterate",
     "LSTM": "lstm",
@@ -56,6 +61,9 @@ _LAZY = {
     "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
     "Nesterov": "nesterov",
+    "Normalised": "normalised",
+    "NormalisedLSTM": "normalised_lstm",
+    "NormalisedMLP": "normalised_mlp",
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
@@ -93,6 +101,7 @@ __all__ = [
     "ConvexSet",
     "Entropic",
     "Euclidean",
+    "General",
     "Geometry",
     "Iterate",
     "LearnedInit",
@@ -100,6 +109,9 @@ __all__ = [
     "MirrorDescent",
     "Momentum",
     "Nesterov",
+    "Normalised",
+    "NormalisedLSTM",
+    "NormalisedMLP",
     "Partition",
     "Projected",
     "RMSprop",

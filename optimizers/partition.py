@@ -49,6 +49,17 @@ class Partition(UpdateRule):
         if wrong or not self.groups:
             raise ValueError(f"Partition: groups need labels without a slash, got {wrong or 'no group at all'}")
 
+    @property
+    def reads_horizon(self) -> bool:
+        """Whether a group's rule does."""
+        return any(rule.reads_horizon for _, rule in self.groups.values())
+
+    def within(self, horizon: int | None) -> UpdateRule:
+        """Return the partition with each group's rule as it is stepped in such a run."""
+        if not self.reads_horizon:
+            return self
+        return Partition({label: (pattern, rule.within(horizon)) for label, (pattern, rule) in self.groups.items()})
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return all groups' theta, drawn in their order."""
         theta: Theta = {}

@@ -257,7 +257,7 @@ def test_rates_that_are_none(lr: float) -> None:
 
 @pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "maximize", "betas"])
 def test_options_of_other_optimizers_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr and adopt_start"):
+    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, num_steps and adopt_start"):
         LearnedOptimizer(net().parameters(), lstm(), **{option: True})
     with pytest.raises(TypeError, match=rf"group sets \['{option}'\]"):
         LearnedOptimizer([{"params": net().parameters(), option: True}], lstm())

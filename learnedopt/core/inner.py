@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from learnedopt.core.cache import Cache
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, join, narrow
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution, TaskMap, ThetaMap
+from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.inner_gradient import StepGradient, step_gradient
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.modes import outside_inference_mode
@@ -31,7 +33,7 @@ class InnerLoop:
         rule: how one step moves.
         execution: how tasks are run; see ``Execution``.
         inner_objective: what the steps descend; by default the family's loss.
-        horizon: inner steps of a whole episode, for rules that will read how far they are; None where it is open.
+        horizon: inner steps of a whole episode, which rules that read it must be told; None where it is open.
 
     Example:
         >>> loop = InnerLoop(learnedopt.tasks.make("quadratic"), learnedopt.optimizers.make("sgd", lr=0.01))
@@ -48,6 +50,8 @@ class InnerLoop:
     execution: Execution = Execution()
     inner_objective: InnerObjective = TaskLoss()
     horizon: int | None = None
+    mover: UpdateRule = field(init=False, repr=False)
+    """What is stepped: the rule, with a clock around it where it reads the horizon."""
     cache: Cache = field(default_factory=Cache, init=False, repr=False)
     """What was checked, found out or compiled once."""
 
@@ -55,6 +59,18 @@ class InnerLoop:
         checks.require_parts(self.family, self.rule, self.execution, self.inner_objective)
         if self.horizon is not None:
             require_count("horizon", self.horizon, least=1)
+        object.__setattr__(self, "mover", self.rule.within(self.horizon))
+
+    def require_end(self, step: int) -> None:
+        """Warn, once, where a run up to ``step`` goes past the horizon that its rule reads."""
+        if self.rule.reads_horizon and self.horizon is not None and step > self.horizon and "past" not in self.cache:
+            self.cache.put("past", True)
+            warnings.warn(
+                f"this run goes on to step {step}, past the horizon of {self.horizon} steps that "
+                f"{type(self.rule).__name__} was told: its schedule stays at its end. Tell it the whole length",
+                HorizonWarning,
+                stacklevel=3,
+            )
 
     def on(self, family: TaskFamily) -> InnerLoop:
         """Return this loop on a family that wraps its own: what was found out of the one holds of the other."""
@@ -125,6 +141,7 @@ class InnerLoop:
         entry of theta has a leading dimension of num_tasks: each task is trained by its own.
         """
         require_count("num_steps", num_steps)
+        self.require_end(carry.step + num_steps)
         theta = tree.detach(theta) if tape is Tape.NONE else theta
         with torch.set_grad_enabled(tape is not Tape.NONE):
             carry = self.begin(theta, carry, theta_per_task)
@@ -181,7 +198,7 @@ class InnerLoop:
 
     def init_task(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Return where ONE task starts, and the rule's first state."""
-        params, state = self.rule.init(self.rule_theta(theta), params)
+        params, state = self.mover.init(self.rule_theta(theta), params)
         state = () if state is None else state  # None marks a carry that has not begun
         checks.require_tensors(self.rule, state)
         return params, state
@@ -205,7 +222,8 @@ class InnerLoop:
     ) -> tuple[Params, State]:
         """Apply one update of the rule: return the new parameters and state; trees are unbatched."""
         arguments = (self.rule_theta(theta), grads, state, params, loss)
-        found = None if self.rule.kernel is None else task_map.apply_kernel(self.rule.kernel, *arguments)
+        kernel = self.mover.kernel
+        found = None if kernel is None else task_map.apply_kernel(kernel, *arguments)
         moved, new_state = task_map.apply_theta(self._step, *arguments) if found is None else self._own(found, params)
         try:
             # Whoever flattens a step's inputs and outputs pairs them by position: dicts must not change their order.
@@ -217,11 +235,11 @@ class InnerLoop:
         return moved, new_state
 
     def _step(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
-        kernel = self.rule.kernel
+        kernel = self.mover.kernel
         found = None if kernel is None else kernel.step(theta, grads, state, params, loss)
         if found is not None:
             return self._own(found, params)
-        result = self.rule.update(theta, grads, state, params, loss)
+        result = self.mover.update(theta, grads, state, params, loss)
         deltas, state = checks.params_and_state(self.rule, "update", result, params)
         return {k: p + tree.in_dtype_of(p, deltas[k]) for k, p in params.items()}, () if state is None else state
 

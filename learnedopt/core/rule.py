@@ -103,9 +103,10 @@ class UpdateRule(ABC):
     """Faster ways to compute this class's ``update``, if there are any."""
 
     reads_horizon: bool = False
-    """``update`` takes ``progress=``, the fraction of the horizon behind it, a scalar tensor in [0, 1].
+    """``update`` takes a further ``progress=``, the fraction of the horizon behind it, a scalar tensor in [0, 1].
 
-    The engine does not pass it yet: no rule says so so far.
+    It is 0 at the first update and stays 1 past the end. So do the methods of its kernel. A loop of such a rule needs a
+    horizon, ``InnerLoop(horizon=)`` or ``LearnedOptimizer(num_steps=)``.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -156,6 +157,30 @@ class UpdateRule(ABC):
     @abstractmethod
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Return where the inner loop starts (``params``, or a learned start out of ``theta``) and the first state."""
+
+    def init_for(self, theta: Theta, params: Params, horizon: Tensor) -> tuple[Params, State]:
+        """Return what ``init`` does, for a run of ``horizon`` steps, a scalar tensor: asked where ``reads_horizon``."""
+        return self.init(theta, params)
+
+    def within(self, horizon: int | None) -> UpdateRule:
+        """Return the rule as it is stepped in a run of ``horizon`` steps, or of a length that is not known.
+
+        Whoever wraps a rule hands this on to it, and says ``reads_horizon`` where the rule does.
+
+        Raises:
+            ValueError: it reads the horizon, and there is none.
+        """
+        if not self.reads_horizon:
+            return self
+        from learnedopt.core.horizon import Timed  # which is a rule
+
+        if horizon is None:
+            raise ValueError(
+                f"{type(self).__name__} reads how far a run is, and nobody said how long it will be; pass "
+                "InnerLoop(..., horizon=T), LearnedOptimizer(..., num_steps=T), or a recipe's horizon, with T the "
+                "number of its steps"
+            )
+        return Timed(self, horizon)
 
     @abstractmethod
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:

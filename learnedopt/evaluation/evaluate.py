@@ -81,9 +81,10 @@ Candidate: TypeAlias = "tuple[UpdateRule, Theta] | tuple[UpdateRule, Theta, Inne
 
 
 def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: int, execution: Execution) -> Outcome:
-    """Run an optimizer for ``num_steps`` from a fresh start on each of ``tasks``; losses are the outer ones."""
+    """Run an optimizer for ``num_steps``, its horizon, from a fresh start on each of ``tasks``; outer losses."""
     rule, theta = candidate[:2]
-    loop = InnerLoop(family, rule, execution, candidate[2] if len(candidate) == 3 else TaskLoss())
+    descended = candidate[2] if len(candidate) == 3 else TaskLoss()
+    loop = InnerLoop(family, rule, execution, descended, horizon=max(num_steps, 1))
     theta = tree.to(theta, execution.device, execution.dtype)
     rollout = loop.run(theta, loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()

@@ -117,7 +117,7 @@ def adapt(
     require_count("num_steps", num_steps, least=1 if inner else 0)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     require_count("chunk", chunk, least=1)
-    loop = InnerLoop(family, rule, execution or Execution(), inner_objective)
+    loop = InnerLoop(family, rule, execution or Execution(), inner_objective, horizon=max(num_steps, 1))
     theta = tree.to(tree.detach(theta), loop.execution.device, loop.execution.dtype)
     tasks = sample_fixed(family, num_tasks, seed)
     pieces = [

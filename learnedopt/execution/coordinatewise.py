@@ -65,7 +65,7 @@ def reason_against(loop: InnerLoop, theta: Theta, params: Params, tape: Tape) ->
 
 
 def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
-    rule, theta = loop.rule, loop.rule_theta(theta)
+    rule, theta = loop.mover, loop.rule_theta(theta)
     if not rule.coordinatewise:
         return "the rule is not coordinatewise"
     separability.require_apart(rule, theta, params)
@@ -119,7 +119,7 @@ class Coordinatewise(Adjoint):
 def _differentiate(
     loop: InnerLoop, theta: Theta, objective: MetaObjective, chunk: Carry, num_steps: int, weight: float | Tensor
 ) -> ChunkGradient:
-    rule, fixed = loop.rule, tree.detach(theta)
+    rule, fixed = loop.mover, tree.detach(theta)
     with torch.enable_grad():
         begun = loop.begin(theta, chunk)  # a first state may depend on theta
         like, axes = flat_state.pattern(rule, fixed, next(iter(begun.params.values())))
@@ -189,7 +189,7 @@ def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: Wind
         grads.append(tree.ravel(list(task_map.rebatch(slopes).values())))
         losses.append(task_map.rebatch(loss))
         with torch.no_grad():
-            delta, state = _moved(loop.rule, memory.task_map, theta, grads[-1].reshape(-1, *_shape(memory, x)), state)
+            delta, state = _moved(loop.mover, memory.task_map, theta, grads[-1].reshape(-1, *_shape(memory, x)), state)
             x = x + delta.reshape(x.shape).to(x.dtype)
         params = task_map.unbatch(dict(zip(start.params, tree.unravel(x, like), strict=True)))
     rebatched = memory.leave(memory.task_map.rebatch(state))

@@ -71,6 +71,7 @@ def run(loop: InnerLoop, particles: Particles, num_steps: int) -> tuple[Particle
     Losses are (num_steps, num_slots, num_particles), on the train batches. ``Execution.chunk_size`` bounds how many
     particles, of all slots, are run together; by default all are. With 1 nothing runs under vmap.
     """
+    loop.require_end(max(particles.steps) + num_steps)
     params, state, losses = _pieced(loop, particles, lambda piece: _run_piece(loop, piece, num_steps))
     steps = tuple(step + num_steps for step in particles.steps)
     return particles._replace(params=params, state=state, steps=steps), losses.movedim(2, 0)

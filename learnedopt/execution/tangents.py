@@ -151,7 +151,7 @@ def step_task(
 
     The rule's ``update`` is called and never its kernel, which need not have a forward derivative.
     """
-    objective, family, rule = loop.inner_objective, loop.family, loop.rule
+    objective, family, rule = loop.inner_objective, loop.family, loop.mover
 
     def descended(at: Params) -> Tensor:
         # Less its penalty, as a rule is told it.

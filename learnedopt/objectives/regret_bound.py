@@ -228,6 +228,13 @@ class _SumOfSquares(UpdateRule):
     def __init__(self, rule: UpdateRule) -> None:
         self.rule = rule
 
+    @property
+    def reads_horizon(self) -> bool:
+        return self.rule.reads_horizon
+
+    def within(self, horizon: int | None) -> UpdateRule:
+        return _SumOfSquares(self.rule.within(horizon))
+
     def init_theta(self, generator: torch.Generator) -> Theta:
         return self.rule.init_theta(generator)
 

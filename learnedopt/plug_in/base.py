@@ -102,6 +102,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._layout = None  # a function cannot be pickled; it is made again at the next step
 
+    @property
+    def _mover(self) -> UpdateRule:
+        """What is stepped: the rule, with a clock around it where it reads the horizon."""
+        return self.rule
+
     @abstractmethod
     def _settle(self) -> None:
         """See that the rule takes these parameters."""
@@ -140,7 +145,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         theta = leaves if leaves is not None else self._theta_on(common_device(params))
         try:
             with torch.set_grad_enabled(leaves is not None):
-                start, state = self.rule.init(theta, params)
+                start, state = self._mover.init(theta, params)
         except KeyError as error:
             raise ValueError(unknown_names(self.rule, params, error)) from error
         if {k: x.shape for k, x in start.items()} != {k: p.shape for k, p in params.items()}:
@@ -194,7 +199,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else scalar_loss(loss, common_device(params))
-        kernel, arguments = self.rule.kernel, (theta, grads, state, params, scalar)
+        kernel, arguments = self._mover.kernel, (theta, grads, state, params, scalar)
         # Whole steps are taken as the engine takes them; parts of one need the deltas.
         whole = all(factor in (0, 1) for factor in factors.values())
         try:
@@ -203,7 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 found, state = stepped
             else:
                 deltas = kernel.update_in_place(*arguments) if kernel is not None and in_place else None
-                found, state = (deltas, state) if deltas is not None else self.rule.update(*arguments)
+                found, state = (deltas, state) if deltas is not None else self._mover.update(*arguments)
         except KeyError as error:
             raise ValueError(unknown_names(self.rule, params, error)) from error
         except (TypeError, AttributeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
 import torch
@@ -41,6 +41,15 @@ class Wrapper(UpdateRule):
     def coordinatewise(self) -> bool:
         """Whether the wrapped rule is."""
         return self.rule.coordinatewise
+
+    @property
+    def reads_horizon(self) -> bool:
+        """Whether the wrapped rule does."""
+        return self.rule.reads_horizon
+
+    def within(self, horizon: int | None) -> UpdateRule:
+        """Return the wrapper around the rule as it is stepped in such a run."""
+        return replace(self, rule=self.rule.within(horizon)) if self.rule.reads_horizon else self
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the wrapped rule's theta under the prefix."""

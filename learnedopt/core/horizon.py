@@ -1,0 +1,114 @@
+"""Rules that read how far a run is: the clock that tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from learnedopt.core.rule import Kernel, State, UpdateRule
+from learnedopt.core.tree import Params, Theta
+
+
+class HorizonWarning(UserWarning):
+    """A run goes on past the horizon that its rule was told."""
+
+
+class Clock(NamedTuple):
+    """The state of ``Timed``: the updates taken, a scalar, and the rule's own state."""
+
+    step: Tensor
+    rule: State
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Timed(UpdateRule):
+    """A rule that reads the horizon, told ``progress``: updates taken / ``horizon``, 1 from the horizon on.
+
+    Theta: the rule's own. State: ``Clock``.
+    """
+
+    rule: UpdateRule
+    horizon: int
+
+    @property
+    def coordinatewise(self) -> bool:
+        """Whether the rule is: progress is the same for all coordinates."""
+        return self.rule.coordinatewise
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The rule's, told progress."""
+        return None if self.rule.kernel is None else TimedKernel(self.rule.kernel, self)
+
+    def start_faults(self, params: Params) -> list[str]:
+        """Say what the rule says."""
+        return self.rule.start_faults(params)
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Return the rule's."""
+        return self.rule.init_theta(generator)
+
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return the rule's."""
+        return self.rule.theta_scale()
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Clock]:
+        """Start as the rule does, at step 0."""
+        first = next(iter(params.values()))
+        horizon = torch.tensor(float(self.horizon), dtype=_dtype(params), device=first.device)
+        start, state = self.rule.init_for(theta, params, horizon)
+        return start, Clock(torch.zeros((), dtype=torch.int64, device=first.device), () if state is None else state)
+
+    def update(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> tuple[Params, Clock]:
+        """Move as the rule does at this progress."""
+        found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
+        return found, self.after(state, own)
+
+    def progress(self, state: Clock, params: Params) -> Tensor:
+        """Return the fraction of the horizon that is behind, a scalar in [0, 1]."""
+        return (state.step.to(_dtype(params)) / self.horizon).clamp(max=1.0)
+
+    def after(self, state: Clock, own: State) -> Clock:
+        """Return the state after an update that left the rule in state ``own``."""
+        return Clock(state.step + 1, () if own is None else own)
+
+
+@final
+@dataclass(frozen=True)
+class TimedKernel(Kernel):
+    """The kernel of a rule that reads the horizon; it has no adjoint, which would need the progress of every step."""
+
+    kernel: Any
+    timed: Timed
+
+    def step(
+        self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor
+    ) -> tuple[Params, State] | None:
+        """Step as the rule's kernel does at this progress."""
+        progress = self.timed.progress(state, params)
+        found = self.kernel.step(theta, grads, state.rule, params, loss, progress=progress)
+        return None if found is None else (found[0], self.timed.after(state, found[1]))
+
+    def step_of_lanes(
+        self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor, num_dims: int
+    ) -> tuple[Params, State] | None:
+        """Step as the rule's kernel does, at each lane's progress."""
+        progress = self.timed.progress(state, params)
+        found = self.kernel.step_of_lanes(theta, grads, state.rule, params, loss, num_dims, progress=progress)
+        return None if found is None else (found[0], self.timed.after(state, found[1]))
+
+    def update_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> Params | None:
+        """Write over the state as the rule's kernel does."""
+        progress = self.timed.progress(state, params)
+        deltas = self.kernel.update_in_place(theta, grads, state.rule, params, loss, progress=progress)
+        if deltas is not None:
+            state.step.add_(1)
+        return deltas
+
+
+def _dtype(params: Params) -> torch.dtype:
+    return torch.promote_types(next(iter(params.values())).dtype, torch.float32)
