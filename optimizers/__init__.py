@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
+    from learnedopt.optimizers.rnnprop import RNNprop
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
     from learnedopt.optimizers.step_rates import StepRates
@@ -67,6 +68,7 @@ _LAZY = {
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
+    "RNNprop": "rnnprop",
     "RecurrentHyperparameters": "recurrent_hyperparameters",
     "Recorded": "recorded",
     "Reparametrized": "reparametrized",
@@ -115,6 +117,7 @@ __all__ = [
     "Partition",
     "Projected",
     "RMSprop",
+    "RNNprop",
     "Recorded",
     "RecurrentHyperparameters",
     "Reparametrized",

@@ -98,6 +98,7 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "small-mlp": lambda t: make("small-mlp", step_scale=0.1),  # steps that rounding does not drown
     "small-mlp, deep": lambda t: make("small-mlp", decays=(0.0, 0.8), hidden=(4, 3), step_scale=0.1, exp_scale=0.5),
+    "rnnprop": lambda t: make("rnnprop", hidden_size=3),
     "tensor-gru": lambda t: make("tensor-gru", lr=0.1, hidden_size=3),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
@@ -738,7 +739,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
-        "small-mlp", "step-rates", "tensor-gru",
+        "small-mlp", "step-rates", "tensor-gru", "rnnprop",
     } <= set(names())  # fmt: skip
 
 
