@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
+    from learnedopt.optimizers.celo2 import Celo2
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.general import General
     from learnedopt.optimizers.iterate import Iterate
@@ -49,6 +50,7 @@ _LAZY = {
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
     "BalancedRates": "balanced_rates",
+    "Celo2": "celo2",
     "Clip": "clip",
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
@@ -99,6 +101,7 @@ __all__ = [
     "BalancedRates",
     "Ball",
     "Box",
+    "Celo2",
     "Clip",
     "ConvexSet",
     "Entropic",

@@ -18,6 +18,7 @@ _TABLE = {
     "lstm": "lstm:LSTM",
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "small-mlp": "small_mlp:SmallMLP",
+    "celo2": "celo2:Celo2",
     "rnnprop": "rnnprop:RNNprop",
     "tensor-gru": "tensor_gru:TensorGRU",
     "normalised": "normalised:Normalised",

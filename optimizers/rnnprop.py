@@ -75,7 +75,7 @@ class RNNprop(UpdateRule):
         check_number(owner, "eps", self.eps, tiny, math.inf)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        """Draw from U(-1/sqrt(n), 1/sqrt(n)), n 2 for the projection and hidden_size for the LSTM; see the read-out above."""
+        """Draw from U(-1/sqrt(n), 1/sqrt(n)), n 2 for the projection and hidden_size for the LSTM, but the read-out."""
         size, device = self.hidden_size, generator.device
 
         def uniform(inputs: int, *shape: int) -> Tensor:

@@ -246,7 +246,7 @@ DETACHED = ("first order", "truncated", "combined")
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
-    "small-mlp", "step-rates", "tensor-gru", "rnnprop",
+    "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -316,7 +316,10 @@ REFUSED = [
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
         IMPLICIT,
-        ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru", "rnnprop"),
+        (
+            "adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru",
+            "rnnprop", "celo2",
+        ),
         TASK_LOSS, None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
