@@ -260,7 +260,7 @@ DETACHED = ("first order", "truncated", "combined")
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
-    "small-mlp", "step-rates",
+    "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -332,8 +332,12 @@ REFUSED = [
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
-        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates"), TASK_LOSS,
-        None, "counts its steps",
+        IMPLICIT,
+        (
+            "adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru",
+            "rnnprop", "celo2",
+        ),
+        TASK_LOSS, None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
