@@ -21,7 +21,7 @@ class AdamW(HandDesigned):
         m <- beta1 * m + (1 - beta1) * g,    v <- beta2 * v + (1 - beta2) * g^2
         delta = -lr * ((m / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps) + weight_decay * x)
 
-    as ``torch.optim.AdamW``. The decay is part of the delta: whatever scales that, such as ``Scheduled``, scales it too.
+    as ``torch.optim.AdamW``. The decay is part of the delta: what scales that, such as ``Scheduled``, scales it too.
 
     Args:
         lr: learning rate.

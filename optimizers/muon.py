@@ -11,15 +11,15 @@ from torch import Tensor
 
 from learnedopt.core.counts import require_count
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, Hyper, sqrt
+from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
 from learnedopt.optimizers.bases.kinds import Kind, kinds_of
-from learnedopt.optimizers.bases.precision import like, wide, wide_dtype, zeros
+from learnedopt.optimizers.bases.newton_schulz import iterated
+from learnedopt.optimizers.bases.precision import wide, wide_dtype, zeros
 
 Adjust: TypeAlias = Literal["original", "match_rms_adamw"]
 Hidden: TypeAlias = Literal["first", "middle", "last"]
 _KINDS: dict[str, Kind] = {"first": Kind.FIRST, "middle": Kind.MIDDLE, "last": Kind.LAST}
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_LEAST_NORM = 1e-7
+_LEAST_NORM = 1e-7  # a matrix of a smaller norm moves less
 
 
 @final
@@ -30,10 +30,10 @@ class Muon(HandDesigned):
         b <- momentum * b + (1 - momentum) * g,    o = orthogonal((1 - momentum) * g + momentum * b)
         delta = -lr * (s * o + weight_decay * x)
 
-    with "orthogonal" some Newton-Schulz steps ``x <- a x + (b x xT + c (x xT)^2) x`` from ``x / |x|``, which bring all
-    singular values near 1, and s by ``adjust``: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)), at which
-    an entry moves about as far as AdamW's (Liu et al. 2025, equation 4). A convolution's weights are a matrix of its
-    outputs by all the rest. Head, embeddings and vectors move by AdamW at the rate ``ratio * lr``.
+    with "orthogonal" some Newton-Schulz steps from ``x / |x|``, which bring all singular values near 1, and s by
+    ``adjust``: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)), at which an entry moves about as far as
+    AdamW's (Liu et al. 2025, equation 4). A convolution's weights are a matrix of its outputs by all the rest. Head,
+    embeddings and vectors move by AdamW at the rate ``ratio * lr``.
 
     What is a hidden matrix is told by names and shapes, see ``kinds_of``: of a net with a single one it is the head.
     torch computes "orthogonal" in bfloat16; here it is in the dtype of the rule's other arithmetic.
@@ -119,13 +119,14 @@ class Muon(HandDesigned):
             squares[name] = hyper["beta2"] * state["square"][name] + (1 - hyper["beta2"]) * grad * grad
             correction1, correction2 = (c.to(grad.dtype) for c in corrections)
             root = sqrt(squares[name]) / correction2 + hyper["eps"]
-            directions[name] = hyper["ratio"] * (means[name] / correction1 / root)
+            directions[name] = means[name] / correction1 / root
         directions |= self._orthogonal(ahead)
-        deltas = {k: self._delta(values[wide_dtype(g)], directions[k], params[k]) for k, g in grads.items()}
+        deltas = {}
+        for name, grad in grads.items():
+            hyper = values[wide_dtype(grad)]
+            rate = hyper["lr"] if name in buffers else hyper["ratio"] * hyper["lr"]
+            deltas[name] = (-rate * self.decayed(hyper, directions[name], params[name])).to(grad.dtype)
         return deltas, {"buffer": buffers, "mean": means, "square": squares, "step": step}
-
-    def _delta(self, hyper: dict[str, Hyper], rate: Hyper, direction: Tensor, param: Tensor) -> Tensor:
-        return like(-rate * self.decayed(hyper, direction, param), param)
 
     def _orthogonal(self, moments: Params) -> Params:
         """Return s * o of each; those of one shape and dtype are iterated on together."""
@@ -135,7 +136,9 @@ class Muon(HandDesigned):
         found = {}
         for names in groups.values():
             stacked = torch.stack([moments[name].flatten(1) for name in names])
-            for name, matrix in zip(names, newton_schulz(stacked, self.num_newton_schulz).unbind(), strict=True):
+            # Not divided by its root mean square in the end, as `orthogonalised` does it: torch's is not.
+            stacked = stacked / sqrt(stacked.square().sum((-2, -1), keepdim=True)).clamp(min=_LEAST_NORM)
+            for name, matrix in zip(names, iterated(stacked, self.num_newton_schulz).unbind(), strict=True):
                 found[name] = (self._factor(*matrix.shape) * matrix).reshape(moments[name].shape)
         return found
 
@@ -143,14 +146,3 @@ class Muon(HandDesigned):
         if self.adjust == "original":
             return math.sqrt(max(1.0, rows / columns))
         return 0.2 * math.sqrt(max(rows, columns))
-
-
-def newton_schulz(x: Tensor, num_steps: int) -> Tensor:
-    """Bring the singular values of matrices (..., m, n) near 1, of each by itself; one of zeros stays, with slope 0."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / sqrt(x.square().sum((-2, -1), keepdim=True)).clamp(min=_LEAST_NORM)
-    for _ in range(num_steps):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
-    return x.mT if tall else x

@@ -105,8 +105,8 @@ class ScheduleFree(HandDesigned):
             kept, beta1, ahead = 1 - share.to(direction.dtype), hyper["beta1"], state["ahead"][name]
             deltas[name] = ((1 - kept) * ahead + (beta1 * kept - 1) * moved).to(grad.dtype)
             aheads[name] = kept * (ahead - beta1 * moved)
-        new = {"ahead": aheads, "step": step, "total": total}
-        return deltas, {**new, "square": squares} if self.adaptive else new
+        memory = {"ahead": aheads, "square": squares} if self.adaptive else {"ahead": aheads}
+        return deltas, {**memory, "step": step, "total": total}
 
     def result(self, theta: Theta, params: Params, state: dict[str, Any]) -> Params:
         """Return x, the average of iterates: ``y - (1 - beta1) / beta1 * (z - y)``."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import State
+from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
@@ -50,8 +50,6 @@ class Scheduled(Wrapper):
     warmup: float = 0.05
     decay: float | None = None
 
-    reads_horizon = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule not in get_args(Schedule):
@@ -65,6 +63,15 @@ class Scheduled(Wrapper):
         if not 0 < self.decay <= 1 - self.warmup:
             raise ValueError(f"Scheduled: decay={self.decay} must be positive, and what the warm-up leaves at most")
 
+    @property
+    def reads_horizon(self) -> bool:
+        """True, whatever the rule does."""
+        return True
+
+    def within(self, horizon: int | None) -> UpdateRule:
+        """Return this with a clock around it, and around the rule where that reads the horizon too."""
+        return UpdateRule.within(replace(self, rule=self.rule.within(horizon)), horizon)
+
     def factor(self, progress: Tensor) -> Tensor:
         """Return what the deltas are multiplied by at ``progress``."""
         if self.schedule == "cosine":
@@ -76,12 +83,11 @@ class Scheduled(Wrapper):
             return found
         return torch.where(progress < self.warmup, _FIRST + (1 - _FIRST) * progress / self.warmup, found)
 
-    def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # progress is handed to who reads the horizon
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, State]:
         """Move as the rule does, as far as the schedule lets it."""
         wide_grads, wide_params = ({k: wide(x) for k, x in tensors.items()} for tensors in (grads, params))
-        handed = {"progress": progress} if self.rule.reads_horizon else {}
-        deltas, state = super().update(theta, wide_grads, state, wide_params, loss, **handed)
+        deltas, state = super().update(theta, wide_grads, state, wide_params, loss)
         factor = self.factor(progress)
         return {k: (factor.to(wide_dtype(g)) * deltas[k]).to(g.dtype) for k, g in grads.items()}, state
