@@ -74,6 +74,7 @@ def example(name: str, template: Params) -> UpdateRule:
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
         "scheduled": {"rule": heavy_ball},
+        "muon": {"orthogonal": ("first", "middle", "last")},
         "step-rates": {"num_steps": 3},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
