@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
     from learnedopt.optimizers.clip import Clip
+    from learnedopt.optimizers.general import General
     from learnedopt.optimizers.iterate import Iterate
     from learnedopt.optimizers.learned_init import LearnedInit
     from learnedopt.optimizers.lstm import LSTM
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.muon import Muon
     from learnedopt.optimizers.nadam import NAdam
     from learnedopt.optimizers.nesterov import Nesterov
+    from learnedopt.optimizers.normalised import Normalised
+    from learnedopt.optimizers.normalised_lstm import NormalisedLSTM
+    from learnedopt.optimizers.normalised_mlp import NormalisedMLP
     from learnedopt.optimizers.partition import Partition, per_tensor
     from learnedopt.optimizers.projected import Projected
     from learnedopt.optimizers.recorded import Recorded
@@ -53,6 +57,7 @@ _LAZY = {
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
     "Euclidean": "bases.geometry",
+    "General": "general",
     "Geometry": "bases.geometry",
     "Iterate": "iterate",
     "LSTM": "lstm",
@@ -63,6 +68,9 @@ _LAZY = {
     "Muon": "muon",
     "NAdam": "nadam",
     "Nesterov": "nesterov",
+    "Normalised": "normalised",
+    "NormalisedLSTM": "normalised_lstm",
+    "NormalisedMLP": "normalised_mlp",
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
@@ -102,6 +110,7 @@ __all__ = [
     "ConvexSet",
     "Entropic",
     "Euclidean",
+    "General",
     "Geometry",
     "Iterate",
     "LearnedInit",
@@ -111,6 +120,9 @@ __all__ = [
     "Muon",
     "NAdam",
     "Nesterov",
+    "Normalised",
+    "NormalisedLSTM",
+    "NormalisedMLP",
     "Partition",
     "Projected",
     "RMSprop",

@@ -1,0 +1,94 @@
+"""The step that the rules ``normalised``, ``normalised-mlp`` and ``normalised-lstm`` share, and its 24 numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases import frame
+from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
+from learnedopt.optimizers.bases.kinds import Kind, kinds_of
+
+Added: TypeAlias = Callable[[Mapping[str, Moments], Params], Params]
+"""Returns what joins the bracket of every tensor, given the moments and the iterates."""
+
+_RATE_OF = {
+    Kind.FIRST: 0, Kind.EMBEDDING: 0, Kind.HIDDEN_BIAS: 1, Kind.GAIN: 1, Kind.MIDDLE: 2, Kind.LAST: 2,
+    Kind.LAST_BIAS: 3,
+}  # fmt: skip
+_RELATIVE = 1e-8
+"""Of the mean of v, joins v: a coordinate that hardly ever has a gradient is not blown up."""
+
+
+def init_theta(lr: float, device: torch.device) -> Theta:
+    """Return the start: an Adam of rate ``lr`` with a warm-up, a decay and averaged iterates."""
+
+    def numbers(*values: float) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    return {
+        "log_rate": torch.tensor(math.log(lr), device=device),
+        "schedule": numbers(-0.6, 0.4, 0.3, 0.3, 0.0, -1.0, -1.6),
+        "kind_rate": numbers(0.0, 0.0, 0.0, 0.0),
+        "decay": numbers(1.6, 2.75, 2.5),
+        "mix": numbers(0.25, 0.75, 0.0),
+        "norm": numbers(1.0, 0.0, 0.0),
+        "weight_decay": torch.tensor(-8.0, device=device),
+        "averaging": numbers(0.0, -0.55),
+    }
+
+
+def theta_scale() -> dict[str, float | Tensor]:
+    """Return how far each of them moves in a step of size one."""
+    return {
+        "log_rate": 0.2, "schedule": 0.25, "kind_rate": 0.25, "decay": 0.4, "mix": 0.15, "norm": 0.15,
+        "weight_decay": 0.7, "averaging": torch.tensor([0.4, 0.5]),
+    }  # fmt: skip
+
+
+def step(
+    theta: Theta, grads: Params, memory: Memory, params: Params, progress: Tensor, added: Added | None = None
+) -> tuple[Params, Memory]:
+    """Take the step that ``Normalised`` states, with what is ``added`` to the brackets."""
+    tensors, memory = frame.moments(grads, memory, Decays(*theta["decay"]))
+    blend, power = theta["averaging"][1].sigmoid(), theta["averaging"][0].exp() - 1
+    at = frame.iterates(params, memory, blend)
+    more = None if added is None else added(tensors, at)
+    rate, decay = theta["log_rate"] + frame.schedule(theta["schedule"], progress), theta["weight_decay"].exp()
+    moved = {}
+    for name, kind in kinds_of(params).items():
+        bracket = frame.mixture(theta["mix"], tensors[name]) / denominator(theta["norm"], tensors[name])
+        bracket = bracket + decay * at[name]
+        if more is not None:
+            bracket = bracket + more[name]
+        moved[name] = at[name] - (rate + theta["kind_rate"][_rate_of(kind.kind)]).exp() * bracket
+    return frame.looked_at(params, moved, memory, blend, power)
+
+
+def _rate_of(kind: Kind) -> int:
+    return _RATE_OF[kind]
+
+
+def denominator(exponents: Tensor, tensor: Moments) -> Tensor:
+    """Return D of the bracket."""
+    floor = _RELATIVE * tensor.mean_square + TINY
+    square, mean = tensor.square + floor, tensor.mean_square + floor
+    powers = exponents[0] * square.log() + exponents[2] * mean.log() + exponents[1] * factored(square).log()
+    return (0.5 * powers).exp()
+
+
+def factored(square: Tensor) -> Tensor:
+    """Return the outer product of the means of rows and columns, over the mean; of a vector itself.
+
+    What has more than two dimensions is a matrix (first, all others).
+    """
+    if square.ndim < 2:
+        return square
+    matrix = square.flatten(1)
+    rows, columns = matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
+    return (rows * columns / matrix.mean()).reshape(square.shape)

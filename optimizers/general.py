@@ -1,0 +1,184 @@
+"""One rule, untuned, for nets it never saw: relative steps by kind and place of tensors, orthogonalised matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases import frame
+from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
+from learnedopt.optimizers.bases.kinds import Kind, TensorKind, kinds_of
+from learnedopt.optimizers.bases.newton_schulz import orthogonalised_all
+from learnedopt.optimizers.bases.precision import wide_dtype
+
+_RATE_OF = {
+    Kind.FIRST: 0, Kind.MIDDLE: 1, Kind.LAST: 2, Kind.HIDDEN_BIAS: 3, Kind.LAST_BIAS: 4, Kind.GAIN: 5,
+    Kind.EMBEDDING: 6,
+}  # fmt: skip
+_SHARE_OF = {Kind.FIRST: 0, Kind.MIDDLE: 1, Kind.LAST: 2, Kind.EMBEDDING: 3}
+_FLOOR = 1e-3
+"""Of the root mean square of a tensor's entries: biases may all be 0."""
+
+
+class GeneralMemory(NamedTuple):
+    """What the rule keeps of a task."""
+
+    frame: Memory
+    length: Tensor
+    """The logarithm of the run's number of steps over 150, a scalar."""
+
+
+@final
+@dataclass(frozen=True)
+class General(UpdateRule):
+    """Momenta over learned powers of second moments, and orthogonalised, with steps that fit a tensor's kind and place.
+
+    Per step and tensor, with gradient g at y, progress p of T steps, averages m1, m2 of g and v of g², corrected::
+
+        u    = (mix0 g + mix1 m1 + mix2 m2) (v + mean(v) e^eps)^(-a / 2) mean(v)^(-(1 - a) / 2),    a = power
+        u   <- u + s (e^q orthogonalised(e0 g + e1 m1 + e2 m2) - u)                                  for matrices
+               s = sigmoid(share) by kind,    q = size0 + size1 ln(fan_in / 64) + size2 ln(fan_out / 64)
+        step = exp(log_rate + schedule(p) + kind_rate + fan ln(fan_in / 64) + depth (d - 1/2)        (both: matrices)
+                   + entries (ln RMS(z) + 2.5) + length0 ln(T / 150))
+        z   <- z - step (u + e^weight_decay z)                                              (the decay: of matrices)
+        x   <- x + (1 + r) / (n + r) (z - x),    y = z + b (x - z),    r = e^averaging0 - 1,  b = sigmoid(averaging1)
+
+    m2 and v keep sigmoid(decay + length1 ln(T / 150)) in a step, m1 sigmoid(decay). d is a matrix's place in the net, 0
+    for the first and 1 for the last. Four Newton-Schulz steps orthogonalise (Jordan et al. 2024, Muon), to a root mean
+    square of 1; convolutions are matrices (out, in · height · width), embeddings are, too. ``entries`` is one number
+    for matrices and one for the rest.
+
+    Args:
+        orthogonalise: whether matrices are; without it, s is 0 and the three numbers of it are not in theta.
+
+    Theta, 43 numbers: ``log_rate`` (), ``schedule`` (7,), ``kind_rate`` (7,): first, middle and last matrix, hidden
+    bias, last bias, gain, embedding; ``fan`` (), ``depth`` (), ``entries`` (2,), ``length`` (2,), ``decay`` (3,),
+    ``power`` (), ``eps`` (), ``mix`` (3,), ``weight_decay`` (), ``averaging`` (2,); ``share`` (4,): first, middle and
+    last matrix, embedding; ``orthogonal_mix`` (3,), ``size`` (3,). State: ``GeneralMemory``.
+
+    Raises:
+        TypeError: ``orthogonalise`` is neither True nor False.
+    """
+
+    orthogonalise: bool = True
+
+    reads_horizon = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.orthogonalise, bool):
+            raise TypeError(f"orthogonalise={self.orthogonalise!r} is neither True nor False")
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        """Return the start by hand: an Adam with a warm-up, a decay, averaged iterates, and a little of Muon."""
+        theta = {name: torch.tensor(value, device=generator.device) for name, value in _START.items()}
+        return theta if self.orthogonalise else {k: v for k, v in theta.items() if k not in _ORTHOGONAL}
+
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        """Return how far each kind of number moves in a step of size one."""
+        scale: dict[str, float | Tensor] = {name: torch.tensor(value) for name, value in _SCALE.items()}
+        return scale if self.orthogonalise else {k: v for k, v in scale.items() if k not in _ORTHOGONAL}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, GeneralMemory]:
+        """Start where the parameters are, for 150 steps."""
+        first = next(iter(params.values()))
+        return params, GeneralMemory(frame.start(params), first.new_zeros((), dtype=wide_dtype(first)))
+
+    def init_for(self, theta: Theta, params: Params, horizon: Tensor) -> tuple[Params, GeneralMemory]:
+        """Start where the parameters are, for a run of ``horizon`` steps."""
+        return params, GeneralMemory(frame.start(params), (horizon / 150).log().to(wide_dtype(horizon)))
+
+    def update(
+        self, theta: Theta, grads: Params, state: GeneralMemory, params: Params, loss: Tensor, *, progress: Tensor
+    ) -> tuple[Params, GeneralMemory]:
+        """Move every tensor by its step."""
+        theta, kinds = frame.in_dtype(theta, params), kinds_of(params)
+        longer = theta["length"][1] * state.length
+        decays = Decays(theta["decay"][0], theta["decay"][1] + longer, theta["decay"][2] + longer)
+        tensors, memory = frame.moments(grads, state.frame, decays)
+        blend, power = theta["averaging"][1].sigmoid(), theta["averaging"][0].exp() - 1
+        at = frame.iterates(params, memory, blend)
+        directions = self._directions(theta, tensors, kinds)
+        rate = theta["log_rate"] + frame.schedule(theta["schedule"], progress) + theta["length"][0] * state.length
+        decay, moved = theta["weight_decay"].exp(), {}
+        for name, kind in kinds.items():
+            z, u = at[name], directions[name]
+            u = u + decay * z if z.ndim >= 2 else u
+            moved[name] = z - (rate + _log_step(theta, kind, z)).exp() * u
+        deltas, memory = frame.looked_at(params, moved, memory, blend, power)
+        return deltas, state._replace(frame=memory)
+
+    def _directions(self, theta: Theta, tensors: dict[str, Moments], kinds: dict[str, TensorKind]) -> Params:
+        found = {name: _normalised(theta, tensor) for name, tensor in tensors.items()}
+        matrices = [name for name, tensor in tensors.items() if tensor.grad.ndim >= 2]
+        if not self.orthogonalise or not matrices:
+            return found
+        mixed = {name: frame.mixture(theta["orthogonal_mix"], tensors[name]) for name in matrices}
+        for name, turned in orthogonalised_all(mixed).items():
+            kind = kinds[name]
+            share = theta["share"][_SHARE_OF[kind.kind]].sigmoid()
+            inputs, outputs = math.log(kind.fan_in / 64), math.log(kind.fan_out / 64)
+            size = (theta["size"][0] + theta["size"][1] * inputs + theta["size"][2] * outputs).exp()
+            found[name] = found[name] + share * (size * turned - found[name])
+        return found
+
+
+def _normalised(theta: Theta, tensor: Moments) -> Tensor:
+    power, mean = theta["power"], tensor.mean_square + TINY
+    square = tensor.square + mean * theta["eps"].exp()
+    scale = (-0.5 * (power * square.log() + (1 - power) * mean.log())).exp()
+    return frame.mixture(theta["mix"], tensor) * scale
+
+
+def _log_step(theta: Theta, kind: TensorKind, z: Tensor) -> Tensor:
+    """Return what belongs to one tensor of the logarithm of its step."""
+    matrix = z.ndim >= 2
+    size = frame.rms(z, _FLOOR).log() + 2.5
+    found = theta["kind_rate"][_RATE_OF[kind.kind]] + theta["entries"][0 if matrix else 1] * size
+    if not matrix:
+        return found
+    return found + theta["fan"] * math.log(kind.fan_in / 64) + theta["depth"] * (kind.depth - 0.5)
+
+
+_ORTHOGONAL = ("share", "orthogonal_mix", "size")
+_START: dict[str, float | list[float]] = {
+    "log_rate": -3.9,
+    "schedule": [-0.62, 0.38, 0.28, 0.3, -0.04, -1.06, -1.56],
+    "kind_rate": [0.0, 0.0, 0.0, -0.3, -0.3, -0.3, 0.0],
+    "fan": 0.0,
+    "depth": 0.0,
+    "entries": [0.3, 0.0],
+    "length": [-0.2, 0.3],
+    "decay": [1.6, 2.75, 2.5],
+    "power": 1.0,
+    "eps": -7.0,
+    "mix": [0.25, 0.75, 0.0],
+    "weight_decay": -8.0,
+    "averaging": [0.0, -0.55],
+    "share": [-3.0, -2.0, -3.0, -3.0],
+    "orthogonal_mix": [0.25, 0.75, 0.0],
+    "size": [0.0, 0.0, 0.0],
+}
+_SCALE: dict[str, float | list[float]] = {
+    "log_rate": 0.2,
+    "schedule": 0.25,
+    "kind_rate": 0.25,
+    "fan": 0.15,
+    "depth": 0.2,
+    "entries": 0.15,
+    "length": [0.15, 0.2],
+    "decay": 0.4,
+    "power": 0.15,
+    "eps": 0.5,
+    "mix": 0.15,
+    "weight_decay": 0.7,
+    "averaging": [0.4, 0.5],
+    "share": 0.5,
+    "orthogonal_mix": 0.15,
+    "size": [0.2, 0.15, 0.15],
+}
