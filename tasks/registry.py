@@ -21,6 +21,12 @@ _TABLE = {
     "clusters": "clusters:Clusters",
     "experts": "experts:Experts",
     "superclasses": "superclasses:Superclasses",
+    "text-transformer": "text_transformer:TextTransformer",
+    "text-rnn": "text_rnn:TextRNN",
+    "lasso": "lasso:Lasso",
+    "rastrigin": "rastrigin:Rastrigin",
+    "rescaled": "rescaled:Rescaled",
+    "mixture": "mixture:Mixture",
 }
 FAMILIES = Registry(TaskFamily, "task family", "task families", "learnedopt.tasks", _TABLE)
 names, register, make = FAMILIES.names, FAMILIES.register, FAMILIES.make

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-12
 SPLITS: tuple[Split, Split] = ("train", "valid")
+SMALL_MLP = {"name": "image-mlp", "options": {"batch_size": 6, "hidden": [4], "activation": "tanh"}}
 # Options beside the defaults that the shared tests run each family with; a family without a line runs with defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
@@ -94,11 +95,29 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "experts": [{"concentration": 0.9}],
     "superclasses": [{"shots": 2, "num_features": 5}],
     "mini-imagenet": [{"ways": 2, "shots": 2, "queries": 3, "width": 3, "model": "conv-pool"}],
+    "text-transformer": [
+        {"dim": 6, "num_heads": 2, "batch_size": 2, "context": 5},
+        {"dim": 4, "num_layers": 1, "num_heads": 1, "bias": False, "batch_size": 3, "context": 4, "held_out": True},
+    ],
+    "text-rnn": [
+        {"width": 4, "batch_size": 2, "context": 5},
+        {"cell": "lstm", "width": 3, "num_layers": 2, "batch_size": 3, "context": 4, "held_out": True},
+    ],
+    "lasso": [{"num_rows": 3, "dim": 4, "strength": 0.3, "noise": 0.1}],
+    "rastrigin": [{"dim": 3, "height": 0.5}],
+    "rescaled": [
+        {"family": SMALL_MLP, "initial_scale": 0.3, "tensor_scale": 0.4, "probability": 0.5},
+        {"family": SMALL_MLP, "tensor_scale": 0.4, "coordinate_scale": 0.5},
+    ],
 }
 
 
+NOT_RUN = ("mixture",)
+"""Its tasks differ in shape, so that it has no parameters or batches of its own: tests/test_mixture.py."""
+
+
 def enrolled() -> list[Any]:
-    cases = [(name, options) for name in names() for options in VARIANTS.get(name, [{}])]
+    cases = [(name, options) for name in names() if name not in NOT_RUN for options in VARIANTS.get(name, [{}])]
     return [pytest.param(name, options, id=f"{name}-{i}") for i, (name, options) in enumerate(cases)]
 
 

@@ -27,7 +27,7 @@ from learnedopt.core.carry import Carry, Rollout
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
-from learnedopt.training.clipping import clip, norm_of
+from learnedopt.core.clipping import clip, norm_of
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker
 from learnedopt.training.trainer import TrainingDiverged, TrainingResult

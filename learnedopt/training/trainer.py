@@ -20,7 +20,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
-from learnedopt.training.clipping import require_grads
+from learnedopt.core.clipping import require_grads
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.meta_update import MetaUpdate
 from learnedopt.training.progress import SHAPES, Progress, Training, load_progress, require_loadable, save_progress
