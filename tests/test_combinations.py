@@ -72,6 +72,8 @@ pytestmark = [
 ]
 
 NUM_STEPS = 4
+HORIZON = 20
+"""Longer than any run, with the steps of targets: past it a schedule stands still, and nothing depends on theta."""
 
 OBJECTIVES: dict[str, MetaObjective] = {
     "final loss": FinalLoss(),
@@ -108,7 +110,7 @@ def loop_of(rule: str, inner: str) -> InnerLoop:
     family: TaskFamily
     if inner == "task-loss":
         family = Quadratic()
-        return InnerLoop(family, optimizers.example(rule, template(family)))
+        return InnerLoop(family, optimizers.example(rule, template(family)), horizon=HORIZON)
     family = Labelled()
     like = template(family)
     objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2, (3,))
@@ -261,6 +263,7 @@ WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
     "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
+    "adamw", "nadam", "muon", "schedule-free", "scheduled", "normalised", "normalised-mlp", "normalised-lstm", "general",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -336,6 +339,8 @@ REFUSED = [
         (
             "adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru",
             "rnnprop", "celo2",
+            "adamw", "nadam", "muon", "schedule-free", "scheduled",
+            "normalised", "normalised-mlp", "normalised-lstm", "general",
         ),
         TASK_LOSS, None, "counts its steps",
     ),

@@ -73,6 +73,10 @@ class Timed(UpdateRule):
         found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
         return found, self.after(state, own)
 
+    def result(self, theta: Theta, params: Params, state: Clock) -> Params:
+        """Return the rule's."""
+        return self.rule.result(theta, params, state.rule)
+
     def progress(self, state: Clock, params: Params) -> Tensor:
         """Return the fraction of the horizon that is behind, a scalar in [0, 1]."""
         return (state.step.to(_dtype(params)) / state.horizon).clamp(max=1.0)
