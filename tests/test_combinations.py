@@ -263,7 +263,8 @@ WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
     "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
-    "adamw", "nadam", "muon", "schedule-free", "scheduled", "normalised", "normalised-mlp", "normalised-lstm", "general",
+    "adamw", "nadam", "muon", "schedule-free", "scheduled",
+    "normalised", "normalised-mlp", "normalised-lstm", "general",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
