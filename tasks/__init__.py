@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from learnedopt.tasks.convex import RegularizedLogistic, SpectralQuadratic
     from learnedopt.tasks.data.few_shot import FewShotImages, ModuleOnImages
     from learnedopt.tasks.experts import Experts
+    from learnedopt.tasks.image_autoencoder import ImageAutoencoder
+    from learnedopt.tasks.image_conv import ImageConv
     from learnedopt.tasks.image_folder import ImageFolder
     from learnedopt.tasks.image_mlp import ImageMLP
     from learnedopt.tasks.lasso import Lasso
@@ -37,6 +39,8 @@ _LAZY = {
     "Clusters": "clusters",
     "Experts": "experts",
     "FewShotImages": "data.few_shot",
+    "ImageAutoencoder": "image_autoencoder",
+    "ImageConv": "image_conv",
     "ImageFolder": "image_folder",
     "ImageMLP": "image_mlp",
     "Lasso": "lasso",
@@ -72,6 +76,8 @@ __all__ = [
     "Clusters",
     "Experts",
     "FewShotImages",
+    "ImageAutoencoder",
+    "ImageConv",
     "ImageFolder",
     "ImageMLP",
     "Lasso",

@@ -10,6 +10,8 @@ _TABLE = {
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
+    "image-conv": "image_conv:ImageConv",
+    "image-autoencoder": "image_autoencoder:ImageAutoencoder",
     "noisy-images": "noisy_images:NoisyImages",
     "sine": "sine:Sine",
     "omniglot": "omniglot:Omniglot",

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, initial_params
-from learnedopt.tasks.data.characters import CharacterModel, embedded
+from learnedopt.tasks.data.character_model import CharacterModel, embedded
 from learnedopt.tasks.data.text import NUM_SYMBOLS
 
 Cell: TypeAlias = Literal["gru", "lstm"]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, initial_params
-from learnedopt.tasks.data.characters import CharacterModel, embedded
+from learnedopt.tasks.data.character_model import CharacterModel, embedded
 from learnedopt.tasks.data.text import NUM_SYMBOLS
 
 Activation: TypeAlias = Literal["gelu", "relu"]

@@ -44,7 +44,7 @@ from learnedopt.tasks import (
     registry,
     superclasses,
 )
-from learnedopt.tasks.data import image_array, images, streams
+from learnedopt.tasks.data import characters, image_array, images, streams
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -65,6 +65,24 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"batch_size": 6, "hidden": (4, 3), "activation": "tanh", "init": "normal", "std": 0.3},
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
         {"batch_size": 6, "crop": 20, "size": 10, "standardize": True, "relabel_every": 2},
+    ],
+    "image-conv": [
+        {"batch_size": 5, "channels": (3, 4), "size": 7},
+        {"batch_size": 5, "channels": (4, 6), "size": 7, "norm": "batch", "activation": "tanh", "standardize": True},
+        {
+            "batch_size": 3,
+            "channels": (2, 4),
+            "size": 7,
+            "norm": "group",
+            "groups": 2,
+            "activation": "gelu",
+            "residual": True,
+            "dataset": "omniglot-characters",
+        },
+    ],
+    "image-autoencoder": [
+        {"batch_size": 4, "widths": (5, 3), "size": 14, "activation": "tanh"},
+        {"batch_size": 4, "widths": (3,), "size": 7, "error": "cross-entropy", "dataset": "omniglot-characters"},
     ],
     "noisy-images": [{"num_train": 30, "num_valid": 20}],
     "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,), "init_std": 0.3}],
@@ -120,6 +138,13 @@ def made_images(dataset: str, meta_split: str) -> images.Images:
     return images.Images(torch.from_numpy(pixels), torch.from_numpy(random.integers(images.NUM_CLASSES, size=500)))
 
 
+def made_characters(meta_split: Any, held_out: bool) -> images.Images:
+    """500 images of noise as above with other labels; where held out, 100 others."""
+    pixels, labels = made_images("characters" + "a" * held_out, meta_split)
+    part = slice(100 if held_out else None)
+    return images.Images(pixels[part], (labels * 7 + 1)[part])
+
+
 def indices(inputs: Tensor) -> Tensor:
     """Return which of ``made_images`` were drawn."""
     first = (inputs[..., :2] * 255).round().long()
@@ -141,6 +166,7 @@ REMEMBERED = {k: functools.cache(getattr(superclasses, k).__wrapped__) for k in 
 def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the data sets by ``made_images`` and ``made_classes``."""
     monkeypatch.setattr(images, "load", made_images)
+    monkeypatch.setattr(characters, "load", made_characters)
     for name, of_made_images in REMEMBERED.items():
         monkeypatch.setattr(superclasses, name, of_made_images)
     monkeypatch.setattr(omniglot, "load", lambda *_: made_classes(28, 1))

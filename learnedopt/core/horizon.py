@@ -17,9 +17,13 @@ class HorizonWarning(UserWarning):
 
 
 class Clock(NamedTuple):
-    """The state of ``Timed``: the updates taken, a scalar, and the rule's own state."""
+    """The state of ``Timed``: the updates taken and the horizon, scalars, and the rule's own state.
+
+    The horizon is here so that a program of a step, compiled or not, serves runs of every length.
+    """
 
     step: Tensor
+    horizon: Tensor
     rule: State
 
 
@@ -61,20 +65,25 @@ class Timed(UpdateRule):
         first = next(iter(params.values()))
         horizon = torch.tensor(float(self.horizon), dtype=_dtype(params), device=first.device)
         start, state = self.rule.init_for(theta, params, horizon)
-        return start, Clock(torch.zeros((), dtype=torch.int64, device=first.device), () if state is None else state)
+        step = torch.zeros((), dtype=torch.int64, device=first.device)
+        return start, Clock(step, horizon, () if state is None else state)
 
     def update(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> tuple[Params, Clock]:
         """Move as the rule does at this progress."""
         found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
         return found, self.after(state, own)
 
+    def result(self, theta: Theta, params: Params, state: Clock) -> Params:
+        """Return the rule's."""
+        return self.rule.result(theta, params, state.rule)
+
     def progress(self, state: Clock, params: Params) -> Tensor:
         """Return the fraction of the horizon that is behind, a scalar in [0, 1]."""
-        return (state.step.to(_dtype(params)) / self.horizon).clamp(max=1.0)
+        return (state.step.to(_dtype(params)) / state.horizon).clamp(max=1.0)
 
     def after(self, state: Clock, own: State) -> Clock:
         """Return the state after an update that left the rule in state ``own``."""
-        return Clock(state.step + 1, () if own is None else own)
+        return Clock(state.step + 1, state.horizon, () if own is None else own)
 
 
 @final
