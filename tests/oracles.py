@@ -62,7 +62,7 @@ def walk(
     What is held are the gradients and losses that the rule was given: the outer losses that are read along the way are
     computed anew, where the replay has come to.
     """
-    family, rule, objective = loop.family, loop.rule, loop.inner_objective
+    family, rule, objective = loop.family, loop.mover, loop.inner_objective
     rules_own = rule_theta(rule, theta)
     own = {k: p[0] for k, p in family.init_params(task).items()}
     points, losses, told, grads = [rule.init(rules_own, own) if start is None else start], [], [], []

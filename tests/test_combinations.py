@@ -72,6 +72,8 @@ pytestmark = [
 ]
 
 NUM_STEPS = 4
+HORIZON = 20
+"""Longer than any run, with the steps of targets: past it a schedule stands still, and nothing depends on theta."""
 
 OBJECTIVES: dict[str, MetaObjective] = {
     "final loss": FinalLoss(),
@@ -108,7 +110,7 @@ def loop_of(rule: str, inner: str) -> InnerLoop:
     family: TaskFamily
     if inner == "task-loss":
         family = Quadratic()
-        return InnerLoop(family, optimizers.example(rule, template(family)))
+        return InnerLoop(family, optimizers.example(rule, template(family)), horizon=HORIZON)
     family = Labelled()
     like = template(family)
     objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2, (3,))
@@ -260,7 +262,9 @@ DETACHED = ("first order", "truncated", "combined")
 WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
-    "small-mlp", "step-rates",
+    "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
+    "adamw", "nadam", "muon", "schedule-free", "scheduled",
+    "normalised", "normalised-mlp", "normalised-lstm", "general",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -332,8 +336,14 @@ REFUSED = [
     # On the step map this shows at the solution alone, where a rate's effect vanishes with the step.
     Refusal(("implicit cg", "implicit gmres"), ("momentum",), UNTIED, None, "do not move the solution"),
     Refusal(
-        IMPLICIT, ("adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates"), TASK_LOSS,
-        None, "counts its steps",
+        IMPLICIT,
+        (
+            "adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru",
+            "rnnprop", "celo2",
+            "adamw", "nadam", "muon", "schedule-free", "scheduled",
+            "normalised", "normalised-mlp", "normalised-lstm", "general",
+        ),
+        TASK_LOSS, None, "counts its steps",
     ),
     # A recurrent network's step map has no symmetry that conjugate gradient could use.
     Refusal(("implicit cg",), ("lstm",), None, None, "needs a symmetric system"),
