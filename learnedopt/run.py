@@ -28,6 +28,7 @@ from learnedopt.execution.memory import predict_peak
 from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
+from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
@@ -50,6 +51,11 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     families = {
         split: tasks.make(recipe.family.name, **{**given, "meta_split": split}) for split, given in options.items()
     }
+    if recipe.compare and len(families["train"].families) > 1:
+        raise ValueError(
+            f"compare=true sets {recipe.name} beside tuned optimizers on one family, and {recipe.family.name!r} is of "
+            "several; leave it out, and evaluate what was learned on each of them"
+        )
     template = template_of(families["train"], recipe.seed)
     try:
         rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
@@ -108,13 +114,13 @@ def train(recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None) -
     built = None if isinstance(recipe, Study) else build(recipe)
     mode = resolve_mode(wandb_mode)
     find_run(folder, recipe)  # refused before anything is written
-    if built is not None:
+    if isinstance(recipe, Recipe) and built is not None:
         require_chain(recipe, built[0])
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         run_id = find_run(folder, recipe) or begin_run(folder, recipe)
         remove_partials(folder)  # left by a kill in the middle of a write
-        if built is not None:
+        if isinstance(recipe, Recipe):
             train_before(recipe, folder, wandb_mode)
         tracker = trackers(recipe, folder, mode, run_id)
         if isinstance(recipe, Study):
@@ -142,40 +148,6 @@ def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None) -> None:
         print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
         train(stage, own, wandb_mode)
     torch.set_num_threads(recipe.num_threads)
-
-
-def start_theta(recipe: Recipe, loop: InnerLoop, folder: Path) -> Theta | None:
-    """Return where theta starts: at another run's, or None for the loop's own initialisation.
-
-    Raises:
-        ValueError: it is of another rule, and the recipe does not say ``start_partly``, or shares nothing with it.
-    """
-    where = recipe.start if recipe.after is None else folder / recipe.after.name
-    if where is None:
-        return None
-    found = checkpoint.load_checkpoint(where).theta
-    own = loop.init_theta(torch.Generator().manual_seed(recipe.seed))
-    theta = taken_over(found, own, f"{recipe.name} starts from {where}", partly=recipe.start_partly)
-    if recipe.start_partly:
-        kept = sorted(found.keys() & own.keys())
-        print(f"Of theta {kept} start from {where}, {sorted(own.keys() - found.keys())} anew.", flush=True)
-    return theta
-
-
-def taken_over(found: Theta, own: Theta, told: str, *, partly: bool) -> Theta:
-    """Return ``own`` with what is found under the same names; all of them unless ``partly``."""
-    shared = found.keys() & own.keys()
-    unlike = {k: (tuple(found[k].shape), tuple(own[k].shape)) for k in sorted(shared) if found[k].shape != own[k].shape}
-    if unlike:
-        raise ValueError(f"{told}, where shapes differ (there, here): {unlike}; start from a rule of the same sizes")
-    if not partly and found.keys() != own.keys():
-        raise ValueError(
-            f"{told}, whose theta is another rule's: {sorted(found.keys() - own.keys())} are not of this one, "
-            f"{sorted(own.keys() - found.keys())} are missing; start_partly=true takes what both have"
-        )
-    if not shared:
-        raise ValueError(f"{told}, whose theta {sorted(found)} has no name in common with this rule's {sorted(own)}")
-    return {k: found[k] if k in shared else x for k, x in own.items()}
 
 
 def trackers(recipe: Recipe | Study, folder: Path, mode: Mode, run_id: str) -> Trackers:

@@ -22,9 +22,9 @@ class Mixture(TaskFamily):
     """Each task is one of a family that is drawn by weight: what a rule for every net is meta-trained on.
 
     Tasks of different shapes cannot be one batch, so no inner loop runs a mixture itself: ``split`` says which tasks
-    are whose, and an estimator that takes tasks one by one, ``TaskByTask``, runs each on its own family. To validate or
-    evaluate on a mixture, do so on each of ``families``. A task is ``{"member": (), "seed": ()}``, both int64: the
-    number of its family, and the seed that the family draws the task with.
+    are whose, and the estimator ``TaskByTask`` and ``Validation`` run each on its own family. To evaluate on a mixture,
+    do so on each of ``families``. A task is ``{"member": (), "seed": ()}``, both int64: the number of its family, and
+    the seed that the family draws the task with.
 
     Args:
         members: pairs of a positive weight and a family; a task's chance to be of a family is its share of the weights.
@@ -104,7 +104,7 @@ class Mixture(TaskFamily):
         raise ValueError(
             f"the tasks of a mixture ({', '.join(type(family).__name__ for family in self.families)}) differ in shape, "
             "so one inner loop cannot run them together: meta-train with the estimator TaskByTask, which runs each on "
-            "its own family, and validate or evaluate on each of mixture.families"
+            "its own family, and evaluate on each of mixture.families"
         )
 
 

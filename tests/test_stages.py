@@ -19,6 +19,7 @@ from learnedopt import run as runs
 from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core.registry import Choice
 from learnedopt.recipes import HeldOut, MetaLearning, Recipe
+from learnedopt.stages import start_theta
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import Trackers
 
@@ -90,7 +91,7 @@ def test_a_chain_trains_from_nothing_each_stage_in_a_folder_of_its_own(
     runs.train(first(), tmp_path / "alone", "disabled")
     assert same(theta_of(tmp_path / "alone"), before)
     loop = runs.build(second())[0]
-    start = runs.start_theta(second(), loop, tmp_path / "run")
+    start = start_theta(second(), loop, tmp_path / "run")
     own = loop.init_theta(torch.Generator().manual_seed(0))
     assert start is not None and start.keys() == own.keys() > before.keys()
     assert all(torch.equal(v, before[k] if k in before else own[k]) for k, v in start.items())
@@ -153,9 +154,9 @@ def test_all_of_a_theta_is_taken_where_the_names_are_the_same(tmp_path: Path) ->
     result = runs.train(longer, tmp_path, "disabled")
     assert result is not None and result.theta.keys() == theta_of(tmp_path / "core").keys()
     loop = runs.build(longer)[0]
-    assert same(runs.start_theta(longer, loop, tmp_path), theta_of(tmp_path / "core"))
+    assert same(start_theta(longer, loop, tmp_path), theta_of(tmp_path / "core"))
     from_run = replace(longer, after=None, start=str(tmp_path / "core"))
-    assert same(runs.start_theta(from_run, loop, tmp_path), theta_of(tmp_path / "core"))
+    assert same(start_theta(from_run, loop, tmp_path), theta_of(tmp_path / "core"))
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -179,6 +180,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a rule of one shape": (
         lambda: replace(first(), rule=Choice("meta-sgd", {})),
         "the rule 'meta-sgd' has meta-parameters for every tensor or coordinate, and the families of 'mixture' differ",
+    ),
+    "a comparison": (
+        lambda: replace(first(), compare=True),
+        "compare=true sets core beside tuned optimizers on one fam",
     ),
     "an estimator of one shape": (lambda: replace(first(), estimator=Unrolled(3)), "tasks of a mixture .*TaskByTask"),
 }
