@@ -46,7 +46,8 @@ def predict_peak(
     num_recorded, tape, whole, segment, goes_on = recording
     objective = FinalLoss() if objective is None else objective
     execution = replace(loop.execution, compile=False)
-    loop = InnerLoop(loop.family, loop.rule, execution, loop.inner_objective, loop.horizon)
+    horizon = loop.horizon and max(loop.horizon, FEW + 1)  # what is watched must not be longer
+    loop = InnerLoop(loop.family, loop.rule, execution, loop.inner_objective, horizon)
     chunks = loop.split(carry)
     few = narrow(carry, 0, sum(tree.size(chunk.params) for chunk in chunks[:SOME]))
 
