@@ -73,6 +73,10 @@ class Timed(UpdateRule):
         found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
         return found, self.after(state, own)
 
+    def result(self, theta: Theta, params: Params, state: Clock) -> Params:
+        """Return the rule's."""
+        return self.rule.result(theta, params, state.rule)
+
     def progress(self, state: Clock, params: Params) -> Tensor:
         """Return the fraction of the horizon that is behind, a scalar in [0, 1]."""
         return (state.step.to(_dtype(params)) / state.horizon).clamp(max=1.0)
@@ -94,6 +98,8 @@ class TimedKernel(Kernel):
         self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor
     ) -> tuple[Params, State] | None:
         """Step as the rule's kernel does at this progress."""
+        if not self._has("step"):
+            return None
         progress = self.timed.progress(state, params)
         found = self.kernel.step(theta, grads, state.rule, params, loss, progress=progress)
         return None if found is None else (found[0], self.timed.after(state, found[1]))
@@ -102,17 +108,25 @@ class TimedKernel(Kernel):
         self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor, num_dims: int
     ) -> tuple[Params, State] | None:
         """Step as the rule's kernel does, at each lane's progress."""
+        if not self._has("step_of_lanes"):
+            return None
         progress = self.timed.progress(state, params)
         found = self.kernel.step_of_lanes(theta, grads, state.rule, params, loss, num_dims, progress=progress)
         return None if found is None else (found[0], self.timed.after(state, found[1]))
 
     def update_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> Params | None:
         """Write over the state as the rule's kernel does."""
+        if not self._has("update_in_place"):
+            return None
         progress = self.timed.progress(state, params)
         deltas = self.kernel.update_in_place(theta, grads, state.rule, params, loss, progress=progress)
         if deltas is not None:
             state.step.add_(1)
         return deltas
+
+    def _has(self, method: str) -> bool:
+        """Whether the rule's kernel has a method of its own: those of the base know no progress."""
+        return getattr(type(self.kernel), method) is not getattr(Kernel, method)
 
 
 def _dtype(params: Params) -> torch.dtype:

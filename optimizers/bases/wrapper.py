@@ -71,6 +71,10 @@ class Wrapper(UpdateRule):
         """Move as the wrapped rule does."""
         return self.rule.update(unprefixed("rule", theta), grads, state, params, loss)
 
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what the wrapped rule does."""
+        return self.rule.result(unprefixed("rule", theta), params, state)
+
 
 @final
 @dataclass(frozen=True)
