@@ -109,6 +109,14 @@ class TimedKernel(Kernel):
             state.step.add_(1)
         return deltas
 
+    def step_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> bool:
+        """Write over state and parameters as the rule's kernel does."""
+        progress = self.timed.progress(state, params)
+        done = self.kernel.step_in_place(theta, grads, state.rule, params, loss, progress=progress)
+        if done:
+            state.step.add_(1)
+        return done
+
 
 def _dtype(params: Params) -> torch.dtype:
     return torch.promote_types(next(iter(params.values())).dtype, torch.float32)
