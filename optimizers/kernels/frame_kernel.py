@@ -127,7 +127,7 @@ class FrameKernel(Kernel):
         step = Step(theta, state, memory, progress, lanes, _kinds(tuple(names), shapes), normalised_native.cut(shapes))
         written = flat[len(names) :] if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in flat[len(names) :]]
         states = self._taken(step, flat, written, in_place)
-        count = memory.step.add_(1) if in_place else memory.step + 1
+        count = memory.step.add_(1) if in_place else (memory.step + 1).expand(lanes).contiguous()
         if in_place:
             torch.autograd.graph.increment_version((*written, *states))
         each = [dict(zip(names, written[i : i + len(names)], strict=True)) for i in range(0, len(written), len(names))]

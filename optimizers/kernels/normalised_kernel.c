@@ -216,7 +216,7 @@ INLINE void block(const REAL *of, const REAL *own, REAL *const *x, const REAL *f
         if (!with_net) continue;
         const vec over[2] = {power_of_2(size * (REAL)-0.5), spread(exp2(own[LOG_MEAN] * -0.5))};
         const vec seen[3] = {g, of[SCALE_1] * m1, of[SCALE_2] * m2};
-        alive[v] = (vec)(square > 0);
+        alive[v] = (vec)((square > 0) & (ivec)spread(1));
         for (int k = 0; k < 6; k++) store(net->signal + k * BLOCK + at, clamp(seen[k % 3] * over[k / 3], five));
         vec ratio = (size - own[LOG_MEAN]) * (REAL)(0.69314718055994530942 / 4);
         store(net->signal + 6 * BLOCK + at, clamp(ratio, five));
@@ -226,7 +226,7 @@ INLINE void block(const REAL *of, const REAL *own, REAL *const *x, const REAL *f
     for (int v = 0; v < VECS; v++) {
         const int at = v * LANES;
         vec u = bracket[v], z = iterate[v];
-        if (with_net) u += (vec)((ivec)alive[v] & (ivec)read_out(net, v));
+        if (with_net) u += alive[v] * read_out(net, v);
         z -= own[RATE] * u;
         vec average = load_any(x[AVERAGE] + at);
         average += of[SHARE] * (z - average);
