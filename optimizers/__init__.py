@@ -13,11 +13,13 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
+    from learnedopt.optimizers.adamw import AdamW
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
+    from learnedopt.optimizers.celo2 import Celo2
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.general import General
     from learnedopt.optimizers.iterate import Iterate
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.meta_sgd import LearnedRates
     from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
+    from learnedopt.optimizers.muon import Muon
+    from learnedopt.optimizers.nadam import NAdam
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.normalised import Normalised
     from learnedopt.optimizers.normalised_lstm import NormalisedLSTM
@@ -36,17 +40,23 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
+    from learnedopt.optimizers.rnnprop import RNNprop
+    from learnedopt.optimizers.schedule_free import ScheduleFree
+    from learnedopt.optimizers.scheduled import Scheduled
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
     from learnedopt.optimizers.step_rates import StepRates
+    from learnedopt.optimizers.tensor_gru import TensorGRU
 
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "AdamW": "adamw",
     "Averaged": "averaged",
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
     "BalancedRates": "balanced_rates",
+    "Celo2": "celo2",
     "Clip": "clip",
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
@@ -59,6 +69,8 @@ _LAZY = {
     "LearnedRates": "meta_sgd",
     "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
+    "Muon": "muon",
+    "NAdam": "nadam",
     "Nesterov": "nesterov",
     "Normalised": "normalised",
     "NormalisedLSTM": "normalised_lstm",
@@ -66,13 +78,17 @@ _LAZY = {
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
+    "RNNprop": "rnnprop",
     "RecurrentHyperparameters": "recurrent_hyperparameters",
     "Recorded": "recorded",
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
+    "ScheduleFree": "schedule_free",
+    "Scheduled": "scheduled",
     "Simplex": "bases.convex_sets",
     "StepRates": "step_rates",
     "SmallMLP": "small_mlp",
+    "TensorGRU": "tensor_gru",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
@@ -91,10 +107,12 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "AdamW",
     "Averaged",
     "BalancedRates",
     "Ball",
     "Box",
+    "Celo2",
     "Clip",
     "ConvexSet",
     "Entropic",
@@ -106,6 +124,8 @@ __all__ = [
     "LearnedRates",
     "MirrorDescent",
     "Momentum",
+    "Muon",
+    "NAdam",
     "Nesterov",
     "Normalised",
     "NormalisedLSTM",
@@ -113,12 +133,16 @@ __all__ = [
     "Partition",
     "Projected",
     "RMSprop",
+    "RNNprop",
     "Recorded",
     "RecurrentHyperparameters",
     "Reparametrized",
+    "ScheduleFree",
+    "Scheduled",
     "Simplex",
     "SmallMLP",
     "StepRates",
+    "TensorGRU",
     "as_meta_sgd",
     "build",
     "describe",

@@ -15,9 +15,16 @@ _TABLE = {
     "nesterov": "nesterov:Nesterov",
     "rmsprop": "rmsprop:RMSprop",
     "adam": "adam:Adam",
+    "adamw": "adamw:AdamW",
+    "nadam": "nadam:NAdam",
+    "muon": "muon:Muon",
+    "schedule-free": "schedule_free:ScheduleFree",
     "lstm": "lstm:LSTM",
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "small-mlp": "small_mlp:SmallMLP",
+    "celo2": "celo2:Celo2",
+    "rnnprop": "rnnprop:RNNprop",
+    "tensor-gru": "tensor_gru:TensorGRU",
     "normalised": "normalised:Normalised",
     "normalised-mlp": "normalised_mlp:NormalisedMLP",
     "normalised-lstm": "normalised_lstm:NormalisedLSTM",
@@ -38,6 +45,7 @@ _TABLE = {
     "iterate": "iterate:Iterate",
     "reparametrized": "reparametrized:Reparametrized",
     "recorded": "recorded:Recorded",
+    "scheduled": "scheduled:Scheduled",
 }
 _PARTS = {
     "euclidean": "bases.geometry:Euclidean",
@@ -72,6 +80,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "aruba": {"eps": 0.6, "zeta": 3.0},
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
+        "scheduled": {"rule": heavy_ball},
+        "muon": {"orthogonal": ("first", "middle", "last")},
         "step-rates": {"num_steps": 3},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }

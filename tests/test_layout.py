@@ -20,7 +20,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "estimators": ("core", "execution"),
     **dict.fromkeys(("optimizers", "tasks", "inner_objectives", "objectives", "meta_optimizers"), ("core",)),
     "training": ("core",),
-    "evaluation": ("core", "estimators"),
+    "evaluation": ("core", "execution", "estimators"),
     "plug_in": ("core", "estimators", "objectives", "meta_optimizers"),
     "recipes": ("core", "estimators", "objectives", "meta_optimizers", "plug_in", "evaluation", "training"),
 }

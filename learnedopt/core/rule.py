@@ -196,3 +196,11 @@ class UpdateRule(ABC):
         ``grads`` is the gradient of the inner objective at ``params``, ``loss`` its scalar value there, less its
         penalty where it has one.
         """
+
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what is kept of a run that ends here and judged by: the parameters that the loop moves, by default.
+
+        Another answer is for rules that take their gradients elsewhere, such as at a mixture with an average of
+        iterates. Whoever wraps a rule hands this on.
+        """
+        return params

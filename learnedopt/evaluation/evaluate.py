@@ -172,7 +172,7 @@ def compare(
         >>> print(comparison.markdown())
     """
     _check(candidates, baselines, num_steps, num_tasks, tune_for)
-    fresh = _sample(family, num_tasks, "fresh", seed)
+    fresh = sample_tasks(family, num_tasks, "fresh", seed)
     execution = execution or _fitting_execution(family, fresh)
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
@@ -184,7 +184,7 @@ def compare(
         report(f"Running {label} on {num_tasks} tasks")
         outcomes[label] = measure(candidate, family, fresh, num_steps, execution)
     others_family = tuning_family or family
-    others = _sample(others_family, num_tuning_tasks, "tuning", seed)
+    others = sample_tasks(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
         report(f"Tuning {label} on {num_tuning_tasks} other tasks")
         tuning = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
@@ -209,7 +209,8 @@ def _check(
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
 
 
-def _sample(family: TaskFamily, num_tasks: int, purpose: str, seed: int) -> Tasks:
+def sample_tasks(family: TaskFamily, num_tasks: int, purpose: str, seed: int) -> Tasks:
+    """Draw tasks that no other purpose or seed draws."""
     # Hashed, so that neither another purpose nor a training from a small seed draws the same tasks; 32 bits, because
     # torch's CPU generator reads no more of a seed.
     digest = hashlib.sha256(f"learnedopt.evaluate {purpose} {seed}".encode()).digest()
