@@ -110,7 +110,7 @@ def run_suite(
 def result_path(folder: str | Path, net: Net, label: str) -> Path:
     """Return where a result lies."""
     names = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in (net.name, label)]
-    return Path(folder) / names[0] / f"{names[1]}.json"
+    return Path(folder) / "results" / names[0] / f"{names[1]}.json"
 
 
 class _NetRun:
