@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from learnedopt.evaluation.suite_table import Suite
 
 _FACTOR = 2.0  # a loss so many times the best baseline's, or a part of it, has the colour map's end
+_CEILING = 3.0  # times the first loss, above which a curve is left out: it would flatten the others
 _COLUMNS = 3
 _DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon + cosine")
 
@@ -78,6 +79,7 @@ def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
     from learnedopt.evaluation.suite_table import thinned
 
     steps, values = thinned(suite.results[net][label].losses)
+    values = values.masked_fill(~(values <= _CEILING * values[0].max()), math.nan)
     index = suite.candidates.index(label) if label in suite.candidates else _drawn(suite).index(label)
     first = index == 0 and label in suite.candidates
     colour = EMPHASIS if first else COLOURS[index % len(COLOURS)]

@@ -181,17 +181,14 @@ class Suite:
         for row in self.rows(label):
             ratios = [_shown(row[f"to {name}"]) for name in REFERENCES]
             best = f"{_shown(row['to the best tuned'])} ({row['best tuned']})" if row["best tuned"] else ""
-            rows.append(
-                [row["net"], str(row["num_steps"]), f"{row['last_twenty']:.4g}", *ratios, best]
-                + [_share(row["steps"]), _shown(row["test"]), str(row["num_diverged"])]
-            )
+            start = [row["net"], str(row["num_steps"]), f"{row['last_twenty']:.4g}"]
+            rows.append([*start, *ratios, best, _share(row["steps"]), _shown(row["test"]), str(row["num_diverged"])])
         found = self.summary(label)
         to = [found[f"to {name}"] for name in REFERENCES]
         means = [_shown(self.geometric_mean(label, name)) for name in REFERENCES]
         rows.append(["**geometric mean**", "", "", *means, "", "", "", str(found["num_diverged"])])
-        rows.append(
-            ["**worst net**", "", "", *("" if t["worst"] is None else f"{t['worst']:.3f}" for t in to), *[""] * 4]
-        )
+        worst = ["" if t["worst"] is None else f"{t['worst']:.3f}" for t in to]
+        rows.append(["**worst net**", "", "", *worst, "", "", "", ""])
         medians = [_share(found["median_steps"]), "" if found["median_test"] is None else f"{found['median_test']:.3f}"]
         rows.append(["**median**", *[""] * (2 + len(REFERENCES)), "", *medians, ""])
         return f"### {label}\n\n{_SAID}\n\n{align(rows)}"
@@ -264,7 +261,7 @@ def steps_to_reach(losses: Tensor, level: Tensor, window: int = LAST) -> Tensor:
 
 
 def thinned(losses: Tensor) -> tuple[list[float], Tensor]:
-    """Return at most 60 places, counted from step 1 and spaced by logarithm, and the means of the losses around them."""
+    """Return at most 60 places, from step 1 on and spaced by logarithm, and the means of the losses around them."""
     num_steps = len(losses)
     edges = torch.logspace(0, math.log10(num_steps + 1), _POINTS + 1, dtype=torch.float64).round().long().unique()
     pieces = [losses[low - 1 : high - 1] for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
