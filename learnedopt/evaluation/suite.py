@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
@@ -28,6 +29,8 @@ from learnedopt.evaluation.nets import UNSEEN, Net
 
 LAST = 20
 """Steps whose mean loss is what a run is judged by."""
+_FEW = 4
+"""Tuning tasks on which the whole grid is tried, to find where to try more on all."""
 Judged: TypeAlias = Literal["last_twenty", "final_loss"]
 """The mean of the train losses before the last 20 updates; the loss on held-out data after the last one."""
 
@@ -138,15 +141,19 @@ class _NetRun:
         """Return the outcome of a baseline on the reported tasks, tuned on the others."""
         by = self.protocol.tune_for
 
-        def score(points: Sequence[Point]) -> list[float]:
-            return judged(self._train(grid, points, self.tuning))[by].mean(0).tolist()
+        def score(points: Sequence[Point], few: bool) -> list[float]:
+            tasks = tree.narrow(self.tuning, 0, min(_FEW, self.protocol.num_tuning_tasks)) if few else self.tuning
+            return judged(self._train(grid, points, tasks))[by].mean(0).tolist()
 
         single = len(grid.rates) == len(grid.choices) == 1
-        found = Search(Point(grid.rates[0], 0), {}) if single else search(score, grid)
+        found = Search(Point(grid.rates[0], 0), {}, {}) if single else search(score, grid)
         outcome = _outcome(self._train(grid, [found.best], self.fresh))
-        tried = [[*point, score] for point, score in sorted(found.scores.items())]
+        tuning = {
+            name: [[*point, score] for point, score in sorted(scores.items())]
+            for name, scores in (("screened", found.screened), ("tried", found.scores))
+        }
         values = grid.values(found.best)
-        return {"kind": "baseline", "values": values, "at_edge": found.at_edge, "tried": tried, **outcome}
+        return {"kind": "baseline", "values": values, "at_edge": found.at_edge, **tuning, **outcome}
 
     def _train(self, grid: Grid, points: Sequence[Point], tasks: Tasks) -> lanes.Trained:
         rule = grid.make(self.num_steps)
