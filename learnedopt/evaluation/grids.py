@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from learnedopt.core.rule import UpdateRule
 
+FEW = 4
+"""Tuning tasks on which the whole grid is tried, to find where to try more on all."""
 _EXTENSIONS = 4  # rounds, at most, while the best rate is at the edge
 _PARTS = 4  # that a step of the grid is cut into: an eighth of a decade, of half ones
 _FINALISTS = 2  # choices that are tried on all tasks
@@ -64,10 +66,10 @@ class Search:
 def search(score: Callable[[Sequence[Point], bool], Sequence[float]], grid: Grid) -> Search:
     """Return the point with the lowest score, found in rounds whose points are all scored at once.
 
-    First all rates with all choices on few tasks; while the best rate is at the edge, three more beyond it. Then, on
-    all tasks and with the best two choices, nine rates around the best of each, up to a step of the grid to both sides;
-    while the best of all is at an edge of these, four more beyond it. NaN counts as infinite; of equal scores the lower
-    rate wins, then the earlier choice.
+    First all rates with all choices on few tasks; while the best rate of a choice is at its edge, three more beyond it.
+    Then, on all tasks and with the best two choices, nine rates around the best of each, a step of the grid to both
+    sides; while the best of all is at an edge of these, four more beyond it. NaN counts as infinite; of equal scores
+    the lower rate wins, then the earlier choice.
 
     Args:
         score: points, and whether on few tasks only -> the scores.
@@ -81,31 +83,44 @@ def search(score: Callable[[Sequence[Point], bool], Sequence[float]], grid: Grid
 
     def attempt(new: Sequence[Point], found: dict[Point, float]) -> Point:
         fresh = [point for point in new if point not in found]
-        values = score(fresh, found is screened)
+        values = score(fresh, found is screened) if fresh else ()
         found.update({p: math.inf if math.isnan(value) else value for p, value in zip(fresh, values, strict=True)})
         return min(sorted(found), key=found.__getitem__)
 
     ratio = grid.rates[-1] / grid.rates[-2] if len(grid.rates) > 1 else 1.0
     best = attempt([Point(rate, c) for rate in grid.rates for c in range(len(grid.choices))], screened)
     for _ in range(_EXTENSIONS):
-        if (beyond := _edge(best, screened)) is None or math.isinf(screened[best]):
+        open_ended = {p: beyond for p in _favourites(screened) if (beyond := _edge(p, screened)) is not None}
+        if not open_ended:
             break
-        best = attempt([Point(best.rate * ratio ** (beyond * k), best.choice) for k in (1, 2, 3)], screened)
-    if math.isinf(screened[best]):
-        rates = sorted(point.rate for point in screened)
-        raise ValueError(f"every learning rate from {rates[0]:.3g} to {rates[-1]:.3g} diverged on the tuning tasks")
-    favourites = {}
-    for point in sorted(screened, key=lambda p: (screened[p], p)):
-        favourites.setdefault(point.choice, point)
+        further = [Point(p.rate * ratio ** (b * k), p.choice) for p, b in open_ended.items() for k in (1, 2, 3)]
+        best = attempt(further, screened)
+    _require_finite(best, screened)
     steps = range(-_PARTS, _PARTS + 1) if ratio > 1 else (0,)
-    kept = list(favourites.values())[:_FINALISTS]
+    kept = _favourites(screened)[:_FINALISTS]
     best = attempt([Point(p.rate * ratio ** (k / _PARTS), p.choice) for p in kept for k in steps], scores)
     for _ in range(_EXTENSIONS):
         if (beyond := _edge(best, scores)) is None:
             break
         further = [Point(best.rate * ratio ** (beyond * k / _PARTS), best.choice) for k in range(1, _PARTS + 1)]
         best = attempt(further, scores)
+    _require_finite(best, scores)
     return Search(best, screened, scores)
+
+
+def _require_finite(best: Point, found: Mapping[Point, float]) -> None:
+    if math.isinf(found[best]):
+        rates = sorted(point.rate for point in found)
+        raise ValueError(f"every learning rate from {rates[0]:.3g} to {rates[-1]:.3g} diverged on the tuning tasks")
+
+
+def _favourites(found: Mapping[Point, float]) -> list[Point]:
+    """Return the best point of each choice, the best choice first; without those that diverge at every rate."""
+    best: dict[int, Point] = {}
+    for point in sorted(found, key=lambda p: (found[p], p)):
+        if math.isfinite(found[point]):
+            best.setdefault(point.choice, point)
+    return list(best.values())
 
 
 def _edge(best: Point, found: Mapping[Point, float]) -> int | None:

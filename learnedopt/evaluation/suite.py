@@ -24,13 +24,11 @@ from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation import lanes
 from learnedopt.evaluation.evaluate import Candidate, sample_tasks
-from learnedopt.evaluation.grids import HARD_BASELINES, Grid, Point, Search, search
+from learnedopt.evaluation.grids import FEW, HARD_BASELINES, Grid, Point, Search, search
 from learnedopt.evaluation.nets import UNSEEN, Net
 
 LAST = 20
 """Steps whose mean loss is what a run is judged by."""
-_FEW = 4
-"""Tuning tasks on which the whole grid is tried, to find where to try more on all."""
 Judged: TypeAlias = Literal["last_twenty", "final_loss"]
 """The mean of the train losses before the last 20 updates; the loss on held-out data after the last one."""
 
@@ -142,7 +140,7 @@ class _NetRun:
         by = self.protocol.tune_for
 
         def score(points: Sequence[Point], few: bool) -> list[float]:
-            tasks = tree.narrow(self.tuning, 0, min(_FEW, self.protocol.num_tuning_tasks)) if few else self.tuning
+            tasks = tree.narrow(self.tuning, 0, min(FEW, self.protocol.num_tuning_tasks)) if few else self.tuning
             return judged(self._train(grid, points, tasks))[by].mean(0).tolist()
 
         single = len(grid.rates) == len(grid.choices) == 1
