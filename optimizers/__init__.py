@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
     from learnedopt.optimizers.bases.convex_sets import Ball, Box, ConvexSet, Simplex
     from learnedopt.optimizers.bases.geometry import Entropic, Euclidean, Geometry
+    from learnedopt.optimizers.celo2 import Celo2
     from learnedopt.optimizers.clip import Clip
     from learnedopt.optimizers.general import General
     from learnedopt.optimizers.iterate import Iterate
@@ -39,11 +40,13 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.recurrent_hyperparameters import RecurrentHyperparameters
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
+    from learnedopt.optimizers.rnnprop import RNNprop
     from learnedopt.optimizers.schedule_free import ScheduleFree
     from learnedopt.optimizers.scheduled import Scheduled
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
     from learnedopt.optimizers.step_rates import StepRates
+    from learnedopt.optimizers.tensor_gru import TensorGRU
 
 _LAZY = {
     "ANIL": "anil",
@@ -53,6 +56,7 @@ _LAZY = {
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
     "BalancedRates": "balanced_rates",
+    "Celo2": "celo2",
     "Clip": "clip",
     "ConvexSet": "bases.convex_sets",
     "Entropic": "bases.geometry",
@@ -74,6 +78,7 @@ _LAZY = {
     "Partition": "partition",
     "Projected": "projected",
     "RMSprop": "rmsprop",
+    "RNNprop": "rnnprop",
     "RecurrentHyperparameters": "recurrent_hyperparameters",
     "Recorded": "recorded",
     "Reparametrized": "reparametrized",
@@ -83,6 +88,7 @@ _LAZY = {
     "Simplex": "bases.convex_sets",
     "StepRates": "step_rates",
     "SmallMLP": "small_mlp",
+    "TensorGRU": "tensor_gru",
     "as_meta_sgd": "balanced_rates",
     "per_tensor": "partition",
 }
@@ -106,6 +112,7 @@ __all__ = [
     "BalancedRates",
     "Ball",
     "Box",
+    "Celo2",
     "Clip",
     "ConvexSet",
     "Entropic",
@@ -126,6 +133,7 @@ __all__ = [
     "Partition",
     "Projected",
     "RMSprop",
+    "RNNprop",
     "Recorded",
     "RecurrentHyperparameters",
     "Reparametrized",
@@ -134,6 +142,7 @@ __all__ = [
     "Simplex",
     "SmallMLP",
     "StepRates",
+    "TensorGRU",
     "as_meta_sgd",
     "build",
     "describe",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnedopt.core.rule import Kernel, UpdateRule
 from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases import cells
 from learnedopt.optimizers.bases.precision import wide_dtype
 from learnedopt.optimizers.kernels import lstm_kernel
 
@@ -113,7 +114,7 @@ class LSTM(UpdateRule):
             return out, dict(zip(self._state_names, new, strict=True))
         new_state, signal = {}, inputs
         for layer in range(1, self.num_layers + 1):
-            h, c = _cell(
+            h, c = cells.lstm(
                 theta[f"lstm{layer}/weight"], theta[f"lstm{layer}/bias"], signal, state[f"h{layer}"], state[f"c{layer}"]
             )
             new_state[f"h{layer}"], new_state[f"c{layer}"] = h, c
@@ -172,14 +173,3 @@ def preprocess(grads: Tensor, factor: float) -> Tensor:
     first = grads.abs().clamp(min=math.exp(-factor)).log() / factor
     second = (math.exp(factor) * grads).clamp(-1.0, 1.0)
     return torch.stack([first, second], dim=-2)
-
-
-def _cell(weight: Tensor, bias: Tensor, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """One LSTM cell (Hochreiter and Schmidhuber 1997, with forget gate) on (features, num_coordinates).
-
-    Coordinates are the last dimension, so that each gate is a contiguous block of rows.
-    """
-    gates = torch.addmm(bias[:, None], weight, torch.cat([x, h]))
-    i, f, o = gates[: 3 * h.shape[0]].sigmoid().chunk(3)
-    c = f * c + i * gates[3 * h.shape[0] :].tanh()
-    return o * c.tanh(), c

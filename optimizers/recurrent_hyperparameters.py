@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers.bases import cells
 from learnedopt.optimizers.bases.hand_designed import check_number, sqrt
 from learnedopt.optimizers.bases.precision import wide, wide_dtype, zeros
 
@@ -123,7 +124,7 @@ class RecurrentHyperparameters(UpdateRule):
         """Set each tensor's hyperparameters, then step against its buffer."""
         theta = {name: value.to(wide_dtype(theta["head"])) for name, value in theta.items()}
         inputs, means, rms = self._statistics(grads, state, params, loss)
-        hidden = _gru(theta["gru/input"], theta["gru/hidden"], theta["gru/bias"], inputs, state["hidden"])
+        hidden = cells.gru(theta["gru/input"], theta["gru/hidden"], theta["gru/bias"], inputs, state["hidden"])
         changes = (self.max_change * (hidden @ theta["head"].T).tanh()).unbind(1)
         log_rate = theta["log_lr"] + changes[0]
         momentum = (theta["logit_momentum"] + changes[1]).sigmoid()
@@ -166,12 +167,3 @@ class RecurrentHyperparameters(UpdateRule):
 def _log(x: Tensor) -> Tensor:
     """Return the logarithm of ``x >= 0``; at 0 that of the smallest normal number, with derivative 0."""
     return x.clamp(min=torch.finfo(x.dtype).tiny).log()
-
-
-def _gru(of_input: Tensor, of_hidden: Tensor, bias: Tensor, x: Tensor, h: Tensor) -> Tensor:
-    """One gated recurrent unit on rows: x (rows, inputs), h (rows, units); ``nn.GRUCell`` has no vmap rule."""
-    size = h.shape[1]
-    driven, recurrent = x @ of_input.T + bias, h @ of_hidden.T
-    reset, keep = (driven[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid().chunk(2, dim=1)
-    candidate = (driven[:, 2 * size :] + reset * recurrent[:, 2 * size :]).tanh()
-    return keep * h + (1 - keep) * candidate

@@ -155,6 +155,34 @@ def test_only_a_family_is_rescaled() -> None:
         Rescaled("quadratic")  # pyright: ignore[reportArgumentType]
 
 
+TEMPLATES = ("learned-rates", "meta-sgd", "maml", "balanced-rates", "aruba", "iterate")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("of", [0, 1])
+def test_a_template_of_one_member_is_refused_by_the_others_before_the_first_step(name: str, of: int) -> None:
+    families = (*MIXTURE.families, Quadratic(dim=4))
+    for i, family in enumerate(families):
+        tasks = families[of].sample(1, seeded())
+        rule = make_rule(name, template=tree.squeeze(families[of].init_params(tasks)))
+        loop = InnerLoop(family, rule)
+        theta, carry = loop.init_theta(seeded()), loop.start(family.sample(2, seeded()))
+        if i == of:
+            assert loop.begin(theta, carry).state is not None
+            continue
+        with pytest.raises(ValueError, match=r"template of this family\. No template serves a mixture of families"):
+            loop.begin(theta, carry)
+
+
+@pytest.mark.parametrize("name", ["learned-rates", "balanced-rates"])
+def test_rates_of_tensors_serve_other_shapes_of_the_same_names(name: str) -> None:
+    family = Quadratic(dim=4, start_scale=1.0)
+    rule = make_rule(name, template={"x": torch.zeros(3)}, rates="tensor")
+    loop = InnerLoop(family, rule)
+    rollout = loop.run(loop.init_theta(seeded()), loop.start(family.sample(2, seeded())), 2, Tape.NONE)
+    assert rollout.losses.isfinite().all()
+
+
 # Rescaled families.
 
 

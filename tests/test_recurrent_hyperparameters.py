@@ -15,7 +15,7 @@ from learnedopt import BootstrappedTarget, InnerLoop, LearnedOptimizer, TargetMa
 from learnedopt.core.estimator import Estimate
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Momentum, RecurrentHyperparameters
-from learnedopt.optimizers.recurrent_hyperparameters import _gru
+from learnedopt.optimizers.bases import cells
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -129,7 +129,7 @@ def test_the_gru_is_torchs(generator: torch.Generator) -> None:
         for p in cell.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
         cell.bias_hh.zero_()
-        assert_close(_gru(cell.weight_ih, cell.weight_hh, cell.bias_ih, x, h), cell(x, h))
+        assert_close(cells.gru(cell.weight_ih, cell.weight_hh, cell.bias_ih, x, h), cell(x, h))
 
 
 # What does not move it.

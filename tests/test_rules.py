@@ -104,6 +104,12 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "small-mlp": lambda t: make("small-mlp", step_scale=0.1),  # steps that rounding does not drown
     "small-mlp, deep": lambda t: make("small-mlp", decays=(0.0, 0.8), hidden=(4, 3), step_scale=0.1, exp_scale=0.5),
+    "celo2": lambda t: make("celo2", lr=0.1, rest_lr=0.1, units=3),
+    "celo2, normalised alone": lambda t: make(
+        "celo2", lr=0.1, rest_lr=0.1, weight_decay=0.0, units=3, orthogonalise=False
+    ),
+    "rnnprop": lambda t: make("rnnprop", hidden_size=3),
+    "tensor-gru": lambda t: make("tensor-gru", lr=0.1, hidden_size=3),
     "sgd, decayed": lambda t: SGD(lr=0.1, weight_decay=0.02),
     "sgd, constant rate": lambda t: SGD(lr=0.1, weight_decay=0.02, learn=("weight_decay",)),
     "momentum, dampened": lambda t: Momentum(lr=0.1, dampening=0.3, weight_decay=0.02),
@@ -398,6 +404,8 @@ NOT_COORDINATEWISE = (
     "learned-rates", "meta-sgd", "anil", "anil, learned rate", "clip", "partition", "an lstm per tensor",
     "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
     "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded", "small-mlp", "small-mlp, deep",
+    "tensor-gru", "celo2", "celo2, normalised alone",
+    "normalised", "normalised-mlp", "normalised-lstm", "general",
     "muon",
 )  # fmt: skip
 
@@ -406,7 +414,9 @@ def test_which_rules_are_coordinatewise() -> None:
     claimed = {kind for kind in names() if RULES[kind](template()).coordinatewise}
     coupled = {
         "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
-        "balanced-rates", "aruba", "recorded", "small-mlp", "muon",
+        "balanced-rates", "aruba", "recorded", "small-mlp", "tensor-gru", "celo2",
+        "normalised", "normalised-mlp", "normalised-lstm", "general",
+        "muon",
     }  # fmt: skip
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
@@ -774,7 +784,7 @@ def test_names_are_those_that_the_documentation_names() -> None:
     assert {
         "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "meta-sgd", "maml", "partition", "clip",
         "learned-init", "learned-rates", "anil", "aruba", "balanced-rates", "recurrent-hyperparameters",
-        "small-mlp", "step-rates",
+        "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
     } <= set(names())  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def made_images(dataset: str, meta_split: str) -> images.Images:
 
 
 def made_characters(meta_split: Any, held_out: bool) -> images.Images:
-    """``made_images``, of other labels and a fifth as many where held out, which are of an "a" more."""
+    """500 images of noise as above with other labels; where held out, 100 others."""
     pixels, labels = made_images("characters" + "a" * held_out, meta_split)
     part = slice(100 if held_out else None)
     return images.Images(pixels[part], (labels * 7 + 1)[part])

@@ -10,6 +10,9 @@ from learnedopt.core import tree
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import TaskFamily, Tasks
 
+OF_THE_FAMILY = ("losses", ("vetted", True), ("vetted", False))
+"""What a loop's cache holds that is as true over another horizon: that the family's losses were checked and vetted."""
+
 
 class Mixed(Protocol):
     """A family made of several."""
@@ -42,7 +45,7 @@ def parts_of(loop: InnerLoop, tasks: Tasks) -> list[Part]:
     Raises:
         ValueError: the family's ``split`` loses tasks, has some twice, or names a family that is not of it.
     """
-    if loop.family.families == (loop.family,):
+    if loop.family.families[0] is loop.family:
         return [Part(loop, tasks, tuple(range(tree.size(tasks))), 0)]
     found = []
     for family, own, positions in cast(Mixed, loop.family).split(tasks):
@@ -62,10 +65,17 @@ def loop_of(loop: InnerLoop, member: int, horizon: int | None = None) -> InnerLo
 
     It is made once and kept in the loop's cache, so that what was vetted and compiled for it is kept as well.
     """
-    family, horizon = loop.family.families[member], loop.horizon if horizon is None else horizon
-    if family is loop.family and horizon == loop.horizon:
-        return loop
-    return loop.cache.remember(("part", member, horizon), lambda: replace(loop, family=family, horizon=horizon))
+    family = loop.family.families[member]
+    own = loop
+    if family is not loop.family:
+        own = loop.cache.remember(("part", member), lambda: replace(loop, family=family))
+    if horizon is None or horizon == loop.horizon:
+        return own
+    found = loop.cache.remember(("part", member, horizon), lambda: replace(own, horizon=horizon))
+    for what in OF_THE_FAMILY:
+        if what in own.cache and what not in found.cache:
+            found.cache.put(what, True)
+    return found
 
 
 def _member(family: TaskFamily, part: TaskFamily) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.cache import MISSING
+from learnedopt.core.cache import MISSING, Cache
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Theta
@@ -24,6 +24,8 @@ from learnedopt.execution.given_batches import with_batches
 from learnedopt.execution.programs import build_once, compiled, inspected, require_close
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
+PROGRAMS = "programs of a step"
+"""Where a loop's cache has a cache of them; they hold for its family, rule and inner objective over any horizon."""
 
 
 def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:
@@ -34,6 +36,7 @@ def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape)
     """
     if num_steps == 0:
         return loop.run(theta, carry, 0, tape)
+    loop.require_end(carry.step + num_steps)
     theta = tree.detach(theta) if tape is Tape.NONE else theta
     with torch.set_grad_enabled(tape is not Tape.NONE):
         start = here = loop.begin(theta, carry)
@@ -132,14 +135,14 @@ class _Programs(NamedTuple):
 
 def _programs(one: _OneStep, inputs: Sequence[Tensor], tape: Tape) -> _Programs:
     """Return the programs of such a step, built now where there are none yet."""
-    cache, (_, kind) = one.loop.cache, inspected(one.example)
-    forward, backward = cache.get(("step", kind)), None
+    cache, (_, kind) = one.loop.cache.remember(PROGRAMS, Cache), inspected(one.example)
+    forward, backward = cache.get(kind), None
     if forward is MISSING:
-        forward = cache.put(("step", kind), _compile_forward(one, inputs))
+        forward = cache.put(kind, _compile_forward(one, inputs))
     if forward is not None and tape is not Tape.NONE:
-        backward = cache.get(("step", kind, tape))
+        backward = cache.get((kind, tape))
         if backward is MISSING:
-            backward = cache.put(("step", kind, tape), _compile_backward(one, inputs, tape))
+            backward = cache.put((kind, tape), _compile_backward(one, inputs, tape))
         forward = None if backward is None else forward
     return _Programs(forward, backward)
 

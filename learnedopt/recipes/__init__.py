@@ -19,6 +19,7 @@ _TABLE = {
     "lstm-quadratic": "lstm:lstm_quadratic",
     "lstm-mnist": "lstm:lstm_mnist",
     "lstm-mnist-long": "lstm:lstm_mnist_long",
+    "tensor-gru-quadratic": "quadratic:tensor_gru_quadratic",
     "pes-quadratic": "evolution:pes_quadratic",
     "es-mnist": "evolution:es_mnist",
     "meta-sgd-mnist": "rates:meta_sgd_mnist",

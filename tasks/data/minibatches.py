@@ -99,14 +99,15 @@ class Minibatches:
             Pixels (num_tasks, batch_size, side, side), in [0, 1] unless standardized, and labels (num_tasks,
             batch_size) int64.
         """
-        pixels, labels = self._source(split)
+        pixels, labels = self.all_images(split)
         drawn = [streams.stream(s, split, step).integers(len(labels), size=self.batch_size) for s in seeds.tolist()]
         index = torch.from_numpy(np.concatenate(drawn))
         seen = self._seen(pixels.index_select(0, index)) if self.size is None else self._scaled(pixels)[index]
         shape = (len(drawn), self.batch_size)
         return seen.reshape(*shape, self.side, self.side), labels.index_select(0, index).reshape(shape)
 
-    def _source(self, split: Split) -> images.Images:
+    def all_images(self, split: Split) -> images.Images:
+        """Return what a split's minibatches are drawn from, as stored: whole, and neither scaled nor standardized."""
         apart = self.held_out and split == "valid"
         if self.dataset == "omniglot-characters":
             return characters.load(self.meta_split, held_out=apart)
