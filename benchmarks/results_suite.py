@@ -1,7 +1,7 @@
 """Learned rules, untuned, and tuned baselines on the fixed suites of nets; it needs torch, numpy and safetensors alone.
 
 Run ``python benchmarks/results_suite.py --folder runs/suite --candidates general=CHECKPOINT``. What is done already is
-not run again. On a GPU: ``--device cuda --graph --processes 5``, each on nets of its own. Tables and figures follow
+not run again. On a GPU: ``--device cuda --graphs baselines --processes 5``, each on nets of its own. Tables and figures follow
 when all is done (``--tables-only`` makes them alone), in the same folder.
 """
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seeds", type=int, default=4, help="reported tasks (default 4)")
     found.add_argument("--tuning-tasks", type=int, default=16, help="default 16")
     found.add_argument("--device", default="cpu")
-    found.add_argument("--graph", action="store_true", help="run steps as CUDA graphs")
+    found.add_argument("--graphs", default="none", choices=("none", "baselines", "all"), help="run as CUDA graphs")
     found.add_argument("--lanes", type=int, help="runs taken together; default by the size of the net")
     found.add_argument("--processes", type=int, default=1, help="each on nets of its own (default 1)")
     found.add_argument("--threads", type=int, default=1, help="of torch, in each process (default 1)")
@@ -72,7 +72,7 @@ def work(arguments: argparse.Namespace, nets: Sequence[Net]) -> None:
     run_suite(
         candidates, nets, baselines(arguments.baselines), folder=arguments.folder,
         protocol=Protocol(num_seeds=arguments.seeds, num_tuning_tasks=arguments.tuning_tasks),
-        execution=Execution(chunk_size=arguments.lanes, device=arguments.device, vet=False), graph=arguments.graph,
+        execution=Execution(chunk_size=arguments.lanes, device=arguments.device, vet=False), graphs=arguments.graphs,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
 
