@@ -45,7 +45,7 @@ def general() -> Recipe:
             lr=0.2, final_lr_fraction=0.05, optimizer=Choice("adam", {"betas": (0.8, 0.95)}), average=0.12
         ),
         validation=HeldOut(LogMeans(2.0, scale=2 / 3), num_steps=100, num_tasks=32, every=100),
-        execution=Execution(chunk_size=1, vet=False),
+        execution=Execution(vet=False),
         checkpoint_every=5,
     )
 
