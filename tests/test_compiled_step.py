@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from learnedopt import (
 )
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.parts import loop_of
 from learnedopt.execution import programs
-from learnedopt.execution.compiled_step import PROGRAMS
 from learnedopt.execution.memory import peak_of, predict_peak
 
 pytestmark = [
@@ -177,16 +176,16 @@ def test_long_unrolls_and_segments_go_by_steps_unless_told_otherwise(records: li
         assert len(records) == programs_built
 
 
-def test_what_a_loop_over_another_horizon_has_compiled_serves(records: list[Any]) -> None:
-    family, make_rule = TanhMLP(), named("normalised")
-    first = InnerLoop(family, make_rule(), STEP, horizon=9)
+def test_what_is_compiled_over_one_horizon_serves_all(records: list[Any]) -> None:
+    family = TanhMLP()
+    first = InnerLoop(family, named("normalised")(), STEP, horizon=9)
     theta, carry = generic_theta(first.rule), first.start(sample(family, 1))
-    Unrolled(2).estimate(first, theta, SumOfLosses(), carry)
-    second, plain = replace(first, horizon=5), replace(first, horizon=5, execution=Execution(1))
-    second.cache.put(PROGRAMS, first.cache.get(PROGRAMS))
-    found, right = (Unrolled(3).estimate(loop, theta, SumOfLosses(), carry) for loop in (second, plain))
-    assert_same([found], [right])
-    assert len(records) == 2
+    second = loop_of(first, 0, horizon=5)  # before anything is compiled for either
+    for loop in (second, first, loop_of(first, 0, horizon=4)):
+        plain = InnerLoop(family, loop.rule, Execution(1), horizon=loop.horizon)
+        found, right = (Unrolled(3).estimate(each, theta, SumOfLosses(), carry) for each in (loop, plain))
+        assert_same([found], [right])
+    assert len(records) == 2 and second.horizon == 5
     with pytest.warns(HorizonWarning, match="past the horizon of 5 steps"):
         Unrolled(6).estimate(second, theta, SumOfLosses(), carry)
 

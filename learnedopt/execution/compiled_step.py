@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.cache import MISSING, Cache
+from learnedopt.core.cache import MISSING, PROGRAMS, Cache
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Theta
@@ -24,8 +24,6 @@ from learnedopt.execution.given_batches import with_batches
 from learnedopt.execution.programs import build_once, compiled, inspected, require_close
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
-PROGRAMS = "programs of a step"
-"""Where a loop's cache has a cache of them; they hold for its family, rule and inner objective over any horizon."""
 
 
 def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:
