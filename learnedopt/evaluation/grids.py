@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from learnedopt.core.rule import UpdateRule
 
+FEW = 4
+"""Tuning tasks on which the whole grid is tried, to find where to try more on all."""
 _EXTENSIONS = 4  # rounds, at most, while the best rate is at the edge
-_STEPS_BEYOND = 3  # of the grid's ratio, a round
-_PARTS = 4  # that the gaps beside the best rate are cut into: to an eighth of a decade from half ones
+_PARTS = 4  # that a step of the grid is cut into: an eighth of a decade, of half ones
+_FINALISTS = 2  # choices that are tried on all tasks
 
 
 class Point(NamedTuple):
@@ -49,57 +51,84 @@ class Grid:
 
 @dataclass(frozen=True)
 class Search:
-    """The best point, and the score of each one tried; lower is better."""
+    """The best point, and the scores of those tried, on few tasks and on all; lower is better."""
 
     best: Point
+    screened: dict[Point, float]
     scores: dict[Point, float]
 
     @property
     def at_edge(self) -> bool:
         """Whether a rate beyond those tried, with the same choice, might be better."""
-        rates = [point.rate for point in self.scores if point.choice == self.best.choice]
-        return len(rates) > 1 and self.best.rate in (min(rates), max(rates))
+        return _edge(self.best, self.scores) is not None
 
 
-def search(score: Callable[[Sequence[Point]], Sequence[float]], grid: Grid) -> Search:
+def search(score: Callable[[Sequence[Point], bool], Sequence[float]], grid: Grid) -> Search:
     """Return the point with the lowest score, found in rounds whose points are all scored at once.
 
-    First all rates with all choices; while the best rate is at its edge, three more beyond it with its choice; then,
-    with all choices, three in each of the two gaps beside it. NaN counts as infinite; of equal scores the lower rate
-    wins, then the earlier choice.
+    First all rates with all choices on few tasks; while the best rate of a choice is at its edge, three more beyond it.
+    Then, on all tasks and with the best two choices, nine rates around the best of each, a step of the grid to both
+    sides; while the best of all is at an edge of these, four more beyond it. NaN counts as infinite; of equal scores
+    the lower rate wins, then the earlier choice.
+
+    Args:
+        score: points, and whether on few tasks only -> the scores.
+        grid: what is tried.
 
     Raises:
         ValueError: no score is finite.
     """
+    screened: dict[Point, float] = {}
     scores: dict[Point, float] = {}
 
-    def attempt(new: Sequence[Point]) -> Point:
-        fresh = [point for point in new if point not in scores]
-        found = score(fresh) if fresh else ()
-        scores.update({p: math.inf if math.isnan(value) else value for p, value in zip(fresh, found, strict=True)})
-        return min(sorted(scores), key=scores.__getitem__)
+    def attempt(new: Sequence[Point], found: dict[Point, float]) -> Point:
+        fresh = [point for point in new if point not in found]
+        values = score(fresh, found is screened) if fresh else ()
+        found.update({p: math.inf if math.isnan(value) else value for p, value in zip(fresh, values, strict=True)})
+        return min(sorted(found), key=found.__getitem__)
 
-    choices = range(len(grid.choices))
-    best = attempt([Point(rate, choice) for rate in grid.rates for choice in choices])
-    if len(grid.rates) == 1 and len(grid.choices) == 1:
-        return Search(best, scores)
-    for _ in range(_EXTENSIONS if len(grid.rates) > 1 else 0):
-        rates = sorted(point.rate for point in scores if point.choice == best.choice)
-        if best.rate not in (rates[0], rates[-1]) or math.isinf(scores[best]):
+    ratio = grid.rates[-1] / grid.rates[-2] if len(grid.rates) > 1 else 1.0
+    best = attempt([Point(rate, c) for rate in grid.rates for c in range(len(grid.choices))], screened)
+    for _ in range(_EXTENSIONS):
+        open_ended = {p: beyond for p in _favourites(screened) if (beyond := _edge(p, screened)) is not None}
+        if not open_ended:
             break
-        ratio = rates[0] / rates[1] if best.rate == rates[0] else rates[-1] / rates[-2]
-        best = attempt([Point(best.rate * ratio**k, best.choice) for k in range(1, _STEPS_BEYOND + 1)])
-    if math.isinf(scores[best]):
-        rates = sorted(point.rate for point in scores)
+        further = [Point(p.rate * ratio ** (b * k), p.choice) for p, b in open_ended.items() for k in (1, 2, 3)]
+        best = attempt(further, screened)
+    _require_finite(best, screened)
+    steps = range(-_PARTS, _PARTS + 1) if ratio > 1 else (0,)
+    kept = _favourites(screened)[:_FINALISTS]
+    best = attempt([Point(p.rate * ratio ** (k / _PARTS), p.choice) for p in kept for k in steps], scores)
+    for _ in range(_EXTENSIONS):
+        if (beyond := _edge(best, scores)) is None:
+            break
+        further = [Point(best.rate * ratio ** (beyond * k / _PARTS), best.choice) for k in range(1, _PARTS + 1)]
+        best = attempt(further, scores)
+    _require_finite(best, scores)
+    return Search(best, screened, scores)
+
+
+def _require_finite(best: Point, found: Mapping[Point, float]) -> None:
+    if math.isinf(found[best]):
+        rates = sorted(point.rate for point in found)
         raise ValueError(f"every learning rate from {rates[0]:.3g} to {rates[-1]:.3g} diverged on the tuning tasks")
-    rates = sorted(point.rate for point in scores if point.choice == best.choice)
-    i = rates.index(best.rate)
-    between = [
-        low * (high / low) ** (k / _PARTS)
-        for low, high in itertools.pairwise(rates[max(i - 1, 0) : i + 2])
-        for k in range(1, _PARTS)
-    ]
-    return Search(attempt([Point(rate, choice) for rate in between for choice in choices]), scores)
+
+
+def _favourites(found: Mapping[Point, float]) -> list[Point]:
+    """Return the best point of each choice, the best choice first; without those that diverge at every rate."""
+    best: dict[int, Point] = {}
+    for point in sorted(found, key=lambda p: (found[p], p)):
+        if math.isfinite(found[point]):
+            best.setdefault(point.choice, point)
+    return list(best.values())
+
+
+def _edge(best: Point, found: Mapping[Point, float]) -> int | None:
+    """Return 1 or -1 where the best rate is the highest or the lowest tried with its choice."""
+    rates = sorted(point.rate for point in found if point.choice == best.choice)
+    if len(rates) < 2 or best.rate not in (rates[0], rates[-1]):
+        return None
+    return 1 if best.rate == rates[-1] else -1
 
 
 def half_decades(low: float, high: float) -> tuple[float, ...]:
@@ -183,3 +212,12 @@ HARD_BASELINES: Mapping[str, Grid] = {
 """What a learned optimizer has to beat. All but the first are tuned; "Muon" is a hybrid with AdamW; momentum is 0.9 in
 Nesterov's and 0.95 in Muon's, everything else as in ``torch.optim``. Cosines warm up over 5 % of the steps; "linear
 end" is constant, then falls to 0 over the last 40 %."""
+
+MAIN_BASELINES: Mapping[str, Grid] = {
+    label: HARD_BASELINES[label]
+    for label in (
+        "Adam, default", "Nesterov", "Nesterov + cosine", "Adam", "AdamW + cosine", "AdamW, linear end",
+        "NAdam + cosine", "Schedule-Free", "Muon + cosine",
+    )
+}  # fmt: skip
+"""Those of them that came out best of their kind, and the two that ratios are shown to: half the time of all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,19 @@ GROWTH: tuple[Net, ...] = (
 """Larger and longer than what rules are meta-trained on."""
 
 SUITES: Mapping[str, tuple[Net, ...]] = {"unseen": UNSEEN, "growth": GROWTH}
+
+
+def dealt(nets: Sequence[Net], num_shares: int) -> list[list[Net]]:
+    """Return the nets in so many shares, or fewer, that take about as long as each other."""
+    shares: list[list[Net]] = [[] for _ in range(min(num_shares, len(nets)))]
+    for net in sorted(nets, key=_cost, reverse=True):
+        min(shares, key=lambda share: sum(map(_cost, share))).append(net)
+    return shares
+
+
+def _cost(net: Net) -> float:
+    """Return about how long a net takes: by its steps, and by how many operations one of them has."""
+    return net.num_steps * {"text-rnn": 8.0, "text-transformer": 3.0, "image-conv": 3.0}.get(net.family, 1.0)
 
 
 def chosen(suite: str, names: Iterable[str] = ()) -> tuple[Net, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
@@ -23,11 +24,12 @@ from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation import lanes
 from learnedopt.evaluation.evaluate import Candidate, sample_tasks
-from learnedopt.evaluation.grids import HARD_BASELINES, Grid, Point, Search, search
+from learnedopt.evaluation.grids import FEW, HARD_BASELINES, Grid, Point, Search, search
 from learnedopt.evaluation.nets import UNSEEN, Net
 
 LAST = 20
 """Steps whose mean loss is what a run is judged by."""
+Graphs: TypeAlias = Literal["none", "baselines", "all"]
 Judged: TypeAlias = Literal["last_twenty", "final_loss"]
 """The mean of the train losses before the last 20 updates; the loss on held-out data after the last one."""
 
@@ -65,7 +67,7 @@ def run_suite(
     folder: str | Path,
     protocol: Protocol = Protocol(),
     execution: Execution = Execution(vet=False),
-    graph: bool = False,
+    graphs: Graphs = "none",
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Run all on all nets and leave a file for each pair in ``folder``; what is there already is not run again.
@@ -79,13 +81,15 @@ def run_suite(
         folder: where results are kept; see ``learnedopt.evaluation.suite_table.collect`` for reading them.
         protocol: see there.
         execution: how.
-        graph: run steps as CUDA graphs.
+        graphs: whose steps are run as CUDA graphs; a rule that makes tensors of constants at a step cannot be.
         report: is told, in one line each, what is done.
 
     Raises:
         ValueError: bad input; a result in the folder is of another theta, grid or protocol; a baseline that diverges at
             every rate.
     """
+    if graphs not in get_args(Graphs):
+        raise ValueError(f"graphs={graphs!r} is none of {', '.join(get_args(Graphs))}")
     if twice := candidates.keys() & baselines.keys():
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
     for net in nets:
@@ -97,7 +101,7 @@ def run_suite(
         if not todo:
             report(f"{net.name}: all {len(candidates) + len(baselines)} results are there")
             continue
-        at = _NetRun(net, protocol, execution, graph)
+        at = _NetRun(net, protocol, execution, graphs)
         for label, what, path, about in todo:
             began = time.perf_counter()
             found = at.tuned(what) if isinstance(what, Grid) else at.untuned(what)
@@ -110,18 +114,18 @@ def run_suite(
 def result_path(folder: str | Path, net: Net, label: str) -> Path:
     """Return where a result lies."""
     names = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in (net.name, label)]
-    return Path(folder) / names[0] / f"{names[1]}.json"
+    return Path(folder) / "results" / names[0] / f"{names[1]}.json"
 
 
 class _NetRun:
     """What all optimizers on one net share: tasks, and batches that are drawn once."""
 
-    def __init__(self, net: Net, protocol: Protocol, execution: Execution, graph: bool) -> None:
+    def __init__(self, net: Net, protocol: Protocol, execution: Execution, graphs: Graphs) -> None:
         device = torch.device(execution.device or "cpu")
         if net.lanes and execution.chunk_size is None and device.type == "cuda":
             execution = replace(execution, chunk_size=net.lanes)
         self.family = lanes.Remembered(net.make(), device)
-        self.num_steps, self.protocol, self.execution, self.graph = net.num_steps, protocol, execution, graph
+        self.num_steps, self.protocol, self.execution, self.graphs = net.num_steps, protocol, execution, graphs
         self.tuning = sample_tasks(self.family, protocol.num_tuning_tasks, "suite tuning", protocol.seed)
         self.fresh = sample_tasks(self.family, protocol.num_seeds, "suite fresh", protocol.seed)
 
@@ -130,7 +134,7 @@ class _NetRun:
         objective = candidate[2] if len(candidate) == 3 else TaskLoss()
         trained = lanes.train(
             candidate[0], [candidate[1]], self.family, self.fresh, self.num_steps, self.execution,
-            inner_objective=objective, num_final=self.protocol.num_final, graph=self.graph,
+            inner_objective=objective, num_final=self.protocol.num_final, graph=self.graphs == "all",
         )  # fmt: skip
         return {"kind": "candidate", **_outcome(trained)}
 
@@ -138,23 +142,27 @@ class _NetRun:
         """Return the outcome of a baseline on the reported tasks, tuned on the others."""
         by = self.protocol.tune_for
 
-        def score(points: Sequence[Point]) -> list[float]:
-            return judged(self._train(grid, points, self.tuning))[by].mean(0).tolist()
+        def score(points: Sequence[Point], few: bool) -> list[float]:
+            tasks = tree.narrow(self.tuning, 0, min(FEW, self.protocol.num_tuning_tasks)) if few else self.tuning
+            return judged(self._train(grid, points, tasks))[by].mean(0).tolist()
 
         single = len(grid.rates) == len(grid.choices) == 1
-        found = Search(Point(grid.rates[0], 0), {}) if single else search(score, grid)
+        found = Search(Point(grid.rates[0], 0), {}, {}) if single else search(score, grid)
         outcome = _outcome(self._train(grid, [found.best], self.fresh))
-        tried = [[*point, score] for point, score in sorted(found.scores.items())]
+        tuning = {
+            name: [[*point, score] for point, score in sorted(scores.items())]
+            for name, scores in (("screened", found.screened), ("tried", found.scores))
+        }
         values = grid.values(found.best)
-        return {"kind": "baseline", "values": values, "at_edge": found.at_edge, "tried": tried, **outcome}
+        return {"kind": "baseline", "values": values, "at_edge": found.at_edge, **tuning, **outcome}
 
     def _train(self, grid: Grid, points: Sequence[Point], tasks: Tasks) -> lanes.Trained:
         rule = grid.make(self.num_steps)
         thetas = lanes.points(rule, [grid.values(point) for point in points])
-        num_final = self.protocol.num_final
         return lanes.train(
-            rule, thetas, self.family, tasks, self.num_steps, self.execution, num_final=num_final, graph=self.graph
-        )
+            rule, thetas, self.family, tasks, self.num_steps, self.execution,
+            num_final=self.protocol.num_final, graph=self.graphs != "none",
+        )  # fmt: skip
 
 
 def judged(trained: lanes.Trained) -> dict[Judged, Tensor]:
