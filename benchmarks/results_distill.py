@@ -169,7 +169,7 @@ def tested(rule: UpdateRule, theta: Theta, recipe: Recipe, split: str, seed: int
     loop = InnerLoop(family, rule, Execution(), objective)
     tasks = family.sample(NUM_STARTS, torch.Generator().manual_seed(seed))
     params = loop.run(theta, loop.start(tasks), recipe.validation.num_steps, Tape.NONE).end.params
-    pixels, labels = images.load(family.dataset, family.meta_split)
+    pixels, labels = family.data().all_images("train")
     whole = {"inputs": pixels.to(torch.float32) / 255, "targets": labels}
     found = []
     for start in range(NUM_STARTS):

@@ -11,7 +11,7 @@ from learnedopt.core.execution import Execution
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
+from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
 from learnedopt.core.rule import Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -28,6 +28,7 @@ from learnedopt.estimators.linear_solvers import (
     Solution,
 )
 from learnedopt.estimators.persistent import PersistentES
+from learnedopt.estimators.task_by_task import TaskByTask
 from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
 from learnedopt.execution.programs import CompileWarning
 from learnedopt.objectives.feedback import HypergradientFeedback
@@ -176,6 +177,7 @@ __all__ = [
     "LearnedOptimizer",
     "Linear",
     "LinearSolver",
+    "LogMeans",
     "Matching",
     "MeanLogLoss",
     "MetaObjective",
@@ -205,6 +207,7 @@ __all__ = [
     "Tape",
     "Target",
     "TargetMatching",
+    "TaskByTask",
     "TaskFamily",
     "TaskLoss",
     "TaskMean",

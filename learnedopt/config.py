@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from learnedopt.core.inner import InnerSolver
-from learnedopt.core.objective import FinalLoss, MeanLogLoss, SumOfLosses
+from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
@@ -22,6 +22,7 @@ from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
 from learnedopt.estimators.persistent import PersistentES
+from learnedopt.estimators.task_by_task import TaskByTask
 from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
 from learnedopt.evaluation.few_shot import ErrorRate
 from learnedopt.objectives.matching import KLDivergence, SquaredDistance
@@ -33,13 +34,16 @@ T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined),
-    (FinalLoss, SumOfLosses, MeanLogLoss, TargetMatching, BootstrappedTarget, ErrorRate),
+    (
+        Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined,
+        TaskByTask,
+    ),
+    (FinalLoss, SumOfLosses, MeanLogLoss, LogMeans, TargetMatching, BootstrappedTarget, ErrorRate),
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),
     (SumOfLossesSolver,),
     (ConjugateGradient, Neumann, GMRES),
-)
+)  # fmt: skip
 """What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
 _Change: TypeAlias = tuple[list[str], str]  # the keys that remain, and the text
 

@@ -13,6 +13,7 @@ from learnedopt.optimizers.registry import build, describe, example, make, names
 
 if TYPE_CHECKING:
     from learnedopt.optimizers.adam import Adam
+    from learnedopt.optimizers.adamw import AdamW
     from learnedopt.optimizers.anil import ANIL
     from learnedopt.optimizers.averaged import Averaged
     from learnedopt.optimizers.balanced_rates import BalancedRates, as_meta_sgd
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.meta_sgd import LearnedRates
     from learnedopt.optimizers.mirror_descent import MirrorDescent
     from learnedopt.optimizers.momentum import Momentum
+    from learnedopt.optimizers.muon import Muon
+    from learnedopt.optimizers.nadam import NAdam
     from learnedopt.optimizers.nesterov import Nesterov
     from learnedopt.optimizers.normalised import Normalised
     from learnedopt.optimizers.normalised_lstm import NormalisedLSTM
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from learnedopt.optimizers.reparametrized import Reparametrized
     from learnedopt.optimizers.rmsprop import RMSprop
     from learnedopt.optimizers.rnnprop import RNNprop
+    from learnedopt.optimizers.schedule_free import ScheduleFree
+    from learnedopt.optimizers.scheduled import Scheduled
     from learnedopt.optimizers.sgd import SGD
     from learnedopt.optimizers.small_mlp import SmallMLP
     from learnedopt.optimizers.step_rates import StepRates
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ANIL": "anil",
     "Adam": "adam",
+    "AdamW": "adamw",
     "Averaged": "averaged",
     "Ball": "bases.convex_sets",
     "Box": "bases.convex_sets",
@@ -63,6 +69,8 @@ _LAZY = {
     "LearnedRates": "meta_sgd",
     "MirrorDescent": "mirror_descent",
     "Momentum": "momentum",
+    "Muon": "muon",
+    "NAdam": "nadam",
     "Nesterov": "nesterov",
     "Normalised": "normalised",
     "NormalisedLSTM": "normalised_lstm",
@@ -75,6 +83,8 @@ _LAZY = {
     "Recorded": "recorded",
     "Reparametrized": "reparametrized",
     "SGD": "sgd",
+    "ScheduleFree": "schedule_free",
+    "Scheduled": "scheduled",
     "Simplex": "bases.convex_sets",
     "StepRates": "step_rates",
     "SmallMLP": "small_mlp",
@@ -97,6 +107,7 @@ __all__ = [
     "LSTM",
     "SGD",
     "Adam",
+    "AdamW",
     "Averaged",
     "BalancedRates",
     "Ball",
@@ -113,6 +124,8 @@ __all__ = [
     "LearnedRates",
     "MirrorDescent",
     "Momentum",
+    "Muon",
+    "NAdam",
     "Nesterov",
     "Normalised",
     "NormalisedLSTM",
@@ -124,6 +137,8 @@ __all__ = [
     "Recorded",
     "RecurrentHyperparameters",
     "Reparametrized",
+    "ScheduleFree",
+    "Scheduled",
     "Simplex",
     "SmallMLP",
     "StepRates",

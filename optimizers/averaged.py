@@ -71,3 +71,7 @@ class Averaged(Wrapper):
         share = weight / total
         moved = {k: (share.to(deltas[k].dtype) * deltas[k]).to(grad.dtype) for k, grad in grads.items()}
         return moved, {"step": step, "total": total, "rule": inner}
+
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return the average, which the parameters are."""
+        return params

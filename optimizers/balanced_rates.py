@@ -14,7 +14,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import prefixed
-from learnedopt.optimizers.learned_init import LearnedInit, check_template
+from learnedopt.optimizers.learned_init import LearnedInit, check_template, template_faults
 from learnedopt.optimizers.meta_sgd import LearnedRates
 from learnedopt.optimizers.sgd import Descent
 
@@ -76,6 +76,10 @@ class BalancedRates(UpdateRule):
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start where the parameters are; there is no memory."""
         return params, ()
+
+    def start_faults(self, params: Params) -> list[str]:
+        """Say which parameters the template does not have."""
+        return [] if self.rates == "all" else template_faults(self.template, params, shapes=self.rates == "coordinate")
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Step against the gradient at each one's rate."""

@@ -12,7 +12,7 @@ from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import prefixed
-from learnedopt.optimizers.learned_init import check_template
+from learnedopt.optimizers.learned_init import check_template, template_faults
 
 
 @final
@@ -44,6 +44,10 @@ class Iterate(UpdateRule):
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start where the parameters are; there is no memory."""
         return params, ()
+
+    def start_faults(self, params: Params) -> list[str]:
+        """Say which parameters the template does not have."""
+        return template_faults(self.template, params)
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Return the way to theta."""

@@ -13,6 +13,11 @@ from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.wrapper import Wrapper, handed_on, prefixed, unprefixed
 
+NO_MIXTURE = (
+    "No template serves a mixture of families of different shapes: that takes a rule whose meta-parameters belong to "
+    "no tensor or coordinate"
+)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -69,6 +74,28 @@ def check_template(owner: str, template: object) -> None:
     )
 
 
+def template_faults(template: Params, params: Params, *, shapes: bool = True) -> list[str]:
+    """Say which of a batch's starting parameters have no meta-parameters of their own, in words for ``start_faults``.
+
+    Args:
+        template: one task's parameters, that there are meta-parameters for.
+        params: batched.
+        shapes: whether those belong to coordinates, so that shapes count as well as names.
+    """
+    wrong = [
+        f"{name} {tuple(p.shape[1:])}"
+        for name, p in params.items()
+        if name not in template or (shapes and template[name].shape != p.shape[1:])
+    ]
+    if not wrong:
+        return []
+    here = ", ".join(f"{name} {tuple(p.shape)}" for name, p in template.items())
+    return [
+        f"it has meta-parameters for a template of {here}, and none for {', '.join(wrong)}; build the rule with a "
+        f"template of this family. {NO_MIXTURE}"
+    ]
+
+
 def initial_start(template: Params) -> Theta:
     """Return theta's entries ``init/<param>`` at the template's values."""
     return prefixed("init", {name: value.detach().clone() for name, value in template.items()})
@@ -85,6 +112,6 @@ def learned_start(theta: Theta, params: Params) -> Params:
     if learned != task:
         raise ValueError(
             f"the learned start is one of parameters {learned}, the task's are {task}; build the rule with a template "
-            "of this family"
+            f"of this family. {NO_MIXTURE}"
         )
     return {name: start[name] for name in params}

@@ -14,7 +14,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
 from learnedopt.optimizers.bases.wrapper import prefixed
-from learnedopt.optimizers.learned_init import LearnedInit, check_template
+from learnedopt.optimizers.learned_init import LearnedInit, check_template, template_faults
 from learnedopt.optimizers.sgd import SGD, Descent
 
 Rates: TypeAlias = Literal["coordinate", "tensor", "step"]
@@ -75,6 +75,10 @@ class LearnedRates(UpdateRule):
         if self.rates != "step":
             return params, ()
         return params, {"step": torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)}
+
+    def start_faults(self, params: Params) -> list[str]:
+        """Say which parameters the template does not have."""
+        return template_faults(self.template, params, shapes=self.rates == "coordinate")
 
     def update(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> tuple[Params, State]:
         """Step against the gradient at each one's rate."""

@@ -15,6 +15,7 @@ from learnedopt.optimizers.bases import frame
 from learnedopt.optimizers.bases.frame import Memory
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.normalised_frame import init_theta, step, theta_scale
+from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
 
 
 @final
@@ -55,6 +56,11 @@ class Normalised(UpdateRule):
 
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "lr", self.lr, 1e-12, math.inf)
+
+    @property
+    def kernel(self) -> NormalisedKernel:
+        """The compiled step."""
+        return NormalisedKernel()
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the hand-designed start."""

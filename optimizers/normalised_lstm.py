@@ -18,6 +18,8 @@ from learnedopt.optimizers.bases.frame import Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.precision import wide_dtype
+from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
+from learnedopt.optimizers.kernels.normalised_native import LSTM
 
 
 class LSTMMemory(NamedTuple):
@@ -59,6 +61,11 @@ class NormalisedLSTM(UpdateRule):
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "lr", self.lr, 1e-12, math.inf)
         require_count("units", self.units, least=1)
+
+    @property
+    def kernel(self) -> NormalisedKernel:
+        """The compiled step."""
+        return NormalisedKernel(LSTM, self.units)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the hand-designed start, and draw the LSTM from normal distributions, with its gates half open."""

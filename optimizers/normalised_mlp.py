@@ -17,6 +17,8 @@ from learnedopt.optimizers.bases import frame, frame_features, normalised_frame
 from learnedopt.optimizers.bases.frame import Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
+from learnedopt.optimizers.kernels.normalised_native import MLP
 
 
 @final
@@ -48,6 +50,11 @@ class NormalisedMLP(UpdateRule):
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "lr", self.lr, 1e-12, math.inf)
         require_count("hidden", self.hidden, least=1)
+
+    @property
+    def kernel(self) -> NormalisedKernel:
+        """The compiled step."""
+        return NormalisedKernel(MLP, self.hidden)
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Return the hand-designed start, and draw the hidden layer from N(0, 1 / features)."""

@@ -106,6 +106,14 @@ class Partition(UpdateRule):
             deltas |= group_deltas
         return {name: deltas[name] for name in grads}, new_state
 
+    def result(self, theta: Theta, params: Params, state: dict[str, Any]) -> Params:
+        """Return what each group's rule does."""
+        found = {}
+        for label, names in self._assign(params).items():
+            own = {name: params[name] for name in names}
+            found |= self.groups[label][1].result(unprefixed(label, theta), own, state[label])
+        return {name: found[name] for name in params}
+
     def _assign(self, names: Iterable[str]) -> dict[str, list[str]]:
         members: dict[str, list[str]] = {label: [] for label in self.groups}
         for name in names:

@@ -63,3 +63,7 @@ class Recorded(Wrapper):
         now = torch.arange(self.num_steps, device=loss.device) == state["step"]
         losses = torch.where(now, loss.detach().to(state["losses"].dtype), state["losses"])
         return deltas, {"rule": moved, "losses": losses, "step": state["step"] + 1}
+
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what the rule does."""
+        return super().result(theta, params, state["rule"])

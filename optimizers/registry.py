@@ -15,6 +15,10 @@ _TABLE = {
     "nesterov": "nesterov:Nesterov",
     "rmsprop": "rmsprop:RMSprop",
     "adam": "adam:Adam",
+    "adamw": "adamw:AdamW",
+    "nadam": "nadam:NAdam",
+    "muon": "muon:Muon",
+    "schedule-free": "schedule_free:ScheduleFree",
     "lstm": "lstm:LSTM",
     "recurrent-hyperparameters": "recurrent_hyperparameters:RecurrentHyperparameters",
     "small-mlp": "small_mlp:SmallMLP",
@@ -41,6 +45,7 @@ _TABLE = {
     "iterate": "iterate:Iterate",
     "reparametrized": "reparametrized:Reparametrized",
     "recorded": "recorded:Recorded",
+    "scheduled": "scheduled:Scheduled",
 }
 _PARTS = {
     "euclidean": "bases.geometry:Euclidean",
@@ -75,6 +80,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "aruba": {"eps": 0.6, "zeta": 3.0},
         "reparametrized": {"rule": heavy_ball, "scales": {"lr": "log", "momentum": "logit"}},
         "recorded": {"rule": heavy_ball, "num_steps": 20},
+        "scheduled": {"rule": heavy_ball},
+        "muon": {"orthogonal": ("first", "middle", "last")},
         "step-rates": {"num_steps": 3},
         "tensor-gru": {"lr": 0.1, "hidden_size": 4},
         "celo2": {"lr": 0.1, "rest_lr": 0.1},

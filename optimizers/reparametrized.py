@@ -87,6 +87,10 @@ class Reparametrized(Wrapper):
         """Move as the rule does with the values read from their scales."""
         return self.rule.update(self._read(theta), grads, state, params, loss)
 
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what the rule does."""
+        return self.rule.result(self._read(theta), params, state)
+
     def _read(self, theta: Theta) -> Theta:
         scaled = unprefixed("rule", theta)
         return {name: value if (at := self._scale(name)) is None else at[1](value) for name, value in scaled.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
@@ -16,17 +15,10 @@ from torch.nn import functional
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, images, streams
+from learnedopt.tasks.data.activations import ACTIVATIONS, Activation
+from learnedopt.tasks.data.minibatches import Dataset, Minibatches
 
-Activation: TypeAlias = Literal["sigmoid", "tanh", "relu", "elu", "gelu", "softplus"]
 Init: TypeAlias = Literal["linear", "normal"]
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "elu": functional.elu,
-    "gelu": functional.gelu,
-    "softplus": functional.softplus,
-}
 
 
 @final
@@ -36,12 +28,14 @@ class ImageMLP(TaskFamily):
 
     A task is a seed, which draws the initial parameters and the minibatches: every step's minibatch is drawn afresh,
     with replacement, from all images of ``meta_split``. "train" and "valid" minibatches are independent draws from the
-    SAME images; what is held out from meta-training is held out by ``meta_split``. Parameters: ``layer0.weight``
-    (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs": (batch_size, side²),
-    "targets": (batch_size,)}``, made on the CPU; side is 28 unless ``crop`` or ``size`` say otherwise.
+    SAME images unless ``held_out``; what is held out from meta-training is held out by ``meta_split``. Parameters:
+    ``layer0.weight`` (hidden[0], 784), ``layer0.bias``, ... as ``nn.Linear`` has them. A batch is ``{"inputs":
+    (batch_size, side²), "targets": (batch_size,)}``, made on the CPU; side is 28 unless ``crop`` or ``size`` say
+    otherwise.
 
     Args:
-        dataset: "mnist" or "fashion-mnist"; where the files are looked for is said in ``learnedopt.tasks.data.images``.
+        dataset: "mnist", "fashion-mnist" or "omniglot-characters", see ``learnedopt.tasks.data.minibatches``; where the
+            files are looked for is said in ``learnedopt.tasks.data.images`` and at ``Omniglot``.
         hidden: the widths of the hidden layers, any number of them; none gives softmax regression.
         activation: after each hidden layer.
         batch_size: images a minibatch.
@@ -49,16 +43,19 @@ class ImageMLP(TaskFamily):
             from N(0, std²), as the paper's public code does with std 0.01.
         std: of "normal"; 0.01 by default.
         dtype: "float32" or "float64"; by default torch's default dtype.
-        meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images.
+        meta_split: "train" uses images 1 to 50,000, "valid" images 50,001 to 60,000, "test" the 10,000 test images. Of
+            the characters: alphabets of 99, 89 and 98 characters, one class each, 15 drawings a class.
         crop: the side of the central square that the network sees, even: a smaller one leaves out the border, which is
             black in MNIST, and with it weights that never move. Their start is that of the whole network's part.
         size: the side that the square is scaled down to by averaging, a divisor of ``crop``; None leaves it as it is.
             The start is that of the whole scaled image's network.
         standardize: subtract the mean of all pixels and divide by their standard deviation, both of the data set's
-            60,000 training images at full size.
+            60,000 training images, or of all characters, at full size.
         relabel_every: the labels are permuted anew every so many steps, the first time at step 0, by a permutation that
             the task's seed draws; both splits' alike. The task changes under the training, as in continual learning.
             None keeps the images' labels.
+        held_out: "valid" minibatches are drawn from other images than "train" ones: the 10,000 test images, or 5 more
+            drawings of each character. A loss on them is a test loss: to evaluate with, never to meta-train on.
 
     Raises:
         ValueError: an option is out of its range.
@@ -71,7 +68,7 @@ class ImageMLP(TaskFamily):
         torch.Size([2, 40, 784])
     """
 
-    dataset: images.Dataset = "mnist"
+    dataset: Dataset = "mnist"
     hidden: tuple[int, ...] = (20,)
     activation: Activation = "sigmoid"
     batch_size: int = 128
@@ -83,37 +80,31 @@ class ImageMLP(TaskFamily):
     size: int | None = None
     standardize: bool = False
     relabel_every: int | None = None
+    held_out: bool = False
 
     def __post_init__(self) -> None:
-        arguments.require_choice("dataset", self.dataset, images.Dataset)
-        if not isinstance(self.hidden, tuple):
-            raise ValueError(f"hidden={self.hidden!r} is not a tuple of widths; pass one such as (20,) or (40, 40)")
-        for i, width in enumerate(self.hidden):
-            arguments.require_count(f"hidden[{i}]", width)
+        arguments.require_widths("hidden", self.hidden)
         arguments.require_choice("activation", self.activation, Activation)
-        arguments.require_count("batch_size", self.batch_size)
         arguments.require_choice("init", self.init, Init)
         if self.std is not None:
             arguments.require_number("std", self.std, least=0)
             if self.init != "normal":
                 raise ValueError(f"std={self.std!r} has no effect with init={self.init!r}; pass init='normal' as well")
-        arguments.require_common(self.dtype, self.meta_split)
-        arguments.require_count("crop", self.crop)
-        if self.crop > images.SIDE or self.crop % 2:
-            raise ValueError(f"crop={self.crop!r} cannot be centred; pass an even number of at most {images.SIDE}")
-        if self.size is not None:
-            arguments.require_count("size", self.size)
-            if self.crop % self.size:
-                raise ValueError(f"size={self.size!r} does not divide crop={self.crop}: blocks of pixels are averaged")
-        if not isinstance(self.standardize, bool):
-            raise TypeError(f"standardize={self.standardize!r} is neither True nor False")
         if self.relabel_every is not None:
             arguments.require_count("relabel_every", self.relabel_every)
+        self.data()
+
+    def data(self) -> Minibatches:
+        """Return where the minibatches come from."""
+        return Minibatches(
+            self.dataset, self.batch_size, self.dtype, self.meta_split,
+            crop=self.crop, size=self.size, standardize=self.standardize, held_out=self.held_out,
+        )  # fmt: skip
 
     @property
     def side(self) -> int:
         """The side of the square that the network sees."""
-        return self.crop if self.size is None else self.size
+        return self.data().side
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw one seed a task."""
@@ -127,7 +118,7 @@ class ImageMLP(TaskFamily):
 
     def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw one task's parameters in float64, so that float32 ones are the same but for rounding."""
-        widths = (self.side**2, *self.hidden, images.NUM_CLASSES)
+        widths = (self.side**2, *self.hidden, self.data().num_classes)
         whole = images.SIDE * self.side / self.crop  # a crop starts as its part of the whole
         params = {}
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
@@ -141,40 +132,24 @@ class ImageMLP(TaskFamily):
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
         """Draw this step's minibatch of each task."""
-        pixels, labels = images.load(self.dataset, self.meta_split)
-        seeds = tasks["seed"].tolist()
-        drawn = [streams.stream(seed, split, step).integers(len(labels), size=self.batch_size) for seed in seeds]
-        index = torch.from_numpy(np.concatenate(drawn))
-        shape = (len(seeds), self.batch_size)
-        inputs = self._seen(pixels.index_select(0, index)).reshape(*shape, -1)
-        targets = labels.index_select(0, index).reshape(shape)
+        inputs, targets = self.data().draw(tasks["seed"], step, split)
         if self.relabel_every is not None:
-            targets = self._relabelled(targets, seeds, step)
-        return {"inputs": inputs, "targets": targets}
-
-    def _seen(self, pixels: Tensor) -> Tensor:
-        """Return what the network sees of images (num_images, 784): (num_images, side, side)."""
-        margin = (images.SIDE - self.crop) // 2
-        inner = slice(margin, images.SIDE - margin)
-        square = pixels.reshape(-1, images.SIDE, images.SIDE)[:, inner, inner]
-        inputs = square.to(arguments.resolve_dtype(self.dtype)).div_(255)
-        if self.standardize:
-            mean, std = images.MOMENTS[self.dataset]
-            inputs = (inputs - mean) / std
-        return inputs if self.size is None else functional.avg_pool2d(inputs, self.crop // self.size)
+            targets = self._relabelled(targets, tasks["seed"].tolist(), step)
+        return {"inputs": inputs.flatten(2), "targets": targets}
 
     def _relabelled(self, targets: Tensor, seeds: list[int], step: int) -> Tensor:
         """Return targets (num_tasks, batch_size) under the permutations that hold at this step."""
         assert self.relabel_every is not None
-        drawn = [streams.stream(s, "labels", step // self.relabel_every).permutation(images.NUM_CLASSES) for s in seeds]
+        classes, turn = self.data().num_classes, step // self.relabel_every
+        drawn = [streams.stream(seed, "labels", turn).permutation(classes) for seed in seeds]
         return torch.from_numpy(np.stack(drawn)).gather(1, targets)
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
-        """Return the logits (batch_size, 10)."""
+        """Return the logits (batch_size, num_classes): 10, or as many as there are characters."""
         hidden = batch["inputs"]
         for i in range(len(self.hidden)):
             hidden = functional.linear(hidden, params[f"layer{i}.weight"], params[f"layer{i}.bias"])
-            hidden = _ACTIVATIONS[self.activation](hidden)
+            hidden = ACTIVATIONS[self.activation](hidden)
         last = len(self.hidden)
         return functional.linear(hidden, params[f"layer{last}.weight"], params[f"layer{last}.bias"])
 

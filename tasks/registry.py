@@ -10,6 +10,8 @@ _TABLE = {
     "logistic": "logistic:LogisticRegression",
     "linear-regression": "regression:LinearRegression",
     "image-mlp": "image_mlp:ImageMLP",
+    "image-conv": "image_conv:ImageConv",
+    "image-autoencoder": "image_autoencoder:ImageAutoencoder",
     "noisy-images": "noisy_images:NoisyImages",
     "sine": "sine:Sine",
     "omniglot": "omniglot:Omniglot",
@@ -19,6 +21,12 @@ _TABLE = {
     "clusters": "clusters:Clusters",
     "experts": "experts:Experts",
     "superclasses": "superclasses:Superclasses",
+    "text-transformer": "text_transformer:TextTransformer",
+    "text-rnn": "text_rnn:TextRNN",
+    "lasso": "lasso:Lasso",
+    "rastrigin": "rastrigin:Rastrigin",
+    "rescaled": "rescaled:Rescaled",
+    "mixture": "mixture:Mixture",
 }
 FAMILIES = Registry(TaskFamily, "task family", "task families", "learnedopt.tasks", _TABLE)
 names, register, make = FAMILIES.names, FAMILIES.register, FAMILIES.make

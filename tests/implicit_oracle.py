@@ -67,9 +67,9 @@ def _implicit_value(
     free = torch.ones(len(z), dtype=torch.bool)
     if step_map:
         starts = {k: p[0] for k, p in loop.family.init_params(task).items()}
-        start = loop.rule.init(rule_theta(loop.rule, theta), starts)[0]
+        start = loop.mover.init(rule_theta(loop.rule, theta), starts)[0]
         start = torch.cat([start[k].reshape(-1) for k in end[0]])
-        free[: len(start)] = ~_left_alone(loop.rule, at, end)
+        free[: len(start)] = ~_left_alone(loop.mover, at, end)
     jacobian = torch.func.jacrev(map_of)(z, at).mT[:, free]
     square, right = jacobian[free], v[free]
     eye = torch.eye(len(right), dtype=FLOAT)
@@ -114,7 +114,7 @@ def _step_map_system(loop: InnerLoop, batch: Any, end: Any) -> tuple[Callable[[T
             filled[i] = piece.reshape(flat[i].shape)
         params, state = pytree.tree_unflatten(filled, spec)
         grads, (_, told) = torch.func.grad_and_value(_descended_at, has_aux=True)(params, loop, theta, batch)
-        deltas, state = loop.rule.update(rule_theta(loop.rule, theta), grads, state, params, told)
+        deltas, state = loop.mover.update(rule_theta(loop.rule, theta), grads, state, params, told)
         image = pytree.tree_leaves(({k: p + deltas[k] for k, p in params.items()}, state))
         return torch.cat([image[i].reshape(-1) for i in moving])
 

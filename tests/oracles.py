@@ -18,6 +18,7 @@ from learnedopt import (
     FinalLoss,
     InnerLoop,
     KLDivergence,
+    LogMeans,
     MeanLogLoss,
     MomentMatching,
     RegretBound,
@@ -61,7 +62,7 @@ def walk(
     What is held are the gradients and losses that the rule was given: the outer losses that are read along the way are
     computed anew, where the replay has come to.
     """
-    family, rule, objective = loop.family, loop.rule, loop.inner_objective
+    family, rule, objective = loop.family, loop.mover, loop.inner_objective
     rules_own = rule_theta(rule, theta)
     own = {k: p[0] for k, p in family.init_params(task).items()}
     points, losses, told, grads = [rule.init(rules_own, own) if start is None else start], [], [], []
@@ -112,6 +113,11 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
     if isinstance(objective, SumOfLosses | MeanLogLoss):
         losses = torch.stack([*path.losses[1:], outer_loss("train")])
         return losses.sum() if isinstance(objective, SumOfLosses) else losses.log().mean()
+    if isinstance(objective, LogMeans):
+        losses = [*path.losses[1:], outer_loss("train")]
+        last = losses[-max(1, round(objective.last * len(losses))) :]
+        logs = [(sum(part, torch.zeros(())) / len(part)).log() for part in (losses, last)]
+        return objective.scale * (logs[0] + objective.weight_last * logs[1])
     if isinstance(objective, RegretBound | MomentMatching):
         return from_start(objective, theta, end, *target)
     assert isinstance(objective, TargetMatching)

@@ -123,6 +123,59 @@ class Logistic(TaskFamily):
         return functional.binary_cross_entropy_with_logits(batch["x"] @ params["w"], batch["y"])
 
 
+class Mix(TaskFamily):
+    """Tasks of several families of different shapes: a member's number and a seed each."""
+
+    def __init__(self, *members: TaskFamily) -> None:
+        self._members = members
+
+    @property
+    def families(self) -> tuple[TaskFamily, ...]:
+        return self._members
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
+        drawn = torch.randint(len(self._members), (num_tasks,), generator=generator)
+        return {"member": drawn, "seed": torch.randint(2**31, (num_tasks,), generator=generator)}
+
+    def split(self, tasks: Tasks) -> list[tuple[TaskFamily, Tasks, list[int]]]:
+        found = []
+        for i, family in enumerate(self._members):
+            places = [j for j, member in enumerate(tasks["member"].tolist()) if member == i]
+            each = [family.sample(1, torch.Generator().manual_seed(int(tasks["seed"][j]))) for j in places]
+            if places:
+                found.append((family, {k: torch.cat([x[k] for x in each]) for k in each[0]}, places))
+        return found
+
+    def init_params(self, tasks: Tasks) -> Params:
+        raise ValueError("tasks of different shapes cannot be run together")
+
+    def batch(self, tasks: Tasks, step: int, split: str) -> Any:
+        raise ValueError("tasks of different shapes cannot be run together")
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        raise ValueError("tasks of different shapes cannot be run together")
+
+
+class Scheduled(UpdateRule):
+    """Momentum whose rate falls over the horizon; its meta-parameters are on different scales."""
+
+    reads_horizon = True
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {k: torch.tensor(x, dtype=FLOAT) for k, x in (("log_lr", -2.5), ("slope", 0.4), ("logit", 0.2))}
+
+    def theta_scale(self) -> dict[str, float | Tensor]:
+        return {"log_lr": 0.25, "slope": 3.0}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, {k: torch.zeros_like(p) for k, p in params.items()}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor, *, progress: Tensor) -> Any:
+        slow = {k: theta["logit"].sigmoid() * state[k] + g for k, g in grads.items()}
+        rate = (theta["log_lr"] - theta["slope"] * progress).exp()
+        return {k: -rate * m for k, m in slow.items()}, slow
+
+
 class Anchored(UpdateRule):
     """Descent pulled towards the learned start, which only the state remembers; handed on untouched and reordered.
 

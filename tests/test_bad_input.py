@@ -24,6 +24,7 @@ from learnedopt import (
     Implicit,
     InnerLoop,
     InnerObjective,
+    LogMeans,
     MeanLogLoss,
     Neumann,
     Proximal,
@@ -467,7 +468,7 @@ def path_mean(loop: InnerLoop, theta: Theta, rollout: Any) -> Tensor:
     return loop.losses(theta, rollout.end, "valid").mean() + 0.1 * rollout.losses.mean()
 
 
-@pytest.mark.parametrize("objective", [SumOfLosses(), MeanLogLoss(), path_mean])
+@pytest.mark.parametrize("objective", [SumOfLosses(), MeanLogLoss(), LogMeans(), path_mean])
 @pytest.mark.parametrize("solver", [ConjugateGradient(5), GMRES(), Neumann(5)], ids=str)
 def test_an_objective_of_the_path_under_an_implicit_gradient(objective: MetaObjective, solver: Any) -> None:
     refuses(

@@ -34,6 +34,7 @@ from learnedopt import (
     InnerObjective,
     KLDivergence,
     LeaderAndRadius,
+    LogMeans,
     MeanLogLoss,
     MetaTrainer,
     MomentMatching,
@@ -45,6 +46,7 @@ from learnedopt import (
     SumOfLosses,
     Tape,
     TargetMatching,
+    TaskByTask,
     TaskFamily,
     TaskLoss,
     Tasks,
@@ -70,11 +72,14 @@ pytestmark = [
 ]
 
 NUM_STEPS = 4
+HORIZON = 20
+"""Longer than any run, with the steps of targets: past it a schedule stands still, and nothing depends on theta."""
 
 OBJECTIVES: dict[str, MetaObjective] = {
     "final loss": FinalLoss(),
     "sum of losses": SumOfLosses(),
     "mean log loss": MeanLogLoss(),
+    "log means": LogMeans(last=0.5),
     "bootstrapped": BootstrappedTarget(3, 0.2),
     "bootstrapped kl": BootstrappedTarget(2, 0.3, "train", KLDivergence()),
     "regret bound": RegretBound(3),
@@ -105,7 +110,7 @@ def loop_of(rule: str, inner: str) -> InnerLoop:
     family: TaskFamily
     if inner == "task-loss":
         family = Quadratic()
-        return InnerLoop(family, optimizers.example(rule, template(family)))
+        return InnerLoop(family, optimizers.example(rule, template(family)), horizon=HORIZON)
     family = Labelled()
     like = template(family)
     objective = OWN[inner](like) if inner in OWN else inner_objectives.example(inner, like, 8, 2, (3,))
@@ -215,6 +220,7 @@ ESTIMATORS = {
     "truncated full": Entry(Truncated(2, 20, Tape.FULL), 2, windows_by_hand(2, full=True), 1e-12),
     "k-rmd": Entry(TruncatedBackprop(NUM_STEPS, 3), 1, last_steps_by_hand, 1e-12),
     "combined": Entry(Combined(Unrolled(NUM_STEPS), FirstOrder(NUM_STEPS)), 1, mean_of_both_tapes, 1e-12),
+    "task by task": Entry(TaskByTask(Unrolled(NUM_STEPS)), 1, plain_unroll, 1e-12),
     "forward": Entry(ForwardMode(NUM_STEPS), 1, plain_unroll, 1e-12),
     "forward blocks": Entry(ForwardMode(NUM_STEPS, block_size=1000), 1, plain_unroll, 1e-12),
     "forward windows": Entry(ForwardMode(2, 20), 2, windows_by_hand(2, full=True, through=True), 1e-12),
@@ -239,7 +245,17 @@ class Refusal(NamedTuple):
 
 IMPLICIT = ("implicit cg", "implicit neumann", "implicit gmres")
 FORWARD = ("forward", "forward blocks", "forward windows")
-STEPPING = ("unrolled", "first order", "segments", "truncated", "truncated full", "k-rmd", "combined", *FORWARD)
+STEPPING = (
+    "unrolled",
+    "first order",
+    "segments",
+    "truncated",
+    "truncated full",
+    "k-rmd",
+    "combined",
+    "task by task",
+    *FORWARD,
+)
 PERTURBING = ("evolution", "persistent", "noise reuse")
 DETACHED = ("first order", "truncated", "combined")
 """Estimators whose tape, or one of whose tapes, is ``Tape.FIRST_ORDER``."""
@@ -247,6 +263,8 @@ WITHOUT_START = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "lstm", "recurrent-hyperparameters", "learned-rates", "clip",
     "partition", "averaged", "iterate", "mirror-descent", "projected", "balanced-rates", "reparametrized", "recorded",
     "small-mlp", "step-rates", "tensor-gru", "rnnprop", "celo2",
+    "adamw", "nadam", "muon", "schedule-free", "scheduled",
+    "normalised", "normalised-mlp", "normalised-lstm", "general",
 )  # fmt: skip
 """Rules that start where the task does."""
 STARTS_ONLY = ("maml", "anil")
@@ -303,7 +321,10 @@ REFUSED = [
         "'?(rule/)?init/.*no path to the objective through 3",
     ),
     # A solution does not know the way that led to it ...
-    Refusal(IMPLICIT, None, None, ("sum of losses", "mean log loss", *FROM_START), "reads the losses along the way"),
+    Refusal(
+        IMPLICIT, None, None, ("sum of losses", "mean log loss", "log means", *FROM_START),
+        "reads the losses along the way",
+    ),
     # ... nor its starting point, nor how fast it was reached.
     Refusal(
         IMPLICIT,
@@ -321,6 +342,8 @@ REFUSED = [
         (
             "adam", "averaged", "recorded", "recurrent-hyperparameters", "small-mlp", "step-rates", "tensor-gru",
             "rnnprop", "celo2",
+            "adamw", "nadam", "muon", "schedule-free", "scheduled",
+            "normalised", "normalised-mlp", "normalised-lstm", "general",
         ),
         TASK_LOSS, None, "counts its steps",
     ),

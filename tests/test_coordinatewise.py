@@ -173,7 +173,7 @@ def coordinatewise_rules() -> list[str]:
     kinds = []
     for kind in optimizers.names():
         rule = registry.example(kind, template(Quadratic()))
-        loop = InnerLoop(Quadratic(), rule)
+        loop = InnerLoop(Quadratic(), rule, horizon=20)
         params = {k: p.to(FLOAT) for k, p in template(Quadratic()).items()}
         if coordinatewise.reason_against(loop, generic_theta(rule), params, Tape.FIRST_ORDER) is None:
             kinds.append(kind)
@@ -184,7 +184,7 @@ def windows(
     estimator: GradientEstimator, rule: UpdateRule, objective: MetaObjective, execution: Execution, *, plain: bool
 ) -> list[Estimate]:
     """Return the estimates of two windows in a row, by the adjoint or by the plain unroll."""
-    loop = InnerLoop(Quadratic(), rule, execution)
+    loop = InnerLoop(Quadratic(), rule, execution, horizon=20)
     if plain:
         loop.cache.put("coordinatewise", "it is what is compared with")
     theta, carry, found = generic_theta(rule), loop.start(sample(Quadratic(), 3)), []

@@ -46,7 +46,7 @@ def loop_of(name: str, execution: Execution = Execution()) -> InnerLoop:  # noqa
         return imaml_loop(FAMILY, execution)
     own = {"anchored": Anchored, "skewed": Skewed}
     rule = own[name]() if name in own else optimizers.example(name, template(FAMILY))
-    return InnerLoop(FAMILY, rule, execution)
+    return InnerLoop(FAMILY, rule, execution, horizon=20)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 9])

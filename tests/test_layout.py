@@ -20,13 +20,13 @@ LAW: dict[str, tuple[str, ...]] = {
     "estimators": ("core", "execution"),
     **dict.fromkeys(("optimizers", "tasks", "inner_objectives", "objectives", "meta_optimizers"), ("core",)),
     "training": ("core",),
-    "evaluation": ("core", "estimators"),
+    "evaluation": ("core", "execution", "estimators"),
     "plug_in": ("core", "estimators", "objectives", "meta_optimizers"),
     "recipes": ("core", "estimators", "objectives", "meta_optimizers", "plug_in", "evaluation", "training"),
 }
 # The edge may import every room, those with a registry only inside functions; no room imports the edge.
 EDGE = (
-    "__init__", "optim", "checkpoint", "config", "run",
+    "__init__", "optim", "checkpoint", "config", "run", "stages",
     "cli", "cli_check", "cli_train", "cli_evaluate",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink

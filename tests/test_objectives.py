@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from oracles import Reference, relative_error
@@ -16,6 +19,7 @@ from learnedopt import (
     FinalLoss,
     InnerLoop,
     KLDivergence,
+    LogMeans,
     MeanLogLoss,
     SquaredDistance,
     SumOfLosses,
@@ -49,9 +53,42 @@ def test_values_are_those_of_the_losses_after_each_step(num_steps: int, chunk_si
     after = longer.losses[1:] if num_steps else longer.losses
     torch.testing.assert_close(SumOfLosses()(loop, theta, rollout), after.sum(0).mean(), rtol=1e-14, atol=0)
     torch.testing.assert_close(MeanLogLoss()(loop, theta, rollout), after.log().mean(), rtol=1e-14, atol=0)
+    for objective, num_last in ((LogMeans(2.0), 1), (LogMeans(0.5, last=0.6, scale=0.3), 3), (LogMeans(last=1.0), 5)):
+        ends = after[-min(num_last, len(after)) :]
+        value = objective.scale * (after.mean(0).log() + objective.weight_last * ends.mean(0).log()).mean()
+        torch.testing.assert_close(objective(loop, theta, rollout), value, rtol=1e-14, atol=0)
     expected = loop.losses(theta, rollout.end, "valid").mean()
     torch.testing.assert_close(FinalLoss()(loop, theta, rollout), expected, rtol=1e-14, atol=0)
     assert not torch.isclose(expected, loop.losses(theta, rollout.end, "train").mean(), rtol=1e-3)
+
+
+def test_the_last_tenth_of_a_hundred_losses_are_ten_and_ratios_are_what_counts() -> None:
+    losses = torch.rand(101, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    before, end = losses[:-1], losses[-1]
+    found = LogMeans(2.0, scale=2 / 3).of_losses(before, end)
+    expected = 2 / 3 * (losses[1:].mean(0).log() + 2 * losses[91:].mean(0).log())
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    larger = LogMeans(2.0, scale=2 / 3).of_losses(10 * before, 10 * end)
+    torch.testing.assert_close(larger, found + 2 * math.log(10), rtol=1e-13, atol=0)
+    of_fifty = LogMeans(1.0).of_losses(losses[:50], losses[50])
+    torch.testing.assert_close(of_fifty, losses[1:51].mean(0).log() + losses[46:51].mean(0).log(), rtol=1e-14, atol=0)
+    # Nothing is shifted or clamped: what has no logarithm is not finite, and a meta-step on it is skipped.
+    assert LogMeans().of_losses(-before, -end).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"weight_last": -0.1}, "weight_last=-0.1 must be finite and not negative"),
+        ({"weight_last": math.nan}, "weight_last=nan must be"),
+        ({"last": 0.0}, "last=0.0 is a share of the steps"),
+        ({"last": 1.5}, "last=1.5 is a share of the steps"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+    ],
+)
+def test_bad_weights_of_log_means_are_refused(options: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        LogMeans(**options)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

@@ -21,18 +21,23 @@ from learnedopt.optimizers import (
     LSTM,
     SGD,
     Adam,
+    AdamW,
     Averaged,
     Clip,
     Iterate,
     LearnedInit,
     LearnedRates,
     Momentum,
+    Muon,
+    NAdam,
     Nesterov,
     Partition,
     Recorded,
     RecurrentHyperparameters,
     Reparametrized,
     RMSprop,
+    Scheduled,
+    ScheduleFree,
     StepRates,
     build,
     describe,
@@ -48,6 +53,7 @@ from learnedopt.optimizers.bases.wrapper import Wrapper
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-12
+HORIZON = 7
 
 
 def template(dtype: torch.dtype = torch.float64, seed: int = 1) -> Params:
@@ -111,6 +117,13 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "rmsprop, centered": lambda t: RMSprop(0.01, alpha=0.9, weight_decay=0.02, momentum=0.5, centered=True, eps=1e-2),
     "adam, fast": lambda t: Adam(lr=0.05, beta1=0.8, beta2=0.9, eps=1e-2, weight_decay=0.02),
     "adam, decay learned from 0": lambda t: Adam(lr=0.05, learn=("beta2", "weight_decay")),
+    "adamw, fast": lambda t: AdamW(lr=0.05, beta1=0.8, beta2=0.9, eps=1e-2, weight_decay=0.3),
+    "nadam, fast": lambda t: NAdam(lr=0.05, beta2=0.9, eps=1e-2, weight_decay=0.02, momentum_decay=0.5),
+    "muon": lambda t: Muon(lr=0.05, ratio=0.5, eps=1e-2, orthogonal=("first", "middle", "last")),
+    "schedule-free, warm": lambda t: ScheduleFree(lr=0.05, eps=1e-2, beta1=0.8, weight_decay=0.1, warmup_steps=3),
+    "schedule-free, plain": lambda t: ScheduleFree(lr=0.05, beta1=0.8, weight_decay=0.1, adaptive=False),
+    "scheduled, linear": lambda t: Scheduled(AdamW(lr=0.05, eps=1e-2), "linear-end", warmup=0.3, decay=0.6),
+    "scheduled around a scheduled average": lambda t: Scheduled(Averaged(Scheduled(Momentum(lr=0.1)))),
     "meta-sgd, per tensor": lambda t: make("meta-sgd", template=t, rates="tensor", lr=0.1),
     "meta-sgd, per step": lambda t: make("meta-sgd", template=t, rates="step", lr=0.1, num_steps=3),
     "step-rates, last kept": lambda t: StepRates(2, lr=0.05),
@@ -136,8 +149,11 @@ STEPS = ("sgd", "maml", "meta-sgd", "learned-rates", "step-rates", "balanced-rat
 
 
 def prepared(kind: str) -> tuple[UpdateRule, Theta]:
-    """Return the rule and a theta that is moved off the template, so that a learned start is not the task's own."""
-    rule = RULES[kind](template())
+    """Return the rule and a theta that is moved off the template, so that a learned start is not the task's own.
+
+    A rule that reads the horizon comes with its clock.
+    """
+    rule = RULES[kind](template()).within(HORIZON)
     generator = torch.Generator().manual_seed(7)
     theta = rule.init_theta(generator)
     return rule, {k: v + 0.1 * torch.randn(v.shape, generator=generator) if v.ndim else v for k, v in theta.items()}
@@ -235,7 +251,7 @@ def test_vmap_equals_a_loop_over_tasks(kind: str) -> None:
 
 @every_rule
 def test_a_rule_with_a_kernel_is_final_and_what_alters_updates_hands_on_none(kind: str) -> None:
-    rule, _ = prepared(kind)
+    rule = RULES[kind](template())
     assert rule.kernel is None or getattr(type(rule), "__final__", False)
     assert rule.kernel is None or kind.partition(",")[0] not in ("clip", "partition", "an lstm per tensor")
 
@@ -389,6 +405,8 @@ NOT_COORDINATEWISE = (
     "partition with a start", "projected", "iterate", "average of learned rates", "recurrent-hyperparameters",
     "balanced-rates", "aruba", "aruba, per tensor", "aruba, isotropic", "recorded", "small-mlp", "small-mlp, deep",
     "tensor-gru", "celo2", "celo2, normalised alone",
+    "normalised", "normalised-mlp", "normalised-lstm", "general",
+    "muon",
 )  # fmt: skip
 
 
@@ -397,6 +415,8 @@ def test_which_rules_are_coordinatewise() -> None:
     coupled = {
         "learned-rates", "meta-sgd", "anil", "partition", "iterate", "projected", "recurrent-hyperparameters",
         "balanced-rates", "aruba", "recorded", "small-mlp", "tensor-gru", "celo2",
+        "normalised", "normalised-mlp", "normalised-lstm", "general",
+        "muon",
     }  # fmt: skip
     assert claimed == {*names()} - coupled
     assert not RULES["clip, norm"](template()).coordinatewise
@@ -467,11 +487,12 @@ def finite_differences(value: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 @every_rule
 def test_describe_and_build_give_the_same_rule(kind: str) -> None:
-    rule, theta = prepared(kind)
+    rule, theta = RULES[kind](template()), prepared(kind)[1]
     config = json.loads(json.dumps(describe(rule)))
     again = build(config)
     assert describe(again) == config
     assert type(again) is type(rule)
+    rule, again = rule.within(HORIZON), again.within(HORIZON)
     drawn = again.init_theta(torch.Generator().manual_seed(0))
     assert {k: (v.shape, v.dtype) for k, v in drawn.items()} == {k: (v.shape, v.dtype) for k, v in theta.items()}
     params, batches = template(seed=2), [data(step) for step in range(4)]
@@ -506,6 +527,16 @@ TORCH: list[tuple[UpdateRule, Callable[[list[Tensor]], torch.optim.Optimizer]]] 
         lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.7, 0.95), eps=1e-3, weight_decay=0.05),
     ),
     (Adam(lr=0.05, beta1=0.0, beta2=0.0), lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.0, 0.0))),
+    (AdamW(), lambda p: torch.optim.AdamW(p)),
+    (
+        AdamW(lr=0.05, beta1=0.7, beta2=0.95, eps=1e-3, weight_decay=0.3),
+        lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.7, 0.95), eps=1e-3, weight_decay=0.3),
+    ),
+    (NAdam(), lambda p: torch.optim.NAdam(p)),
+    (
+        NAdam(lr=0.05, beta1=0.7, beta2=0.95, eps=1e-3, weight_decay=0.05, momentum_decay=0.1),
+        lambda p: torch.optim.NAdam(p, lr=0.05, betas=(0.7, 0.95), eps=1e-3, weight_decay=0.05, momentum_decay=0.1),
+    ),
 ]
 
 
@@ -577,6 +608,16 @@ def test_only_dampening_makes_momentum_remember_that_it_started() -> None:
         (lambda: RMSprop(alpha=1.5), ValueError, "alpha=1.5 .* below 1"),
         (lambda: Adam(beta2=1.0), ValueError, "beta2=1.0 .* below 1"),
         (lambda: Adam(eps=-1e-8), ValueError, "eps=-1e-08"),
+        (lambda: Muon(adjust="rms"), ValueError, "adjust='rms' is none of original, match_rms_adamw"),  # pyright: ignore[reportArgumentType]
+        (lambda: Muon(orthogonal="first"), ValueError, "no tuple of some of first, middle, last"),  # pyright: ignore[reportArgumentType]
+        (lambda: Muon(num_newton_schulz=0), ValueError, "num_newton_schulz=0"),
+        (lambda: ScheduleFree(beta1=0.0), ValueError, "beta1=0 takes the gradient at z alone"),
+        (lambda: ScheduleFree(warmup_steps=-1), ValueError, "warmup_steps=-1"),
+        (lambda: ScheduleFree(adaptive=False, learn=("lr", "eps")), ValueError, r"\['eps'\] do nothing"),
+        (lambda: Scheduled(SGD(), "exponential"), ValueError, "'exponential' is none of cosine, linear-end"),  # pyright: ignore[reportArgumentType]
+        (lambda: Scheduled(SGD(), warmup=1.0), ValueError, "warmup=1.0"),
+        (lambda: Scheduled(SGD(), decay=0.4), ValueError, "no effect with schedule='cosine'"),
+        (lambda: Scheduled(SGD(), "linear-end", warmup=0.7, decay=0.4), ValueError, "what the warm-up leaves"),
         (lambda: LearnedRates(template(), lr=-1.0), ValueError, "lr=-1.0"),
         (lambda: LearnedRates(template(), rates="row"), ValueError, "none of coordinate, tensor, step"),  # pyright: ignore[reportArgumentType]
         (lambda: LearnedRates({}), ValueError, "an empty one"),

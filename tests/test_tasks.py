@@ -26,10 +26,12 @@ from learnedopt.tasks import (
     Clusters,
     Experts,
     ImageMLP,
+    Lasso,
     LinearRegression,
     LogisticRegression,
     NoisyImages,
     Quadratic,
+    Rastrigin,
     Superclasses,
     build,
     describe,
@@ -42,12 +44,13 @@ from learnedopt.tasks import (
     registry,
     superclasses,
 )
-from learnedopt.tasks.data import image_array, images, streams
+from learnedopt.tasks.data import characters, image_array, images, streams
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-12
 SPLITS: tuple[Split, Split] = ("train", "valid")
+SMALL_MLP = {"name": "image-mlp", "options": {"batch_size": 6, "hidden": [4], "activation": "tanh"}}
 # Options beside the defaults that the shared tests run each family with; a family without a line runs with defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quadratic": [{"dim": 3, "start_scale": 0.7}, {"distribution": "uniform", "start_scale": 0.7}],
@@ -63,6 +66,24 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"batch_size": 6, "hidden": (), "dataset": "fashion-mnist"},
         {"batch_size": 6, "crop": 20, "size": 10, "standardize": True, "relabel_every": 2},
     ],
+    "image-conv": [
+        {"batch_size": 5, "channels": (3, 4), "size": 7},
+        {"batch_size": 5, "channels": (4, 6), "size": 7, "norm": "batch", "activation": "tanh", "standardize": True},
+        {
+            "batch_size": 3,
+            "channels": (2, 4),
+            "size": 7,
+            "norm": "group",
+            "groups": 2,
+            "activation": "gelu",
+            "residual": True,
+            "dataset": "omniglot-characters",
+        },
+    ],
+    "image-autoencoder": [
+        {"batch_size": 4, "widths": (5, 3), "size": 14, "activation": "tanh"},
+        {"batch_size": 4, "widths": (3,), "size": 7, "error": "cross-entropy", "dataset": "omniglot-characters"},
+    ],
     "noisy-images": [{"num_train": 30, "num_valid": 20}],
     "sine": [{"shots": 4, "hidden": (5, 4), "init_seed": None}, {"protocol": "maml", "hidden": (5,), "init_std": 0.3}],
     "omniglot": [
@@ -76,11 +97,29 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "experts": [{"concentration": 0.9}],
     "superclasses": [{"shots": 2, "num_features": 5}],
     "mini-imagenet": [{"ways": 2, "shots": 2, "queries": 3, "width": 3, "model": "conv-pool"}],
+    "text-transformer": [
+        {"dim": 6, "num_heads": 2, "batch_size": 2, "context": 5},
+        {"dim": 4, "num_layers": 1, "num_heads": 1, "bias": False, "batch_size": 3, "context": 4, "held_out": True},
+    ],
+    "text-rnn": [
+        {"width": 4, "batch_size": 2, "context": 5},
+        {"cell": "lstm", "width": 3, "num_layers": 2, "batch_size": 3, "context": 4, "held_out": True},
+    ],
+    "lasso": [{"num_rows": 3, "dim": 4, "strength": 0.3, "noise": 0.1}],
+    "rastrigin": [{"dim": 3, "height": 0.5}],
+    "rescaled": [
+        {"family": SMALL_MLP, "initial_scale": 0.3, "tensor_scale": 0.4, "probability": 0.5},
+        {"family": SMALL_MLP, "tensor_scale": 0.4, "coordinate_scale": 0.5},
+    ],
 }
 
 
+NOT_RUN = ("mixture",)
+"""Its tasks differ in shape, so that it has no parameters or batches of its own: tests/test_mixture.py."""
+
+
 def enrolled() -> list[Any]:
-    cases = [(name, options) for name in names() for options in VARIANTS.get(name, [{}])]
+    cases = [(name, options) for name in names() if name not in NOT_RUN for options in VARIANTS.get(name, [{}])]
     return [pytest.param(name, options, id=f"{name}-{i}") for i, (name, options) in enumerate(cases)]
 
 
@@ -97,6 +136,13 @@ def made_images(dataset: str, meta_split: str) -> images.Images:
     pixels = random.integers(256, size=(500, images.NUM_PIXELS)).astype(np.uint8)
     pixels[:, 0], pixels[:, 1] = np.arange(500) // 256, np.arange(500) % 256
     return images.Images(torch.from_numpy(pixels), torch.from_numpy(random.integers(images.NUM_CLASSES, size=500)))
+
+
+def made_characters(meta_split: Any, held_out: bool) -> images.Images:
+    """500 images of noise as above with other labels; where held out, 100 others."""
+    pixels, labels = made_images("characters" + "a" * held_out, meta_split)
+    part = slice(100 if held_out else None)
+    return images.Images(pixels[part], (labels * 7 + 1)[part])
 
 
 def indices(inputs: Tensor) -> Tensor:
@@ -120,6 +166,7 @@ REMEMBERED = {k: functools.cache(getattr(superclasses, k).__wrapped__) for k in 
 def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the data sets by ``made_images`` and ``made_classes``."""
     monkeypatch.setattr(images, "load", made_images)
+    monkeypatch.setattr(characters, "load", made_characters)
     for name, of_made_images in REMEMBERED.items():
         monkeypatch.setattr(superclasses, name, of_made_images)
     monkeypatch.setattr(omniglot, "load", lambda *_: made_classes(28, 1))
@@ -294,6 +341,38 @@ def test_quadratics_have_the_distribution_that_they_name() -> None:
 def test_the_start_changes_no_function() -> None:
     at_zero, elsewhere = (Quadratic(start_scale=scale).sample(3, seeded()) for scale in (0.0, 1.0))
     assert_equal([at_zero["W"], at_zero["y"]], [elsewhere["W"], elsewhere["y"]])
+
+
+def test_lasso_is_a_penalised_half_square_with_sparse_truth() -> None:
+    family = Lasso(num_rows=3, dim=4, strength=0.3)
+    batch = tree.squeeze(family.batch(family.sample(1, seeded()), 5, "valid"))
+    x = np.array([0.3, -1.2, 0.0, 2.0])
+    gap = batch["A"].numpy() @ x - batch["b"].numpy()
+    found = torch.func.grad_and_value(family.loss)({"x": torch.from_numpy(x)}, batch)
+    assert float(found[1]) == pytest.approx(0.5 * (gap**2).sum() + 0.3 * 3.5, rel=1e-13)
+    np.testing.assert_allclose(found[0]["x"].numpy(), batch["A"].numpy().T @ gap + 0.3 * np.sign(x), rtol=1e-12)
+    for density, noise in ((0.25, 0.0), (1.0, 0.0), (0.0, 0.5)):
+        tasks = Lasso(num_rows=12, dim=4, density=density, noise=noise).sample(1000, seeded())
+        true = torch.linalg.lstsq(tasks["A"], tasks["b"].unsqueeze(-1)).solution
+        if noise:
+            assert float(tasks["b"].std()) == pytest.approx(noise, rel=0.03)
+            continue
+        drawn = true.abs() > 1e-10
+        assert float(drawn.double().mean()) == pytest.approx(density, abs=0.03)
+        assert float(true[drawn].std()) == pytest.approx(1.0, rel=0.06)
+
+
+def test_rastrigin_is_a_half_square_under_waves() -> None:
+    family = Rastrigin(dim=3, height=2.0)
+    batch = tree.squeeze(family.batch(family.sample(1, seeded()), 0, "train"))
+    x = np.array([0.3, -1.2, 2.5])
+    A, b, c = (batch[name].numpy() for name in ("A", "b", "c"))
+    expected = 0.5 * ((A @ x - b) ** 2).sum() - 2.0 * sum(c[i] * np.cos(2 * np.pi * x[i]) for i in range(3)) + 6.0
+    assert float(family.loss({"x": torch.from_numpy(x)}, batch)) == pytest.approx(expected, rel=1e-13)
+    plain = {"A": torch.eye(3), "b": torch.zeros(3), "c": torch.ones(3)}
+    assert float(family.loss({"x": torch.zeros(3)}, plain)) == 0.0
+    assert float(family.loss({"x": torch.tensor([1.0, 0.0, 0.0])}, plain)) == pytest.approx(0.5)
+    assert float(family.loss({"x": torch.tensor([0.5, 0.0, 0.0])}, plain)) == pytest.approx(0.125 + 4.0)
 
 
 def test_logistic_loss_is_the_negative_log_likelihood() -> None:

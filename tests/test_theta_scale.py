@@ -167,6 +167,7 @@ WRAPPERS: dict[str, tuple[Callable[[], UpdateRule], dict[str, float | Tensor]]] 
     "clip": (lambda: optimizers.Clip(Sloped(), max_norm=1.0), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}),
     "averaged": (lambda: optimizers.Averaged(Sloped()), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}),
     "recorded": (lambda: optimizers.Recorded(Sloped(), 3), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}),
+    "scheduled": (lambda: optimizers.Scheduled(Sloped()), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}),
     "projected": (lambda: optimizers.Projected(Sloped(), Ball(9.0)), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}),
     "learned start": (
         lambda: optimizers.LearnedInit(Sloped(), LIKE), {"rule/rate": 0.25, "rule/tilt": SCALE["tilt"]}
@@ -187,7 +188,7 @@ WRAPPERS: dict[str, tuple[Callable[[], UpdateRule], dict[str, float | Tensor]]] 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_hand_scales_on(name: str) -> None:
     make, expected = WRAPPERS[name]
-    loop = InnerLoop(Quadratic(), make())
+    loop = InnerLoop(Quadratic(), make(), horizon=9)
     theta = loop.init_theta(torch.Generator())
     found = loop.theta_scale(theta)
     wanted = full(expected, theta)

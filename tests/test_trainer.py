@@ -24,10 +24,10 @@ from learnedopt import optimizers as rules
 from learnedopt import tasks as families
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Rollout
+from learnedopt.core.clipping import clip, norm_of
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
-from learnedopt.training.clipping import clip, norm_of
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Metrics, NullTracker
 from learnedopt.training.trainer import TrainingDiverged, TrainingResult

@@ -33,6 +33,7 @@ from learnedopt import (
     Implicit,
     InnerLoop,
     KLDivergence,
+    LogMeans,
     MeanLogLoss,
     Neumann,
     SumOfLosses,
@@ -55,6 +56,7 @@ OBJECTIVES = [
     FinalLoss(),
     SumOfLosses(),
     MeanLogLoss(),
+    LogMeans(2.0, last=0.5),
     BootstrappedTarget(3, 0.2),
     BootstrappedTarget(2, 0.3, "train", KLDivergence()),
 ]

@@ -495,6 +495,10 @@ def test_families_of_images_pass(execution: str, data_root: Path) -> None:
     families = [
         learnedopt.tasks.make("image-mlp"),
         learnedopt.tasks.make("image-mlp", hidden=(40, 40), activation="relu", init="normal", batch_size=32),
+        learnedopt.tasks.make("image-conv", channels=(4, 8), norm="batch", size=14, activation="gelu"),
+        learnedopt.tasks.make("image-conv", channels=(4, 8), norm="group", size=14, residual=True),
+        learnedopt.tasks.make("image-autoencoder", widths=(16,), size=14),
+        learnedopt.tasks.make("image-autoencoder", widths=(16,), size=14, error="cross-entropy"),
         learnedopt.tasks.make("omniglot", model="conv", width=8),
         learnedopt.tasks.make("omniglot", model="conv-pool", width=8),
         learnedopt.tasks.make("omniglot", model="mlp", width=16),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 import torch
 
@@ -25,12 +25,14 @@ class Execution:
             Of particles, as evolution strategies run them, it counts these, and the default is all at once.
         device: where tasks, parameters and batches are moved to; by default they stay where the family makes them.
         dtype: what floating-point parameters and batches are cast to; by default they stay as the family makes them.
-        compile: compile the meta-gradient of a chunk as a whole: its forward steps, their gradients and the way back.
-            It pays where theta is trained for long, since compiling takes from seconds to minutes, the longer the more
-            inner steps; torch keeps what it compiled on disk, so that the next process takes seconds. Estimators that
-            back-propagate through whole unrolls do so; where they cannot, or compiling fails, the run goes on
-            uncompiled, with a warning that says why. Under the coordinatewise adjoint, where it applies, the gradient
-            of an inner step is what is compiled.
+        compile: compile meta-gradients. True compiles that of a chunk as a whole (its forward steps, their gradients
+            and the way back) up to 20 inner steps, and beyond that, or in segments, one inner step forward and one
+            back, which are then called over the unroll; ``"step"`` does the latter for short unrolls too. What is kept
+            of a step is then its start and its batch, as by ``segment=1``. It pays where theta is trained for long,
+            since compiling takes from seconds to minutes, as a whole the longer the more inner steps; torch keeps what
+            it compiled on disk, so that the next process takes seconds. Estimators that back-propagate through unrolls
+            do so; where they cannot, or compiling fails, the run goes on uncompiled, with a warning that says why.
+            Under the coordinatewise adjoint, where it applies, the gradient of an inner step is what is compiled.
         mixed_mode: under ``Tape.FULL``, keep an inner step's parameters and batch in place of its gradient's graph, and
             compute the gradient again on the way back: second derivatives by forward mode over reverse mode, or by
             reverse over reverse where the first call finds that forward mode fails or errs; a warning in the log then
@@ -42,20 +44,22 @@ class Execution:
     chunk_size: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
-    compile: bool = False
+    compile: bool | Literal["step"] = False
     mixed_mode: bool = False
     vet: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             require_count("chunk_size", self.chunk_size, least=1)
-        for choice in ("compile", "mixed_mode", "vet"):
+        if not isinstance(self.compile, bool) and self.compile != "step":
+            raise TypeError(f'compile={self.compile!r} is neither True nor False nor "step"')
+        for choice in ("mixed_mode", "vet"):
             if not isinstance(getattr(self, choice), bool):
                 raise TypeError(f"{choice}={getattr(self, choice)!r} is neither True nor False")
         if self.compile and self.mixed_mode:
             raise ValueError(
-                "compile=True and mixed_mode=True exclude each other: what a compiled program keeps or computes again "
-                "is for the compiler to choose; leave one out"
+                f"compile={self.compile!r} and mixed_mode=True exclude each other: what a compiled program keeps or "
+                "computes again is for the compiler to choose; leave one out"
             )
 
 

@@ -17,9 +17,13 @@ class HorizonWarning(UserWarning):
 
 
 class Clock(NamedTuple):
-    """The state of ``Timed``: the updates taken, a scalar, and the rule's own state."""
+    """The state of ``Timed``: the updates taken and the horizon, scalars, and the rule's own state.
+
+    The horizon is here so that a program of a step, compiled or not, serves runs of every length.
+    """
 
     step: Tensor
+    horizon: Tensor
     rule: State
 
 
@@ -61,20 +65,25 @@ class Timed(UpdateRule):
         first = next(iter(params.values()))
         horizon = torch.tensor(float(self.horizon), dtype=_dtype(params), device=first.device)
         start, state = self.rule.init_for(theta, params, horizon)
-        return start, Clock(torch.zeros((), dtype=torch.int64, device=first.device), () if state is None else state)
+        step = torch.zeros((), dtype=torch.int64, device=first.device)
+        return start, Clock(step, horizon, () if state is None else state)
 
     def update(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> tuple[Params, Clock]:
         """Move as the rule does at this progress."""
         found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
         return found, self.after(state, own)
 
+    def result(self, theta: Theta, params: Params, state: Clock) -> Params:
+        """Return the rule's."""
+        return self.rule.result(theta, params, state.rule)
+
     def progress(self, state: Clock, params: Params) -> Tensor:
         """Return the fraction of the horizon that is behind, a scalar in [0, 1]."""
-        return (state.step.to(_dtype(params)) / self.horizon).clamp(max=1.0)
+        return (state.step.to(_dtype(params)) / state.horizon).clamp(max=1.0)
 
     def after(self, state: Clock, own: State) -> Clock:
         """Return the state after an update that left the rule in state ``own``."""
-        return Clock(state.step + 1, () if own is None else own)
+        return Clock(state.step + 1, state.horizon, () if own is None else own)
 
 
 @final
@@ -89,6 +98,8 @@ class TimedKernel(Kernel):
         self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor
     ) -> tuple[Params, State] | None:
         """Step as the rule's kernel does at this progress."""
+        if not self._has("step"):
+            return None
         progress = self.timed.progress(state, params)
         found = self.kernel.step(theta, grads, state.rule, params, loss, progress=progress)
         return None if found is None else (found[0], self.timed.after(state, found[1]))
@@ -97,17 +108,35 @@ class TimedKernel(Kernel):
         self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor, num_dims: int
     ) -> tuple[Params, State] | None:
         """Step as the rule's kernel does, at each lane's progress."""
+        if not self._has("step_of_lanes"):
+            return None
         progress = self.timed.progress(state, params)
         found = self.kernel.step_of_lanes(theta, grads, state.rule, params, loss, num_dims, progress=progress)
         return None if found is None else (found[0], self.timed.after(state, found[1]))
 
     def update_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> Params | None:
         """Write over the state as the rule's kernel does."""
+        if not self._has("update_in_place"):
+            return None
         progress = self.timed.progress(state, params)
         deltas = self.kernel.update_in_place(theta, grads, state.rule, params, loss, progress=progress)
         if deltas is not None:
             state.step.add_(1)
         return deltas
+
+    def step_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> bool:
+        """Write over state and parameters as the rule's kernel does."""
+        if not self._has("step_in_place"):
+            return False
+        progress = self.timed.progress(state, params)
+        done = self.kernel.step_in_place(theta, grads, state.rule, params, loss, progress=progress)
+        if done:
+            state.step.add_(1)
+        return done
+
+    def _has(self, method: str) -> bool:
+        """Whether the rule's kernel has a method of its own: those of the base know no progress."""
+        return getattr(type(self.kernel), method) is not getattr(Kernel, method)
 
 
 def _dtype(params: Params) -> torch.dtype:

@@ -6,6 +6,7 @@ on from elsewhere than the rollout's end. The scalar must be a mean over tasks, 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,40 @@ class MeanLogLoss(OfLosses):
     def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
         """Return the mean over steps."""
         return _after_steps(before, end).log().mean(0)
+
+
+@final
+@dataclass(frozen=True)
+class LogMeans(OfLosses):
+    """``scale (ln mean + weight_last ln mean_last)`` of the train losses after steps 1..K.
+
+    ``mean`` is over all steps, ``mean_last`` over the last of them, a share of ``last`` rounded to steps, one at least.
+    Losses of tasks of every size count the same, as ratios; unlike those of ``MeanLogLoss``, means before the logarithm
+    do not reward a single batch's small loss. The losses must be positive: the logarithm is not shifted or clamped.
+
+    Args:
+        weight_last: how much the end counts beside the whole way, at least 0.
+        last: which share of the steps is the end, above 0 and at most 1.
+        scale: of the whole, positive; ``1 / (1 + weight_last)`` makes it a weighted mean.
+    """
+
+    weight_last: float = 1.0
+    last: float = 0.1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_last < math.inf:
+            raise ValueError(f"weight_last={self.weight_last!r} must be finite and not negative; 0 leaves the end out")
+        if not 0 < self.last <= 1:
+            raise ValueError(f"last={self.last!r} is a share of the steps: pass a number above 0 and at most 1")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale!r} must be positive and finite")
+
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return the weighted sum of the two logarithms."""
+        losses = _after_steps(before, end)
+        num_last = max(1, round(self.last * len(losses)))
+        return self.scale * (losses.mean(0).log() + self.weight_last * losses[-num_last:].mean(0).log())
 
 
 def _after_steps(before: Tensor, end: Tensor) -> Tensor:

@@ -46,6 +46,13 @@ class Kernel:
         """
         return None
 
+    def step_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> bool:
+        """Write what ``step`` returns over ``params`` and ``state``, to the same bits; return whether it was done.
+
+        Where it does not serve, nothing is written.
+        """
+        return False
+
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
     ) -> tuple[Theta, State | None] | None:
@@ -189,3 +196,11 @@ class UpdateRule(ABC):
         ``grads`` is the gradient of the inner objective at ``params``, ``loss`` its scalar value there, less its
         penalty where it has one.
         """
+
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what is kept of a run that ends here and judged by: the parameters that the loop moves, by default.
+
+        Another answer is for rules that take their gradients elsewhere, such as at a mixture with an average of
+        iterates. Whoever wraps a rule hands this on.
+        """
+        return params

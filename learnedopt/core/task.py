@@ -51,6 +51,14 @@ class TaskFamily(ABC):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Return the scalar loss of ONE task."""
 
+    @property
+    def families(self) -> tuple[TaskFamily, ...]:
+        """The families that it is made of, whose tasks may differ in shape; by default itself alone.
+
+        One of several also has ``split``: see ``learnedopt.core.parts.Mixed``.
+        """
+        return (self,)
+
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """Return the model's logits or predictions for ONE task; needed by objectives that compare outputs."""
         raise NotImplementedError(

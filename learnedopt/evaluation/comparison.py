@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -55,15 +55,19 @@ def _student_t(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The learning rate that was found, and the score of each one tried: the measure's mean over the tuning tasks."""
+    """The learning rate that was found, and the score of each one tried: the measure's mean over the tuning tasks.
+
+    ``others`` are hyperparameters that were chosen with it; the scores are those at them.
+    """
 
     rate: float
     scores: dict[float, float]
+    others: dict[str, float] = field(default_factory=dict)
 
     @property
     def at_edge(self) -> bool:
         """Whether a rate beyond those tried might be better."""
-        return self.rate in (min(self.scores), max(self.scores))
+        return len(self.scores) > 1 and self.rate in (min(self.scores), max(self.scores))
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Comparison:
         optimizers = {
             label: {
                 "learning_rate": outcome.tuning and outcome.tuning.rate,
+                "chosen": outcome.tuning and outcome.tuning.others,
                 "num_diverged": outcome.num_diverged,
                 "measures": {name: vars(summarise(values)) for name, values in outcome.values.items()},
                 "tried": outcome.tuning and [*sorted(outcome.tuning.scores.items())],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.carry import Tape
+from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
-from learnedopt.core.rule import UpdateRule
+from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
-from learnedopt.core.tree import Theta
+from learnedopt.core.tree import Params, Theta
+from learnedopt.evaluation import lanes
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
+from learnedopt.evaluation.grids import FEW, Grid, Point, search
 
 _SMALL = 1000  # parameters of a task, up to which tasks run together
 _TOGETHER = 50_000  # parameters that run together: a rule's states for them stay near the cache
@@ -88,12 +90,24 @@ def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: i
     theta = tree.to(theta, execution.device, execution.dtype)
     rollout = loop.run(theta, loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
+    end = rollout.end._replace(params=_results(loop, theta, rollout.end))
+    return Outcome(_measured(losses, loop.losses(theta, end, "valid").double().cpu()), losses.mean(1))
+
+
+def _results(loop: InnerLoop, theta: Theta, end: Carry) -> Params:
+    def result(theta: Theta, state: State, params: Params) -> Params:
+        return loop.mover.result(theta, params, state)
+
+    with torch.no_grad():
+        return loop.over_tasks(result, (loop.rule_theta(theta),), end.state, end.params)
+
+
+def _measured(losses: Tensor, final: Tensor) -> dict[Measure, Tensor]:
+    """Return all measures of losses (num_steps, ...) before each update and after the last; infinite for no number."""
     values: dict[Measure, Tensor] = {
-        "final_loss": loop.losses(theta, rollout.end, "valid").double().cpu(),
-        "sum_of_losses": losses.sum(0),
-        "last_ten": losses[-10:].mean(0),
-    }
-    return Outcome({k: torch.where(v.isfinite(), v, math.inf) for k, v in values.items()}, losses.mean(1))
+        "final_loss": final, "sum_of_losses": losses.sum(0), "last_ten": losses[-10:].mean(0)
+    }  # fmt: skip
+    return {k: torch.where(v.isfinite(), v, math.inf) for k, v in values.items()}
 
 
 def tune(score: Callable[[float], float], rates: tuple[float, ...]) -> Tuning:
@@ -139,7 +153,7 @@ def compare(
     num_tasks: int = 100,
     num_tuning_tasks: int | None = None,
     seed: int = 0,
-    baselines: Mapping[str, Baseline] = BASELINES,
+    baselines: Mapping[str, Baseline | Grid] = BASELINES,
     tune_for: Measure = "final_loss",
     execution: Execution | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -155,7 +169,7 @@ def compare(
         num_tasks: fresh tasks, at least 2.
         num_tuning_tasks: by default as many as fresh ones where tasks are small (see ``execution``), else at most 8.
         seed: of the tasks.
-        baselines: label -> what is tuned and run beside the candidates.
+        baselines: label -> what is tuned and run beside the candidates; ``grids.HARD_BASELINES`` for one has schedules.
         tune_for: the measure whose mean over the tuning tasks chooses a learning rate.
         execution: how tasks are run; by default together, in chunks, where a task has at most 1,000 parameters, and
             as the engine likes it above.
@@ -172,7 +186,7 @@ def compare(
         >>> print(comparison.markdown())
     """
     _check(candidates, baselines, num_steps, num_tasks, tune_for)
-    fresh = _sample(family, num_tasks, "fresh", seed)
+    fresh = sample_tasks(family, num_tasks, "fresh", seed)
     execution = execution or _fitting_execution(family, fresh)
     if num_tuning_tasks is None:
         num_tuning_tasks = num_tasks if (execution.chunk_size or 1) > 1 else min(num_tasks, 8)
@@ -184,12 +198,12 @@ def compare(
         report(f"Running {label} on {num_tasks} tasks")
         outcomes[label] = measure(candidate, family, fresh, num_steps, execution)
     others_family = tuning_family or family
-    others = _sample(others_family, num_tuning_tasks, "tuning", seed)
+    others = sample_tasks(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
         report(f"Tuning {label} on {num_tuning_tasks} other tasks")
-        tuning = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
+        tuning, tuned = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
         report(f"Running {label} at learning rate {tuning.rate:.3g} on {num_tasks} tasks")
-        outcome = measure(baseline.make(tuning.rate), family, fresh, num_steps, execution)
+        outcome = measure(tuned, family, fresh, num_steps, execution)
         outcomes[label] = replace(outcome, tuning=tuning)
     settings = {
         "num_steps": num_steps, "num_tasks": num_tasks, "num_tuning_tasks": num_tuning_tasks, "seed": seed,
@@ -209,7 +223,8 @@ def _check(
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
 
 
-def _sample(family: TaskFamily, num_tasks: int, purpose: str, seed: int) -> Tasks:
+def sample_tasks(family: TaskFamily, num_tasks: int, purpose: str, seed: int) -> Tasks:
+    """Draw tasks that no other purpose or seed draws."""
     # Hashed, so that neither another purpose nor a training from a small seed draws the same tasks; 32 bits, because
     # torch's CPU generator reads no more of a seed.
     digest = hashlib.sha256(f"learnedopt.evaluate {purpose} {seed}".encode()).digest()
@@ -222,13 +237,21 @@ def _fitting_execution(family: TaskFamily, tasks: Tasks) -> Execution:
 
 
 def _tune(
-    label: str, baseline: Baseline, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
-) -> Tuning:
+    label: str, baseline: Baseline | Grid, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure,
+    execution: Execution,
+) -> tuple[Tuning, Candidate]:  # fmt: skip
+    """Return what was found, and the rule with its theta; warn where a better rate may lie beyond."""
+
     def score(rate: float) -> float:
+        assert isinstance(baseline, Baseline)
         return float(measure(baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
 
     try:
-        tuning = tune(score, baseline.rates)
+        if isinstance(baseline, Grid):
+            tuning, tuned = _tune_grid(baseline, family, tasks, num_steps, by, execution)
+        else:
+            tuning = tune(score, baseline.rates)
+            tuned = baseline.make(tuning.rate)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
     if tuning.at_edge:
@@ -238,7 +261,23 @@ def _tune(
             TuningWarning,
             stacklevel=3,
         )
-    return tuning
+    return tuning, tuned
+
+
+def _tune_grid(
+    grid: Grid, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
+) -> tuple[Tuning, Candidate]:
+    rule = grid.make(num_steps)
+
+    def score(points: Sequence[Point], few: bool) -> list[float]:
+        thetas = lanes.points(rule, [grid.values(point) for point in points])
+        some = tree.narrow(tasks, 0, min(FEW, tree.size(tasks))) if few else tasks
+        return _measured(*lanes.train(rule, thetas, family, some, num_steps, execution))[by].mean(0).tolist()
+
+    found = search(score, grid)
+    scores = {point.rate: value for point, value in found.scores.items() if point.choice == found.best.choice}
+    (theta,) = lanes.points(rule, [grid.values(found.best)])
+    return Tuning(found.best.rate, scores, dict(grid.choices[found.best.choice])), (rule, theta)
 
 
 def _differences(outcomes: Mapping[str, Outcome]) -> list[Difference]:

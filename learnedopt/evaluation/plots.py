@@ -16,9 +16,9 @@ from learnedopt.core.files import write_atomically
 Values: TypeAlias = "Sequence[float] | Any"
 """Numbers in a row: a list, or anything that ``float`` reads element by element (an array or tensor of one axis)."""
 
-_EMPHASIS = "#D55E00"
-_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-_DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (1, 1))
+EMPHASIS = "#D55E00"
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (1, 1))
 _PLAIN_DECADES = 2.5
 _MARKED = 30  # a line of at most so many points shows each of them
 
@@ -113,12 +113,12 @@ def plot_panels(
     figure.suptitle(title)
     for i, (ylabel, series) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), i, xlabel=xlabel, ylabel=ylabel)
-        _plain(axes)
+        plain_axes(axes)
         lines = {label: (_floats(x), _floats(y)) for label, (x, y) in series.items()}
         _draw(axes, lines, emphasis, False, ylabel in logy, legend=False)
         _require_lines(axes, path)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_training(path: str | Path, rows: Iterable[Mapping[str, Any]], *, title: str = "") -> Path:
@@ -147,7 +147,7 @@ def plot_training(path: str | Path, rows: Iterable[Mapping[str, Any]], *, title:
     logy = all(v > 0 for _, y in points.values() for v in y if math.isfinite(v))
     figure, axes = _figure("meta-step", "meta-loss", title)
     x, y = _drawable(steps, values, False, logy)
-    axes.plot(x, y, color=_COLOURS[0], linewidth=0.8, alpha=0.3)
+    axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.3)
     _draw(axes, lines, ("validation",), False, logy)
     return _save(figure, axes, path)
 
@@ -190,11 +190,12 @@ def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
-    _plain(axes)
+    plain_axes(axes)
     return figure, axes
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
+    """Give axes a light grid, and no frame above and to the right."""
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -207,21 +208,21 @@ def _draw(
     for label, (x, y) in lines.items():
         strong = label in emphasis
         index, counts[strong] = counts[strong], counts[strong] + 1
-        colour = _EMPHASIS if strong else _COLOURS[index % len(_COLOURS)]
+        colour = EMPHASIS if strong else COLOURS[index % len(COLOURS)]
         width, order = (2.8, 3) if strong else (1.6, 2.5)
         shown = _drawable(x, y, logx, logy)
         axes.plot(
-            *shown, label=label, color=colour, linewidth=width, zorder=order, dashes=_DASHES[index % len(_DASHES)],
+            *shown, label=label, color=colour, linewidth=width, zorder=order, dashes=DASHES[index % len(DASHES)],
             marker="o" if sum(map(math.isfinite, shown[1])) <= _MARKED else None, markersize=3.5,
         )  # fmt: skip
     for name, logarithmic in (("x", logx), ("y", logy)):
         if logarithmic:
-            _scale(axes, name)
+            scale_axis(axes, name)
     if legend:  # outside, so that it hides no line
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
 
 
-def _scale(axes: Any, name: str) -> None:
+def scale_axis(axes: Any, name: str) -> None:
     """Make an axis logarithmic; over a few decades 1, 2 and 5 are marked as plain numbers, not as powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -255,7 +256,7 @@ def _running_median(x: list[float], y: list[float]) -> tuple[list[float], list[f
 
 def _save(figure: Any, axes: Any, path: str | Path) -> Path:
     _require_lines(axes, path)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def _require_lines(axes: Any, path: str | Path) -> None:
@@ -265,7 +266,8 @@ def _require_lines(axes: Any, path: str | Path) -> None:
         )
 
 
-def _write(figure: Any, path: str | Path) -> Path:
+def write_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure as a PNG file, atomically, and return the path."""
     path = Path(path)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path

@@ -16,7 +16,7 @@ from learnedopt.core.estimator import call_objective
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
-from learnedopt.execution.segments import run_in_segments
+from learnedopt.execution.segments import Run, run_in_segments
 
 
 class ChunkGradient(NamedTuple):
@@ -48,14 +48,15 @@ class Unroll:
     segment: int | None = None
     offload: bool = False
 
-    def run(self, loop: InnerLoop, theta: Theta, start: Carry) -> Rollout:
-        """Take the steps."""
+    def run(self, loop: InnerLoop, theta: Theta, start: Carry, run: Run = InnerLoop.run) -> Rollout:
+        """Take the steps, those that are recorded by ``run``."""
+        num_steps, tape = self.num_steps, self.tape
         if self.segment is not None:
-            return run_in_segments(loop, theta, start, self.num_steps, self.tape, self.segment, offload=self.offload)
+            return run_in_segments(loop, theta, start, num_steps, tape, self.segment, offload=self.offload, run=run)
         if self.ahead == 0:
-            return loop.run(theta, start, self.num_steps, self.tape)
+            return run(loop, theta, start, num_steps, tape)
         first = _run_ahead(loop, theta, start, self.ahead)
-        last = loop.run(theta, first.end, self.num_steps, self.tape)
+        last = run(loop, theta, first.end, num_steps, tape)
         return Rollout(first.start, last.end, torch.cat([first.losses, last.losses]))
 
 
@@ -88,16 +89,17 @@ class Adjoint(ABC):
 @final
 @dataclass(frozen=True)
 class Eager(Adjoint):
-    """Record the unroll as the tape says, and back-propagate through it."""
+    """Record the unroll, whose steps ``run`` takes, as the tape says, and back-propagate through it."""
 
     unroll: Unroll
+    run: Run = InnerLoop.run
 
     def differentiate(
         self, loop: InnerLoop, leaves: Theta, objective: MetaObjective, chunk: Carry, weight: float | Tensor
     ) -> ChunkGradient:
         """Run the chunk's steps, then go back through all that was recorded."""
         with torch.enable_grad():
-            rollout = self.unroll.run(loop, leaves, chunk)
+            rollout = self.unroll.run(loop, leaves, chunk, self.run)
             value, onward = call_objective(objective, loop, leaves, rollout)
             value = value * weight
         end = carries.detach(onward if onward is not None else rollout.end)

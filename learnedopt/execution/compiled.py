@@ -22,9 +22,10 @@ from learnedopt.core.estimator import as_leaves
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective, TaskMean
-from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
+from learnedopt.core.task import Batch, Split, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.execution.adjoint import Adjoint, ChunkGradient, Eager
+from learnedopt.execution.given_batches import with_batches
 from learnedopt.execution.programs import build_once, compiled, inspected, require_close, say_why_not
 
 _HOLE = object()
@@ -39,40 +40,7 @@ class _Program(NamedTuple):
     dtype: torch.dtype  # of the objective and its weight
 
 
-class _GivenBatches(TaskFamily):
-    """A family whose batches come from ``source``."""
-
-    def __init__(self, family: TaskFamily, source: Callable[[Tasks, int, Split], Batch]) -> None:
-        self.family, self.source = family, source
-
-    def __getattr__(self, name: str) -> Any:  # what an inner objective may know of the family
-        return getattr(self.family, name)
-
-    def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
-        return self.family.sample(num_tasks, generator)
-
-    def init_params(self, tasks: Tasks) -> Params:
-        return self.family.init_params(tasks)
-
-    def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
-        return self.source(tasks, step, split)
-
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        return self.family.loss(params, batch)
-
-    def outputs(self, params: Params, batch: Batch) -> Tensor:
-        return self.family.outputs(params, batch)
-
-    def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        return self.family.metrics(params, batch)
-
-
-def _with_batches(loop: InnerLoop, source: Callable[[Tasks, int, Split], Batch]) -> InnerLoop:
-    """Return the loop with batches from ``source``."""
-    return loop.on(_GivenBatches(loop.family, source))
-
-
-def reason_against(eager: Eager, objective: MetaObjective) -> str | None:
+def reason_against(objective: MetaObjective) -> str | None:
     """Return why this meta-gradient is not to be compiled, or None."""
     try:
         hash(objective)
@@ -80,8 +48,6 @@ def reason_against(eager: Eager, objective: MetaObjective) -> str | None:
         return f"a program could not be found again: {error}"
     if not isinstance(objective, TaskMean):
         return f"{objective!r} is no TaskMean: what else it reads beside batches and the rollout is not known"
-    if eager.unroll.segment is not None:
-        return "segment= recomputes its steps, and a compiler would merge that with the first time they ran"
     return None
 
 
@@ -101,7 +67,7 @@ class Compiled(Adjoint):
     ) -> ChunkGradient:
         """Call the program of this kind of chunk, built now where there is none yet."""
         eager = self.eager
-        reason = reason_against(eager, objective)
+        reason = reason_against(objective)
         if reason is not None:
             say_why_not(loop, reason)
             return eager.differentiate(loop, leaves, objective, chunk, weight)
@@ -182,7 +148,7 @@ def _reads(
         reads[step - chunk.step, split] = None
         return loop.family.batch(tasks, step, split)
 
-    found = eager.differentiate(_with_batches(loop, source), leaves, objective, chunk, weight)
+    found = eager.differentiate(with_batches(loop, source), leaves, objective, chunk, weight)
     return found, tuple(reads)
 
 
@@ -201,7 +167,7 @@ def _record(
         theta, tasks, params, state, batches = restore(tensors)
         drawn = dict(zip(reads, batches, strict=True))
         begins = Carry(tasks, params, None if chunk.state is None else state, chunk.step)
-        here = _with_batches(loop, lambda tasks, step, split: drawn[step - chunk.step, split])
+        here = with_batches(loop, lambda tasks, step, split: drawn[step - chunk.step, split])
         found = eager.differentiate(here, as_leaves(theta), objective, begins, weight)
         # Steps are counted from the chunk's: the same program serves every window of an episode.
         found = found._replace(end=found.end._replace(step=found.end.step - chunk.step))

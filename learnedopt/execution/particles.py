@@ -24,6 +24,7 @@ from learnedopt.core.rule import State
 from learnedopt.core.task import Batch, Split, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.execution import particle_trial
+from learnedopt.execution.captured import CapturedStep
 from learnedopt.execution.particle_maps import ParticleMap, Particles, joined, piece_of, sizes
 
 
@@ -65,14 +66,18 @@ def split(particles: Particles, counts: Sequence[int]) -> list[Particles]:
     return [piece_of(particles, (end - n, n), (0, num_particles)) for end, n in zip(ends, counts, strict=True)]
 
 
-def run(loop: InnerLoop, particles: Particles, num_steps: int) -> tuple[Particles, Tensor]:
+def run(loop: InnerLoop, particles: Particles, num_steps: int, *, graph: bool = False) -> tuple[Particles, Tensor]:
     """Take ``num_steps`` inner steps; return the particles and the outer losses before each update.
 
     Losses are (num_steps, num_slots, num_particles), on the train batches. ``Execution.chunk_size`` bounds how many
-    particles, of all slots, are run together; by default all are. With 1 nothing runs under vmap.
+    particles, of all slots, are run together; by default all are. With 1 nothing runs under vmap. With ``graph`` the
+    first step is captured as a CUDA graph and played again for all: a GPU is then not waiting for Python.
+
+    Raises:
+        ValueError: ``graph`` where the parameters do not lie on a GPU.
     """
     loop.require_end(max(particles.steps) + num_steps)
-    params, state, losses = _pieced(loop, particles, lambda piece: _run_piece(loop, piece, num_steps))
+    params, state, losses = _pieced(loop, particles, lambda piece: _run_piece(loop, piece, num_steps, graph))
     steps = tuple(step + num_steps for step in particles.steps)
     return particles._replace(params=params, state=state, steps=steps), losses.movedim(2, 0)
 
@@ -93,17 +98,35 @@ def losses(loop: InnerLoop, particles: Particles, split: Split) -> Tensor:
     return _pieced(loop, particles, of_piece)
 
 
-def _run_piece(loop: InnerLoop, piece: Particles, num_steps: int) -> tuple[Params, State, Tensor]:
+def results(loop: InnerLoop, particles: Particles) -> Particles:
+    """Return the particles with the parameters that their rule would have kept and judged by, see ``result``."""
+
+    def of_piece(piece: Particles) -> Params:
+        mapped = ParticleMap(*sizes(piece.theta))
+        own = (loop.rule_theta(piece.theta), piece.params, piece.state)
+        with torch.no_grad():
+            return mapped.rebatch(mapped.apply_theta(loop.mover.result, *map(mapped.unbatch, own)))
+
+    return particles._replace(params=_pieced(loop, particles, of_piece))
+
+
+def _run_piece(loop: InnerLoop, piece: Particles, num_steps: int, graph: bool) -> tuple[Params, State, Tensor]:
     mapped = ParticleMap(*sizes(piece.theta))
     loop.rule_theta(piece.theta)  # see begin
     theta, params, state = (mapped.unbatch(x) for x in (piece.theta, piece.params, piece.state))
+
+    def step(params: Params, state: State, batch: Batch) -> tuple[Params, State, Tensor]:
+        at = loop.gradient(mapped, theta, params, mapped.share(batch), Tape.NONE)
+        return *loop.move(mapped, theta, at.grads, state, tree.detach(at.params), at.loss), at.outer
+
     found = []
     with torch.no_grad():
+        taken: Callable[..., tuple[Params, State, Tensor]] = step
+        if graph and num_steps:
+            taken = CapturedStep(step, params, state, _batch(loop, piece, 0, "train"))
         for i in range(num_steps):
-            batch = mapped.share(_batch(loop, piece, i, "train"))
-            at = loop.gradient(mapped, theta, params, batch, Tape.NONE)
-            params, state = loop.move(mapped, theta, at.grads, state, tree.detach(at.params), at.loss)
-            found.append(mapped.rebatch(at.outer))
+            params, state, outer = taken(params, state, _batch(loop, piece, i, "train"))
+            found.append(mapped.rebatch(outer))
         like = tree.leaves(piece.params)[0]
         stacked = torch.stack(found, dim=-1) if found else like.new_empty(*like.shape[:2], 0)
     return mapped.rebatch(params), mapped.rebatch(state), stacked

@@ -49,10 +49,10 @@ def build_once(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
 
 
 def say_why_not(loop: InnerLoop, reason: str, what: str = "the meta-gradient") -> None:
-    """Warn, once a loop and reason, that ``Execution(compile=True)`` is not followed."""
+    """Warn, once a loop and reason, that ``Execution(compile=...)`` is not followed."""
     if ("warned", reason) not in loop.cache:
         loop.cache.put(("warned", reason), True)
-        message = f"Execution(compile=True): {what} is computed uncompiled, because {reason}"
+        message = f"Execution(compile={loop.execution.compile!r}): {what} is computed uncompiled, because {reason}"
         warnings.warn(message, CompileWarning, stacklevel=2)
 
 

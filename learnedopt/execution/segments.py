@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,16 +13,20 @@ from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Theta
 
+Run: TypeAlias = Callable[[InnerLoop, Theta, Carry, int, Tape], Rollout]
+"""A way of taking inner steps that equals ``InnerLoop.run`` in values and gradients."""
+
 
 def run_in_segments(
-    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int, *, offload: bool = False
-) -> Rollout:
-    """Equal ``loop.run`` in values and gradients, but store only where each segment begins."""
+    loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, segment: int, *,
+    offload: bool = False, run: Run = InnerLoop.run,
+) -> Rollout:  # fmt: skip
+    """Equal ``loop.run`` in values and gradients, but store only where each segment begins; ``run`` takes its steps."""
     start = here = loop.begin(theta, carry)
     losses = []
     for taken in range(0, num_steps, segment):
         with _saved_on_cpu(here) if offload else nullcontext():
-            piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape)
+            piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape, run)
         here = piece.end
         losses.append(piece.losses)
     return Rollout(start, here, torch.cat(losses) if losses else loop.run(theta, start, 0, tape).losses)
@@ -32,18 +37,18 @@ def _saved_on_cpu(carry: Carry) -> AbstractContextManager[Any]:
     return torch.autograd.graph.save_on_cpu(pin_memory=next(iter(carry.params.values())).is_cuda)
 
 
-def _recomputed(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:
+def _recomputed(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape, run: Run) -> Rollout:
     inputs, rebuild = tree.flatten((theta, carry.params, carry.state))
 
-    def run(tensors: Any, tape: Tape) -> tuple[Rollout, list[torch.Tensor]]:
+    def run_on(tensors: Any, tape: Tape) -> tuple[Rollout, list[torch.Tensor]]:
         theta, params, state = rebuild(tensors)
-        rollout = loop.run(theta, Carry(carry.tasks, params, state, carry.step), num_steps, tape)
+        rollout = run(loop, theta, Carry(carry.tasks, params, state, carry.step), num_steps, tape)
         return rollout, tree.leaves((rollout.end.params, rollout.end.state, rollout.losses))
 
     def forward(tensors: Any) -> list[torch.Tensor]:
-        return run(tensors, Tape.NONE)[1]
+        return run_on(tensors, Tape.NONE)[1]
 
-    outputs = _Segment.apply(forward, lambda tensors: run(tensors, tape)[1], *inputs)
+    outputs = _Segment.apply(forward, lambda tensors: run_on(tensors, tape)[1], *inputs)
     _, restore = tree.flatten((carry.params, carry.state, None))
     params, state, losses = restore(outputs)
     return Rollout(carry, Carry(carry.tasks, params, state, carry.step + num_steps), losses)

@@ -9,9 +9,9 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from learnedopt.core.clipping import Norm, clip, norm_of
 from learnedopt.core.theta_scale import Scaled
 from learnedopt.core.tree import Theta
-from learnedopt.training.clipping import Norm, clip, norm_of
 
 _Stepped = TypeVar("_Stepped", torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 

@@ -7,7 +7,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from learnedopt.core.carry import Carry
 from learnedopt.core.files import write_atomically
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
+from learnedopt.training.steadying import Steadied
 
 FORMAT = "learnedopt-training-2"
 FORMAT_1 = "learnedopt-training-1"
@@ -29,6 +30,8 @@ _RENAMED = {("rule", "IMAML"): "LearnedInit"}
 _COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
 _ADVICE = "choose another checkpoint path, or remove the file to start anew"
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
+_STEADIED = "steadied"
+"""There in files of trainings that average theta."""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Progress:
     best_value: float = math.inf
     best_theta: Theta | None = None
     carry: Any = None  # the estimator's own
+    steadied: Steadied = field(default_factory=Steadied)
 
 
 class Training(NamedTuple):
@@ -77,6 +81,8 @@ def save_progress(path: Path, progress: Progress, training: Training) -> None:
         "best_theta": progress.best_theta,
         **{k: getattr(progress, k) for k in _COUNTS},
     }
+    if progress.steadied.average is not None:
+        content[_STEADIED] = {**vars(progress.steadied)}
     write_atomically(path, lambda partial: torch.save(content, partial))
 
 
@@ -97,8 +103,15 @@ def load_progress(path: Path, training: Training) -> Progress:
     _restore_optimizer(training.optimizer, content["optimizer"])
     if training.scheduler:
         training.scheduler.load_state_dict(content["scheduler"])
-    best_theta = content["best_theta"] and {k: v.to(theta[k].device) for k, v in content["best_theta"].items()}
-    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry)
+    best_theta = content["best_theta"] and _like(content["best_theta"], theta)
+    steadied = Steadied(**content.get(_STEADIED, {}))
+    steadied.average = steadied.average and _like(steadied.average, theta)
+    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry, steadied=steadied)
+
+
+def _like(saved: Theta, theta: Theta) -> Theta:
+    """Return what was saved where theta lies."""
+    return {k: v.to(theta[k].device) for k, v in saved.items()}
 
 
 def _require_same_training(path: Path, content: dict[str, Any], training: Training) -> None:
@@ -108,6 +121,8 @@ def _require_same_training(path: Path, content: dict[str, Any], training: Traini
     if saved != here:
         raise ValueError(f"{path} was written for another rule: its theta is {saved}, this rule's {here}; {_ADVICE}")
     # Files of before say less.
+    # Without an average nothing of it was said, nor is.
+    content["run"].setdefault("average", None)
     written, run = {k: _RENAMED.get((k, str(v)), v) for k, v in content["run"].items()}, training.run
     differing = [k for k in run if k in written and written[k] != run[k]]
     if differing == [SHAPES]:
@@ -155,7 +170,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a training state ({reason}): it is corrupt or foreign; {_ADVICE}"
         ) from error
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, FORMAT_1) or content.keys() != _KEYS:
+    if (
+        not isinstance(content, dict)
+        or content.get("format") not in (FORMAT, FORMAT_1)
+        or content.keys() - {_STEADIED} != _KEYS
+    ):
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
     return content
 

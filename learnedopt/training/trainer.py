@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt.core import tree
-from learnedopt.core.carry import narrow
+from learnedopt.core.clipping import require_grads
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.parts import loop_of
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
-from learnedopt.training.clipping import require_grads
+from learnedopt.training.description import describe
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.meta_update import MetaUpdate
-from learnedopt.training.progress import SHAPES, Progress, Training, load_progress, require_loadable, save_progress
+from learnedopt.training.progress import Progress, Training, load_progress, require_loadable, save_progress
+from learnedopt.training.steadying import Steadying
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
 from learnedopt.training.validation import Validation, require_seed, task_generator
 
@@ -63,6 +64,11 @@ class MetaTrainer:
         seed: of theta's initialisation and of the tasks; the engine reads no global randomness.
         theta: where to start instead of the loop's own initialisation.
         max_grad_norm: the meta-gradient is scaled down to this norm where it is longer.
+        average: keeps ``theta_avg``, moved by this share towards theta after every meta-step. It is what is validated
+            and returned then, and what a rollback goes back to; None for none.
+        rollback_above: a meta-step that is not finite, or whose meta-loss exceeds the lowest running mean of them by
+            more than this, is skipped, theta goes back to its average and the meta-optimizer forgets its momenta;
+            counted in the metric ``rollbacks``. None for never.
         scheduler: makes a learning-rate scheduler from the meta-optimizer; stepped after each of its steps.
         validation: held-out tasks; the theta with the lowest value is kept. Measured before the first meta-step, every
             so many, and after the last one of a call of ``run``.
@@ -97,6 +103,8 @@ class MetaTrainer:
         seed: int = 0,
         theta: Theta | None = None,
         max_grad_norm: float | None = None,
+        average: float | None = None,
+        rollback_above: float | None = None,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         validation: Validation | None = None,
         checkpoint: Path | str | None = None,
@@ -110,6 +118,7 @@ class MetaTrainer:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
         self.config, self.report = dict(config or {}), report
+        self.steadying = Steadying(average, rollback_above)
         self._require_settings()
         self.tracker = _sinks(tracker)
         if theta is None:
@@ -120,7 +129,7 @@ class MetaTrainer:
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
-        self.progress = Progress()
+        self.progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
 
     def run(self, num_meta_steps: int) -> TrainingResult:
@@ -164,8 +173,10 @@ class MetaTrainer:
 
     def _check_loop(self) -> None:
         """Vet the loop, whatever the estimator itself asks of it."""
-        carry = self.loop.start(self.loop.family.sample(min(2, self.num_tasks), task_generator(self.seed, 0)))
-        check_loop(self.loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
+        for member, family in enumerate(self.loop.family.families):
+            loop = loop_of(self.loop, member)
+            carry = loop.start(family.sample(min(2, self.num_tasks), task_generator(self.seed, 0)))
+            check_loop(loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
 
     def _meta_step(self, num_meta_steps: int) -> None:
         progress, began = self.progress, time.perf_counter()
@@ -178,10 +189,13 @@ class MetaTrainer:
         require_grads(self.estimator, estimate.grads, self.theta)
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
-        if math.isfinite(norm.mantissa) and math.isfinite(loss):
+        finite = math.isfinite(norm.mantissa) and math.isfinite(loss)
+        if finite and not self.steadying.too_high(loss, progress.steadied):
             self._update.apply(grads, norm, self.max_grad_norm)
+            self.steadying.moved(self.theta, loss, progress.steadied)
             progress.carry, progress.skips_in_a_row = estimate.carry, 0
         else:
+            self.steadying.go_back(self.theta, self.meta_optimizer, progress.steadied)
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
         metrics = {
             "meta_loss": loss,
@@ -190,6 +204,8 @@ class MetaTrainer:
             "skipped": progress.num_skipped,
             "inner_loss": [float(x) for x in estimate.info.get("losses", [])],
         }
+        if self.steadying.rollback_above is not None:
+            metrics["rollbacks"] = progress.steadied.num_rollbacks
         metrics.update({k: v for k, v in estimate.info.items() if isinstance(v, (int, float))})
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
@@ -214,10 +230,10 @@ class MetaTrainer:
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
         if self.validation is not None and validate:
-            progress, value = self.progress, self.validation.measure(tree.detach(self.theta))
+            progress, learned = self.progress, self._learned()
+            value = self.validation.measure(learned)
             if value < progress.best_value:
-                progress.best_value = value
-                progress.best_theta = {k: v.detach().clone() for k, v in self.theta.items()}
+                progress.best_value, progress.best_theta = value, learned
             metrics = {**metrics, "validation": value, "best_validation": progress.best_value}
         if metrics:
             self.tracker.log(metrics, self.progress.meta_step)
@@ -226,18 +242,23 @@ class MetaTrainer:
         if self.progress.skips_in_a_row < self.max_skips_in_a_row:
             return
         self._save()
+        why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
         raise TrainingDiverged(
-            f"{self.progress.skips_in_a_row} meta-gradients in a row were not finite (meta-step "
+            f"{self.progress.skips_in_a_row} meta-gradients in a row were {why} (meta-step "
             f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Lower the "
             "meta-learning rate, set max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma"
         )
 
     def _result(self) -> TrainingResult:
-        last = {k: v.detach().clone() for k, v in self.theta.items()}
-        progress = self.progress
+        last, progress = self._learned(), self.progress
         return TrainingResult(
             last, progress.best_theta or last, progress.best_value, progress.meta_step, progress.num_skipped
         )
+
+    def _learned(self) -> Theta:
+        """Return a copy of what has been learned so far: the average of theta, or theta without one."""
+        average = self.progress.steadied.average
+        return {k: v.detach().clone() for k, v in (self.theta if average is None else average).items()}
 
     @property
     def _at_start(self) -> bool:
@@ -259,29 +280,8 @@ class MetaTrainer:
         self.tracker.rewind(-1 if self._at_start else self.progress.meta_step)
 
     def _describe(self) -> Training:
-        """Return what a checkpoint is of: names and shapes tell one of another training, where theta's do not."""
-        theta, generator = tree.detach(self.theta), torch.Generator().manual_seed(0)
-        tasks = self.loop.family.sample(self.num_tasks, generator)
-        one = self.loop.begin(theta, narrow(self.loop.start(tasks), 0, 1))
-        parts = {
-            "family": self.loop.family,
-            "rule": self.loop.rule,
-            "inner_objective": self.loop.inner_objective,
-            "estimator": self.estimator,
-            "meta_optimizer": self.meta_optimizer,
-            "scheduler": self.scheduler,
-        }
-        run: dict[str, Any] = {k: type(part).__name__ for k, part in parts.items()}
-        run |= {"num_tasks": self.num_tasks, "seed": self.seed}
-        run[SHAPES] = {path: f"{x.dtype} {tuple(x.shape)}" for path, x in carries.leaves(one) if isinstance(x, Tensor)}
-
-        def start() -> Any:
-            return self.estimator.start(self.loop, theta, tasks, torch.Generator().manual_seed(0))
-
-        classes = carries.classes_of(one) | carries.classes_of(start())
-        return Training(
-            self.theta, self.meta_optimizer, self.scheduler, run, classes, lambda: self.loop.begin(theta, start())
-        )
+        run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
+        return describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
 
     def _require_settings(self) -> None:
         if not isinstance(self.estimator, GradientEstimator):

@@ -11,6 +11,8 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import call_objective, check_objective
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.parts import parts_of
+from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 
 VALIDATION = -1
@@ -65,9 +67,13 @@ class Validation:
     def measure(self, theta: Theta) -> float:
         """Return the objective on the held-out tasks, without a graph."""
         tasks = self.loop.family.sample(self.num_tasks, task_generator(self.seed, VALIDATION))
+        found = [(len(p.positions), self._value(p.loop, theta, p.tasks)) for p in parts_of(self.loop, tasks)]
+        return sum(count * value for count, value in found) / self.num_tasks if len(found) > 1 else found[0][1]
+
+    def _value(self, loop: InnerLoop, theta: Theta, tasks: Tasks) -> float:
         theta = tree.detach(theta)
-        carry = self.loop.begin(theta, self.loop.start(tasks))
+        carry = loop.begin(theta, loop.start(tasks))
         if self.inner is not None:
-            check_objective(self.loop, theta, self.objective, carry, self.num_steps, end_only=True)
-        rollout = solve_inner(self.loop, theta, carry, self.num_steps, self.inner)
-        return float(call_objective(self.objective, self.loop, theta, rollout)[0])
+            check_objective(loop, theta, self.objective, carry, self.num_steps, end_only=True)
+        rollout = solve_inner(loop, theta, carry, self.num_steps, self.inner)
+        return float(call_objective(self.objective, loop, theta, rollout)[0])

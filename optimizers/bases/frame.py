@@ -70,11 +70,11 @@ def start(params: Params) -> Memory:
 
 
 def schedule(values: Tensor, progress: Tensor) -> Tensor:
-    """Interpolate ``values`` at ``KNOTS``, (7,), linearly at ``progress``, a scalar in [0, 1]."""
+    """Interpolate ``values`` at ``KNOTS``, (..., 7), linearly at ``progress``, (...) in [0, 1]."""
     knots = torch.tensor(KNOTS, dtype=values.dtype, device=values.device)
     gaps = knots.diff()
-    ahead = ((progress - knots[:-1]) / gaps).clamp(0.0, 1.0)  # how much of each gap is behind
-    return values[0] + (ahead * values.diff()).sum()
+    ahead = ((progress.unsqueeze(-1) - knots[:-1]) / gaps).clamp(0.0, 1.0)  # how much of each gap is behind
+    return values[..., 0] + (ahead * values.diff()).sum(-1)
 
 
 def moments(grads: Params, memory: Memory, decays: Decays) -> tuple[dict[str, Moments], Memory]:

@@ -14,7 +14,7 @@ from learnedopt.optimizers.bases.frame import TINY, Moments
 NUM_ROWS = 8
 NUM_CLOCKS = 2
 _LIMIT = 5.0
-_FLOOR = 1e-3
+FLOOR = 1e-3
 """Of the root mean square of a tensor's entries: biases may all be 0."""
 
 
@@ -47,5 +47,5 @@ def _of_tensor(tensor: Moments, z: Tensor) -> Tensor:
     square, mean = tensor.square + floor, tensor.mean_square + floor
     seen = torch.stack([tensor.grad.reshape(-1), tensor.first.reshape(-1), tensor.second.reshape(-1)])
     ratio = (square / mean).log().reshape(1, -1) / 4
-    entry = (z / frame.rms(z, _FLOOR)).reshape(1, -1)
+    entry = (z / frame.rms(z, FLOOR)).reshape(1, -1)
     return torch.cat([seen * square.rsqrt().reshape(1, -1), seen * mean.rsqrt(), ratio, entry])

@@ -44,18 +44,23 @@ def orthogonalised(
     """
     if x.ndim < 2:
         raise ValueError(f"x has the shape {tuple(x.shape)} and is no matrix; pass (..., m, n), vectors not at all")
-    a, b, c = coefficients
-    tall = x.shape[-2] > x.shape[-1]
     matrices = wide(x).reshape(-1, *x.shape[-2:])
     largest = matrices.detach().abs().amax((-2, -1), keepdim=True)  # without a derivative: the scale does not matter
     matrices = matrices / torch.where(largest > 0, largest, 1.0)
     signal = _over_root(matrices, matrices.square().sum((-2, -1), keepdim=True)).to(dtype or matrices.dtype)
-    signal = signal.mT if tall else signal
-    for _ in range(num_steps):
-        gram = signal @ signal.mT
-        signal = torch.baddbmm(signal, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), signal, beta=a)
-    signal = (signal.mT if tall else signal).to(wide_dtype(x))
+    signal = iterated(signal, num_steps, coefficients).to(wide_dtype(x))
     return like(_over_root(signal, signal.square().mean((-2, -1), keepdim=True)).reshape(x.shape), x)
+
+
+def iterated(x: Tensor, num_steps: int, coefficients: tuple[float, float, float] = COEFFICIENTS) -> Tensor:
+    """Take the steps alone, from ``x`` (num_matrices, m, n), whose singular values must be at most 1."""
+    a, b, c = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def orthogonalised_all(

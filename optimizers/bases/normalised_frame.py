@@ -21,7 +21,7 @@ _RATE_OF = {
     Kind.FIRST: 0, Kind.EMBEDDING: 0, Kind.HIDDEN_BIAS: 1, Kind.GAIN: 1, Kind.MIDDLE: 2, Kind.LAST: 2,
     Kind.LAST_BIAS: 3,
 }  # fmt: skip
-_RELATIVE = 1e-8
+RELATIVE = 1e-8
 """Of the mean of v, joins v: a coordinate that hardly ever has a gradient is not blown up."""
 
 
@@ -66,17 +66,18 @@ def step(
         bracket = bracket + decay * at[name]
         if more is not None:
             bracket = bracket + more[name]
-        moved[name] = at[name] - (rate + theta["kind_rate"][_rate_of(kind.kind)]).exp() * bracket
+        moved[name] = at[name] - (rate + theta["kind_rate"][rate_of(kind.kind)]).exp() * bracket
     return frame.looked_at(params, moved, memory, blend, power)
 
 
-def _rate_of(kind: Kind) -> int:
+def rate_of(kind: Kind) -> int:
+    """Return which of the numbers ``kind_rate`` is a tensor's."""
     return _RATE_OF[kind]
 
 
 def denominator(exponents: Tensor, tensor: Moments) -> Tensor:
     """Return D of the bracket."""
-    floor = _RELATIVE * tensor.mean_square + TINY
+    floor = RELATIVE * tensor.mean_square + TINY
     square, mean = tensor.square + floor, tensor.mean_square + floor
     powers = exponents[0] * square.log() + exponents[2] * mean.log() + exponents[1] * factored(square).log()
     return (0.5 * powers).exp()

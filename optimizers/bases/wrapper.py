@@ -71,6 +71,10 @@ class Wrapper(UpdateRule):
         """Move as the wrapped rule does."""
         return self.rule.update(unprefixed("rule", theta), grads, state, params, loss)
 
+    def result(self, theta: Theta, params: Params, state: State) -> Params:
+        """Return what the wrapped rule does."""
+        return self.rule.result(unprefixed("rule", theta), params, state)
+
 
 @final
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class HandedOn(Kernel):
     def update_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> Params | None:
         """Write over the state as the wrapped rule's kernel does."""
         return self.kernel.update_in_place(unprefixed("rule", theta), grads, state, params, loss)
+
+    def step_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> bool:
+        """Write over state and parameters as the wrapped rule's kernel does."""
+        return self.kernel.step_in_place(unprefixed("rule", theta), grads, state, params, loss)
 
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True

@@ -11,32 +11,9 @@
  * is short.
  */
 #include "vectors.h"
+#include "blocks.h"
 
-#define VECS 4
-#define BLOCK (VECS * LANES)
 #define TILE 5
-
-INLINE vec sigmoid(vec x) {
-    if (FAST_EXP2) return 1 / (1 + exp2_(x * (REAL)-1.4426950408889634074));
-    return 1 / (2 + expm1_(-x));
-}
-INLINE vec tanh_(vec x) {
-    vec e = FAST_EXP2 ? exp2m1(at_most(spread(64), x * (REAL)2.8853900817779268147)) : expm1_(2 * x);
-    return e / (e + 2);
-}
-
-/* Four rows of a product: sum over k of w[k][0..3] * x[k][:], on top of what acc holds. */
-INLINE void four_rows(const REAL *w, int num_k, const REAL *x, vec acc[4][VECS]) {
-    for (int k = 0; k < num_k; k++, w += 4, x += BLOCK) {
-        vec along[VECS];
-        for (int v = 0; v < VECS; v++) {
-            along[v] = load(x + v * LANES);
-            KEEP(along[v]);
-        }
-        for (int g = 0; g < 4; g++)
-            for (int v = 0; v < VECS; v++) acc[g][v] += w[g] * along[v];
-    }
-}
 
 typedef struct {
     int num_inputs, num_k, padded_k, rows; /* K; K + 1 (bias) up to a multiple of 4; 4H up to a multiple of LANES */
@@ -199,17 +176,6 @@ static void cell_adjoint(Layer *layer, int hidden, const REAL *signal, const REA
                 default: outer_tile(TILE, from, at, rows, to);
             }
         }
-}
-
-static void take(REAL *to, const REAL *from, int rows, long stride, int count) {
-    for (int r = 0; r < rows; r++) {
-        memcpy(to + r * BLOCK, from + r * stride, count * sizeof(REAL));
-        if (count < BLOCK) memset(to + r * BLOCK + count, 0, (BLOCK - count) * sizeof(REAL));
-    }
-}
-
-static void put(REAL *to, const REAL *from, int rows, long stride, int count) {
-    for (int r = 0; r < rows; r++) memcpy(to + r * stride, from + r * BLOCK, count * sizeof(REAL));
 }
 
 /* One step: out (N) and new states, which may be the old ones' memory, from x (I, N) and states. */

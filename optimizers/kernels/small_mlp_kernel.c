@@ -7,16 +7,16 @@
  * meanwhile: with all lanes' memories larger than the cache, that saves a quarter of the time. Compiled once with
  * REAL=float, once with REAL=double.
  *
- * `data` has the tensors' addresses, and `strides` how far apart the lanes lie in each, num_dims numbers a tensor, in
- * elements, 0 where all lanes share it; the lanes are numbered with the last of their dimensions fastest. Within a lane
- * every tensor is contiguous. In this order: step (), weight (units, inputs) and bias (units,) of each layer, all
- * gradients, all parameters, all averages (num_decays, *shape); then what is written: new step, parameters, averages.
+ * `data` has the tensors, as lanes.h says; within a lane every one is contiguous. In this order: step (), weight (units,
+ * inputs) and bias (units,) of each layer, all gradients, all parameters, all averages (num_decays, *shape); then what
+ * is written: new step, parameters, averages.
  * `constants` has step_scale, exp_scale, eps, the decays, the clocks' scales. A call does the lanes from `first` to
  * `last`, so that threads may share the work, and returns 0, or 1 where memory is short.
  */
 #include <math.h>
 
 #include "vectors.h"
+#include "lanes.h"
 
 #define VECS 8
 #define BLOCK (VECS * LANES)
@@ -41,18 +41,6 @@ typedef struct {
     REAL *normed;             /* the first layer's weights for one tensor */
     REAL *signal, *other;     /* [rows][BLOCK] */
 } Work;
-
-INLINE vec exp_(vec x) {
-    if (FAST_EXP2) return exp2_(x * (REAL)1.4426950408889634074);
-    vec root = expm1_(x * (REAL)0.5) + 1; /* so that its bound lies past the range */
-    return root * root;
-}
-
-INLINE REAL total(vec x) {
-    REAL sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
-    return sum;
-}
 
 /* The sum of squares of x or, with `averaged`, of keep * x + (1 - keep) * grad. */
 INLINE double squares(const REAL *x, const REAL *grad, REAL keep, long n, const int averaged) {
@@ -229,13 +217,6 @@ static int reserve(const Rule *rule, Work *work) {
     return work->normed && work->signal && work->other;
 }
 
-/* Where a lane's part of data[which] lies. */
-static REAL *of_lane(long lane, int which, int num_dims, const long *sizes, REAL *const *data, const long *strides) {
-    REAL *at = data[which];
-    for (int d = num_dims - 1; d >= 0; lane /= sizes[d--]) at += lane % sizes[d] * strides[which * num_dims + d];
-    return at;
-}
-
 int step(long first, long last, int num_dims, const long *sizes, REAL *const *data, const long *strides,
          int num_tensors, const long *numels, int num_decays, int num_layers, const int *widths, int num_clocks,
          const REAL *constants) {
@@ -245,7 +226,8 @@ int step(long first, long last, int num_dims, const long *sizes, REAL *const *da
     const REAL **theta = malloc(2 * num_layers * sizeof(REAL *));
     Work work;
     int failed = !reserve(&rule, &work) || !theta;
-#define OF(lane, which) of_lane(lane, which, num_dims, sizes, data, strides)
+const Lanes lanes = {num_dims, sizes, data, strides};
+#define OF(lane, which) of_lane(&lanes, lane, which)
     for (long lane = first; !failed && lane < last; lane++) {
         const REAL count = *OF(lane, 0);
         for (int i = 0; i < 2 * num_layers; i++) theta[i] = OF(lane, 1 + i);

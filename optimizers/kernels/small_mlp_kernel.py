@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import native
+from learnedopt.optimizers.kernels.lanes import array, contiguous, expanded
 
 _SOURCE = Path(__file__).with_name("small_mlp_kernel.c")
 _NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
@@ -66,9 +67,7 @@ def step_of_lanes(network: Network, tensors: Tensors, num_dims: int) -> tuple[Te
 
     Two levels of ``torch.func.vmap`` take longer than the step itself where tensors are small, and are saved here.
     """
-    flat = _flat(tensors)
-    lanes = torch.broadcast_shapes(*(t.shape[:num_dims] for t in flat))
-    flat = [t if t.shape[:num_dims] == lanes else t.expand(*lanes, *t.shape[num_dims:]) for t in flat]
+    _, flat = expanded(_flat(tensors), num_dims)
     return _parts(_Step.forward(network, num_dims, *flat), len(tensors.params))
 
 
@@ -81,7 +80,7 @@ class _Step(torch.autograd.Function):
         count = (len(tensors) - first) // 3
         shapes = [t.shape[num_dims:] for t in tensors]
         _require_shapes(network, shapes, shapes[first + count : first + 2 * count])
-        inputs = [_contiguous_lanes(t, num_dims) for t in tensors]
+        inputs = [contiguous(t, num_dims) for t in tensors]
         written = [inputs[0], *inputs[first + count :]]
         outputs = [torch.empty(t.shape, dtype=t.dtype) for t in written]
         numels = [shape.numel() for shape in shapes[first : first + count]]
@@ -118,16 +117,16 @@ def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[T
     constants = [network.step_scale, network.exp_scale, network.eps, *network.decays, *network.time_scales]
     arguments = (
         num_dims,
-        _array(ctypes.c_long, lanes),
-        _array(ctypes.c_void_p, [t.data_ptr() for t in data]),
-        _array(ctypes.c_long, [stride for t in data for stride in t.stride()[:num_dims]]),
+        array(ctypes.c_long, lanes),
+        array(ctypes.c_void_p, [t.data_ptr() for t in data]),
+        array(ctypes.c_long, [stride for t in data for stride in t.stride()[:num_dims]]),
         len(numels),
-        _array(ctypes.c_long, numels),
+        array(ctypes.c_long, numels),
         len(network.decays),
         len(network.widths) - 1,
-        _array(ctypes.c_int, network.widths),
+        array(ctypes.c_int, network.widths),
         len(network.time_scales),
-        _array(real, constants),
+        array(real, constants),
     )
     function = native.library(_SOURCE, *_NAMES[dtype]).step  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -161,14 +160,5 @@ def _require_shapes(network: Network, found: Sequence[Sequence[int]], params: Se
         )
 
 
-def _contiguous_lanes(tensor: Tensor, num_dims: int) -> Tensor:
-    """Return the tensor with every lane contiguous in itself; how the lanes lie to each other does not matter."""
-    return tensor if tensor[(0,) * num_dims].is_contiguous() else tensor.contiguous()
-
-
 def _flat(tensors: Tensors) -> list[Tensor]:
     return [tensors.step, *tensors.theta, *tensors.grads, *tensors.params, *tensors.averages]
-
-
-def _array(kind: Any, values: Sequence[Any]) -> Any:
-    return (kind * len(values))(*values)

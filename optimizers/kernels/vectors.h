@@ -29,15 +29,15 @@ INLINE vec clamp(vec x, vec bound) {
 }
 #endif
 
-/* exp(x) - 1, to a few units in the last place, near 0 too. */
-INLINE vec expm1_(vec x) {
+/* exp(x) = scale * (p + 1), p small, to a few units in the last place, for x in [-80, 80], doubles' in [-600, 600]. */
+INLINE vec parts_of_exp(vec x, vec *scale) {
     x = clamp(x, spread(sizeof(REAL) == 4 ? 80 : 600));
     /* x = n ln 2 + r: adding 1.5 * 2^mantissa rounds n to an integer and leaves it in the low bits. */
     const REAL magic = sizeof(REAL) == 4 ? 12582912.0f : 6755399441055744.0;
     const int mantissa = sizeof(REAL) == 4 ? 23 : 52;
     vec shifted = x * (REAL)1.4426950408889634074 + magic, n = shifted - magic;
     ivec exponent = ((ivec)shifted - (ivec)spread(magic) + (sizeof(REAL) == 4 ? 127 : 1023)) << mantissa;
-    vec scale = (vec)exponent;
+    *scale = (vec)exponent;
     vec r = sizeof(REAL) == 4 ? (x - n * (REAL)0.693145751953125) - n * (REAL)1.42860682030941723212e-6
                               : (x - n * (REAL)6.93147180369123816490e-01) - n * (REAL)1.90821492927058770002e-10;
     /* The Taylor series of (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2. */
@@ -58,7 +58,12 @@ INLINE vec expm1_(vec x) {
     p = p * r + (REAL)(1. / 24);
     p = p * r + (REAL)(1. / 6);
     p = p * r + (REAL)0.5;
-    p = p * r * r + r;
+    return p * r * r + r;
+}
+
+/* exp(x) - 1, near 0 too. */
+INLINE vec expm1_(vec x) {
+    vec scale, p = parts_of_exp(x, &scale);
     return scale * p + (scale - 1);
 }
 
@@ -95,6 +100,47 @@ INLINE vec at_most(vec bound, vec x) { return bound + x; } /* these three are ne
 INLINE vec exp2_(vec x) { return x; }
 INLINE vec exp2m1(vec x) { return x; }
 #endif
+
+INLINE vec sigmoid(vec x) {
+    if (FAST_EXP2) return 1 / (1 + exp2_(x * (REAL)-1.4426950408889634074));
+    return 1 / (2 + expm1_(-x));
+}
+INLINE vec tanh_(vec x) {
+    vec e = FAST_EXP2 ? exp2m1(at_most(spread(64), x * (REAL)2.8853900817779268147)) : expm1_(2 * x);
+    return e / (e + 2);
+}
+
+/* The logarithm to base 2 of what is positive or 0, to a few units in the last place; infinity and NaN stay. Of what is
+ * below the smallest normal number it is that of 2^-126, doubles' 2^-1022. */
+INLINE vec log2_(vec x) {
+    const int mantissa = sizeof(REAL) == 4 ? 23 : 52;
+    const INTEGER root = sizeof(REAL) == 4 ? 0x3f3504f3 : (INTEGER)0x3fe6a09e667f3bcdLL; /* of 1/2 */
+    const REAL least = sizeof(REAL) == 4 ? 1.17549435e-38f : 2.2250738585072014e-308;
+    const REAL most = sizeof(REAL) == 4 ? 3.40282347e38f : 1.7976931348623157e308;
+    ivec small = x < least, finite = x <= most;
+    ivec bits = (ivec)((small & (ivec)spread(least)) | (~small & (ivec)x));
+    ivec exponent = (bits - root) >> mantissa; /* x = 2^exponent * f, f between the roots of 1/2 and 2 */
+    vec f = (vec)(bits - (exponent << mantissa)), s = (f - 1) / (f + 1), t = s * s;
+    vec p = spread(0);
+    /* ln f = 2 artanh s = 2 s (1 + t / 3 + t^2 / 5 + ...), t < 0.0295. */
+    for (int k = sizeof(REAL) == 4 ? 9 : 21; k > 0; k -= 2) p = p * t + (REAL)1 / k;
+    vec found = s * p * (REAL)2.8853900817779268147 + __builtin_convertvector(exponent, vec);
+    return (vec)((finite & (ivec)found) | (~finite & (ivec)x));
+}
+
+/* exp(x), 0 or infinite past the range of floats. */
+INLINE vec exp_(vec x) {
+    if (FAST_EXP2) return exp2_(x * (REAL)1.4426950408889634074);
+    vec scale, p = parts_of_exp(x * (REAL)0.5, &scale), root = scale * p + scale; /* so that its bound is past the range */
+    return root * root;
+}
+INLINE vec power_of_2(vec x) { return FAST_EXP2 ? exp2_(x) : exp_(x * (REAL)0.69314718055994530942); }
+
+INLINE REAL total(vec x) {
+    REAL sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+    return sum;
+}
 
 /* Keeps the compiler from reading a value from memory again for each of its uses. */
 #if defined(__x86_64__) && defined(__AVX512F__)

@@ -51,3 +51,11 @@ def require_common(dtype: Any, meta_split: Any) -> None:
     require_choice("meta_split", meta_split, MetaSplit)
     if dtype is not None:
         require_choice("dtype", dtype, DType)
+
+
+def require_widths(option: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a tuple of positive integers."""
+    if not isinstance(value, tuple):
+        raise ValueError(f"{option}={value!r} is not a tuple of widths; pass one such as (20,) or (40, 40)")
+    for i, width in enumerate(value):
+        require_count(f"{option}[{i}]", width)

@@ -1,0 +1,104 @@
+"""The figures of a suite: a matrix of optimizers by nets, and loss curves with bands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learnedopt.evaluation.plots import COLOURS, DASHES, EMPHASIS, plain_axes, scale_axis, write_figure
+
+if TYPE_CHECKING:
+    from learnedopt.evaluation.suite_table import Suite
+
+_FACTOR = 2.0  # a loss so many times the best baseline's, or a part of it, has the colour map's end
+_CEILING = 3.0  # times the first loss, above which a curve is left out: it would flatten the others
+_COLUMNS = 3
+_DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon + cosine")
+
+
+def plot_matrix(path: str | Path, suite: Suite) -> Path:
+    """Draw the last 20 losses of all optimizers on all nets over those of each net's best tuned baseline.
+
+    Green is better than it, red worse; a cross is a run that diverged on any seed, white one that was not run.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    labels, nets = [*suite.candidates, *suite.baselines], [*suite.results]
+    table = [[_over_best(suite, net, label) for net in nets] for label in labels]
+    figure = Figure(figsize=(2.5 + 0.62 * len(nets), 2.4 + 0.3 * len(labels)), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [[value if value is not None and math.isfinite(value) else math.nan for value in row] for row in table]
+    image = axes.imshow(shown, cmap="RdYlGn_r", norm=LogNorm(1 / _FACTOR, _FACTOR), aspect="auto")
+    for i, row in enumerate(table):
+        for j, value in enumerate(row):
+            if value is not None:
+                text = f"{value:.2f}" if math.isfinite(value) else "×"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="black")
+    axes.set_xticks(range(len(nets)), nets, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for tick in axes.get_yticklabels()[: len(suite.candidates)]:
+        tick.set_fontweight("bold")
+    bar = figure.colorbar(image, ax=axes, ticks=[0.5, 0.7, 1, 1.4, 2], shrink=0.8)
+    bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
+    bar.ax.minorticks_off()
+    bar.set_label("last 20 losses / best tuned baseline's")
+    return write_figure(figure, path)
+
+
+def plot_suite_curves(path: str | Path, suite: Suite) -> Path:
+    """Draw a panel a net: train losses, means over seeds, with bands from the lowest to the highest seed."""
+    from matplotlib.figure import Figure
+
+    num_rows = -(-len(suite.results) // _COLUMNS)
+    figure = Figure(figsize=(4.3 * _COLUMNS, 2.9 * num_rows + 0.6), layout="constrained")
+    handles: dict[str, Any] = {}
+    for i, (net, by) in enumerate(suite.results.items(), start=1):
+        axes = figure.add_subplot(num_rows, _COLUMNS, i, xlabel="step", ylabel="train loss")
+        axes.set_title(net, fontsize=9)
+        plain_axes(axes)
+        for label in _drawn(suite):
+            if label in by:
+                handles[label] = _draw(axes, suite, net, label)
+        for name in ("x", "y"):
+            scale_axis(axes, name)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, handlelength=3.5
+    )
+    return write_figure(figure, path)
+
+
+def _drawn(suite: Suite) -> Sequence[str]:
+    known = [label for label in _DRAWN if label in suite.baselines]
+    return [*(known or suite.baselines[: len(COLOURS)]), *suite.candidates]  # candidates in front
+
+
+def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
+    from learnedopt.evaluation.suite_table import thinned
+
+    steps, values = thinned(suite.results[net][label].losses)
+    values = values.masked_fill(~(values <= _CEILING * values[0].max()), math.nan)
+    index = suite.candidates.index(label) if label in suite.candidates else _drawn(suite).index(label)
+    first = index == 0 and label in suite.candidates
+    colour = EMPHASIS if first else COLOURS[index % len(COLOURS)]
+    strong = label in suite.candidates
+    (line,) = axes.plot(
+        steps, values.mean(1).tolist(), color=colour, linewidth=2.4 if strong else 1.4, label=label,
+        dashes=DASHES[0] if strong else DASHES[(index + 1) % len(DASHES)],
+    )  # fmt: skip
+    low, high = values.amin(1).tolist(), values.amax(1).tolist()
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    return line
+
+
+def _over_best(suite: Suite, net: str, label: str) -> float | None:
+    best = suite.best_tuned(net)
+    if best is None or label not in suite.results[net]:
+        return None
+    result = suite.results[net][label]
+    if result.record["num_diverged"]:
+        return math.inf
+    ratio = suite.ratio(net, label, best)
+    return None if ratio is None else ratio.mean

@@ -1,0 +1,54 @@
+"""What a checkpoint is of: names and shapes tell one of another training, where theta's do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnedopt.core import tree
+from learnedopt.core.carry import narrow
+from learnedopt.core.estimator import GradientEstimator
+from learnedopt.core.inner import InnerLoop
+from learnedopt.core.parts import parts_of
+from learnedopt.core.tree import Theta
+from learnedopt.training import carries
+from learnedopt.training.progress import SHAPES, Training
+
+
+def describe(
+    loop: InnerLoop, estimator: GradientEstimator, theta: Theta, optimizer: torch.optim.Optimizer, scheduler: Any,
+    settings: dict[str, Any],
+) -> Training:  # fmt: skip
+    """Return what the checkpoint of a meta-training is of.
+
+    Args:
+        loop: what is trained.
+        estimator: what estimates.
+        theta: the leaves that are trained.
+        optimizer: moves them.
+        scheduler: of its rates, or None.
+        settings: plain values that a checkpoint must agree with, ``num_tasks`` among them.
+    """
+    fixed, generator = tree.detach(theta), torch.Generator().manual_seed(0)
+    tasks = loop.family.sample(settings["num_tasks"], generator)
+    parts = parts_of(loop, tasks)
+    begun = [part.loop.begin(fixed, narrow(part.loop.start(part.tasks), 0, 1)) for part in parts]
+    things = {
+        "family": loop.family,
+        "rule": loop.rule,
+        "inner_objective": loop.inner_objective,
+        "estimator": estimator,
+        "meta_optimizer": optimizer,
+        "scheduler": scheduler,
+    }
+    run: dict[str, Any] = {k: type(thing).__name__ for k, thing in things.items()} | settings
+    leaves = carries.leaves(begun[0] if len(begun) == 1 else begun)
+    run[SHAPES] = {path: f"{x.dtype} {tuple(x.shape)}" for path, x in leaves if isinstance(x, Tensor)}
+
+    def start() -> Any:
+        return estimator.start(loop, fixed, tasks, torch.Generator().manual_seed(0))
+
+    classes = carries.classes_of(begun) | carries.classes_of(start())
+    return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()))
