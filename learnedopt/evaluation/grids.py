@@ -221,3 +221,21 @@ MAIN_BASELINES: Mapping[str, Grid] = {
     )
 }  # fmt: skip
 """Those of them that came out best of their kind, and the two that ratios are shown to: half the time of all."""
+
+
+def named(text: str) -> Mapping[str, Grid]:
+    """Return the baselines that a command line names: "main", "all", "none", or labels with semicolons between them.
+
+    Raises:
+        ValueError: there is no such baseline.
+    """
+    if text in ("main", "all", "none"):
+        return {"main": MAIN_BASELINES, "all": HARD_BASELINES, "none": {}}[text]
+    labels = [label.strip() for label in text.split(";") if label.strip()]
+    unknown = [label for label in labels if label not in HARD_BASELINES]
+    if unknown or not labels:
+        raise ValueError(
+            f"baselines {text!r}: there is no {unknown or 'label in it'}; use main, all, none, or some of "
+            f"{'; '.join(HARD_BASELINES)}"
+        )
+    return {label: HARD_BASELINES[label] for label in labels}
