@@ -1,7 +1,8 @@
-"""The step of a trained LSTM optimizer, as a ``torch.optim.Optimizer`` takes it."""
+"""The steps of frozen learned optimizers, as a ``torch.optim.Optimizer`` takes them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from benchmarks import peers_jax
 from benchmarks.suite import Call, Competitor, Size, Workload
 from benchmarks.workloads_lstm import cells_of, step_of, trained, weights_of, zeros
-from learnedopt import LearnedOptimizer
+from learnedopt import LearnedOptimizer, UpdateRule
 from learnedopt import optimizers as rules
+from learnedopt.optimizers.bases.wrapper import Wrapper
 
 CHUNK = 16384  # coordinates that a chunked step takes at a time
 
@@ -85,6 +87,39 @@ def _learned(parameter: nn.Parameter, size: Size) -> torch.optim.Optimizer:
     return LearnedOptimizer([parameter], (rules.make("lstm"), trained(size)))
 
 
+def frame_step(rule: UpdateRule) -> Callable[[Size], Call]:
+    """Return the step of a rule that tells matrices and vectors apart, on one square matrix, at its start."""
+
+    def build(size: Size) -> Call:
+        theta = rule.init_theta(torch.Generator().manual_seed(0))
+        theta = {name: value.to(size.torch_dtype) for name, value in theta.items()}
+        return _on_matrix(lambda named: LearnedOptimizer(named, (rule, theta), num_steps=10_000), size)
+
+    return build
+
+
+def adam_step(size: Size) -> Call:
+    """Return Adam's step on that matrix."""
+    return _on_matrix(lambda named: torch.optim.Adam([p for _, p in named], lr=1e-3, foreach=True), size)
+
+
+def _on_matrix(make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer], size: Size) -> Call:
+    side = math.isqrt(size.units)
+    values = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start, grad = values.to(size.torch_dtype)
+    parameter = nn.Parameter(start.clone())
+    parameter.grad = grad.clone()
+    optimizer = make([("weight", parameter)])
+    for _ in range(2):  # the second step is in place
+        optimizer.step()
+
+    def call() -> list[Tensor]:
+        optimizer.step()
+        return [parameter.detach() - start]
+
+    return call
+
+
 WORKLOADS = {
     "lstm-step": Workload(
         "Step of a trained LSTM optimizer, 1,000,000 parameters",
@@ -100,5 +135,27 @@ WORKLOADS = {
             ),
         },
         "nn.LSTMCell",
+    ),
+    "normalised-step": Workload(
+        "Step of the normalised rules and of the general one, a matrix of 1,000 × 1,000",
+        "One step; memory is what it takes beside the parameters and what the optimizer remembers. All but the first "
+        "two do other jobs, and are here for scale.",
+        Size(units=1_000_000), Size(units=5_000),
+        {
+            "learnedopt, normalised": Competitor(frame_step(rules.Normalised())),
+            "normalised in pure torch": Competitor(frame_step(Wrapper(rules.Normalised()))),
+            **{
+                f"learnedopt, {name}": Competitor(frame_step(rule), compared=False)
+                for name, rule in {
+                    "normalised-mlp": rules.NormalisedMLP(),
+                    "normalised-lstm": rules.NormalisedLSTM(),
+                    "general": rules.General(),
+                    "general, in bfloat16": rules.General(bfloat16=True),
+                    "general, not orthogonalised": rules.General(orthogonalise=False),
+                }.items()
+            },
+            "torch.optim.Adam, foreach": Competitor(adam_step, compared=False),
+        },
+        "normalised in pure torch",
     ),
 }  # fmt: skip

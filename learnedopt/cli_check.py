@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Vet the recipe that the arguments name; return 0 where all is well, else 1."""
     import torch
 
+    from learnedopt.core.parts import loop_of
     from learnedopt.core.vetting import examine, report
     from learnedopt.recipes import Study
     from learnedopt.run import build
@@ -43,15 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(recipe.num_threads)
     loop, _ = build(recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    theta, tasks = loop.init_theta(generator), loop.family.sample(2, generator)
-    begun = loop.begin(theta, loop.start(tasks))
-    second = recipe.estimator.takes_second_derivatives
-    faults = loop.family.faults(*_one_task(loop, begun), second_derivatives=second)
-    findings = examine(loop, theta, begun, second_derivatives=second)
-    print(f"{recipe.name}: {type(loop.rule).__name__} on {type(loop.family).__name__}, two tasks.\n{report(findings)}")
-    for fault in faults:
-        print(f"The family says: {fault}")
-    return FOUND if faults or any(not finding.passed for finding in findings) else 0
+    theta, found = loop.init_theta(generator), 0
+    for member, family in enumerate(loop.family.families):
+        own = loop_of(loop, member)
+        begun = own.begin(theta, own.start(family.sample(2, generator)))
+        second = recipe.estimator.takes_second_derivatives
+        faults = family.faults(*_one_task(own, begun), second_derivatives=second)
+        findings = examine(own, theta, begun, second_derivatives=second)
+        print(f"{recipe.name}: {type(loop.rule).__name__} on {type(family).__name__}, two tasks.\n{report(findings)}")
+        for fault in faults:
+            print(f"The family says: {fault}")
+        found = FOUND if faults or any(not finding.passed for finding in findings) else found
+    return found
 
 
 def _one_task(loop: Any, begun: Any) -> tuple[Any, Any]:

@@ -20,11 +20,15 @@ from learnedopt.core.execution import Execution
 from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
-from learnedopt.core.tree import Params
+from learnedopt.core.parts import loop_of
+from learnedopt.core.task import TaskFamily
+from learnedopt.core.tree import Params, Theta
+from learnedopt.estimators.task_by_task import TaskByTask
 from learnedopt.execution.memory import predict_peak
 from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
+from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
@@ -41,15 +45,32 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     from learnedopt import optimizers, tasks
 
     require_device(recipe.execution)
+    # A rule that reads the horizon is told that of validation as well, which is its own.
+    horizons = {"train": recipe.horizon, "valid": recipe.horizon and (recipe.validation.num_steps or recipe.horizon)}
     options = {"train": recipe.family.options, "valid": {**recipe.family.options, **recipe.validation.family_options}}
     families = {
         split: tasks.make(recipe.family.name, **{**given, "meta_split": split}) for split, given in options.items()
     }
-    sample = families["train"].sample(1, torch.Generator().manual_seed(recipe.seed))
-    template = {name: param[0] for name, param in families["train"].init_params(sample).items()}
-    rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
+    if recipe.compare and len(families["train"].families) > 1:
+        raise ValueError(
+            f"compare=true sets {recipe.name} beside tuned optimizers on one family, and {recipe.family.name!r} is of "
+            "several; leave it out, and evaluate what was learned on each of them"
+        )
+    template = template_of(families["train"], recipe.seed)
+    try:
+        rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
+    except ValueError as error:
+        if template is not None or "needs template=" not in str(error):
+            raise
+        raise ValueError(
+            f"the rule {recipe.rule.name!r} has meta-parameters for every tensor or coordinate, and the families of "
+            f"{recipe.family.name!r} differ in shape; take a rule that has none, or families of one shape ({error})"
+        ) from error
     descended = inner_objective(recipe, template)
-    loops = {split: InnerLoop(family, rule, recipe.execution, descended) for split, family in families.items()}
+    loops = {
+        split: InnerLoop(family, rule, recipe.execution, descended, horizons[split])
+        for split, family in families.items()
+    }
     held_out = recipe.validation
     every = min(held_out.every, recipe.num_meta_steps)
     validation = Validation(
@@ -59,7 +80,17 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     return loops["train"], validation
 
 
-def inner_objective(recipe: Recipe, template: Params) -> InnerObjective:
+def template_of(family: TaskFamily, seed: int) -> Params | None:
+    """Return one task's parameters; None for a mixture of families whose tasks differ in shape."""
+    found = []
+    for member in family.families:
+        sample = member.sample(1, torch.Generator().manual_seed(seed))
+        found.append({name: param[0] for name, param in member.init_params(sample).items()})
+    shapes = [{name: param.shape for name, param in template.items()} for template in found]
+    return found[0] if all(shape == shapes[0] for shape in shapes) else None
+
+
+def inner_objective(recipe: Recipe, template: Params | None) -> InnerObjective:
     """Return what the recipe's inner steps descend."""
     from learnedopt import inner_objectives
 
@@ -83,15 +114,40 @@ def train(recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None) -
     built = None if isinstance(recipe, Study) else build(recipe)
     mode = resolve_mode(wandb_mode)
     find_run(folder, recipe)  # refused before anything is written
+    if isinstance(recipe, Recipe) and built is not None:
+        require_chain(recipe, built[0])
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         run_id = find_run(folder, recipe) or begin_run(folder, recipe)
         remove_partials(folder)  # left by a kill in the middle of a write
+        if isinstance(recipe, Recipe):
+            train_before(recipe, folder, wandb_mode)
         tracker = trackers(recipe, folder, mode, run_id)
         if isinstance(recipe, Study):
             return carry_out(recipe, folder, tracker)
         assert built is not None
         return meta_train(recipe, folder, built, tracker)
+
+
+def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
+    """Raise ValueError, before the stage before is trained, where this one could not start from its theta."""
+    if recipe.after is not None:
+        before = build(recipe.after)[0].init_theta(torch.Generator().manual_seed(0))
+        own = loop.init_theta(torch.Generator().manual_seed(0))
+        taken_over(before, own, f"{recipe.name} comes after {recipe.after.name}", partly=recipe.start_partly)
+
+
+def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None) -> None:
+    """Meta-train the stage before, from where it stands; one that is finished is left as it is."""
+    stage = recipe.after
+    if stage is None:
+        return
+    own = folder / stage.name
+    # The figure is the last thing that every run leaves.
+    if find_run(own, stage) is None or not (own / "training.png").exists():
+        print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
+        train(stage, own, wandb_mode)
+    torch.set_num_threads(recipe.num_threads)
 
 
 def trackers(recipe: Recipe | Study, folder: Path, mode: Mode, run_id: str) -> Trackers:
@@ -141,8 +197,10 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         tracker,
         num_tasks=recipe.num_tasks,
         seed=recipe.seed,
-        theta=checkpoint.load_checkpoint(recipe.start).theta if recipe.start else None,
+        theta=start_theta(recipe, loop, folder),
         max_grad_norm=meta.max_grad_norm,
+        average=meta.average,
+        rollback_above=meta.rollback_above,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
         ),
@@ -152,12 +210,21 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         config=configuration(recipe),
         report=lambda result, tracker: report(recipe, folder, loop, result, tracker),
     )
-    tasks = loop.family.sample(recipe.num_tasks, torch.Generator().manual_seed(recipe.seed))
-    carry = recipe.estimator.start(loop, trainer.theta, tasks, torch.Generator().manual_seed(recipe.seed))
-    peak = predict_peak(loop, trainer.theta, recipe.estimator, carry, recipe.objective)
-    if peak is not None:
-        print(f"One estimate of the meta-gradient takes about {peak / 1e6:.3g} MB.", flush=True)
+    say_memory(recipe, loop, trainer.theta)
     return trainer.run(recipe.num_meta_steps)
+
+
+def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
+    """Print how much memory an estimate will take, the most of a mixture's, where that grows with the inner steps."""
+    peaks = []
+    num_tasks = 1 if isinstance(recipe.estimator, TaskByTask) else recipe.num_tasks
+    for member, family in enumerate(loop.family.families):
+        own = loop_of(loop, member)
+        tasks = family.sample(num_tasks, torch.Generator().manual_seed(recipe.seed))
+        peaks.append(predict_peak(own, theta, recipe.estimator, own.start(tasks), recipe.objective))
+    known = [peak for peak in peaks if peak is not None]
+    if known:
+        print(f"One estimate of the meta-gradient takes about {max(known) / 1e6:.3g} MB.", flush=True)
 
 
 def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:

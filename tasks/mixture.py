@@ -22,9 +22,9 @@ class Mixture(TaskFamily):
     """Each task is one of a family that is drawn by weight: what a rule for every net is meta-trained on.
 
     Tasks of different shapes cannot be one batch, so no inner loop runs a mixture itself: ``split`` says which tasks
-    are whose, and an estimator that takes tasks one by one, ``TaskByTask``, runs each on its own family. To validate or
-    evaluate on a mixture, do so on each of ``families``. A task is ``{"member": (), "seed": ()}``, both int64: the
-    number of its family, and the seed that the family draws the task with.
+    are whose, and ``TaskByTask`` and ``Validation`` run them on their own families. To evaluate, take each of
+    ``families``. A task is ``{"member": (), "seed": ()}``, both int64: the number of its family, and the seed that the
+    family draws it with.
 
     Args:
         members: pairs of a positive weight and a family; a task's chance to be of a family is its share of the weights.
@@ -34,14 +34,14 @@ class Mixture(TaskFamily):
 
     Raises:
         TypeError: ``members`` are no pairs of weights and families.
-        ValueError: there is none, one is there twice, a weight is not positive, or a family has no such option to hand
-            it on to; from everything that an inner loop asks for: see above.
+        ValueError: there is none, one is there twice or a mixture itself, a weight is not positive, or a family has no
+            such option to hand it on to; from everything that an inner loop asks for: see above.
 
     Example:
         >>> family = Mixture(((0.7, learnedopt.tasks.make("image-mlp")), (0.3, learnedopt.tasks.make("text-rnn"))))
         >>> tasks = family.sample(8, torch.Generator().manual_seed(0))
         >>> [(type(member).__name__, positions) for member, _, positions in family.split(tasks)]
-        [('ImageMLP', (0, 1, 3, 4, 5, 7)), ('TextRNN', (2, 6))]
+        [('ImageMLP', (2, 4, 6, 7)), ('TextRNN', (0, 1, 3, 5))]
     """
 
     members: tuple[tuple[float, TaskFamily], ...]
@@ -104,7 +104,7 @@ class Mixture(TaskFamily):
         raise ValueError(
             f"the tasks of a mixture ({', '.join(type(family).__name__ for family in self.families)}) differ in shape, "
             "so one inner loop cannot run them together: meta-train with the estimator TaskByTask, which runs each on "
-            "its own family, and validate or evaluate on each of mixture.families"
+            "its own family, and evaluate on each of mixture.families"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from torch.nn import functional
 
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, initial_params
+from learnedopt.tasks.data.activations import ACTIVATIONS, Activation
 from learnedopt.tasks.data.character_model import CharacterModel, embedded
 from learnedopt.tasks.data.text import NUM_SYMBOLS
 
-Activation: TypeAlias = Literal["gelu", "relu"]
-_ACTIVATIONS = {"gelu": functional.gelu, "relu": torch.relu}
 _EPS = 1e-5  # of the layer norms, torch's default
 
 
@@ -44,7 +43,7 @@ class TextTransformer(CharacterModel):
         num_layers: attention blocks, each with its MLP.
         num_heads: of each attention; a divisor of ``dim``.
         mlp_ratio: width of an MLP over ``dim``.
-        activation: of the MLPs, "gelu" or "relu".
+        activation: of the MLPs.
         bias: whether matrices have biases, all but the head's.
 
     Example:
@@ -98,7 +97,7 @@ class TextTransformer(CharacterModel):
         for name in (f"layer{i}" for i in range(self.num_layers)):
             x = x + self._attention(params, f"{name}.attention", _normalised(params, f"{name}.norm1", x))
             wide = _affine(params, f"{name}.mlp.in", _normalised(params, f"{name}.norm2", x))
-            x = x + _affine(params, f"{name}.mlp.out", _ACTIVATIONS[self.activation](wide))
+            x = x + _affine(params, f"{name}.mlp.out", ACTIVATIONS[self.activation](wide))
         return _affine(params, "head", _normalised(params, "norm", x))
 
     def _attention(self, params: Params, name: str, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ SMALL = {
     "lstm-mlp": Size(steps=3),
     "lstm-quadratics": Size(steps=3, tasks=2),
     "lstm-step": Size(units=100),
+    "normalised-step": Size(units=100),
     "adam-1000": Size(steps=4),
     "pes-small-mlp": Size(steps=2, units=4),
 }

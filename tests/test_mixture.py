@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learnedopt import InnerLoop, SumOfLosses, Tape, Unrolled
+from learnedopt import InnerLoop, MetaTrainer, SumOfLosses, Tape, TaskByTask, Unrolled, Validation
 from learnedopt.core import tree
 from learnedopt.core.execution import Execution
 from learnedopt.core.task import TaskFamily
@@ -129,6 +129,8 @@ class Own(TaskFamily):
         ("mixture", {"members": ((0, TEXT),)}, ValueError, r"weight of members\[0\] is 0"),
         ("mixture", {"members": ((1.0, TEXT), (-1.0, Quadratic()))}, ValueError, r"weight of members\[1\]=-1.0"),
         ("mixture", {"members": ((1.0, TEXT), (2.0, TEXT))}, ValueError, r"members\[1\] is there twice"),
+        ("mixture", {"members": ((1.0, MIXTURE),)}, ValueError, "Mixture is itself made of families"),
+        ("rescaled", {"family": MIXTURE}, ValueError, "Mixture is itself made of families"),
         ("mixture", {"members": ((1.0, Own()),), "meta_split": "test"}, ValueError, "Own has no option meta_split"),
         ("mixture", {"members": ((1.0, TEXT),), "meta_split": "tset"}, ValueError, "did you mean 'test'"),
         ("rescaled", {"family": TEXT, "tensor_scale": -0.1}, ValueError, "tensor_scale=-0.1"),
@@ -153,6 +155,40 @@ def test_members_are_pairs(members: Any) -> None:
 def test_only_a_family_is_rescaled() -> None:
     with pytest.raises(TypeError, match=r"'quadratic'.*is no task family"):
         Rescaled("quadratic")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_mixture_is_meta_trained_task_by_task_and_validated() -> None:
+    rule = make_rule("recurrent-hyperparameters")
+    loop, estimator = InnerLoop(MIXTURE, rule), TaskByTask(Unrolled(3))
+    validation = Validation(loop, SumOfLosses(), num_steps=2, num_tasks=4, every=1)
+    trainer = MetaTrainer(loop, estimator, SumOfLosses(), num_tasks=5, validation=validation)
+    tasks, theta = MIXTURE.sample(5, seeded()), loop.init_theta(seeded())
+    found = estimator.estimate(loop, theta, SumOfLosses(), estimator.start(loop, theta, tasks, seeded()))
+    expected = 0.0
+    for family, own, positions in MIXTURE.split(tasks):
+        member = InnerLoop(family, rule)
+        carry = Unrolled(3).start(member, theta, own, seeded())
+        expected += len(positions) * float(Unrolled(3).estimate(member, theta, SumOfLosses(), carry).loss)
+    assert float(found.loss) == pytest.approx(expected / 5, rel=1e-12)
+    before = {k: v.clone() for k, v in trainer.theta.items()}
+    result = trainer.run(2)
+    assert any(not torch.equal(v, before[k]) for k, v in result.theta.items())
+
+
+def test_what_a_mixture_cannot_be_trained_with_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks = MIXTURE.families[0].sample(1, seeded())
+    rule = make_rule("learned-rates", template=tree.squeeze(MIXTURE.families[0].init_params(tasks)))
+    monkeypatch.setattr(InnerLoop, "move", lambda *_: pytest.fail("a step was taken"))
+    cases = [
+        (rule, TaskByTask(Unrolled(3)), "No template serves a mixture"),
+        (make_rule("recurrent-hyperparameters"), Unrolled(3), "TaskByTask"),
+    ]
+    for own, estimator, message in cases:
+        trainer = MetaTrainer(InnerLoop(MIXTURE, own), estimator, SumOfLosses(), num_tasks=5)
+        with pytest.raises(ValueError, match=message):
+            trainer.run(1)
 
 
 TEMPLATES = ("learned-rates", "meta-sgd", "maml", "balanced-rates", "aruba", "iterate")

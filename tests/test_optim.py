@@ -145,11 +145,12 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 def test_a_step_is_the_engines_bit_by_bit(kind: str, dtype: torch.dtype) -> None:
     rule = KINDS[kind](template())
     theta = moved_theta(rule)
-    loop = InnerLoop(ModuleFamily(Net, functional.cross_entropy, data), rule)
+    length = 5 if rule.reads_horizon else None
+    loop = InnerLoop(ModuleFamily(Net, functional.cross_entropy, data), rule, horizon=length)
     tasks = {"seed": torch.tensor([5])}
     model = Net()
     model.load_state_dict(tree.squeeze(loop.family.init_params(tasks)))
-    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta), adopt_start=True)
+    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta), num_steps=length, adopt_start=True)
     start = values(model)
     for step in range(5):
         optimizer.step(loss=back_propagate(model, step, seed=5))

@@ -337,7 +337,7 @@ def test_bad_members_and_carries_are_refused() -> None:
         TaskByTask(Unrolled(4), instead=ES, instead_for=(2,)).start(loop, theta, tasks, generator)
     single, theta = scheduled()
     with pytest.raises(TypeError, match="a carry of its own, got a Carry; begin with"):
-        TaskByTask(Unrolled(4)).estimate(single, theta, SumOfLosses(), single.start(sample(single.family)))
+        TaskByTask(Unrolled(4)).estimate(single, theta, SumOfLosses(), single.start(sample(single.family)))  # type: ignore[arg-type]
 
     class Lossy(Mix):
         def split(self, tasks):

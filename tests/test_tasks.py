@@ -26,10 +26,12 @@ from learnedopt.tasks import (
     Clusters,
     Experts,
     ImageMLP,
+    Lasso,
     LinearRegression,
     LogisticRegression,
     NoisyImages,
     Quadratic,
+    Rastrigin,
     Superclasses,
     build,
     describe,
@@ -339,6 +341,38 @@ def test_quadratics_have_the_distribution_that_they_name() -> None:
 def test_the_start_changes_no_function() -> None:
     at_zero, elsewhere = (Quadratic(start_scale=scale).sample(3, seeded()) for scale in (0.0, 1.0))
     assert_equal([at_zero["W"], at_zero["y"]], [elsewhere["W"], elsewhere["y"]])
+
+
+def test_lasso_is_a_penalised_half_square_with_sparse_truth() -> None:
+    family = Lasso(num_rows=3, dim=4, strength=0.3)
+    batch = tree.squeeze(family.batch(family.sample(1, seeded()), 5, "valid"))
+    x = np.array([0.3, -1.2, 0.0, 2.0])
+    gap = batch["A"].numpy() @ x - batch["b"].numpy()
+    found = torch.func.grad_and_value(family.loss)({"x": torch.from_numpy(x)}, batch)
+    assert float(found[1]) == pytest.approx(0.5 * (gap**2).sum() + 0.3 * 3.5, rel=1e-13)
+    np.testing.assert_allclose(found[0]["x"].numpy(), batch["A"].numpy().T @ gap + 0.3 * np.sign(x), rtol=1e-12)
+    for density, noise in ((0.25, 0.0), (1.0, 0.0), (0.0, 0.5)):
+        tasks = Lasso(num_rows=12, dim=4, density=density, noise=noise).sample(1000, seeded())
+        true = torch.linalg.lstsq(tasks["A"], tasks["b"].unsqueeze(-1)).solution
+        if noise:
+            assert float(tasks["b"].std()) == pytest.approx(noise, rel=0.03)
+            continue
+        drawn = true.abs() > 1e-10
+        assert float(drawn.double().mean()) == pytest.approx(density, abs=0.03)
+        assert float(true[drawn].std()) == pytest.approx(1.0, rel=0.06)
+
+
+def test_rastrigin_is_a_half_square_under_waves() -> None:
+    family = Rastrigin(dim=3, height=2.0)
+    batch = tree.squeeze(family.batch(family.sample(1, seeded()), 0, "train"))
+    x = np.array([0.3, -1.2, 2.5])
+    A, b, c = (batch[name].numpy() for name in ("A", "b", "c"))
+    expected = 0.5 * ((A @ x - b) ** 2).sum() - 2.0 * sum(c[i] * np.cos(2 * np.pi * x[i]) for i in range(3)) + 6.0
+    assert float(family.loss({"x": torch.from_numpy(x)}, batch)) == pytest.approx(expected, rel=1e-13)
+    plain = {"A": torch.eye(3), "b": torch.zeros(3), "c": torch.ones(3)}
+    assert float(family.loss({"x": torch.zeros(3)}, plain)) == 0.0
+    assert float(family.loss({"x": torch.tensor([1.0, 0.0, 0.0])}, plain)) == pytest.approx(0.5)
+    assert float(family.loss({"x": torch.tensor([0.5, 0.0, 0.0])}, plain)) == pytest.approx(0.125 + 4.0)
 
 
 def test_logistic_loss_is_the_negative_log_likelihood() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from learnedopt.core import tree
+from learnedopt.core.task import Split
 from learnedopt.tasks import TextRNN, TextTransformer, make
 from learnedopt.tasks.data import text
 
@@ -26,6 +27,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-12
+SPLITS: tuple[Split, Split] = ("train", "valid")
 SMALL = {
     "text-transformer": {"dim": 6, "num_heads": 3, "batch_size": 3, "context": 5},
     "text-rnn": {"width": 4, "num_layers": 2, "batch_size": 3, "context": 5},
@@ -95,9 +97,11 @@ def test_split_of_a_file_is_fixed() -> None:
 
 
 def test_the_text_is_the_same_in_another_process() -> None:
-    code = "from learnedopt.tasks.data import text; import zlib; print(zlib.crc32(text.load('valid').numpy()))"
+    code = (
+        "from learnedopt.tasks.data import text; import zlib; print(zlib.crc32(text.load('valid').numpy().tobytes()))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(found) == zlib.crc32(text.load("valid").numpy())
+    assert int(found) == zlib.crc32(text.load("valid").numpy().tobytes())
 
 
 def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +115,7 @@ def test_batches_are_sequences_of_the_text_and_targets_the_next_characters() -> 
     tasks = family.sample(2, torch.Generator().manual_seed(0))
     whole = text.as_text(text.load("valid"))
     seen = set()
-    for split, step, task in itertools.product(("train", "valid"), (0, 1), (0, 1)):
+    for split, step, task in itertools.product(SPLITS, (0, 1), (0, 1)):
         batch = family.batch(tasks, step, split)
         assert torch.equal(batch["inputs"][..., 1:], batch["targets"][..., :-1])
         for inputs, targets in zip(batch["inputs"][task], batch["targets"][task], strict=True):
@@ -125,7 +129,7 @@ def test_held_out_text_is_not_trained_on() -> None:
     family = TextRNN(batch_size=50, context=60, meta_split="test", held_out=True)
     tasks = family.sample(2, torch.Generator().manual_seed(0))
     parts = {part: text.load("test", part).numpy().tobytes() for part in ("kept", "held-out")}
-    for split, own, other in (("train", "kept", "held-out"), ("valid", "held-out", "kept")):
+    for split, (own, other) in zip(SPLITS, (("kept", "held-out"), ("held-out", "kept")), strict=True):
         found = [bytes(row) for row in family.batch(tasks, 3, split)["inputs"].flatten(0, 1).tolist()]
         assert all(sequence in parts[own] for sequence in found)
         assert sum(sequence in parts[other] for sequence in found) < 10  # of 100: lines that programs repeat
@@ -279,7 +283,8 @@ def test_models_run_where_their_parameters_lie(model: str, device: str) -> None:
 
 @every_model
 def test_models_start_near_chance(model: str) -> None:
-    family = make(model.split()[0], **({"cell": "lstm"} if "lstm" in model else {}))
+    options: dict[str, Any] = {"cell": "lstm"} if "lstm" in model else {}
+    family = make(model.split()[0], **options)
     tasks = family.sample(1, torch.Generator().manual_seed(0))
     params, batch = tree.squeeze((family.init_params(tasks), family.batch(tasks, 0, "train")))
     assert float(family.loss(params, batch)) == pytest.approx(math.log(64), abs=0.4)

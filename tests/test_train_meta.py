@@ -80,28 +80,36 @@ def test_the_recipes_are_listed_one_a_line(capsys: pytest.CaptureFixture[str]) -
     assert all(recipes.make(name).name == name for name in recipes.names())
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if isinstance(recipes.make(name), Recipe)])
-def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    recipe = recipes.meta_training(name)
+def tiny(recipe: Recipe) -> list[str]:
+    """Return the settings that make a recipe as small as it can be, those of its earlier stages included."""
     sets = [*TINY]
     if recipe.family.name == "image-mlp":
-        request.getfixturevalue("data_root")
         sets += ["family.batch_size=4", "family.hidden=[3]"]
-    if recipe.family.name == "noisy-images":
-        request.getfixturevalue("data_root")
     if isinstance(recipe.estimator, Truncated):
         sets += ["estimator.num_steps=2", "estimator.horizon=4"]
     if isinstance(recipe.estimator, EvolutionStrategies | PersistentES):
         sets += ["estimator.num_steps=2", "estimator.num_pairs=2"]
     if isinstance(recipe.estimator, PersistentES):
         sets += ["estimator.horizon=4"]
+    if isinstance(recipe.estimator, TaskByTask):
+        sets += ["estimator.estimator.num_steps=2", "horizon=2"]
+        sets += ["estimator.horizons=[[2, 1.0]]"] if recipe.estimator.horizons else []
+        sets += ["estimator.instead.num_steps=2"] if recipe.estimator.instead is not None else []
     if recipe.family.name == "omniglot":
-        request.getfixturevalue("data_root")
         sets += ["family.width=2", "family.queries=2"]
     if isinstance(recipe.estimator, Unrolled) and recipe.estimator.num_steps > 0:
         sets += ["estimator.num_steps=2"]
     if recipe.execution.compile:  # what a compiler takes a minute for is tested elsewhere
         sets += ["execution.compile=false"]
+    return sets if recipe.after is None else [*sets, *(f"after.{each}" for each in tiny(recipe.after))]
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if isinstance(recipes.make(name), Recipe)])
+def test_every_recipe_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    recipe = recipes.meta_training(name)
+    sets = tiny(recipe)
+    if recipe.family.name in ("image-mlp", "noisy-images", "omniglot", "mixture"):
+        request.getfixturevalue("data_root")
     if recipe.start is not None:  # goes on from another run: here from that run's recipe, just as tiny
         first = next(n for n in recipes.names() if recipe.start == f"runs/{n}")
         assert train_meta.main(command(first, tmp_path, *sets)) == 0

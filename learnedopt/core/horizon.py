@@ -124,6 +124,16 @@ class TimedKernel(Kernel):
             state.step.add_(1)
         return deltas
 
+    def step_in_place(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> bool:
+        """Write over state and parameters as the rule's kernel does."""
+        if not self._has("step_in_place"):
+            return False
+        progress = self.timed.progress(state, params)
+        done = self.kernel.step_in_place(theta, grads, state.rule, params, loss, progress=progress)
+        if done:
+            state.step.add_(1)
+        return done
+
     def _has(self, method: str) -> bool:
         """Whether the rule's kernel has a method of its own: those of the base know no progress."""
         return getattr(type(self.kernel), method) is not getattr(Kernel, method)

@@ -46,6 +46,13 @@ class Kernel:
         """
         return None
 
+    def step_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> bool:
+        """Write what ``step`` returns over ``params`` and ``state``, to the same bits; return whether it was done.
+
+        Where it does not serve, nothing is written.
+        """
+        return False
+
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
     ) -> tuple[Theta, State | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
@@ -20,12 +20,7 @@ from learnedopt.core.parts import loop_of, parts_of
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
-from learnedopt.estimators.evolution import EvolutionStrategies
-from learnedopt.estimators.forward import ForwardMode
-from learnedopt.estimators.unrolled import TruncatedBackprop, Unrolled
-
-WHOLE_EPISODES = (Unrolled, TruncatedBackprop, ForwardMode, EvolutionStrategies)
-"""Estimators of a given number of steps, that can take one episode whole."""
+from learnedopt.estimators.whole_episodes import over, pairs_of, require_whole, steps_of
 
 
 class TaskByTaskCarry(NamedTuple):
@@ -109,16 +104,16 @@ class TaskByTask(GradientEstimator):
     task_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_whole("estimator", self.estimator)
+        require_whole("estimator", self.estimator)
         if self.instead is not None:
-            _require_whole("instead", self.instead)
-        for steps, weight in _pairs(self.horizons):
+            require_whole("instead", self.instead)
+        for steps, weight in pairs_of(self.horizons):
             require_count("a horizon", steps, least=1)
             _require_positive(f"the weight of horizon {steps}", weight)
             for part in (self.estimator, self.instead):
                 if part is not None:
-                    _over(part, steps)
-        steps = [_steps_of(part) for part in (self.estimator, self.instead) if part is not None]
+                    over(part, steps)
+        steps = [steps_of(part) for part in (self.estimator, self.instead) if part is not None]
         if self.horizons is None and len({*steps}) > 1:
             raise ValueError(
                 f"TaskByTask: estimator and instead take {steps} steps of one task; give both the same, or horizons"
@@ -148,8 +143,8 @@ class TaskByTask(GradientEstimator):
     @property
     def recording(self) -> Recording | None:
         """That of the estimator on the longest episodes that it is asked for; of one task at a time."""
-        longest = [n for n, _ in _pairs(self.horizons) if self.exact_up_to is None or n <= self.exact_up_to]
-        return _over(self.estimator, max(longest)).recording if longest else self.estimator.recording
+        longest = [n for n, _ in pairs_of(self.horizons) if self.exact_up_to is None or n <= self.exact_up_to]
+        return over(self.estimator, max(longest)).recording if longest else self.estimator.recording
 
     @outside_inference_mode
     def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> TaskByTaskCarry:
@@ -184,7 +179,7 @@ class TaskByTask(GradientEstimator):
             for i, position in enumerate(part.positions):
                 task = tree.narrow(part.tasks, i, i + 1)
                 if drawn is None:
-                    steps = _steps_of(self.estimator)
+                    steps = steps_of(self.estimator)
                     found.append(_Task(part.loop, task, position, part.member, steps))
                 else:
                     own = loop_of(loop, part.member, drawn[position])
@@ -206,7 +201,7 @@ class TaskByTask(GradientEstimator):
         weight = 1.0 if self.task_weights is None else self.task_weights[task.member]
 
         def by(part: GradientEstimator) -> _Found:
-            part = part if self.horizons is None else _over(part, task.horizon)
+            part = part if self.horizons is None else over(part, task.horizon)
             # Of the task's own: neither its neighbours nor a first try by another part change its perturbations.
             own = perturbations.generator(seed, task.position)
             found = part.estimate(task.loop, theta, objective, part.start(task.loop, theta, task.task, own))
@@ -261,37 +256,6 @@ def _mean(kept: list[_Found], theta: Theta, counts: dict[str, int]) -> Estimate:
 
 def _average(values: list[Tensor]) -> Tensor:
     return torch.stack(values).mean(0)
-
-
-def _pairs(horizons: Any) -> tuple[tuple[int, float], ...]:
-    if horizons is None:
-        return ()
-    if not horizons or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in horizons):
-        raise ValueError(f"horizons={horizons!r} must be pairs of steps and weight, such as ((50, 0.5), (100, 0.5))")
-    return tuple((steps, weight) for steps, weight in horizons)
-
-
-def _over(part: Any, num_steps: int) -> Any:
-    """Return an estimator of so many steps instead."""
-    return replace(part, num_steps=num_steps)
-
-
-def _steps_of(part: Any) -> int:
-    return part.num_steps
-
-
-def _require_whole(name: str, part: Any) -> None:
-    kinds = ", ".join(kind.__name__ for kind in WHOLE_EPISODES)
-    if not isinstance(part, WHOLE_EPISODES):
-        got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-        raise TypeError(
-            f"TaskByTask: {name}={got} is no estimator that takes one episode whole; pass an instance of {kinds}"
-        )
-    if getattr(part, "horizon", None) is not None:
-        raise ValueError(
-            f"TaskByTask: {name}={part!r} cuts episodes into windows, which would all be the first; leave its horizon "
-            "out"
-        )
 
 
 def _require_positive(name: str, value: Any) -> None:

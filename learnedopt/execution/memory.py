@@ -17,6 +17,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.execution import coordinatewise
+from learnedopt.execution.choice import goes_by_steps
 
 SOME = 3  # chunks; from the third on each holds the same
 FEW = 3  # inner steps; with fewer, some meta-parameters of some rules would not reach the objective yet
@@ -29,7 +30,8 @@ def predict_peak(
 
     Estimates of ``FEW`` steps and of one more, on a few chunks of the tasks, are watched: their difference is one
     step's tape, of which the estimator will hold as many as it records; segments add the parameters and the state where
-    each begins. Scratch memory inside single operations is not seen, and a compiled program takes less than predicted.
+    each begins. Where one step is compiled, each adds where it begins and its batch, and one tape is held. Scratch
+    memory inside single operations is not seen, and a compiled program takes less than predicted.
 
     Args:
         objective: by default the final loss.
@@ -45,8 +47,10 @@ def predict_peak(
         return None
     num_recorded, tape, whole, segment, goes_on = recording
     objective = FinalLoss() if objective is None else objective
+    by_steps = goes_by_steps(loop.execution, num_recorded, segment)
     execution = replace(loop.execution, compile=False)
-    loop = InnerLoop(loop.family, loop.rule, execution, loop.inner_objective, loop.horizon)
+    horizon = loop.horizon and max(loop.horizon, FEW + 1)  # what is watched must not be longer
+    loop = InnerLoop(loop.family, loop.rule, execution, loop.inner_objective, horizon)
     chunks = loop.split(carry)
     few = narrow(carry, 0, sum(tree.size(chunk.params) for chunk in chunks[:SOME]))
 
@@ -63,9 +67,15 @@ def predict_peak(
     # Where training goes on, each chunk's end is kept until all are done.
     ends = len(chunks) * (params + state) if goes_on else 0
     one = {k: p[0] for k, p in begun.params.items()}
-    if segment is None or segment >= num_recorded or coordinatewise.reason_against(loop, theta, one, tape) is None:
+    if coordinatewise.reason_against(loop, theta, one, tape) is None:
         return _extrapolated(peak, num_recorded) + ends
-    starts = -(-num_recorded // segment) * (params + state)
+    starts = 0 if segment is None else -(-num_recorded // segment) * (params + state)
+    if by_steps:
+        batch = loop.batch(begun.tasks, begun.step, "train")
+        kept = params + state + sum(x.numel() * x.element_size() for x in tree.leaves(batch))
+        return _line(peak, 1) + starts + min(num_recorded, segment or num_recorded) * kept + params + state + ends
+    if segment is None or segment >= num_recorded:
+        return _extrapolated(peak, num_recorded) + ends
     return _extrapolated(peak, segment) + starts + params + ends  # and the cotangents of one segment's end
 
 
@@ -79,6 +89,10 @@ def peak_of(call: Callable[[], object]) -> int:
 def _extrapolated(peak: Callable[[int], int], num_steps: int) -> int:
     if num_steps <= FEW + 1:
         return peak(num_steps)
+    return _line(peak, num_steps)
+
+
+def _line(peak: Callable[[int], int], num_steps: int) -> int:
     first, second = peak(FEW), peak(FEW + 1)
     return first + (num_steps - FEW) * (second - first)
 

@@ -32,6 +32,8 @@ class Updated(NamedTuple):
     found: Params
     state: State
     added: bool
+    written: bool = False
+    """The new parameters are in the parameters already."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -195,7 +197,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             params: the parameters' values.
             loss: what ``step`` was told, or None.
             factors: by what each parameter's update will be multiplied.
-            in_place: whether ``state`` may be overwritten.
+            in_place: whether ``state`` and ``params`` may be overwritten.
         """
         # A rule that reads no loss does not mind None; one that does must not be given an invented number.
         scalar: Any = None if loss is None else scalar_loss(loss, common_device(params))
@@ -203,6 +205,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Whole steps are taken as the engine takes them; parts of one need the deltas.
         whole = all(factor in (0, 1) for factor in factors.values())
         try:
+            if kernel is not None and in_place and whole and all(factors.values()) and kernel.step_in_place(*arguments):
+                return Updated(params, state, True, True)
             stepped = kernel.step(*arguments) if kernel is not None and whole else None
             if stepped is not None:
                 found, state = stepped
@@ -244,7 +248,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         memory = unshared(memory, (*(m.param for m in members), *grads.values()))
         for name, param, _ in members:
             found, factor = updated.found[name], factors[name]
-            if factor != 0:  # 0 times an infinite update would not be nothing
+            if factor != 0 and not updated.written:  # 0 times an infinite update would not be nothing
                 if updated.added:
                     param.copy_(found)
                 else:

@@ -10,6 +10,7 @@ from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.objective import FinalLoss
 from learnedopt.core.registry import Choice
+from learnedopt.training.steadying import Steadying
 
 ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 
@@ -18,15 +19,19 @@ ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 class MetaLearning:
     """How theta moves: ``optimizer``, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``.
 
-    The options of ``optimizer`` are those beside ``lr``.
+    The options of ``optimizer`` are those beside ``lr``. With ``average`` what is learned is an average of theta, and
+    ``rollback_above`` is when theta goes back to it: see ``MetaTrainer``.
     """
 
     lr: float = 1e-3
     final_lr_fraction: float = 1.0
     max_grad_norm: float | None = None
     optimizer: Choice = field(default_factory=lambda: Choice("adam"))
+    average: float | None = None
+    rollback_above: float | None = None
 
     def __post_init__(self) -> None:
+        Steadying(self.average, self.rollback_above)  # says what is wrong with them
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr!r} is a learning rate and must be positive")
         if not self.final_lr_fraction >= 0:
@@ -53,6 +58,10 @@ class HeldOut:
 class Recipe:
     """A full configuration of one meta-training; ``inner_objective`` None descends the task's loss.
 
+    A training in stages is a chain of recipes: ``after`` is the stage before, which is trained first, in a folder of
+    its own inside the run's, and whose best theta this one starts from. Rules may differ from stage to stage: with
+    ``start_partly`` the meta-parameters of the same name are taken, the others initialised.
+
     A field that joins later needs a default that trains as before it: runs on disk are taken to have had that.
     """
 
@@ -72,7 +81,21 @@ class Recipe:
     num_threads: int = 1  # inner problems are small: more threads mostly wait for one another
     compare: bool = False
     inner_objective: Choice | None = None
+    horizon: int | None = None  # of the inner loop, for rules that read it; validation's is its own number of steps
+    after: Recipe | None = None
+    start_partly: bool = False  # theta need not be all of this rule's: what has another name is left out
 
     def __post_init__(self) -> None:
         for count in ("num_meta_steps", "num_tasks", "checkpoint_every"):
             require_count(count, getattr(self, count), least=1)
+        if self.horizon is not None:
+            require_count("horizon", self.horizon, least=1)
+        if self.after is not None and self.start is not None:
+            raise ValueError(
+                f"{self.name} would start both from start={self.start!r} and after the recipe {self.after.name!r}; "
+                "keep one of them"
+            )
+        if self.start_partly and self.after is None and self.start is None:
+            raise ValueError(
+                f"{self.name}: start_partly=True says how theta is taken over, and there is none: set start"
+            )

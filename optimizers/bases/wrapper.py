@@ -99,6 +99,10 @@ class HandedOn(Kernel):
         """Write over the state as the wrapped rule's kernel does."""
         return self.kernel.update_in_place(unprefixed("rule", theta), grads, state, params, loss)
 
+    def step_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> bool:
+        """Write over state and parameters as the wrapped rule's kernel does."""
+        return self.kernel.step_in_place(unprefixed("rule", theta), grads, state, params, loss)
+
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
     ) -> tuple[Theta, State | None] | None:

@@ -53,6 +53,8 @@ class FrameKernel(Kernel):
 
     with_factors: bool = False
     """Whether rows and columns of matrices have factors of their own."""
+    reads_iterates: bool = True
+    """Whether the sums over z² are read."""
 
     def step(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, *, progress: Tensor
@@ -65,6 +67,12 @@ class FrameKernel(Kernel):
     ) -> tuple[Params, State] | None:
         """Take the steps of all lanes together."""
         return self._step(theta, grads, state, params, progress, num_dims, in_place=False)
+
+    def step_in_place(
+        self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, *, progress: Tensor
+    ) -> bool:
+        """Take a step without new memory; it serves only where all that is written is contiguous."""
+        return self._step(theta, grads, state, params, progress, 0, in_place=True) is not None
 
     @abstractmethod
     def memory(self, state: State) -> Memory:
@@ -106,7 +114,10 @@ class FrameKernel(Kernel):
         memory, names = self.memory(state), list(params)
         rows = dict(zip(READ, (grads, params, *memory[1:]), strict=True))
         flat = [row[name] for row in rows.values() for name in names]
-        if not normalised_native.serves([*flat, progress, *tree.leaves(state), *theta.values()]):
+        leaves = tree.leaves(state)
+        if not normalised_native.serves([*flat, progress, *leaves, *theta.values()]):
+            return None
+        if in_place and not all(t.is_contiguous() for t in (*params.values(), *leaves)):
             return None
         shapes = tuple(tuple(params[name].shape[num_dims:]) for name in names)
         _require_shapes(flat, shapes, num_dims)
@@ -115,11 +126,14 @@ class FrameKernel(Kernel):
         flat = all_expanded[: len(flat)]
         step = Step(theta, state, memory, progress, lanes, _kinds(tuple(names), shapes), normalised_native.cut(shapes))
         written = flat[len(names) :] if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in flat[len(names) :]]
-        states = self._taken(step, flat, written)
+        states = self._taken(step, flat, written, in_place)
+        count = memory.step.add_(1) if in_place else (memory.step + 1).expand(lanes).contiguous()
+        if in_place:
+            torch.autograd.graph.increment_version((*written, *states))
         each = [dict(zip(names, written[i : i + len(names)], strict=True)) for i in range(0, len(written), len(names))]
-        return each[0], self.after(state, Memory(memory.step + 1, *each[1:]), states)
+        return each[0], self.after(state, Memory(count, *each[1:]), states)
 
-    def _taken(self, step: Step, flat: list[Tensor], written: list[Tensor]) -> list[Tensor]:
+    def _taken(self, step: Step, flat: list[Tensor], written: list[Tensor], in_place: bool) -> Sequence[Tensor]:
         """Write what the step comes to over ``written``, and return the network's new states."""
         theta, lanes = step.theta, step.lanes
         keep = self.decays(theta, step.state)
@@ -136,10 +150,10 @@ class FrameKernel(Kernel):
         weights = self.weights(step)
         _, states = expanded([*weights.states, *weights.tensors, numbers[..., 0]], len(lanes))
         states, tensors = states[: len(weights.states)], states[len(weights.states) : -1]
-        new_states = [torch.empty(h.shape, dtype=h.dtype) for h in states]
+        new_states = states if in_place else [torch.empty(h.shape, dtype=h.dtype) for h in states]
         both = [*states, *new_states] if states else [None] * 4
         data = Data(lanes, [*flat, *directions, *written, *both, *tensors])
-        sums = normalised_native.sums(step.cut, data, numbers, self.with_factors)
+        sums = normalised_native.sums(step.cut, data, numbers, self.with_factors, self.reads_iterates)
         if along is not None:
             self._orthogonalise(directions)
         per_tensor, factors = self.tensor_numbers(step, sums, scale[..., 2:])

@@ -37,7 +37,7 @@ class GeneralKernel(FrameKernel):
 
     def after(self, state: State, memory: Memory, states: Sequence[Tensor]) -> State:
         """Put the frame's part back."""
-        return state._replace(frame=memory)
+        return state._replace(frame=memory, length=state.length.expand(memory.step.shape))
 
     def decays(self, theta: Theta, state: State) -> Tensor:
         """Return those of theta, moved by the run's length."""

@@ -18,6 +18,8 @@ SHARE = 16384
 
 def expanded(tensors: Sequence[Tensor], num_dims: int) -> tuple[torch.Size, list[Tensor]]:
     """Return the lanes' sizes, and the tensors with all of them in their first ``num_dims`` dimensions."""
+    if num_dims == 0:
+        return torch.Size(()), list(tensors)
     lanes = torch.broadcast_shapes(*(t.shape[:num_dims] for t in tensors))
     return lanes, [t if t.shape[:num_dims] == lanes else t.expand(*lanes, *t.shape[num_dims:]) for t in tensors]
 

@@ -67,10 +67,10 @@ static REAL sum(const REAL *x, long n) {
     for (long i = 0, r = (from) / (piece)->columns, c = (from) % (piece)->columns, n; i < (count); i += n, r++, c = 0) \
         if ((n = (piece)->columns - c < (count) - i ? (piece)->columns - c : (count) - i))
 
-/* Of each unit: the sum of the new v, and of z^2, in `found` (lanes, pieces, 2). To what `rows` (lanes, all rows) and
+/* Of each unit: the sum of the new v, and of z^2 if wanted, in `found` (lanes, pieces, 2). To what `rows` (lanes, all rows) and
  * `columns` (lanes, the columns of all pieces) have of matrices, the sums of the new v are added; NULL: not wanted. Where `data` has a direction, along_0 g + along_1 scale_1 m1 + along_2 scale_2 m2 is written over it. */
 void sums(long first, long last, const Cut *cut, const Lanes *lanes, const REAL *lane_numbers, REAL *found, REAL *rows,
-          REAL *columns, long num_rows, long num_columns) {
+          REAL *columns, long num_rows, long num_columns, int with_iterates) {
     REAL square[CHUNK], iterate[CHUNK];
     for (long unit = first; unit < last; unit++) {
         const long lane = unit / cut->num_pieces;
@@ -85,13 +85,13 @@ void sums(long first, long last, const Cut *cut, const Lanes *lanes, const REAL 
         for (long from = own.first; from < own.last; from += CHUNK) {
             const long count = own.last - from < CHUNK ? own.last - from : CHUNK;
             const REAL *g = x[GRAD] + from, *v = x[SQUARE] + from, *y = x[PARAM] + from, *mean = x[AVERAGE] + from;
-            for (long i = 0; i < count; i++) {
+            for (long i = 0; i < count; i++) square[i] = keep * v[i] + take_ * g[i] * g[i];
+            totals[0] += sum(square, count);
+            for (long i = 0; with_iterates && i < count; i++) {
                 const REAL z = (y[i] - blend * mean[i]) * inverse;
-                square[i] = keep * v[i] + take_ * g[i] * g[i];
                 iterate[i] = z * z;
             }
-            totals[0] += sum(square, count);
-            totals[1] += sum(iterate, count);
+            if (with_iterates) totals[1] += sum(iterate, count);
             if (x[DIRECTION]) {
                 const REAL *m1 = x[FIRST] + from, *m2 = x[SECOND] + from;
                 REAL *restrict to = x[DIRECTION] + from;
@@ -216,7 +216,7 @@ INLINE void block(const REAL *of, const REAL *own, REAL *const *x, const REAL *f
         if (!with_net) continue;
         const vec over[2] = {power_of_2(size * (REAL)-0.5), spread(exp2(own[LOG_MEAN] * -0.5))};
         const vec seen[3] = {g, of[SCALE_1] * m1, of[SCALE_2] * m2};
-        alive[v] = (vec)(square > 0);
+        alive[v] = (vec)((square > 0) & (ivec)spread(1));
         for (int k = 0; k < 6; k++) store(net->signal + k * BLOCK + at, clamp(seen[k % 3] * over[k / 3], five));
         vec ratio = (size - own[LOG_MEAN]) * (REAL)(0.69314718055994530942 / 4);
         store(net->signal + 6 * BLOCK + at, clamp(ratio, five));
@@ -226,7 +226,7 @@ INLINE void block(const REAL *of, const REAL *own, REAL *const *x, const REAL *f
     for (int v = 0; v < VECS; v++) {
         const int at = v * LANES;
         vec u = bracket[v], z = iterate[v];
-        if (with_net) u += (vec)((ivec)alive[v] & (ivec)read_out(net, v));
+        if (with_net) u += alive[v] * read_out(net, v);
         z -= own[RATE] * u;
         vec average = load_any(x[AVERAGE] + at);
         average += of[SHARE] * (z - average);

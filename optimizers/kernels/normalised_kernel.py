@@ -35,6 +35,11 @@ class NormalisedKernel(FrameKernel):
 
     with_factors = True
 
+    @property
+    def reads_iterates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there is a network, which sees entries over their root mean square."""
+        return self.kind != NO_NET
+
     def memory(self, state: State) -> Memory:
         """Return the state, or the LSTM's ``frame``."""
         return state.frame if self.kind == LSTM else state

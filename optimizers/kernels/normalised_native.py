@@ -129,8 +129,11 @@ class Sums(NamedTuple):
     columns: Tensor | None
 
 
-def sums(cut: Cut, data: Data, lane_numbers: Tensor, with_factors: bool) -> Sums:
-    """Return the sums, rows and columns of them only ``with_factors``; write the directions that ``data`` has."""
+def sums(cut: Cut, data: Data, lane_numbers: Tensor, with_factors: bool, with_iterates: bool) -> Sums:
+    """Return the sums; write the directions that ``data`` has.
+
+    Rows and columns have sums only ``with_factors``; those of z² are 0 without ``with_iterates``.
+    """
     lanes, like = data.lanes, lane_numbers
     found = like.new_empty((*lanes, len(cut.pieces), 2))
     rows = like.new_zeros((*lanes, cut.num_rows)) if with_factors else None
@@ -140,7 +143,7 @@ def sums(cut: Cut, data: Data, lane_numbers: Tensor, with_factors: bool) -> Sums
         _function("sums", like.dtype)(
             ctypes.c_long(first), ctypes.c_long(last), ctypes.byref(cut.c[0]), ctypes.byref(data.c),
             *map(_address, (lane_numbers, found, rows, columns)), ctypes.c_long(cut.num_rows),
-            ctypes.c_long(cut.num_sums),
+            ctypes.c_long(cut.num_sums), with_iterates,
         )  # fmt: skip
         return 0
 

@@ -15,10 +15,15 @@ def with_common(
 
     Raises:
         TypeError: it is no task family.
-        ValueError: a value is none that the option takes, or the family has no such option.
+        ValueError: a value is none that the option takes, the family has no such option, or it is a mixture.
     """
     if not isinstance(family, TaskFamily):
         raise TypeError(f"{family!r} ({type(family).__name__}) is no task family; pass one, or its configuration")
+    if family.families != (family,):
+        raise ValueError(
+            f"{type(family).__name__} is itself made of families of different shapes: wrap each of its members, and "
+            "mix these"
+        )
     given = {"dtype": dtype, "meta_split": meta_split}
     given = {name: value for name, value in given.items() if value is not None}
     arguments.require_common(dtype, meta_split or "train")

@@ -1,0 +1,74 @@
+"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network in it, back-propagated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from learnedopt.core.execution import Execution
+from learnedopt.core.objective import LogMeans, SumOfLosses
+from learnedopt.core.registry import Choice
+from learnedopt.estimators.evolution import EvolutionStrategies
+from learnedopt.estimators.task_by_task import TaskByTask
+from learnedopt.estimators.unrolled import Unrolled
+from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
+
+_FAMILY = Choice(
+    "image-mlp", {"dataset": "mnist", "hidden": (20,), "activation": "sigmoid", "batch_size": 128, "crop": 20}
+)
+_QUICK = Choice("adam", {"betas": (0.8, 0.95)})
+
+
+def normalised_mnist() -> Recipe:
+    """The frame's 24 numbers on an MLP with 20 sigmoid units on MNIST, by evolution strategies through 100 steps."""
+    return Recipe(
+        name="normalised-mnist",
+        family=_FAMILY,
+        rule=Choice("normalised"),
+        horizon=100,
+        estimator=EvolutionStrategies(100, num_pairs=8, sigma=0.3),
+        objective=LogMeans(1.0),
+        num_meta_steps=60,
+        num_tasks=2,
+        meta=MetaLearning(lr=0.5, final_lr_fraction=0.05, optimizer=_QUICK),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=20),
+        checkpoint_every=10,
+    )
+
+
+def normalised_mlp_mnist() -> Recipe:
+    """A network of 8 units in the frame, by the exact meta-gradient through all 100 steps."""
+    return _after_the_frame("normalised-mlp-mnist", Choice("normalised-mlp"), lr=0.3)
+
+
+def normalised_lstm_mnist() -> Recipe:
+    """An LSTM of 10 units in the frame, by the exact meta-gradient through all 100 steps."""
+    return _after_the_frame("normalised-lstm-mnist", Choice("normalised-lstm"), lr=0.15)
+
+
+def _after_the_frame(name: str, rule: Choice, lr: float) -> Recipe:
+    """Train on both ends alike first, then for the whole course more."""
+    first = Recipe(
+        name=f"{name}-first",
+        family=_FAMILY,
+        rule=rule,
+        horizon=100,
+        estimator=TaskByTask(Unrolled(100), max_task_grad_norm=1.0, drop_above=10.0),
+        objective=LogMeans(1.0),
+        num_meta_steps=90,
+        num_tasks=4,
+        meta=MetaLearning(lr=0.67 * lr, final_lr_fraction=0.5, optimizer=_QUICK, average=0.15),
+        validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=15),
+        execution=Execution(compile=True),
+        checkpoint_every=10,
+        after=normalised_mnist(),
+        start_partly=True,
+    )
+    return replace(
+        first,
+        name=name,
+        objective=LogMeans(0.25),
+        num_meta_steps=150,
+        meta=replace(first.meta, lr=lr, final_lr_fraction=0.02),
+        after=first,
+        start_partly=False,
+    )
