@@ -1,8 +1,8 @@
 """Learned rules, untuned, and tuned baselines on the fixed suites of nets; it needs torch, numpy and safetensors alone.
 
 Run ``python benchmarks/results_suite.py --folder runs/suite --candidates general=CHECKPOINT``. What is done already is
-not run again. On a GPU: ``--device cuda --graphs baselines --processes 5``, each on nets of its own. Tables and figures follow
-when all is done (``--tables-only`` makes them alone), in the same folder.
+not run again. On a GPU: ``--device cuda --graphs baselines --processes 5``, each process on nets of its own. Tables and
+figures follow in the same folder; ``--tables-only`` makes them alone.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from learnedopt.core.execution import Execution
 from learnedopt.evaluation import suite_table
-from learnedopt.evaluation.grids import HARD_BASELINES, MAIN_BASELINES
+from learnedopt.evaluation.grids import named
 from learnedopt.evaluation.nets import SUITES, Net, chosen, dealt
 from learnedopt.evaluation.suite import Protocol, run_suite
 
@@ -70,7 +69,7 @@ def work(arguments: argparse.Namespace, nets: Sequence[Net]) -> None:
         learned = load_checkpoint(path)
         candidates[name] = (learned.rule, learned.theta, learned.inner_objective)
     run_suite(
-        candidates, nets, baselines(arguments.baselines), folder=arguments.folder,
+        candidates, nets, named(arguments.baselines), folder=arguments.folder,
         protocol=Protocol(num_seeds=arguments.seeds, num_tuning_tasks=arguments.tuning_tasks),
         execution=Execution(chunk_size=arguments.lanes, device=arguments.device, vet=False), graphs=arguments.graphs,
         report=lambda line: print(line, flush=True),
@@ -87,17 +86,6 @@ def in_processes(arguments: argparse.Namespace, shares: Sequence[Sequence[Net]])
         process.join()
     if any(process.exitcode for process in started):
         sys.exit("a process failed; see above. What is done stays: run again for the rest")
-
-
-def baselines(text: str) -> Mapping[str, Any]:
-    """Return the baselines that the command line names."""
-    if text in ("all", "main", "none"):
-        return {"all": HARD_BASELINES, "main": MAIN_BASELINES, "none": {}}[text]
-    names = [name.strip() for name in text.split(";")]
-    unknown = [name for name in names if name not in HARD_BASELINES]
-    if unknown:
-        raise SystemExit(f"no baseline {unknown}; there are {'; '.join(HARD_BASELINES)}")
-    return {name: HARD_BASELINES[name] for name in names}
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from learnedopt import cli_suite
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
@@ -27,7 +29,8 @@ def add_parser(commands: Any) -> None:
         description="Run a learned optimizer against SGD, momentum, Nesterov, RMSprop and Adam, each with its learning "
         "rate tuned on other tasks of the same family, on fresh tasks. Writes a table (evaluation.md), all numbers "
         "(evaluation.json) and the loss curves (evaluation.png). With --few-shot: adapt learned starts, side by side, "
-        "to the same fixed test tasks, and report the accuracy (or loss) by steps: few_shot.md, .json, .png.",
+        "to the same fixed test tasks, and report the accuracy (or loss) by steps: few_shot.md, .json, .png. With "
+        "--suite: untuned on nets that no meta-training saw, beside baselines with schedules: suite.md, .json, .png.",
     )
     evaluate.set_defaults(command=run)
     evaluate.add_argument(
@@ -45,7 +48,16 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument(
         "--tuning-tasks", type=int, metavar="N", help="tasks to tune on (default: all N if small, else 8)"
     )
-    evaluate.add_argument("--tune-for", metavar="MEASURE", help="final_loss (default), sum_of_losses or last_ten")
+    evaluate.add_argument(
+        "--tune-for",
+        metavar="MEASURE",
+        help="final_loss (default), sum_of_losses or last_ten; suite: last_twenty or final_loss",
+    )
+    evaluate.add_argument(
+        "--baselines", metavar="A;B", help="tuned beside it: plain (default), main (suite: default) or all with "
+        "schedules, or labels of these"
+    )  # fmt: skip
+    cli_suite.add_arguments(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="of the tasks (default 0)")
     evaluate.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default 1: tasks are small)")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default runs/evaluate-CHECKPOINT-FAMILY")
@@ -62,6 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(arguments.threads)
     mode = resolve_mode(arguments.wandb)
+    if arguments.suite and arguments.few_shot:
+        raise ValueError("--suite and --few-shot exclude each other: leave one out")
+    if arguments.suite:
+        labels = _labels(arguments.checkpoint)
+        loaded = {label: _load(name) for label, name in zip(labels, arguments.checkpoint, strict=True)}
+        cli_suite.run(arguments, mode, loaded)
+        return 0
+    alone = [name for name in ("nets", "device", "graphs") if getattr(arguments, name)]
+    if alone:
+        raise ValueError(f"--{' and --'.join(alone)} belong to --suite: name one, or leave them out")
     (_few_shot if arguments.few_shot else _compare)(arguments, mode)
     return 0
 
@@ -88,7 +110,8 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
         {label: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
         num_steps=100 if arguments.steps is None else arguments.steps,
         num_tasks=100 if arguments.tasks is None else arguments.tasks,
-        num_tuning_tasks=arguments.tuning_tasks, seed=arguments.seed, tune_for=arguments.tune_for or "final_loss",
+        num_tuning_tasks=arguments.tuning_tasks, seed=arguments.seed, baselines=_baselines(arguments.baselines),
+        tune_for=arguments.tune_for or "final_loss",
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     about = {"checkpoint": arguments.checkpoint[0], "family": tasks.describe(fresh)}
@@ -106,7 +129,9 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt.evaluation.few_shot import FewShot, adapt
     from learnedopt.training.wandb_tracker import WandbTracker
 
-    unused = [f"--{name}" for name in ("tuning-tasks", "tune-for") if getattr(arguments, name.replace("-", "_"))]
+    unused = [
+        f"--{name}" for name in ("tuning-tasks", "tune-for", "baselines") if getattr(arguments, name.replace("-", "_"))
+    ]
     if unused:
         raise ValueError(f"{' and '.join(unused)} have no effect with --few-shot, which tunes nothing: leave them out")
     labels = _labels(arguments.checkpoint)
@@ -138,6 +163,13 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     _show_few_shot(WandbTracker(mode, group=labels[0], job_type="evaluate", dir=out), found, paths)
+
+
+def _baselines(text: str | None) -> Mapping[str, Any]:
+    from learnedopt.evaluation.evaluate import BASELINES
+    from learnedopt.evaluation.grids import named
+
+    return BASELINES if text in (None, "plain") else named(text)
 
 
 def _require_fit(

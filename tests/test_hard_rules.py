@@ -54,11 +54,11 @@ class Net(nn.Module):
 HIDDEN = ("conv.weight", "inner.weight", "outer.weight")
 
 
-def problem() -> tuple[Net, Callable[[Params, int], Tensor]]:
+def problem() -> tuple[Net, Callable[[Any, int], Tensor]]:
     torch.manual_seed(0)
     net = Net()
 
-    def loss(params: Params, step: int) -> Tensor:
+    def loss(params: Any, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         x = torch.randint(5, (16,), generator=generator)
         return nn.functional.cross_entropy(torch.func.functional_call(net, params, (x,)), x % 4)

@@ -6,10 +6,11 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from learnedopt.core.rule import UpdateRule
 
+Schedule: TypeAlias = Literal["cosine", "linear-end"]
 FEW = 4
 """Tuning tasks on which the whole grid is tried, to find where to try more on all."""
 _EXTENSIONS = 4  # rounds, at most, while the best rate is at the edge
@@ -136,7 +137,9 @@ def half_decades(low: float, high: float) -> tuple[float, ...]:
     return tuple(10.0 ** (k / 2) for k in range(round(2 * low), round(2 * high) + 1))
 
 
-def _rule(name: str, schedule: str | None, learn: tuple[str, ...], options: Mapping[str, Any], num_steps: int) -> Any:
+def _rule(
+    name: str, schedule: Schedule | None, learn: tuple[str, ...], options: Mapping[str, Any], num_steps: int
+) -> Any:
     from learnedopt import optimizers
 
     if name == "schedule-free":  # its own warm-up, of as many steps as a schedule's
@@ -152,7 +155,7 @@ class Made:
     """Makes a registered rule for a number of steps; see ``Grid.make``."""
 
     name: str
-    schedule: str | None
+    schedule: Schedule | None
     learn: tuple[str, ...]
     options: tuple[tuple[str, Any], ...]
 
@@ -162,7 +165,7 @@ class Made:
 
 
 def grid(
-    name: str, rates: tuple[float, ...], schedule: str | None = None,
+    name: str, rates: tuple[float, ...], schedule: Schedule | None = None,
     tried: Mapping[str, Sequence[float]] | None = None, **options: Any,
 ) -> Grid:  # fmt: skip
     """Return a registered rule as a grid.
@@ -221,3 +224,21 @@ MAIN_BASELINES: Mapping[str, Grid] = {
     )
 }  # fmt: skip
 """Those of them that came out best of their kind, and the two that ratios are shown to: half the time of all."""
+
+
+def named(text: str) -> Mapping[str, Grid]:
+    """Return the baselines that a command line names: "main", "all", "none", or labels with semicolons between them.
+
+    Raises:
+        ValueError: there is no such baseline.
+    """
+    if text in ("main", "all", "none"):
+        return {"main": MAIN_BASELINES, "all": HARD_BASELINES, "none": {}}[text]
+    labels = [label.strip() for label in text.split(";") if label.strip()]
+    unknown = [label for label in labels if label not in HARD_BASELINES]
+    if unknown or not labels:
+        raise ValueError(
+            f"baselines {text!r}: there is no {unknown or 'label in it'}; use main, all, none, or some of "
+            f"{'; '.join(HARD_BASELINES)}"
+        )
+    return {label: HARD_BASELINES[label] for label in labels}

@@ -226,9 +226,9 @@ def collect(folder: str | Path, order: Sequence[str] = ()) -> Suite:
     by_net: dict[str, dict[str, Result]] = {}
     for path in sorted(Path(folder).glob("results/*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        values = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Judged))
+        last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Judged))
         losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
-        by_net.setdefault(record["net"], {})[record["optimizer"]] = Result(record, *values, losses)
+        by_net.setdefault(record["net"], {})[record["optimizer"]] = Result(record, last, final, losses)
     if not by_net:
         raise ValueError(f"{folder} holds no results of a suite; run it first")
     first = [net for net in order if net in by_net]

@@ -29,7 +29,7 @@ def general() -> Recipe:
         rule=Choice("general"),
         horizon=100,
         estimator=TaskByTask(
-            Unrolled(100, segment=10),
+            Unrolled(100),
             horizons=((50, 0.25), (100, 0.45), (200, 0.2), (400, 0.1)),
             instead=EvolutionStrategies(100, num_pairs=4, sigma=0.4),
             exact_up_to=100,
@@ -45,7 +45,7 @@ def general() -> Recipe:
             lr=0.2, final_lr_fraction=0.05, optimizer=Choice("adam", {"betas": (0.8, 0.95)}), average=0.12
         ),
         validation=HeldOut(LogMeans(2.0, scale=2 / 3), num_steps=100, num_tasks=32, every=100),
-        execution=Execution(chunk_size=1, vet=False),
+        execution=Execution(vet=False),
         checkpoint_every=5,
     )
 
