@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Quadratic, sample
 from test_rules import RULES, random_like, updates
 
+from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, Tape, Unrolled
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Celo2
 from learnedopt.optimizers.bases.newton_schulz import orthogonalised
@@ -107,6 +109,22 @@ def test_a_net_without_matrices_is_adamws() -> None:
     rule, params = Celo2(rest_lr=0.1), {"a.bias": torch.ones(3)}
     deltas, _ = updates(rule, drawn(rule), [{"a.bias": torch.tensor([2.0, -1.0, 0.0])}], params)
     assert_close(deltas[0]["a.bias"], torch.tensor([-0.1, 0.1, 0.0]), 1e-7)
+
+
+def test_meta_training_improves_it() -> None:
+    loop = InnerLoop(Quadratic(), Celo2(units=4), Execution(chunk_size=16))
+    trainer = MetaTrainer(
+        loop, Unrolled(8), FinalLoss(), meta_optimizer=lambda p: torch.optim.Adam(p, 0.2), num_tasks=8, seed=0
+    )
+    tasks = loop.start(sample(loop.family, 16, seed=9))
+
+    def loss() -> float:
+        theta = {k: v.detach() for k, v in trainer.theta.items()}
+        return float(loop.losses(theta, loop.run(theta, tasks, 8, Tape.NONE).end, "valid").mean())
+
+    before = loss()
+    trainer.run(30)
+    assert loss() < before - 0.2
 
 
 def test_it_is_enrolled_in_what_every_rule_is_tested_for() -> None:

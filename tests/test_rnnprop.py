@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Quadratic, sample
 from test_rules import RULES, random_like, template, updates
 from torch import Tensor, nn
 
+from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, Tape, Unrolled
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Adam, RNNprop
 
@@ -105,6 +107,22 @@ def test_with_equal_decays_its_inputs_are_bounded() -> None:
         flat = torch.cat([g.reshape(-1) for g in each.values()])
         seen.append(torch.stack([state["mean"] / (1 - 0.9**t) / root, flat / root]).abs().amax(1))
     assert torch.stack(seen).amax(0)[0] <= 1 + 1e-12 and torch.stack(seen).amax(0)[1] <= 1 / math.sqrt(0.1)
+
+
+def test_meta_training_improves_it() -> None:
+    loop = InnerLoop(Quadratic(), RNNprop(hidden_size=6, step_scale=0.3), Execution(chunk_size=16))
+    trainer = MetaTrainer(
+        loop, Unrolled(8), FinalLoss(), meta_optimizer=lambda p: torch.optim.Adam(p, 0.2), num_tasks=8, seed=0
+    )
+    tasks = loop.start(sample(loop.family, 16, seed=9))
+
+    def loss() -> float:
+        theta = {k: v.detach() for k, v in trainer.theta.items()}
+        return float(loop.losses(theta, loop.run(theta, tasks, 8, Tape.NONE).end, "valid").mean())
+
+    before = loss()
+    trainer.run(30)
+    assert loss() < before - 0.2
 
 
 def test_it_is_enrolled_in_what_every_rule_is_tested_for() -> None:

@@ -10,7 +10,7 @@ import torch
 from test_rules import RULES, data, loss_of, random_like, template
 from torch import Tensor, nn
 
-from learnedopt import LearnedOptimizer
+from learnedopt import Execution, InnerLoop, LearnedOptimizer, Tape, load, tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Momentum, TensorGRU
 
@@ -256,6 +256,18 @@ def test_it_needs_the_loss_in_a_users_own_loop() -> None:
         optimizer.step()
     optimizer.step(loss=loss)
     assert (model.weight != before).all()
+
+
+def test_the_packaged_one_is_ahead_of_the_packaged_lstm() -> None:
+    family = tasks.make("quadratic", dim=10, dtype="float32", meta_split="valid")
+    sampled = family.sample(500, torch.Generator().manual_seed(3))
+    sums = []
+    for name in ("tensor-gru-quadratic", "lstm-quadratic"):
+        rule, theta = load(name)
+        loop = InnerLoop(family, rule, Execution(chunk_size=500))
+        sums.append(loop.run(theta, loop.start(sampled), 100, Tape.NONE).losses.sum(0))
+    assert sums[0].mean() < 47 < sums[1].mean() - 3
+    assert (sums[0] < sums[1]).float().mean() > 0.7
 
 
 def test_it_is_enrolled_in_what_every_rule_is_tested_for() -> None:
