@@ -215,16 +215,18 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
-    """Print how much memory an estimate will take, the most of a mixture's, where that grows with the inner steps."""
-    peaks = []
+    """Print how much memory an estimate will take where that grows with the inner steps; of a mixture its largest."""
     num_tasks = 1 if isinstance(recipe.estimator, TaskByTask) else recipe.num_tasks
+    found = []
     for member, family in enumerate(loop.family.families):
         own = loop_of(loop, member)
-        tasks = family.sample(num_tasks, torch.Generator().manual_seed(recipe.seed))
-        peaks.append(predict_peak(own, theta, recipe.estimator, own.start(tasks), recipe.objective))
-    known = [peak for peak in peaks if peak is not None]
-    if known:
-        print(f"One estimate of the meta-gradient takes about {max(known) / 1e6:.3g} MB.", flush=True)
+        carry = own.start(family.sample(num_tasks, torch.Generator().manual_seed(recipe.seed)))
+        found.append((sum(param.numel() for param in carry.params.values()), own, carry))
+    _, own, carry = max(found, key=lambda each: each[0])
+    peak = predict_peak(own, theta, recipe.estimator, carry, recipe.objective)
+    if peak is not None:
+        of = f" on a {type(own.family).__name__}, the largest of them," if len(found) > 1 else ""
+        print(f"One estimate of the meta-gradient{of} takes about {peak / 1e6:.3g} MB.", flush=True)
 
 
 def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:

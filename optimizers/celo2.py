@@ -16,6 +16,7 @@ from learnedopt.optimizers.bases import frame, frame_features
 from learnedopt.optimizers.bases.frame import Decays, Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number, sqrt
+from learnedopt.optimizers.bases.joined import ALL, Layout
 from learnedopt.optimizers.bases.kinds import Kind, kinds_of
 from learnedopt.optimizers.bases.newton_schulz import orthogonalised_all
 from learnedopt.optimizers.bases.precision import wide
@@ -122,9 +123,15 @@ class Celo2(UpdateRule):
         at = {name: wide(params[name]) for name in tensors}
         weight = theta["hidden/weight"]
         bias = theta["hidden/bias"] + weight[:, -1] * (step / 10 - 1).tanh()
-        hidden = torch.addmm(bias[:, None], weight[:, :-1], frame_features.rows(tensors, at)).tanh()
+        layout = Layout(at)
+        joined = Moments(
+            *(layout.join(dict(zip(at, each, strict=True)))[ALL] for each in zip(*tensors.values(), strict=True))
+        )
+        (mean,) = layout.spread(layout.means(joined.square)[None]).unbind()
+        rows = frame_features.rows(joined, mean, layout.join(at)[ALL], layout)
+        hidden = torch.addmm(bias[:, None], weight[:, :-1], rows).tanh()
         direction, size = torch.addmm(theta["output/bias"][:, None], theta["output/weight"], hidden).unbind(0)
-        added = frame_features.split(frame_features.alive(tensors, at) * direction * size.exp(), at)
+        added = layout.pieces(frame_features.alive(joined) * direction * size.exp())
         proposed = {name: _over_rms(tensor.first) + added[name] for name, tensor in tensors.items()}
         if self.orthogonalise:
             return orthogonalised_all(proposed)

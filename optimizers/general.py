@@ -15,6 +15,7 @@ from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases import frame
 from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
 from learnedopt.optimizers.bases.frame_features import FLOOR
+from learnedopt.optimizers.bases.joined import ALL, Layout
 from learnedopt.optimizers.bases.kinds import Kind, TensorKind, kinds_of
 from learnedopt.optimizers.bases.newton_schulz import fast_dtype, orthogonalised_all
 from learnedopt.optimizers.bases.precision import wide_dtype
@@ -107,21 +108,34 @@ class General(UpdateRule):
         self, theta: Theta, grads: Params, state: GeneralMemory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, GeneralMemory]:
         """Move every tensor by its step."""
-        theta, kinds = frame.in_dtype(theta, params), kinds_of(params)
+        theta, kinds, layout = frame.in_dtype(theta, params), kinds_of(params), Layout(params)
         longer = theta["length"][1] * state.length
         decays = Decays(theta["decay"][0], theta["decay"][1] + longer, theta["decay"][2] + longer)
-        tensors, memory = frame.moments(grads, state.frame, decays)
+        tensors, memory = frame.moments(layout.join(grads), layout.join_memory(state.frame), decays)
         blend, power = theta["averaging"][1].sigmoid(), theta["averaging"][0].exp() - 1
-        at = frame.iterates(params, memory, blend)
-        directions = self._directions(theta, tensors, kinds)
+        joined, moments = layout.join(params), tensors[ALL]
+        at = frame.iterates(joined, memory, blend)[ALL]
         rate = theta["log_rate"] + frame.schedule(theta["schedule"], progress) + theta["length"][0] * state.length
-        decay, moved = theta["weight_decay"].exp(), {}
-        for name, kind in kinds.items():
-            z, u = at[name], directions[name]
-            u = u + decay * z if z.ndim >= 2 else u
-            moved[name] = z - (rate + _log_step(theta, kind, z)).exp() * u
-        deltas, memory = frame.looked_at(params, moved, memory, blend, power)
-        return deltas, state._replace(frame=memory)
+        places = Places(kinds, params)
+        steps = (rate + places.log_steps(theta, layout.means(at * at))).exp()
+        decayed = steps * places.matrix * theta["weight_decay"].exp()
+        share, size = places.shares(theta) if self.orthogonalise else (torch.zeros_like(steps), steps)
+        each = torch.stack([layout.means(moments.square), decayed, steps * (1 - share), steps * share * size])
+        mean, decayed, plain, turned = layout.spread(each).unbind()
+        z = at - decayed * at - plain * _normalised(theta, moments, mean)
+        if self.orthogonalise and any(p.ndim >= 2 for p in params.values()):
+            z = z - turned * self._turned(theta, moments, params, layout)
+        deltas, memory = frame.looked_at(joined, {ALL: z}, memory, blend, power)
+        return layout.split(deltas, params), state._replace(frame=layout.split_memory(memory, state.frame))
+
+    def _turned(self, theta: Theta, moments: Moments, params: Params, layout: Layout) -> Tensor:
+        """Return the orthogonalised directions of matrices, and zeros of vectors, (coordinates,)."""
+        mixed = layout.pieces(frame.mixture(theta["orthogonal_mix"], moments))
+        matrices = {name: x for name, x in mixed.items() if params[name].ndim >= 2}
+        found = orthogonalised_all(matrices, dtype=self.products(moments.grad))
+        return layout.join({name: found[name] if name in found else torch.zeros_like(x) for name, x in mixed.items()})[
+            ALL
+        ]
 
     @staticmethod
     def rate_of(kind: TensorKind) -> int:
@@ -138,37 +152,46 @@ class General(UpdateRule):
         exact = not self.bfloat16 or torch.is_grad_enabled() or taking_tangents()
         return None if exact else fast_dtype(like.device)
 
-    def _directions(self, theta: Theta, tensors: dict[str, Moments], kinds: dict[str, TensorKind]) -> Params:
-        found = {name: _normalised(theta, tensor) for name, tensor in tensors.items()}
-        matrices = [name for name, tensor in tensors.items() if tensor.grad.ndim >= 2]
-        if not self.orthogonalise or not matrices:
-            return found
-        first = tensors[matrices[0]].grad
-        mixed = {name: frame.mixture(theta["orthogonal_mix"], tensors[name]) for name in matrices}
-        for name, turned in orthogonalised_all(mixed, dtype=self.products(first)).items():
-            kind = kinds[name]
-            share = theta["share"][self.share_of(kind)].sigmoid()
-            inputs, outputs = math.log(kind.fan_in / 64), math.log(kind.fan_out / 64)
-            size = (theta["size"][0] + theta["size"][1] * inputs + theta["size"][2] * outputs).exp()
-            found[name] = found[name] + share * (size * turned - found[name])
-        return found
+
+@final
+class Places:
+    """What kinds and places of the tensors mean to the rule, (tensors,) each."""
+
+    def __init__(self, kinds: dict[str, TensorKind], params: Params) -> None:
+        first = next(iter(params.values()))
+        self._like = torch.empty((), dtype=wide_dtype(first), device=first.device)
+        self._kinds, ranks = list(kinds.values()), [params[name].ndim for name in kinds]
+        self.matrix = self._numbers([float(rank >= 2) for rank in ranks])
+
+    def log_steps(self, theta: Theta, mean_squares: Tensor) -> Tensor:
+        """Return what belongs to a tensor of its step's logarithm; ``mean_squares`` are those of its entries."""
+        inputs = self._numbers([math.log(kind.fan_in / 64) for kind in self._kinds])
+        depth = self._numbers([kind.depth - 0.5 for kind in self._kinds])
+        entries = theta["entries"][0] * self.matrix + theta["entries"][1] * (1 - self.matrix)
+        size = 0.5 * (mean_squares + FLOOR * FLOOR).log() + 2.5
+        place = self.matrix * (theta["fan"] * inputs + theta["depth"] * depth)
+        return theta["kind_rate"][self._index([General.rate_of(k) for k in self._kinds])] + entries * size + place
+
+    def shares(self, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Return the share of the orthogonalised direction, 0 of vectors, and its size."""
+        inputs = self._numbers([math.log(kind.fan_in / 64) for kind in self._kinds])
+        outputs = self._numbers([math.log(kind.fan_out / 64) for kind in self._kinds])
+        size = (theta["size"][0] + theta["size"][1] * inputs + theta["size"][2] * outputs).exp()
+        share = theta["share"][self._index([General.share_of(k) for k in self._kinds])].sigmoid()
+        return self.matrix * share, size
+
+    def _numbers(self, values: list[float]) -> Tensor:
+        return self._like.new_tensor(values)
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self._like.device)
 
 
-def _normalised(theta: Theta, tensor: Moments) -> Tensor:
-    power, mean = theta["power"], tensor.mean_square + TINY
-    square = tensor.square + mean * theta["eps"].exp()
+def _normalised(theta: Theta, moments: Moments, mean: Tensor) -> Tensor:
+    power, mean = theta["power"], mean + TINY
+    square = moments.square + mean * theta["eps"].exp()
     scale = (-0.5 * (power * square.log() + (1 - power) * mean.log())).exp()
-    return frame.mixture(theta["mix"], tensor) * scale
-
-
-def _log_step(theta: Theta, kind: TensorKind, z: Tensor) -> Tensor:
-    """Return what belongs to one tensor of the logarithm of its step."""
-    matrix = z.ndim >= 2
-    size = frame.rms(z, FLOOR).log() + 2.5
-    found = theta["kind_rate"][General.rate_of(kind)] + theta["entries"][0 if matrix else 1] * size
-    if not matrix:
-        return found
-    return found + theta["fan"] * math.log(kind.fan_in / 64) + theta["depth"] * (kind.depth - 0.5)
+    return frame.mixture(theta["mix"], moments) * scale
 
 
 _ORTHOGONAL = ("share", "orthogonal_mix", "size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -17,6 +16,7 @@ from learnedopt.optimizers.bases import frame, frame_features, normalised_frame
 from learnedopt.optimizers.bases.frame import Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.joined import Layout
 from learnedopt.optimizers.bases.precision import wide_dtype
 from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
 from learnedopt.optimizers.kernels.normalised_native import LSTM
@@ -103,12 +103,13 @@ class NormalisedLSTM(UpdateRule):
         """Move by the bracket and what the LSTM adds to it."""
         theta, after = frame.in_dtype(theta, params), []
 
-        def added(tensors: Mapping[str, Moments], at: Params) -> Params:
-            rows, clocks = frame_features.rows(tensors, at), frame_features.clocks(progress, state.frame.step)
+        def added(moments: Moments, mean: Tensor, at: Tensor, layout: Layout) -> Tensor:
+            rows = frame_features.rows(moments, mean, at, layout)
+            clocks = frame_features.clocks(progress, state.frame.step)
             after.extend(_cell(theta, rows, clocks, state.hidden, state.cell))
             read = torch.addmm(theta["output/bias"][:, None], theta["output/weight"], after[0])
             direction, size = read.unbind(0)
-            return frame_features.split(frame_features.alive(tensors, at) * direction * size.exp(), at)
+            return frame_features.alive(moments) * direction * size.exp()
 
         deltas, memory = normalised_frame.step(theta, grads, state.frame, params, progress, added)
         return deltas, LSTMMemory(memory, *after)

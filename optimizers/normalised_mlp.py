@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -17,6 +16,7 @@ from learnedopt.optimizers.bases import frame, frame_features, normalised_frame
 from learnedopt.optimizers.bases.frame import Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number
+from learnedopt.optimizers.bases.joined import Layout
 from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
 from learnedopt.optimizers.kernels.normalised_native import MLP
 
@@ -82,13 +82,13 @@ class NormalisedMLP(UpdateRule):
         """Move by the bracket and what the network adds to it."""
         theta = frame.in_dtype(theta, params)
 
-        def added(tensors: Mapping[str, Moments], at: Params) -> Params:
+        def added(moments: Moments, mean: Tensor, at: Tensor, layout: Layout) -> Tensor:
             weight = theta["hidden/weight"]
-            rows, clocks = frame_features.rows(tensors, at), frame_features.clocks(progress, state.step)
+            rows, clocks = frame_features.rows(moments, mean, at, layout), frame_features.clocks(progress, state.step)
             # The clocks are the same for all coordinates, so they are a part of the bias.
             bias = theta["hidden/bias"] + weight[:, NUM_ROWS:] @ clocks
             units = torch.addmm(bias[:, None], weight[:, :NUM_ROWS], rows).tanh()
             direction, size = torch.addmm(theta["output/bias"][:, None], theta["output/weight"], units).unbind(0)
-            return frame_features.split(frame_features.alive(tensors, at) * direction * size.exp(), at)
+            return frame_features.alive(moments) * direction * size.exp()
 
         return normalised_frame.step(theta, grads, state, params, progress, added)

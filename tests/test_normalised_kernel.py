@@ -175,15 +175,15 @@ def two_dims(x: tree.Tree, lanes: tuple[int, ...]) -> tree.Tree:
 def test_lanes_are_stepped_together(which: str, kind: str, dtype: torch.dtype) -> None:
     rule = RULES[kind]
     inputs = [drawn(rule, lanes, dtype, seed)[i] for i, (seed, lanes) in enumerate(enumerate(BATCHED[which]))]
-    broadcast = [two_dims(x, lanes) for x, lanes in zip(inputs, BATCHED[which], strict=True)]
+    theta, grads, state, params = (two_dims(x, lanes) for x, lanes in zip(inputs, BATCHED[which], strict=True))
     progress = torch.linspace(0.1, 0.9, SLOTS, dtype=dtype).reshape(SLOTS, 1)
-    found = rule.kernel.step_of_lanes(*broadcast, torch.zeros(1, 1), 2, progress=progress)
+    found = rule.kernel.step_of_lanes(theta, grads, state, params, torch.zeros(1, 1), 2, progress=progress)
     assert found is not None
     for slot in range(SLOTS):
         for particle in range(PARTICLES):
             each = [one_lane(x, lanes, (slot, particle)) for x, lanes in zip(inputs, BATCHED[which], strict=True)]
             ours = tree.tree_map(lambda x, at=(slot, particle): x[at], found)
-            assert_close(ours, by_update(rule, *each, progress[slot, 0]), dtype)
+            assert_close(ours, by_update(rule, *each, progress=progress[slot, 0]), dtype)
 
 
 @torch.no_grad()
@@ -363,7 +363,7 @@ def test_the_plug_in_steps_in_place_and_leaves_what_it_gave_away(kind: str) -> N
             for p in model.parameters():
                 p.grad = torch.randn(p.shape)
             if step == 4:  # without a gradient a parameter stays, so that nothing is written over it
-                model[0].bias.grad = None
+                next(model.parameters()).grad = None
             optimizer._owned = optimizer._owned and in_place
             optimizer.step()
             if step == 2:

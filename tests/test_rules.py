@@ -104,9 +104,9 @@ RULES: dict[str, Callable[[Params], UpdateRule]] = {
     "recurrent-hyperparameters, no decay": lambda t: small_recurrent(weight_decay=0.0),
     "small-mlp": lambda t: make("small-mlp", step_scale=0.1),  # steps that rounding does not drown
     "small-mlp, deep": lambda t: make("small-mlp", decays=(0.0, 0.8), hidden=(4, 3), step_scale=0.1, exp_scale=0.5),
-    "celo2": lambda t: make("celo2", lr=0.1, rest_lr=0.1, units=3),
+    "celo2": lambda t: make("celo2", lr=0.03, rest_lr=0.05, units=3),
     "celo2, normalised alone": lambda t: make(
-        "celo2", lr=0.1, rest_lr=0.1, weight_decay=0.0, units=3, orthogonalise=False
+        "celo2", lr=0.03, rest_lr=0.05, weight_decay=0.0, units=3, orthogonalise=False
     ),
     "rnnprop": lambda t: make("rnnprop", hidden_size=3),
     "tensor-gru": lambda t: make("tensor-gru", lr=0.1, hidden_size=3),

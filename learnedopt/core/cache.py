@@ -9,6 +9,8 @@ from typing import Any, TypeVar, final
 T = TypeVar("T")
 MISSING: Any = object()
 """What ``Cache.get`` returns where there is no answer, as None may be one."""
+PROGRAMS = "programs of a step"
+"""Where a loop's cache has a cache of them; they hold for its family, rule and inner objective over any horizon."""
 
 
 @final

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
 from learnedopt.core import tree
+from learnedopt.core.cache import PROGRAMS, Cache
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import TaskFamily, Tasks
 
@@ -66,15 +67,21 @@ def loop_of(loop: InnerLoop, member: int, horizon: int | None = None) -> InnerLo
     It is made once and kept in the loop's cache, so that what was vetted and compiled for it is kept as well.
     """
     family = loop.family.families[member]
+    parts = loop.cache.remember("parts", dict)  # all are kept: there are no more than members times horizons
     own = loop
     if family is not loop.family:
-        own = loop.cache.remember(("part", member), lambda: replace(loop, family=family))
+        if member not in parts:
+            parts[member] = replace(loop, family=family)
+        own = parts[member]
     if horizon is None or horizon == loop.horizon:
         return own
-    found = loop.cache.remember(("part", member, horizon), lambda: replace(own, horizon=horizon))
+    if (member, horizon) not in parts:
+        parts[member, horizon] = replace(own, horizon=horizon)
+    found = parts[member, horizon]
     for what in OF_THE_FAMILY:
         if what in own.cache and what not in found.cache:
             found.cache.put(what, True)
+    found.cache.remember(PROGRAMS, lambda: own.cache.remember(PROGRAMS, Cache))
     return found
 
 

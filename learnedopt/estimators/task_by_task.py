@@ -41,9 +41,10 @@ class _Task(NamedTuple):
 
 
 class _Found(NamedTuple):
+    """One task's estimate, and the length of its gradient with respect to theta / theta_scale."""
+
     estimate: Estimate
     norm: Norm
-    horizon: int
 
     @property
     def finite(self) -> bool:
@@ -207,7 +208,7 @@ class TaskByTask(GradientEstimator):
             found = part.estimate(task.loop, theta, objective, part.start(task.loop, theta, task.task, own))
             counts["inner_steps"] += found.info.get("inner_steps", 0)
             found = found._replace(loss=weight * found.loss, grads={k: weight * g for k, g in found.grads.items()})
-            return _Found(found, norm_of({k: g * scale[k] for k, g in found.grads.items()}), task.horizon)
+            return _Found(found, norm_of({k: g * scale[k] for k, g in found.grads.items()}))
 
         if self.instead is None:
             return by(self.estimator)

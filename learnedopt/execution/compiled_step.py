@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.cache import MISSING, Cache
+from learnedopt.core.cache import MISSING, PROGRAMS, Cache
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.tree import Theta
@@ -24,8 +24,6 @@ from learnedopt.execution.given_batches import with_batches
 from learnedopt.execution.programs import build_once, compiled, inspected, require_close
 
 Program: TypeAlias = Callable[..., Sequence[Tensor]]
-PROGRAMS = "programs of a step"
-"""Where a loop's cache has a cache of them; they hold for its family, rule and inner objective over any horizon."""
 
 
 def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape) -> Rollout:
@@ -39,24 +37,26 @@ def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape)
     loop.require_end(carry.step + num_steps)
     theta = tree.detach(theta) if tape is Tape.NONE else theta
     with torch.set_grad_enabled(tape is not Tape.NONE):
-        start = here = loop.begin(theta, carry)
+        start = loop.begin(theta, carry)
         # Flat throughout, as walking trees would be a tenth of a small step.
-        fixed, (moving, restore) = _of_one_layout(tree.leaves(theta)), tree.flatten((here.params, here.state))
+        fixed, (moving, restore) = _of_one_layout(tree.leaves(theta)), tree.flatten((start.params, start.state))
         losses, programs, kind = [], None, None
         for step in range(carry.step, carry.step + num_steps):
             batch = loop.batch(carry.tasks, step, "train")
             drawn, drawn_kind = inspected(batch)
             moving = _of_one_layout(moving)
-            if programs is None or drawn_kind != kind or not (programs.forward and programs.forward.goes_on):
+            if programs is None or drawn_kind != kind or not programs.go_on:
                 one = _OneStep(loop, carry.tasks, (theta, *restore(moving), batch), len(fixed), len(moving))
                 kind, programs = drawn_kind, _programs(one, [*fixed, *moving, *drawn], tape)
             if programs.forward is None:
-                here = loop.run(theta, Carry(carry.tasks, *restore(moving), step), 1, tape)
+                params, state = restore(moving)
+                here = loop.run(theta, Carry(carry.tasks, params, state, step), 1, tape)
                 moving, loss = tree.leaves(here.end[1:3]), here.losses
             else:
                 *moving, loss = programs.take([*fixed, *moving, *drawn])
             losses.append(loss)
-        return Rollout(start, Carry(carry.tasks, *restore(moving), carry.step + num_steps), torch.cat(losses))
+        params, state = restore(moving)
+        return Rollout(start, Carry(carry.tasks, params, state, carry.step + num_steps), torch.cat(losses))
 
 
 def _of_one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -126,6 +126,11 @@ class _Programs(NamedTuple):
 
     forward: _Forward | None
     backward: _Backward | None
+
+    @property
+    def go_on(self) -> bool:
+        """Whether the next step is of the same kind, if its batch is."""
+        return self.forward is not None and self.forward.goes_on
 
     def take(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what ``_OneStep.outputs`` does, with a graph where there is a way back."""

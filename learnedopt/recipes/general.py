@@ -29,7 +29,7 @@ def general() -> Recipe:
         rule=Choice("general"),
         horizon=100,
         estimator=TaskByTask(
-            Unrolled(100, segment=10),
+            Unrolled(100),
             horizons=((50, 0.25), (100, 0.45), (200, 0.2), (400, 0.1)),
             instead=EvolutionStrategies(100, num_pairs=4, sigma=0.4),
             exact_up_to=100,

@@ -20,7 +20,7 @@ def tensor_gru_quadratic() -> Recipe:
         objective=SumOfLosses(),
         num_meta_steps=1000,
         num_tasks=128,
-        meta=MetaLearning(lr=2e-2, final_lr_fraction=0.01, max_grad_norm=10.0),
+        meta=MetaLearning(lr=1e-2, final_lr_fraction=0.01, max_grad_norm=1.0),
         validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=2000, every=100),
         execution=Execution(chunk_size=ALL_TASKS),
     )

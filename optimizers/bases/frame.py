@@ -38,14 +38,17 @@ class Memory(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a step reads of one tensor, all shaped as it but the last: averages are corrected for their start at 0."""
+    """What a step reads of one tensor, all shaped as it: averages are corrected for their start at 0."""
 
     grad: Tensor
     first: Tensor
     second: Tensor
     square: Tensor
-    mean_square: Tensor
-    """Of ``square`` over the tensor, a scalar."""
+
+    @property
+    def mean_square(self) -> Tensor:
+        """The mean of ``square``, a scalar."""
+        return self.square.mean()
 
 
 class Decays(NamedTuple):
@@ -88,8 +91,7 @@ def moments(grads: Params, memory: Memory, decays: Decays) -> tuple[dict[str, Mo
         first[name] = keep[0] * memory.first[name] + (1 - keep[0]) * g
         second[name] = keep[1] * memory.second[name] + (1 - keep[1]) * g
         square[name] = keep[2] * memory.square[name] + (1 - keep[2]) * g * g
-        corrected = square[name] / share[2]
-        found[name] = Moments(g, first[name] / share[0], second[name] / share[1], corrected, corrected.mean())
+        found[name] = Moments(g, first[name] / share[0], second[name] / share[1], square[name] / share[2])
     return found, Memory(memory.step + 1, first, second, square, memory.average)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases import frame
 from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
+from learnedopt.optimizers.bases.joined import ALL, Layout
 from learnedopt.optimizers.bases.kinds import Kind, kinds_of
 
-Added: TypeAlias = Callable[[Mapping[str, Moments], Params], Params]
-"""Returns what joins the bracket of every tensor, given the moments and the iterates."""
+Added: TypeAlias = Callable[[Moments, Tensor, Tensor, Layout], Tensor]
+"""Returns what joins the brackets, given the moments of all tensors side by side, v's means, iterates and layout."""
 
 _RATE_OF = {
     Kind.FIRST: 0, Kind.EMBEDDING: 0, Kind.HIDDEN_BIAS: 1, Kind.GAIN: 1, Kind.MIDDLE: 2, Kind.LAST: 2,
@@ -55,19 +56,20 @@ def step(
     theta: Theta, grads: Params, memory: Memory, params: Params, progress: Tensor, added: Added | None = None
 ) -> tuple[Params, Memory]:
     """Take the step that ``Normalised`` states, with what is ``added`` to the brackets."""
-    tensors, memory = frame.moments(grads, memory, Decays(*theta["decay"]))
+    layout = Layout(params)
+    tensors, after = frame.moments(layout.join(grads), layout.join_memory(memory), Decays(*theta["decay"].unbind()))
     blend, power = theta["averaging"][1].sigmoid(), theta["averaging"][0].exp() - 1
-    at = frame.iterates(params, memory, blend)
-    more = None if added is None else added(tensors, at)
-    rate, decay = theta["log_rate"] + frame.schedule(theta["schedule"], progress), theta["weight_decay"].exp()
-    moved = {}
-    for name, kind in kinds_of(params).items():
-        bracket = frame.mixture(theta["mix"], tensors[name]) / denominator(theta["norm"], tensors[name])
-        bracket = bracket + decay * at[name]
-        if more is not None:
-            bracket = bracket + more[name]
-        moved[name] = at[name] - (rate + theta["kind_rate"][rate_of(kind.kind)]).exp() * bracket
-    return frame.looked_at(params, moved, memory, blend, power)
+    joined = layout.join(params)
+    at, moments = frame.iterates(joined, after, blend)[ALL], tensors[ALL]
+    rate = theta["log_rate"] + frame.schedule(theta["schedule"], progress)
+    kinds = theta["kind_rate"][torch.tensor([rate_of(k.kind) for k in kinds_of(params).values()], device=at.device)]
+    mean, rates = layout.spread(torch.stack([layout.means(moments.square), (rate + kinds).exp()])).unbind()
+    bracket = frame.mixture(theta["mix"], moments) / denominator(theta["norm"], moments.square, mean, layout)
+    bracket = bracket + theta["weight_decay"].exp() * at
+    if added is not None:
+        bracket = bracket + added(moments, mean, at, layout)
+    deltas, after = frame.looked_at(joined, {ALL: at - rates * bracket}, after, blend, power)
+    return layout.split(deltas, params), layout.split_memory(after, memory)
 
 
 def rate_of(kind: Kind) -> int:
@@ -75,11 +77,12 @@ def rate_of(kind: Kind) -> int:
     return _RATE_OF[kind]
 
 
-def denominator(exponents: Tensor, tensor: Moments) -> Tensor:
-    """Return D of the bracket."""
-    floor = RELATIVE * tensor.mean_square + TINY
-    square, mean = tensor.square + floor, tensor.mean_square + floor
-    powers = exponents[0] * square.log() + exponents[2] * mean.log() + exponents[1] * factored(square).log()
+def denominator(exponents: Tensor, square: Tensor, mean: Tensor, layout: Layout) -> Tensor:
+    """Return D of the bracket, (coordinates,), of v and of its mean over each coordinate's tensor."""
+    floor = RELATIVE * mean + TINY
+    square, mean = square + floor, mean + floor
+    outer = torch.cat([factored(piece).reshape(-1) for piece in layout.pieces(square).values()])
+    powers = exponents[0] * square.log() + exponents[2] * mean.log() + exponents[1] * outer.log()
     return (0.5 * powers).exp()
 
 
@@ -92,4 +95,4 @@ def factored(square: Tensor) -> Tensor:
         return square
     matrix = square.flatten(1)
     rows, columns = matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
-    return (rows * columns / matrix.mean()).reshape(square.shape)
+    return (rows * columns / rows.mean()).reshape(square.shape)

@@ -37,7 +37,8 @@ def serves(tensors: Sequence[Tensor]) -> bool:
     """Return whether there are compiled functions for such tensors here: plain, without a graph, one dtype, a CPU."""
     if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # under vmap; torch has no public name for it
+    # Under vmap; torch has no public name for it.
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return False
     dtype = tensors[0].dtype
     if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
@@ -152,7 +153,7 @@ def sums(cut: Cut, data: Data, lane_numbers: Tensor, with_factors: bool, with_it
         owners = torch.tensor([piece[0] for piece in cut.pieces], dtype=torch.int64)
         found = like.new_zeros((*lanes, len(cut.shapes), 2)).index_add_(-2, owners, found)
         columns = None if columns is None else _joined(cut, columns)
-    return Sums(*found.unbind(-1), rows, columns)
+    return Sums(found[..., 0], found[..., 1], rows, columns)
 
 
 def _joined(cut: Cut, columns: Tensor) -> Tensor:
