@@ -35,7 +35,7 @@ class CapturedStep:
             raise ValueError(
                 "a step can be captured as a CUDA graph only on a GPU; leave the graph out, or pass a device"
             )
-        self._batch = tree.tree_map(torch.clone, batch)
+        self._fn, self._batch = fn, tree.tree_map(torch.clone, batch)
         self._held = tree.tree_map(torch.clone, (params, state))
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -45,8 +45,7 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            *moved, self._loss = fn(*self._held, self._batch)
-            _overwrite(self._held, tuple(moved))
+            self._loss = self._advance()
 
     def __call__(self, params: Any, state: Any, batch: Any) -> tuple[Any, Any, Tensor]:
         """Return what ``fn`` does."""
@@ -54,6 +53,16 @@ class CapturedStep:
         _overwrite(self._batch, batch)
         self._graph.replay()
         return *self._held, self._loss.clone()
+
+    def _advance(self) -> Tensor:
+        """Take a step in the held memory, and return the loss."""
+        *moved, loss = self._fn(*self._held, self._batch)
+        # What a rule remembers may be the old parameters themselves, which are about to be overwritten.
+        held = {x.untyped_storage().data_ptr() for x in tree.leaves(self._held)}
+        kept = [x.clone() if x.untyped_storage().data_ptr() in held else x for x in tree.leaves(tuple(moved))]
+        for x, y in zip(tree.leaves(self._held), kept, strict=True):
+            x.copy_(y)
+        return loss
 
 
 def _overwrite(held: Any, new: Any) -> None:
