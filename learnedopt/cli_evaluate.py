@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument(
         "--tune-for",
         metavar="MEASURE",
-        help="final_loss (default), sum_of_losses or last_ten; suite: last_twenty or final_loss",
+        help="final_loss (default), sum_of_losses or last_ten; suite: last_twenty, last_ten or final_loss",
     )
     evaluate.add_argument(
         "--baselines", metavar="A;B", help="tuned beside it: plain (default), main (suite: default) or all with "
