@@ -20,7 +20,7 @@ from torch import Tensor
 
 from learnedopt.core.execution import Execution
 from learnedopt.evaluation.comparison import align, summarise
-from learnedopt.evaluation.grids import HARD_BASELINES
+from learnedopt.evaluation.grids import named
 from learnedopt.evaluation.nets import Net
 from learnedopt.evaluation.suite import Protocol, run_suite
 from learnedopt.evaluation.suite_table import Result, collect, thinned
@@ -66,7 +66,7 @@ def main() -> None:
     for each in [] if arguments.tables_only else SETTINGS:
         if not wanted or each.net.name in wanted:
             run_suite(
-                learned(arguments.candidates), [each.net], {name: HARD_BASELINES[name] for name in BASELINES},
+                learned(arguments.candidates), [each.net], named(arguments.baselines),
                 folder=arguments.folder, protocol=Protocol(num_seeds=each.num_tasks, tune_for="last_ten"),
                 execution=Execution(vet=False), report=lambda line: print(line, flush=True),
             )  # fmt: skip
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--folder", type=Path, required=True, help="of the results")
     found.add_argument("--candidates", nargs="*", default=[], metavar="NAME=CHECKPOINT", help="learned rules")
     found.add_argument("--settings", default="", metavar="A;B", help="default all")
+    found.add_argument("--baselines", default="; ".join(BASELINES), metavar="A;B", help="default %(default)s")
     found.add_argument("--figure", type=Path, help=f"default {FIGURE.name} of the documentation")
     found.add_argument("--tables-only", action="store_true", help="run nothing")
     return found
