@@ -1,4 +1,4 @@
-"""Learned rules of the normalised family, unchanged, on the MNIST problem they were trained for and on others beside it.
+"""Learned rules of the normalised family, unchanged, on the MNIST problem of their training and on others beside it.
 
 Run ``python benchmarks/results_normalised.py --folder runs/normalised --candidates 0=CHECKPOINT 1=CHECKPOINT``, one for
 each seed of the meta-training; ``--settings`` names some of the settings. What is done already is not run again, and

@@ -168,7 +168,10 @@ class _NetRun:
 def judged(trained: lanes.Trained) -> dict[Judged, Tensor]:
     """Return both measures (num_tasks, num_thetas), infinite for runs on which any loss was not finite."""
     finite = trained.losses.isfinite().all(0) & trained.final.isfinite()
-    last: dict[Judged, Tensor] = {"last_twenty": trained.losses[-LAST:].mean(0), "last_ten": trained.losses[-10:].mean(0)}
+    last: dict[Judged, Tensor] = {
+        "last_twenty": trained.losses[-LAST:].mean(0),
+        "last_ten": trained.losses[-10:].mean(0),
+    }
     values: dict[Judged, Tensor] = {**last, "final_loss": trained.final}
     return {name: torch.where(finite, value, math.inf) for name, value in values.items()}
 
