@@ -78,8 +78,9 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--folder", type=Path, required=True, help="of the results")
-    found.add_argument("--candidates", nargs="*", default=[], metavar="NAME=CHECKPOINT", help="learned rules")
+    found.add_argument("--folder", type=Path, default=Path("runs/normalised"), help="of the results")
+    own = ["normalised-lstm=normalised-lstm-mnist"]
+    found.add_argument("--candidates", nargs="*", default=own, metavar="NAME=CHECKPOINT", help="default that packaged")
     found.add_argument("--settings", default="", metavar="A;B", help="default all")
     found.add_argument("--baselines", default="; ".join(BASELINES), metavar="A;B", help="default %(default)s")
     found.add_argument("--figure", type=Path, help=f"default {FIGURE.name} of the documentation")

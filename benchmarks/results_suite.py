@@ -26,6 +26,7 @@ from learnedopt.evaluation.suite import Protocol, run_suite
 def main() -> None:
     """Run what the command line names."""
     arguments = parser().parse_args()
+    arguments.folder = arguments.folder or Path("runs") / f"suite-{arguments.suite}"
     nets = chosen(arguments.suite, [name.strip() for name in arguments.nets.split(";") if name.strip()])
     if not arguments.tables_only:
         shares = dealt(nets, arguments.processes)
@@ -41,7 +42,7 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--folder", type=Path, required=True, help="of the results")
+    found.add_argument("--folder", type=Path, help="of the results (default runs/suite-SUITE)")
     found.add_argument("--suite", default="unseen", choices=SUITES, help="default unseen")
     found.add_argument("--nets", default="", metavar="A;B", help="names or numbers from 1 on; default all")
     found.add_argument("--candidates", nargs="*", default=[], metavar="NAME=CHECKPOINT", help="learned rules")

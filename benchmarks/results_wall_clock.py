@@ -166,7 +166,7 @@ def reached(seconds: Tensor, steps: float) -> float:
 def main() -> None:
     """Print a row a net."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", type=Path, required=True, help="folder of the suite's results")
+    parser.add_argument("--suite", type=Path, default=Path("runs/suite-unseen"), help="folder of its results")
     parser.add_argument("--rule", default="general", help="packaged name or checkpoint (default general)")
     parser.add_argument("--bfloat16", action="store_true", help="orthogonalise in bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="tasks, each trained once by both (default 5)")
