@@ -1,4 +1,4 @@
-"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network in it, back-propagated."""
+"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network in it, by gradients."""
 
 from __future__ import annotations
 
