@@ -79,7 +79,7 @@ def variants(family: TaskFamily) -> dict[str, UpdateRule]:
 
 
 PROXIMAL = ("imaml", "learned strength")
-OF_ONE_LENGTH = ("celo2", "rnnprop")
+OF_ONE_LENGTH = ("celo2", "rnnprop", "general")
 """Rules that a target of several steps under the squared distance is refused to."""
 HORIZON = 5
 """Of rules that read it; no run here is longer."""
