@@ -17,6 +17,7 @@ import torch
 
 from learnedopt.core.execution import Execution
 from learnedopt.evaluation import suite_table
+from learnedopt.evaluation.evaluate import Candidate
 from learnedopt.evaluation.grids import named
 from learnedopt.evaluation.nets import SUITES, Net, chosen, dealt
 from learnedopt.evaluation.suite import Protocol, run_suite
@@ -58,22 +59,27 @@ def parser() -> argparse.ArgumentParser:
 
 def work(arguments: argparse.Namespace, nets: Sequence[Net]) -> None:
     """Run the suite on these nets."""
-    from learnedopt.checkpoint import load_checkpoint
-
     torch.set_num_threads(arguments.threads)
-    candidates = {}
-    for pair in arguments.candidates:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise SystemExit(f"--candidates {pair!r} is not of the form NAME=CHECKPOINT")
-        learned = load_checkpoint(path)
-        candidates[name] = (learned.rule, learned.theta, learned.inner_objective)
     run_suite(
-        candidates, nets, named(arguments.baselines), folder=arguments.folder,
+        learned(arguments.candidates), nets, named(arguments.baselines), folder=arguments.folder,
         protocol=Protocol(num_seeds=arguments.seeds, num_tuning_tasks=arguments.tuning_tasks),
         execution=Execution(chunk_size=arguments.lanes, device=arguments.device, vet=False), graphs=arguments.graphs,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
+
+
+def learned(pairs: Sequence[str]) -> dict[str, Candidate]:
+    """Return the learned rules that a command line names as NAME=CHECKPOINT."""
+    from learnedopt.checkpoint import load_checkpoint
+
+    candidates: dict[str, Candidate] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise SystemExit(f"--candidates {pair!r} is not of the form NAME=CHECKPOINT")
+        found = load_checkpoint(path)
+        candidates[name] = (found.rule, found.theta, found.inner_objective)
+    return candidates
 
 
 def in_processes(arguments: argparse.Namespace, shares: Sequence[Sequence[Net]]) -> None:

@@ -62,6 +62,7 @@ _LAZY = {
     "PresentGradient": "learnedopt.plug_in.guard",
     "load": "learnedopt.checkpoint",
     "load_checkpoint": "learnedopt.checkpoint",
+    "packaged": "learnedopt.checkpoint",
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
@@ -95,7 +96,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
-    from learnedopt.checkpoint import load, load_checkpoint, save
+    from learnedopt.checkpoint import load, load_checkpoint, packaged, save
     from learnedopt.core.named_tensors import NamedTensors
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
@@ -225,6 +226,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "optimizers",
+    "packaged",
     "predict_peak",
     "save",
     "tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -153,7 +154,12 @@ def _read(path: Path) -> tuple[dict[str, Any], Theta]:
 
 
 def packaged() -> list[str]:
-    """Return the names of the optimizers that come with the library."""
+    """Return the names of the optimizers that come with the library; ``learnedopt list NAME`` prints one's card.
+
+    Example:
+        >>> "lstm-mnist" in learnedopt.packaged()
+        True
+    """
     folder = resources.files("learnedopt") / "pretrained"
     return sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir() if p.name.endswith(".safetensors"))
 
@@ -164,11 +170,13 @@ def _find(path_or_name: str | Path) -> Path:
         return path / "theta.safetensors"
     if path.is_file():
         return path
-    if str(path_or_name) in packaged():
+    known = packaged()
+    if str(path_or_name) in known:
         return Path(str(resources.files("learnedopt") / "pretrained" / f"{path_or_name}.safetensors"))
+    near = difflib.get_close_matches(str(path_or_name), known, n=1)
     raise FileNotFoundError(
         f"{str(path_or_name)!r} is neither a checkpoint file, nor a run's folder with a theta.safetensors, nor one of "
-        f"the packaged optimizers {packaged()}"
+        f"the packaged optimizers {known}" + (f"; did you mean {near[0]!r}?" if near else "")
     )
 
 

@@ -68,15 +68,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_list(commands: Any) -> None:
     about = "list the update rules, task families, recipes and packaged optimizers"
-    commands.add_parser("list", help=about, description=f"{about.capitalize()}.").set_defaults(command=_list)
+    parser = commands.add_parser("list", help=about, description=f"{about.capitalize()}.")
+    parser.add_argument("name", nargs="*", metavar="NAME", help="of packaged optimizers: print their cards instead")
+    parser.set_defaults(command=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from learnedopt import checkpoint, inner_objectives, optimizers, recipes, tasks
+    from learnedopt import cards, checkpoint, inner_objectives, optimizers, recipes, tasks
 
+    if arguments.name:
+        print(*map(cards.text, arguments.name), sep="\n", end="")
+        return 0
     print("Update rules:", ", ".join(optimizers.names()))
     print("Inner objectives:", ", ".join(inner_objectives.names()))
     print("Task families:", ", ".join(tasks.names()))
     print("Recipes:", ", ".join(recipes.names()))
-    print("Packaged optimizers:", ", ".join(checkpoint.packaged()) or "none")
+    print("Packaged optimizers (learnedopt list NAME prints a card):")
+    for name in checkpoint.packaged():
+        print(f"  {name:22} {cards.card(name)['summary']}")
     return 0

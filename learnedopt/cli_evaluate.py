@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +50,7 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument(
         "--tune-for",
         metavar="MEASURE",
-        help="final_loss (default), sum_of_losses or last_ten; suite: last_twenty or final_loss",
+        help="final_loss (default), sum_of_losses or last_ten; suite: last_twenty, last_ten or final_loss",
     )
     evaluate.add_argument(
         "--baselines", metavar="A;B", help="tuned beside it: plain (default), main (suite: default) or all with "
@@ -213,13 +212,9 @@ def _few_shot_family(arguments: argparse.Namespace, record: dict[str, Any]) -> T
 
 
 def _load(checkpoint: str) -> Checkpoint:
-    from learnedopt.checkpoint import load_checkpoint, packaged
+    from learnedopt.checkpoint import load_checkpoint
 
-    try:
-        return load_checkpoint(checkpoint)
-    except FileNotFoundError as error:
-        near = difflib.get_close_matches(checkpoint, packaged(), n=1)
-        raise FileNotFoundError(f"{error}" + (f"; did you mean {near[0]!r}?" if near else "")) from error
+    return load_checkpoint(checkpoint)
 
 
 def _settings(assignments: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from test_rules import RULES, template
 
 import learnedopt
-from learnedopt import LearnedOptimizer, checkpoint, inner_objectives
+from benchmarks.package_theta import package
+from learnedopt import LearnedOptimizer, cards, checkpoint, inner_objectives
 from learnedopt.core import files
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.rule import UpdateRule
@@ -135,7 +136,7 @@ def test_packaged_optimizers_load_by_name(name: str, monkeypatch: pytest.MonkeyP
     assert isinstance(rule, UpdateRule) and all(v.isfinite().all() for v in theta.values())
     model = torch.nn.Linear(4, 3)
     before = model.weight.detach().clone()
-    optimizer = LearnedOptimizer(model.parameters(), name)
+    optimizer = LearnedOptimizer(model.named_parameters(), name, num_steps=10)
     loss = model(torch.ones(2, 4)).square().sum()
     loss.backward()
     optimizer.step(loss=loss)
@@ -144,15 +145,48 @@ def test_packaged_optimizers_load_by_name(name: str, monkeypatch: pytest.MonkeyP
 
 def test_the_packaged_optimizers_are_there_and_small() -> None:
     assert {"lstm-mnist", "lstm-quadratic", "tensor-gru-quadratic"} <= set(NAMES)
+    assert learnedopt.packaged() == NAMES == sorted(NAMES)
     folder = Path(checkpoint.__file__).parent / "pretrained"
-    for name in NAMES:
-        assert (folder / f"{name}.safetensors").stat().st_size < 100_000
-        assert (folder / f"{name}.json").is_file()
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{end}" for n in NAMES for end in ("safetensors", "json")}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_optimizer_has_a_card_that_both_its_files_and_the_page_hold(name: str) -> None:
+    path = Path(checkpoint.__file__).parent / "pretrained" / f"{name}.json"
+    assert json.loads(path.read_text("utf-8"))["metadata"]["card"] == cards.card(name)
+    page = (Path(__file__).parents[1] / "docs" / "packaged.md").read_text("utf-8")
+    assert page == cards.document() and cards.text(name) in page
+    assert all(text in page for text in cards.card(name).values())
+
+
+@pytest.mark.parametrize("change", [{"fails": ""}, {"fails": None}, {"author": "me"}, {"summary": "two\nlines"}])
+def test_a_card_that_lacks_something_is_refused(change: dict[str, Any]) -> None:
+    whole = dict.fromkeys(cards.FIELDS, "something")
+    assert cards.check_card(whole) == whole
+    with pytest.raises(ValueError, match=r"this is no card|is no line"):
+        cards.check_card({**whole, **change})
+
+
+def test_a_run_is_packaged_with_a_card(tmp_path: Path) -> None:
+    rule, theta = lstm()
+    learnedopt.save(tmp_path / "run" / "theta", rule, theta, {"seed": 3})
+    with pytest.raises(ValueError, match="this is no card"):
+        package(str(tmp_path / "run"), "mine", None, tmp_path)
+    with pytest.raises(ValueError, match="'My rule' is not of small letters"):
+        package(str(tmp_path / "run"), "My rule", None, tmp_path)
+    card = dict.fromkeys(cards.FIELDS, "something")
+    (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    found = checkpoint.load_checkpoint(package(str(tmp_path / "run"), "mine", tmp_path / "card.json", tmp_path))
+    assert found.metadata == {"seed": 3, "card": card} and found.rule == rule
+    assert all(torch.equal(found.theta[name], theta[name]) for name in theta)
 
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(FileNotFoundError, match=r"'lstm-minst' is neither a checkpoint file.*packaged optimizers \["):
         learnedopt.load("lstm-minst")
+    with pytest.raises(FileNotFoundError, match="did you mean 'tensor-gru-quadratic'"):
+        LearnedOptimizer(torch.nn.Linear(2, 1).parameters(), "tensor_gru_quadratic")
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import learnedopt
-from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
+from learnedopt import cards, cli, evaluate, inner_objectives, optimizers, recipes, tasks
 from learnedopt.evaluation.comparison import MEASURES
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -140,12 +140,21 @@ def test_the_output_folder_is_named_after_the_run(
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, objectives, families, known, packaged = done.stdout.splitlines()
+    rules, objectives, families, known, _, *packaged = done.stdout.splitlines()
     assert rules.split(": ")[1].split(", ") == optimizers.names()
     assert objectives.split(": ")[1].split(", ") == inner_objectives.names()
     assert families.split(": ")[1].split(", ") == tasks.names()
     assert known.split(": ")[1].split(", ") == recipes.names()
-    assert packaged.startswith("Packaged optimizers: ")
+    assert [line.split()[0] for line in packaged] == learnedopt.packaged() and all(len(x.split()) > 3 for x in packaged)
+
+
+def test_list_prints_cards_and_refuses_what_has_none(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    assert cli.main(["list", "lstm-mnist", "lstm-quadratic"]) == 0
+    assert capsys.readouterr().out == "\n".join(map(cards.text, ("lstm-mnist", "lstm-quadratic")))
+    assert "did you mean 'lstm-mnist'?" in refusal(capsys, "list", "lstm-mnits")
+    assert "is not packaged, so it has no card" in refusal(capsys, "list", str(checkpoint))
 
 
 def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:

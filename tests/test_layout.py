@@ -26,7 +26,7 @@ LAW: dict[str, tuple[str, ...]] = {
 }
 # The edge may import every room, those with a registry only inside functions; no room imports the edge.
 EDGE = (
-    "__init__", "optim", "checkpoint", "config", "run", "stages",
+    "__init__", "optim", "cards", "checkpoint", "config", "run", "stages",
     "cli", "cli_check", "cli_train", "cli_evaluate", "cli_suite",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink

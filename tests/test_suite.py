@@ -513,7 +513,7 @@ def test_the_command_runs_a_suite_and_goes_on(
         (["--suite", "unseen", "--few-shot"], "exclude each other"),
         (["--family", "quadratic", "--nets", "1"], "--nets belong to --suite"),
         (["--family", "quadratic", "--baselines", "Adan"], r"there is no \['Adan'\]"),
-        (["--suite", "unseen", "--tune-for", "last_ten"], "tune_for='last_ten' is none of last_twenty, final_loss"),
+        (["--suite", "unseen", "--tune-for", "last_two"], "tune_for='last_two' is none of last_twenty, last_ten"),
     ],
 )
 def test_what_the_command_cannot_do_is_said(

@@ -65,7 +65,7 @@ UNSEEN: tuple[Net, ...] = (
     _mlp("mlp 20 relu, MNIST", 2000, "mnist", (20,), "relu"),
     _mlp("mlp 256 elu, Fashion", 1000, "fashion-mnist", (256,), "elu"),
 )
-"""Fifteen nets, seven on data that no meta-training touches: Omniglot's evaluation alphabets, and text."""
+"""Fifteen nets, seven on data that no meta-training reads: Omniglot's evaluation alphabets, and text of other files."""
 
 _LONG_TEXT = {**_TEXT, "context": 48}
 GROWTH: tuple[Net, ...] = (

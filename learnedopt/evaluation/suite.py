@@ -30,8 +30,8 @@ from learnedopt.evaluation.nets import UNSEEN, Net
 LAST = 20
 """Steps whose mean loss is what a run is judged by."""
 Graphs: TypeAlias = Literal["none", "baselines", "all"]
-Judged: TypeAlias = Literal["last_twenty", "final_loss"]
-"""The mean of the train losses before the last 20 updates; the loss on held-out data after the last one."""
+Judged: TypeAlias = Literal["last_twenty", "last_ten", "final_loss"]
+"""The mean of the train losses before the last 20 or 10 updates; the loss on held-out data after the last one."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,11 @@ class _NetRun:
 def judged(trained: lanes.Trained) -> dict[Judged, Tensor]:
     """Return both measures (num_tasks, num_thetas), infinite for runs on which any loss was not finite."""
     finite = trained.losses.isfinite().all(0) & trained.final.isfinite()
-    values: dict[Judged, Tensor] = {"last_twenty": trained.losses[-LAST:].mean(0), "final_loss": trained.final}
+    last: dict[Judged, Tensor] = {
+        "last_twenty": trained.losses[-LAST:].mean(0),
+        "last_ten": trained.losses[-10:].mean(0),
+    }
+    values: dict[Judged, Tensor] = {**last, "final_loss": trained.final}
     return {name: torch.where(finite, value, math.inf) for name, value in values.items()}
 
 

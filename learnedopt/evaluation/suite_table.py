@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from torch import Tensor
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.evaluation.comparison import align, summarise, write_text
 from learnedopt.evaluation.grids import HARD_BASELINES
-from learnedopt.evaluation.suite import LAST, Judged
+from learnedopt.evaluation.suite import LAST
+
+Shown: TypeAlias = Literal["last_twenty", "final_loss"]
+"""What ratios are of: see ``learnedopt.evaluation.suite.Judged``."""
 
 REFERENCES = ("Adam", "AdamW + cosine", "Muon + cosine")
 """What ratios are shown to, where it was run."""
@@ -84,17 +87,17 @@ class Suite:
         found = [label for by in self.results.values() for label, result in by.items() if wanted(result)]
         return list(dict.fromkeys(found))
 
-    def ratio(self, net: str, label: str, reference: str, measure: Judged = "last_twenty") -> Ratio | None:
+    def ratio(self, net: str, label: str, reference: str, measure: Shown = "last_twenty") -> Ratio | None:
         """Return a candidate's losses to a reference's on one net; None where one of them was not run."""
         logs = self._logs(net, label, reference, measure)
         return None if logs is None else _ratio(logs)
 
-    def geometric_mean(self, label: str, reference: str, measure: Judged = "last_twenty") -> Ratio | None:
+    def geometric_mean(self, label: str, reference: str, measure: Shown = "last_twenty") -> Ratio | None:
         """Return the geometric mean over nets; its interval is that of each seed's mean over nets."""
         each = [logs for net in self.results if (logs := self._logs(net, label, reference, measure)) is not None]
         return _ratio(torch.stack(each).mean(0)) if each and len({len(logs) for logs in each}) == 1 else None
 
-    def _logs(self, net: str, label: str, reference: str, measure: Judged) -> Tensor | None:
+    def _logs(self, net: str, label: str, reference: str, measure: Shown) -> Tensor | None:
         by = self.results[net]
         if label not in by or reference not in by:
             return None
@@ -226,7 +229,7 @@ def collect(folder: str | Path, order: Sequence[str] = ()) -> Suite:
     by_net: dict[str, dict[str, Result]] = {}
     for path in sorted(Path(folder).glob("results/*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Judged))
+        last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Shown))
         losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
         by_net.setdefault(record["net"], {})[record["optimizer"]] = Result(record, last, final, losses)
     if not by_net:
