@@ -1,4 +1,4 @@
-"""The normalised rules on MLPs for MNIST: the frame by evolution strategies, then a network in it, back-propagated."""
+"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network in it, by gradients."""
 
 from __future__ import annotations
 
@@ -41,22 +41,8 @@ def normalised_mlp_mnist() -> Recipe:
 
 
 def normalised_lstm_mnist() -> Recipe:
-    """An LSTM of 10 units in the frame, by the exact meta-gradient; in the end on other activations as well."""
-    first = _for_both_ends("normalised-lstm-mnist-first", "normalised-lstm")
-    second = _for_the_course(first, "normalised-lstm-mnist-second")
-    shares = {"sigmoid": 0.5, "gelu": 0.3, "tanh": 0.2}
-    members = tuple(
-        (share, {"name": "image-mlp", "options": {**_FAMILY.options, "activation": activation}})
-        for activation, share in shares.items()
-    )
-    return replace(
-        second,
-        name="normalised-lstm-mnist",
-        family=Choice("mixture", {"members": members}),
-        num_meta_steps=80,
-        meta=replace(second.meta, lr=0.1),
-        after=second,
-    )
+    """An LSTM of 10 units in the frame, by the exact meta-gradient through all 100 steps."""
+    return _for_the_course(_for_both_ends("normalised-lstm-mnist-first", "normalised-lstm"), "normalised-lstm-mnist")
 
 
 def _for_both_ends(name: str, rule: str) -> Recipe:
