@@ -85,7 +85,7 @@ def loops() -> Iterator[tuple[str, InnerLoop]]:
             # rounding of a difference of numbers a million times as large.
             adam = optimizers.make("adam", lr=0.06, beta1=0.8, beta2=0.9, eps=0.05)
             made = adam if rule == "adam" else optimizers.example(rule, template)
-            yield f"{rule}, {where}", InnerLoop(family, made)
+            yield f"{rule}, {where}", InnerLoop(family, made, horizon=2 * NUM_STEPS)  # with the steps of targets
         for inner in ("l2", "proximal"):
             objective = inner_objectives.example(inner, template, 8, 2, (2,))
             loop = InnerLoop(family, optimizers.example("maml", template), inner_objective=objective)

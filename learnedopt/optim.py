@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from learnedopt.checkpoint import resolve_rule
-from learnedopt.core import checks, tree
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer
-from learnedopt.plug_in.members import common_device, name_of, values_of
+from learnedopt.plug_in.members import common_device, name_of, require_start, values_of
 
 
 @final
@@ -153,7 +153,7 @@ class LearnedOptimizer(RuleOptimizer):
                 f"{name_of(self.rule)} has a start of its own, which would overwrite the parameters {changed}; pass "
                 "adopt_start=True to let it, or use a rule without a learned start to train on from the present values"
             )
-        checks.require_start(self.rule, tree.unsqueeze(start))
+        require_start(self.rule, start)
         for name in changed:
             params[name].copy_(start[name])
 

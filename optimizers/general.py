@@ -61,7 +61,7 @@ class General(UpdateRule):
         bfloat16: whether they are in products of bfloat16, where the device has instructions for them and no derivative
             is recorded or taken. A step of large matrices takes a fraction of the time, and is off by a few percent.
 
-    Theta, 43 numbers: ``log_rate`` (), ``schedule`` (7,), ``kind_rate`` (7,): first, middle and last matrix, hidden
+    Theta, 42 numbers: ``log_rate`` (), ``schedule`` (7,), ``kind_rate`` (7,): first, middle and last matrix, hidden
     bias, last bias, gain, embedding; ``fan`` (), ``depth`` (), ``entries`` (2,), ``length`` (2,), ``decay`` (3,),
     ``power`` (), ``eps`` (), ``mix`` (3,), ``weight_decay`` (), ``averaging`` (2,); ``share`` (4,): first, middle and
     last matrix, embedding; ``orthogonal_mix`` (3,), ``size`` (3,). State: ``GeneralMemory``.

@@ -31,7 +31,7 @@ class Normalised(UpdateRule):
         x      <- x + (1 + r) / (n + r) (z - x),    y = z + b (x - z),    r = e^averaging0 - 1,  b = sigmoid(averaging1)
 
     ``schedule`` is linear between values at p = 0, .04, .12, .3, .6, .85 and 1; ``kind_rate`` is by kind of tensor:
-    first matrix (embeddings, and the only one, too), hidden biases and gains, later matrices, the last bias. Of a
+    first matrix (embeddings, too), hidden biases and gains, later matrices (the only one, too), the last bias. Of a
     tensor that is no matrix the middle factor of D is v, too.
 
     Args:

@@ -86,6 +86,8 @@ def example(name: str, template: Params) -> UpdateRule:
         "rnnprop": {"hidden_size": 2, "step_scale": 0.3},
         "tensor-gru": {"lr": 0.1, "hidden_size": 2},
         "celo2": {"lr": 0.1, "rest_lr": 0.1, "units": 2},
+        "normalised-mlp": {"hidden": 2},
+        "normalised-lstm": {"units": 2},
         "partition": {"groups": {str(i): [glob.escape(key), heavy_ball] for i, key in enumerate(template)}},
     }
     return make(name, template=template, **options.get(name, {}))

@@ -70,7 +70,8 @@ class Timed(UpdateRule):
 
     def update(self, theta: Theta, grads: Params, state: Clock, params: Params, loss: Tensor) -> tuple[Params, Clock]:
         """Move as the rule does at this progress."""
-        found, own = self.rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
+        rule: Any = self.rule  # one whose update takes progress
+        found, own = rule.update(theta, grads, state.rule, params, loss, progress=self.progress(state, params))
         return found, self.after(state, own)
 
     def result(self, theta: Theta, params: Params, state: Clock) -> Params:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from learnedopt.core import checks, tree
+from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import as_leaves
@@ -22,7 +22,7 @@ from learnedopt.plug_in import settings, windows
 from learnedopt.plug_in.base import RuleOptimizer, Updated, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
-from learnedopt.plug_in.members import Member, common_device, leaves_by_path, scalar_loss, values_of
+from learnedopt.plug_in.members import Member, common_device, leaves_by_path, require_start, scalar_loss, values_of
 from learnedopt.plug_in.windows import Entry, Outputs, Window
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -182,7 +182,7 @@ class HyperOptimizer(RuleOptimizer):
         self._settled = True
         params = values_of(self._members())
         start, state = self._init(params)
-        checks.require_start(self.rule, tree.unsqueeze(start))
+        require_start(self.rule, start)
         settings.require_learnable(self._loop, self.theta, params, state, self.num_steps, self.objective)
 
     def _theta_on(self, device: torch.device) -> Theta:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from learnedopt.core import checks, tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params
 
@@ -51,6 +52,16 @@ def require_group(group: dict[str, Any], names: list[str]) -> None:
             f"the parameter names {twice} occur more than once; give each parameter a name of its own, such as "
             "named_parameters() of one module that holds all of them"
         )
+
+
+def require_start(rule: UpdateRule, start: Params) -> None:
+    """Raise ValueError with what the rule says is wrong with a start; and where names come from, if there are none."""
+    try:
+        checks.require_start(rule, tree.unsqueeze(start))
+    except ValueError as error:
+        if list(start) != [str(i) for i in range(len(start))]:
+            raise
+        raise ValueError(f"{error}. The parameters were given without names: pass model.named_parameters()") from error
 
 
 def values_of(members: list[Member]) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from learnedopt.core.execution import Execution
@@ -16,7 +17,25 @@ _Member = tuple[float, dict[str, Any]]
 
 
 def general() -> Recipe:
-    """The rule "general" on MLPs, conv nets, transformers and logistic regression; runs of 50 to 400 steps.
+    """The rule "general" on MLPs, conv nets, transformers and logistic regression; runs of 50 to 800 steps.
+
+    Longer runs come in the second stage, at smaller meta-steps.
+    """
+    first = _first()
+    longer = ((100, 0.4), (200, 0.3), (400, 0.2), (800, 0.1))
+    assert isinstance(first.estimator, TaskByTask)
+    return replace(
+        first,
+        name="general",
+        estimator=replace(first.estimator, horizons=longer),
+        num_meta_steps=50,
+        meta=replace(first.meta, lr=0.1),
+        after=first,
+    )
+
+
+def _first() -> Recipe:
+    """Runs of 50 to 400 steps.
 
     Exact meta-gradients up to 100 steps, evolution strategies beyond them, on text, and where an exact one is long: on
     transformers and through long runs they explode.
@@ -24,7 +43,7 @@ def general() -> Recipe:
     members = [*_mlps(), *_linear(), *_conv_nets(), *_transformers()]
     text = [i for i, (_, member) in enumerate(members) if _inner(member) == "text-transformer"]
     return Recipe(
-        name="general",
+        name="general-first",
         family=Choice("mixture", {"members": tuple(members)}),
         rule=Choice("general"),
         horizon=100,

@@ -1,4 +1,4 @@
-"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network by exact gradients."""
+"""The normalised rules on an MLP for MNIST: the frame by evolution strategies, then a network in it, by gradients."""
 
 from __future__ import annotations
 
@@ -37,38 +37,37 @@ def normalised_mnist() -> Recipe:
 
 def normalised_mlp_mnist() -> Recipe:
     """A network of 8 units in the frame, by the exact meta-gradient through all 100 steps."""
-    return _after_the_frame("normalised-mlp-mnist", Choice("normalised-mlp"), lr=0.3)
+    return _for_the_course(_for_both_ends("normalised-mlp-mnist-first", "normalised-mlp"), "normalised-mlp-mnist")
 
 
 def normalised_lstm_mnist() -> Recipe:
     """An LSTM of 10 units in the frame, by the exact meta-gradient through all 100 steps."""
-    return _after_the_frame("normalised-lstm-mnist", Choice("normalised-lstm"), lr=0.15)
+    return _for_the_course(_for_both_ends("normalised-lstm-mnist-first", "normalised-lstm"), "normalised-lstm-mnist")
 
 
-def _after_the_frame(name: str, rule: Choice, lr: float) -> Recipe:
-    """Train on both ends alike first, then for the whole course more."""
-    first = Recipe(
-        name=f"{name}-first",
+def _for_both_ends(name: str, rule: str) -> Recipe:
+    """Train for the last losses as much as for the whole course."""
+    return Recipe(
+        name=name,
         family=_FAMILY,
-        rule=rule,
+        rule=Choice(rule),
         horizon=100,
         estimator=TaskByTask(Unrolled(100), max_task_grad_norm=1.0, drop_above=10.0),
         objective=LogMeans(1.0),
         num_meta_steps=90,
         num_tasks=4,
-        meta=MetaLearning(lr=0.67 * lr, final_lr_fraction=0.5, optimizer=_QUICK, average=0.15),
+        meta=MetaLearning(lr=0.1, final_lr_fraction=0.5, optimizer=_QUICK, average=0.15, rollback_above=1.0),
         validation=HeldOut(SumOfLosses(), num_steps=100, num_tasks=8, every=15),
         execution=Execution(compile=True),
         checkpoint_every=10,
         after=normalised_mnist(),
         start_partly=True,
     )
+
+
+def _for_the_course(first: Recipe, name: str) -> Recipe:
+    """Then train for the whole course more."""
+    meta = replace(first.meta, lr=0.15, final_lr_fraction=0.02)
     return replace(
-        first,
-        name=name,
-        objective=LogMeans(0.25),
-        num_meta_steps=150,
-        meta=replace(first.meta, lr=lr, final_lr_fraction=0.02),
-        after=first,
-        start_partly=False,
+        first, name=name, objective=LogMeans(0.25), num_meta_steps=150, meta=meta, after=first, start_partly=False
     )
