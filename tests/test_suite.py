@@ -378,6 +378,7 @@ def test_ratios_are_those_of_numpy(done: Path) -> None:
     assert mean is not None and mean.mean == pytest.approx(float(np.exp(np.mean(logs))), rel=1e-12)
     summary = found.summary("mine")["to Adam"]
     assert summary["worst"] == pytest.approx(float(np.exp(np.mean(logs, 1)).max()), rel=1e-12)
+    assert summary["median"] == pytest.approx(float(np.median(np.exp(np.mean(logs, 1)))), rel=1e-12)
     assert summary["worst_net"] == SMALL[int(np.mean(logs, 1).argmax())].name
     assert found.ratio(SMALL[0].name, "mine", "Muon + cosine") is None
 
@@ -442,6 +443,7 @@ def test_the_table_holds_the_numbers_and_the_figures_show_them(done: Path, tmp_p
         assert table[net.name][7] == ("never" if math.isinf(steps) else f"{steps:.2f} T")
     mean = found.geometric_mean("mine", "AdamW + cosine")
     assert mean is not None and table["**geometric mean**"][4].startswith(f"{mean.mean:.3f}")
+    assert table["**median**"][4] == f"{found.summary('mine')['to AdamW + cosine']['median']:.3f}"
     saved = json.loads(paths["json"].read_text())
     curve = saved["nets"][SMALL[0].name]["mine"]["curve"]
     assert len(curve["steps"]) == len(curve["mean"]) and np.shape(curve["seeds"]) == (3, len(curve["mean"]))

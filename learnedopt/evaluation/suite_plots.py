@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from learnedopt.evaluation.suite_table import Suite
 
 _FACTOR = 2.0  # a loss so many times the best baseline's, or a part of it, has the colour map's end
+_DARK = 0.5  # of a logarithm, from which on the colour is dark
 _CEILING = 3.0  # times the first loss, above which a curve is left out: it would flatten the others
 _COLUMNS = 3
 _DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon + cosine")
@@ -35,8 +36,9 @@ def plot_matrix(path: str | Path, suite: Suite) -> Path:
     for i, row in enumerate(table):
         for j, value in enumerate(row):
             if value is not None:
-                text = f"{value:.2f}" if math.isfinite(value) else "×"
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="black")
+                text = "×" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+                dark = math.isfinite(value) and abs(math.log(value)) > _DARK
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_xticks(range(len(nets)), nets, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     for tick in axes.get_yticklabels()[: len(suite.candidates)]:

@@ -153,7 +153,10 @@ class Suite:
             known = [(row[f"to {name}"].mean, row["net"]) for row in rows if row[f"to {name}"]]
             worst = max(known) if known else (None, None)
             mean = self.geometric_mean(label, name)
-            found[f"to {name}"] = {"geometric_mean": mean and mean._asdict(), "worst": worst[0], "worst_net": worst[1]}
+            found[f"to {name}"] = {
+                "geometric_mean": mean and mean._asdict(),
+                "median": _median([ratio for ratio, _ in known]), "worst": worst[0], "worst_net": worst[1],
+            }  # fmt: skip
         found["median_steps"] = _median([row["steps"] for row in rows if row["steps"] is not None])
         found["median_test"] = _median([row["test"].mean for row in rows if row["test"]])
         return found
@@ -192,8 +195,8 @@ class Suite:
         rows.append(["**geometric mean**", "", "", *means, "", "", "", str(found["num_diverged"])])
         worst = ["" if t["worst"] is None else f"{t['worst']:.3f}" for t in to]
         rows.append(["**worst net**", "", "", *worst, "", "", "", ""])
-        medians = [_share(found["median_steps"]), "" if found["median_test"] is None else f"{found['median_test']:.3f}"]
-        rows.append(["**median**", *[""] * (2 + len(REFERENCES)), "", *medians, ""])
+        medians = ["" if x is None else f"{x:.3f}" for x in (*(t["median"] for t in to), found["median_test"])]
+        rows.append(["**median**", "", "", *medians[:-1], "", _share(found["median_steps"]), medians[-1], ""])
         return f"### {label}\n\n{_SAID}\n\n{align(rows)}"
 
     def _losses(self) -> str:
