@@ -126,7 +126,7 @@ def value_of(objective: MetaObjective, loop: InnerLoop, theta: Theta, task: Task
         batch = data(family, task, step, objective.target.split)
         log_p, log_q = (family.outputs(x, batch).log_softmax(-1) for x in (target, end))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return 0.5 * sum(((end[k] - target[k]) ** 2).sum() for k in end)
+    return 0.5 * torch.stack([((end[k] - target[k]) ** 2).sum() for k in end]).sum()
 
 
 def from_start(

@@ -307,7 +307,10 @@ REFUSED = [
     Refusal(("no steps",), None, INSIDE, None, "no path to the objective through 0 recorded"),
     Refusal(("no steps",), ("momentum", "lstm"), None, None, "no path to the objective through 0 recorded"),
     # Updates of a length that the gradients do not set: a target of several steps moves away as their rate grows.
-    Refusal((*STEPPING, *IMPLICIT), ("celo2", "rnnprop"), TASK_LOSS, ("bootstrapped",), "updates keep their length"),
+    Refusal(
+        (*STEPPING, *IMPLICIT), ("celo2", "rnnprop", "general"), TASK_LOSS, ("bootstrapped",),
+        "updates keep their length",
+    ),
     # What is descended enters an update as a gradient, which this tape cuts from theta.
     Refusal(DETACHED, None, INSIDE, None, "no path to the objective through . recorded inner steps with the first-ord"),
     # Theta's only path is by the outer loss, which the distance to a target does not read.

@@ -154,7 +154,8 @@ def test_a_lie_is_found_under_a_start_of_its_own_too(kind: str) -> None:
 
 def reads_the_last_state(loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
     """An objective of losses, parameters, states and theta at once."""
-    momentum, counts = rollout.end.state
+    state: Any = rollout.end.state
+    momentum, counts = state
     squares = sum((m.square().flatten(1).sum(1) for m in momentum.values()), counts["age"].square().sum(1))
     total = loop.losses(theta, rollout.end, "valid") + 0.1 * squares + rollout.losses.square().sum(0)
     return total.mean() + theta["lr"] ** 2

@@ -930,7 +930,8 @@ def test_a_users_own_family_joins_the_registry(monkeypatch: pytest.MonkeyPatch) 
     register("bowl", Bowl)  # a module that is imported twice does no harm
     assert names()[-1] == "bowl"
     assert build(json.loads(json.dumps(describe(Bowl(2.5))))) == make("bowl", center=2.5)
-    for options, message in (({}, "needs center="), ({"centre": 1.0}, "did you mean 'center'")):
+    wrong: list[tuple[dict[str, Any], str]] = [({}, "needs center="), ({"centre": 1.0}, "did you mean 'center'")]
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             make("bowl", **options)
     with pytest.raises(ValueError, match="did you mean 'bowl'"):

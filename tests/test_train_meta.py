@@ -175,7 +175,8 @@ def test_nested_typed_overrides_reach_the_configuration() -> None:
     )  # fmt: skip
     assert recipe.estimator == Truncated(10, horizon=90, tape=Tape.FIRST_ORDER)
     assert configured("lstm-mnist", "estimator.horizon=null").estimator == Truncated(20, None, Tape.FULL)
-    assert configured("maml-sine", "estimator=Truncated", "estimator.num_steps=3").estimator.horizon is None
+    exchanged = configured("maml-sine", "estimator=Truncated", "estimator.num_steps=3").estimator
+    assert isinstance(exchanged, Truncated) and exchanged.horizon is None
     assert recipe.rule.options["output_scale"] == 0.01 and recipe.meta.max_grad_norm is None
     assert recipe.execution.chunk_size == 4 and recipe.execution.dtype is torch.float64
     assert recipe.seed == 3 and recipe.compare is True
