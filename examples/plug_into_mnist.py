@@ -36,6 +36,7 @@ if __name__ == "__main__":
     optimizers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.03),  # the best of a grid of rates
         "lstm-mnist": lambda model: LearnedOptimizer(model.parameters(), "lstm-mnist"),
+        "general": lambda model: LearnedOptimizer(model.named_parameters(), "general", num_steps=100),
     }
     for name, make_optimizer in optimizers.items():
         losses = [train(make_optimizer, seed) for seed in range(3)]

@@ -144,7 +144,8 @@ def test_packaged_optimizers_load_by_name(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_the_packaged_optimizers_are_there_and_small() -> None:
-    assert {"lstm-mnist", "lstm-quadratic", "tensor-gru-quadratic"} <= set(NAMES)
+    networks = {"lstm-mnist", "normalised-lstm-mnist", "normalised-mlp-mnist"}
+    assert {"general", "lstm-quadratic", "tensor-gru-quadratic"} | networks <= set(NAMES)
     assert learnedopt.packaged() == NAMES == sorted(NAMES)
     folder = Path(checkpoint.__file__).parent / "pretrained"
     assert {path.name for path in folder.iterdir()} == {f"{n}.{end}" for n in NAMES for end in ("safetensors", "json")}
