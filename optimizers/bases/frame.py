@@ -68,8 +68,8 @@ def in_dtype(theta: Theta, params: Params) -> Theta:
 def start(params: Params) -> Memory:
     """Return the memory of a run that begins at ``params``."""
     step = torch.zeros((), dtype=wide_dtype(p := next(iter(params.values()))), device=p.device)
-    nothing = [zeros(params) for _ in range(3)]
-    return Memory(step, *nothing, {name: wide(p).clone() for name, p in params.items()})
+    average = {name: wide(p).clone() for name, p in params.items()}
+    return Memory(step, zeros(params), zeros(params), zeros(params), average)
 
 
 def schedule(values: Tensor, progress: Tensor) -> Tensor:
