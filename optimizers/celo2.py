@@ -128,7 +128,7 @@ class Celo2(UpdateRule):
             *(layout.join(dict(zip(at, each, strict=True)))[ALL] for each in zip(*tensors.values(), strict=True))
         )
         (mean,) = layout.spread(layout.means(joined.square)[None]).unbind()
-        rows = frame_features.rows(joined, mean, layout.join(at)[ALL], layout)
+        rows = frame_features.rows(joined, mean, layout.join(at)[ALL], layout).to(weight.dtype)
         hidden = torch.addmm(bias[:, None], weight[:, :-1], rows).tanh()
         direction, size = torch.addmm(theta["output/bias"][:, None], theta["output/weight"], hidden).unbind(0)
         added = layout.pieces(frame_features.alive(joined) * direction * size.exp())

@@ -165,7 +165,7 @@ class Places:
 
     def log_steps(self, theta: Theta, mean_squares: Tensor) -> Tensor:
         """Return what belongs to a tensor of its step's logarithm; ``mean_squares`` are those of its entries."""
-        inputs = self._numbers([math.log(kind.fan_in / 64) for kind in self._kinds])
+        inputs = self._numbers([math.log(max(kind.fan_in, 1) / 64) for kind in self._kinds])
         depth = self._numbers([kind.depth - 0.5 for kind in self._kinds])
         entries = theta["entries"][0] * self.matrix + theta["entries"][1] * (1 - self.matrix)
         size = 0.5 * (mean_squares + FLOOR * FLOOR).log() + 2.5
@@ -174,8 +174,8 @@ class Places:
 
     def shares(self, theta: Theta) -> tuple[Tensor, Tensor]:
         """Return the share of the orthogonalised direction, 0 of vectors, and its size."""
-        inputs = self._numbers([math.log(kind.fan_in / 64) for kind in self._kinds])
-        outputs = self._numbers([math.log(kind.fan_out / 64) for kind in self._kinds])
+        inputs = self._numbers([math.log(max(kind.fan_in, 1) / 64) for kind in self._kinds])
+        outputs = self._numbers([math.log(max(kind.fan_out, 1) / 64) for kind in self._kinds])
         size = (theta["size"][0] + theta["size"][1] * inputs + theta["size"][2] * outputs).exp()
         share = theta["share"][self._index([General.share_of(k) for k in self._kinds])].sigmoid()
         return self.matrix * share, size

@@ -17,7 +17,7 @@ from learnedopt.optimizers.bases.frame import Memory, Moments
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.hand_designed import check_number
 from learnedopt.optimizers.bases.joined import Layout
-from learnedopt.optimizers.bases.precision import wide_dtype
+from learnedopt.optimizers.bases.precision import dtype_of
 from learnedopt.optimizers.kernels.normalised_kernel import NormalisedKernel
 from learnedopt.optimizers.kernels.normalised_native import LSTM
 
@@ -94,7 +94,7 @@ class NormalisedLSTM(UpdateRule):
     def init(self, theta: Theta, params: Params) -> tuple[Params, LSTMMemory]:
         """Start where the parameters are, with a state of zeros."""
         first, size = next(iter(params.values())), sum(p.numel() for p in params.values())
-        nothing = torch.zeros(self.units, size, dtype=wide_dtype(first), device=first.device)
+        nothing = torch.zeros(self.units, size, dtype=dtype_of(params), device=first.device)
         return params, LSTMMemory(frame.start(params), nothing, nothing.clone())
 
     def update(

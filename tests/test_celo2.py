@@ -146,3 +146,13 @@ def test_it_is_enrolled_in_what_every_rule_is_tested_for() -> None:
 def test_a_bad_option_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"Celo2: .*{message}"):
         Celo2(**options)
+
+
+@pytest.mark.parametrize("orthogonalise", [True, False])
+def test_matrices_may_be_narrower_than_vectors(orthogonalise: bool) -> None:
+    rule = Celo2(orthogonalise=orthogonalise)
+    theta = rule.init_theta(torch.Generator())
+    params = {"a.weight": torch.ones(3, 2, dtype=torch.float32), "a.bias": torch.ones(3, dtype=torch.float64)}
+    deltas, _ = rule.update(theta, params, rule.init(theta, params)[1], params, torch.zeros(()))
+    assert {k: d.dtype for k, d in deltas.items()} == {k: p.dtype for k, p in params.items()}
+    assert all(d.isfinite().all() and d.any() for d in deltas.values())

@@ -280,6 +280,52 @@ def test_zeros_give_finite_values_and_derivatives(kind: str, zeros: str) -> None
         assert not any(p.any() for p in at.values())
 
 
+@every_rule
+@pytest.mark.parametrize("size", ["1e-18", "1e-12", "1e12", "1e18"])
+def test_tiny_and_huge_gradients_give_finite_steps_in_float32(kind: str, size: str) -> None:
+    rule = RULES[kind]
+    theta = {k: v.float() for k, v in generic(rule).items()}
+    params, grads = ({k: x.float() for k, x in drawn(i, scale).items()} for i, scale in ((0, 1.0), (1, float(size))))
+    state = start(rule, theta, params, 3)
+    deltas, _ = rule.update(theta, grads, state, params, torch.zeros(()), progress=torch.zeros((), dtype=torch.float32))
+    assert all(d.isfinite().all() for d in deltas.values())
+
+
+@every_rule
+@pytest.mark.parametrize("empty", ["0", "0x3", "3x0"])
+def test_empty_tensors_change_nothing(kind: str, empty: str) -> None:
+    rule = RULES[kind]
+    theta, params, grads = generic(rule), drawn(0), drawn(1)
+    name = "table.bias" if empty == "0" else "embedding.other"  # which the others' order leaves out
+    nothing = {name: torch.zeros(*map(int, empty.split("x")))}
+    found = []
+    for own, g in ((params, grads), ({**params, **nothing}, {**grads, **nothing})):
+        deltas, _ = rule.update(theta, g, start(rule, theta, own, 3), own, torch.zeros(()), progress=torch.zeros(()))
+        found.append(deltas)
+        assert {k: d.shape for k, d in deltas.items()} == {k: p.shape for k, p in own.items()}
+    assert all(torch.equal(found[1][k], d) for k, d in found[0].items())
+
+
+@every_rule
+@pytest.mark.parametrize("first", ["float32", "float64"])
+def test_tensors_may_differ_in_dtype(kind: str, first: str) -> None:
+    """What is computed is computed in the widest of them."""
+    rule, theta = RULES[kind], generic(RULES[kind])
+    wide = {k: p.float().double() for k, p in drawn(0).items()}
+    grads = {k: g.float().double() for k, g in drawn(1).items()}
+    dtypes = {k: getattr(torch, first) if i < 3 else torch.float64 for i, k in enumerate(wide)}
+    if first == "float64":
+        dtypes = {k: torch.float32 if i >= 3 else torch.float64 for i, k in enumerate(wide)}
+    mixed, mixed_grads = ({k: x.to(dtypes[k]) for k, x in each.items()} for each in (wide, grads))
+    found, expected = (
+        rule.update(theta, g, start(rule, theta, p, 3), p, torch.zeros(()), progress=torch.tensor(0.5))[0]
+        for p, g in ((mixed, mixed_grads), (wide, grads))
+    )
+    assert {k: d.dtype for k, d in found.items()} == dtypes
+    for k, d in expected.items():
+        torch.testing.assert_close(found[k].double(), d, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["normalised-mlp", "normalised-lstm"])
 def test_a_coordinate_without_a_gradient_gets_nothing_from_the_network(kind: str) -> None:
     """But for the decay, and it begins to where it has one for the first time."""

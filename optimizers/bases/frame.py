@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers.bases.precision import wide, wide_dtype, zeros
+from learnedopt.optimizers.bases.precision import dtype_of, wide, zeros
 
 KNOTS = (0.0, 0.04, 0.12, 0.3, 0.6, 0.85, 1.0)
 """Fractions of the horizon at which a schedule has a value of its own."""
@@ -61,13 +61,13 @@ class Decays(NamedTuple):
 
 def in_dtype(theta: Theta, params: Params) -> Theta:
     """Return theta in the dtype that the rules compute in."""
-    dtype = wide_dtype(next(iter(params.values())))
+    dtype = dtype_of(params)
     return {name: value.to(dtype) for name, value in theta.items()}
 
 
 def start(params: Params) -> Memory:
     """Return the memory of a run that begins at ``params``."""
-    step = torch.zeros((), dtype=wide_dtype(p := next(iter(params.values()))), device=p.device)
+    step = torch.zeros((), dtype=dtype_of(params), device=next(iter(params.values())).device)
     average = {name: wide(p).clone() for name, p in params.items()}
     return Memory(step, zeros(params), zeros(params), zeros(params), average)
 

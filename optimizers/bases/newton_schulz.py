@@ -44,6 +44,8 @@ def orthogonalised(
     """
     if x.ndim < 2:
         raise ValueError(f"x has the shape {tuple(x.shape)} and is no matrix; pass (..., m, n), vectors not at all")
+    if x.numel() == 0:
+        return x
     matrices = wide(x).reshape(-1, *x.shape[-2:])
     largest = matrices.detach().abs().amax((-2, -1), keepdim=True)  # without a derivative: the scale does not matter
     matrices = matrices / torch.where(largest > 0, largest, 1.0)

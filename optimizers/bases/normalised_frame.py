@@ -95,4 +95,4 @@ def factored(square: Tensor) -> Tensor:
         return square
     matrix = square.flatten(1)
     rows, columns = matrix.mean(1, keepdim=True), matrix.mean(0, keepdim=True)
-    return (rows * columns / rows.mean()).reshape(square.shape)
+    return (rows / rows.mean() * columns).reshape(square.shape)

@@ -6,6 +6,8 @@ averages and all arithmetic are float32 at least, and the deltas alone are round
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ def wide(x: Tensor) -> Tensor:
 def like(x: Tensor, other: Tensor) -> Tensor:
     """Return ``x`` in the dtype of another: ``x`` itself where it has it."""
     return x if x.dtype is other.dtype else x.to(other.dtype)
+
+
+def dtype_of(params: Params) -> torch.dtype:
+    """Return the dtype that all of the parameters together are computed in: the widest of theirs."""
+    return functools.reduce(torch.promote_types, {wide_dtype(p) for p in params.values()})
 
 
 def zeros(params: Params) -> Params:
