@@ -121,7 +121,8 @@ class LearnedOptimizer(RuleOptimizer):
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
 
         Raises:
-            ValueError: the memory is of another rule or of other parameters, or the groups differ.
+            ValueError: the memory is of another rule or of other parameters, the groups differ, or the rule was told
+                another ``num_steps``.
         """
         self._owned = False
         super().load_state_dict(state_dict)
@@ -134,6 +135,19 @@ class LearnedOptimizer(RuleOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._owned = False
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state(state_dict)
+        if self.num_steps is None or not self.rule.reads_horizon:
+            return
+        told = {float(x) for one in state_dict["state"].values() for k, x in one.items() if k.endswith(".horizon")}
+        other = sorted(told - {float(self.num_steps)})
+        if other:
+            raise ValueError(
+                f"this state is of a training of {other[0]:g} steps, and the optimizer was made with num_steps="
+                f"{self.num_steps}: {name_of(self.rule)} is on its way along the first; make it with num_steps="
+                f"{other[0]:g} to go on there"
+            )
 
     @property
     def _mover(self) -> UpdateRule:

@@ -13,6 +13,7 @@ from learnedopt import (
     EvolutionStrategies,
     Execution,
     ForwardMode,
+    HyperOptimizer,
     InnerLoop,
     LearnedOptimizer,
     SumOfLosses,
@@ -187,3 +188,27 @@ def test_bad_numbers_of_steps_are_refused(num_steps: Any) -> None:
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     with pytest.raises((TypeError, ValueError), match="num_steps"):
         LearnedOptimizer([weight], (Ramp(), Ramp().init_theta(GENERATOR)), num_steps=num_steps)
+
+
+@pytest.mark.parametrize("rule", [Ramp(), Averaged(Ramp()), Partition({"all": ("*", Ramp())})], ids=["it", "in", "of"])
+def test_the_plug_in_goes_on_with_the_number_of_steps_that_it_had(rule: UpdateRule) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    theta = rule.init_theta(GENERATOR)
+
+    def made(num_steps: int) -> LearnedOptimizer:
+        return LearnedOptimizer([weight], (rule, theta), num_steps=num_steps)
+
+    begun = made(5)
+    made(7).load_state_dict(begun.state_dict())  # nothing has been told yet
+    weight.grad = torch.ones_like(weight)
+    begun.step()
+    made(5).load_state_dict(begun.state_dict())
+    with pytest.raises(ValueError, match=r"of 5 steps, and .* num_steps=7"):
+        made(7).load_state_dict(begun.state_dict())
+
+
+def test_windows_of_a_run_do_not_say_how_far_it_is() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    for rule in (Ramp(), (Ramp(), Ramp().init_theta(GENERATOR))):
+        with pytest.raises(ValueError, match="Ramp reads how far a run is, which windows"):
+            HyperOptimizer([weight], rule)

@@ -26,6 +26,12 @@ from learnedopt.plug_in.windows import NO_OUTPUTS, RecordedRun, stand_in
 
 def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
     """Return the rule and the theta that it starts from."""
+    read = rule[0] if isinstance(rule, tuple) and rule else rule
+    if isinstance(read, UpdateRule) and read.reads_horizon:
+        raise ValueError(
+            f"{name_of(read)} reads how far a run is, which windows of a run that goes on do not say; take a rule that "
+            "does not, or LearnedOptimizer(..., num_steps=T) with a theta that is learned already"
+        )
     if isinstance(rule, UpdateRule):
         return rule, rule.init_theta(torch.Generator().manual_seed(seed))
     if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
