@@ -419,6 +419,8 @@ def test_diverged_runs_count_against_a_candidate_and_never_for_it(tmp_path: Path
     assert ratio is not None and ratio.mean == inf
     favoured = made_up(mine=[1.0, 1.0, 1.0], Adam=[1.0, inf, 1.0]).ratio("net", "mine", "Adam")
     assert favoured is not None and favoured.mean == 1.0
+    both = made_up(mine=[1.0, inf, 1.0], Adam=[2.0, inf, 2.0]).ratio("net", "mine", "Adam")
+    assert both is not None and both.mean == inf
     found = made_up(mine=[1.0, inf, 1.0], Adam=[2.0, 2.0, 2.0], AdamW_cosine=[0.5, 0.5, 0.5])
     assert found.best_tuned("net") == "AdamW + cosine" and found.steps_to_reach("net", "mine") == inf
     paths = found.save(tmp_path)

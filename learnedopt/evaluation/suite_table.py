@@ -24,6 +24,7 @@ REFERENCES = ("Adam", "AdamW + cosine", "Muon + cosine")
 """What ratios are shown to, where it was run."""
 GOAL = "AdamW + cosine"
 """Whose final level is to be reached, and whose test loss is compared with."""
+_HUGE = torch.finfo(torch.float64).max  # for a loss that is infinite
 _POINTS = 60  # of a curve in the joined file and in figures
 _SAID = (
     f"Mean train loss before the last {LAST} updates, geometric mean over seeds of the ratio to each baseline on the "
@@ -103,7 +104,7 @@ class Suite:
             return None
         ours, theirs = (getattr(by[name], measure) for name in (label, reference))
         # A baseline that diverges on a reported seed loses by nothing that can be measured: it is counted, see tables.
-        return torch.where(theirs.isfinite(), ours.log() - theirs.log(), 0.0)
+        return torch.where(theirs.isfinite() | ours.isinf(), ours.log() - theirs.clamp(max=_HUGE).log(), 0.0)
 
     def best_tuned(self, net: str) -> str | None:
         """Return the tuned baseline with the lowest mean loss, chosen on the reported seeds: that favours it."""
