@@ -618,7 +618,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no path in one step": ({"rule": Idle()}, ValueError, r"\['late', 'never'\] have no path"),
     "nothing to learn": ({"rule": SGD(0.1, learn=())}, ValueError, "theta is empty"),
     "theta of another": ({"rule": (SGD(0.1), {"rate": torch.zeros(())})}, ValueError, "this theta is not one of SGD"),
-    "names": ({"rule": LearnedRates({"other": torch.zeros(2)})}, ValueError, "has nothing under 'lr/w1'"),
+    "names": ({"rule": LearnedRates({"other": torch.zeros(2)})}, ValueError, "other .*none for w1"),
     "guarded window": ({"guard": AcceptIfBetter(), "num_steps": 2}, ValueError, "a guard may take any step back"),
     "guard's kind": ({"guard": "better"}, TypeError, "guard='better' cannot be called"),
     "hinted window": ({"hint": PresentGradient(), "num_steps": 2}, ValueError, "PresentGradient is exact for windows"),
