@@ -13,6 +13,7 @@ from learnedopt import (
     EvolutionStrategies,
     Execution,
     ForwardMode,
+    GradientEstimator,
     HyperOptimizer,
     InnerLoop,
     LearnedOptimizer,
@@ -126,7 +127,8 @@ def test_estimators_agree_on_the_gradient() -> None:
     theta = at.init_theta(GENERATOR)
     carry = at.start(at.family.sample(3, torch.Generator().manual_seed(1)))
     exact = Unrolled(5).estimate(at, theta, SumOfLosses(), carry)
-    for other in (ForwardMode(5), Truncated(5, horizon=5, tape=Tape.FULL), Unrolled(5, segment=2)):
+    others: list[GradientEstimator] = [ForwardMode(5), Truncated(5, horizon=5, tape=Tape.FULL), Unrolled(5, segment=2)]
+    for other in others:
         found = other.estimate(at, theta, SumOfLosses(), other.start(at, theta, carry.tasks, GENERATOR))
         torch.testing.assert_close(found.grads["slope"], exact.grads["slope"], rtol=1e-10, atol=0)
     h = 1e-5
