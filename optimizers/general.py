@@ -133,9 +133,8 @@ class General(UpdateRule):
         mixed = layout.pieces(frame.mixture(theta["orthogonal_mix"], moments))
         matrices = {name: x for name, x in mixed.items() if params[name].ndim >= 2}
         found = orthogonalised_all(matrices, dtype=self.products(moments.grad))
-        return layout.join({name: found[name] if name in found else torch.zeros_like(x) for name, x in mixed.items()})[
-            ALL
-        ]
+        turned = {name: found[name] if name in found else torch.zeros_like(x) for name, x in mixed.items()}
+        return layout.join(turned)[ALL]
 
     @staticmethod
     def rate_of(kind: TensorKind) -> int:

@@ -93,16 +93,16 @@ def run_suite(
     if twice := candidates.keys() & baselines.keys():
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
     for net in nets:
-        todo = []
+        missing = []
         for label, what in (*candidates.items(), *baselines.items()):
             path, about = result_path(folder, net, label), _about(net, what, protocol)
             if not _is_done(path, about):
-                todo.append((label, what, path, about))
-        if not todo:
+                missing.append((label, what, path, about))
+        if not missing:
             report(f"{net.name}: all {len(candidates) + len(baselines)} results are there")
             continue
         at = _NetRun(net, protocol, execution, graphs)
-        for label, what, path, about in todo:
+        for label, what, path, about in missing:
             began = time.perf_counter()
             found = at.tuned(what) if isinstance(what, Grid) else at.untuned(what)
             seconds = time.perf_counter() - began

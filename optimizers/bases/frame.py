@@ -20,6 +20,8 @@ KNOTS = (0.0, 0.04, 0.12, 0.3, 0.6, 0.85, 1.0)
 TINY = 1e-20
 """Added to mean squares of gradients under a logarithm or in a denominator; squares of about 1e-10 are far smaller
 than any that matters, and its inverse square root is finite in float32."""
+RELATIVE = 1e-8
+"""Of the mean of v, joins v: a coordinate that hardly ever has a gradient is not blown up."""
 
 
 class Memory(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learnedopt.optimizers.bases.frame import TINY, Moments
+from learnedopt.optimizers.bases.frame import RELATIVE, TINY, Moments
 from learnedopt.optimizers.bases.joined import Layout
 
 NUM_ROWS = 8
@@ -26,7 +26,7 @@ def rows(moments: Moments, mean: Tensor, at: Tensor, layout: Layout) -> Tensor:
         at: the iterates.
         layout: of the tensors.
     """
-    floor = 1e-8 * mean + TINY
+    floor = RELATIVE * mean + TINY
     square, mean = moments.square + floor, mean + floor
     seen = torch.stack([moments.grad, moments.first, moments.second])
     inverse = (layout.means(at * at) + FLOOR * FLOOR).rsqrt()

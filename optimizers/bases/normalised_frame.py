@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases import frame
-from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
+from learnedopt.optimizers.bases.frame import RELATIVE, TINY, Decays, Memory, Moments
 from learnedopt.optimizers.bases.joined import ALL, Layout
 from learnedopt.optimizers.bases.kinds import Kind, kinds_of
 
@@ -22,8 +22,6 @@ _RATE_OF = {
     Kind.FIRST: 0, Kind.EMBEDDING: 0, Kind.HIDDEN_BIAS: 1, Kind.GAIN: 1, Kind.MIDDLE: 2, Kind.LAST: 2,
     Kind.LAST_BIAS: 3,
 }  # fmt: skip
-RELATIVE = 1e-8
-"""Of the mean of v, joins v: a coordinate that hardly ever has a gradient is not blown up."""
 
 
 def init_theta(lr: float, device: torch.device) -> Theta:

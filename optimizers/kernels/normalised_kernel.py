@@ -13,7 +13,7 @@ from torch import Tensor
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers.bases import frame, frame_features, normalised_frame
-from learnedopt.optimizers.bases.frame import TINY, Memory
+from learnedopt.optimizers.bases.frame import RELATIVE, TINY, Memory
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.kinds import TensorKind
 from learnedopt.optimizers.kernels.frame_kernel import Factors, FrameKernel, Step, Weights
@@ -56,7 +56,7 @@ class NormalisedKernel(FrameKernel):
         """Return what makes the compiled bracket the one that ``Normalised`` states."""
         theta, sizes = step.theta, _sizes(step.cut.shapes, scale.dtype)
         mean = sums.square * scale / sizes.numels
-        floor = normalised_frame.RELATIVE * mean + TINY
+        floor = RELATIVE * mean + TINY
         mean = mean + floor
         element, factored, whole = (x.unsqueeze(-1) for x in theta["norm"].unbind(-1))
         rate = theta["log_rate"] + frame.schedule(theta["schedule"], step.progress)
