@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -14,18 +13,12 @@ from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases import frame
 from learnedopt.optimizers.bases.frame import TINY, Decays, Memory, Moments
-from learnedopt.optimizers.bases.frame_features import FLOOR
 from learnedopt.optimizers.bases.joined import ALL, Layout
-from learnedopt.optimizers.bases.kinds import Kind, TensorKind, kinds_of
+from learnedopt.optimizers.bases.kinds import kinds_of
 from learnedopt.optimizers.bases.newton_schulz import fast_dtype, orthogonalised_all
+from learnedopt.optimizers.bases.places import Places
 from learnedopt.optimizers.bases.precision import wide_dtype
 from learnedopt.optimizers.kernels.general_kernel import GeneralKernel
-
-_RATE_OF = {
-    Kind.FIRST: 0, Kind.MIDDLE: 1, Kind.LAST: 2, Kind.HIDDEN_BIAS: 3, Kind.LAST_BIAS: 4, Kind.GAIN: 5,
-    Kind.EMBEDDING: 6,
-}  # fmt: skip
-_SHARE_OF = {Kind.FIRST: 0, Kind.MIDDLE: 1, Kind.LAST: 2, Kind.EMBEDDING: 3}
 
 
 class GeneralMemory(NamedTuple):
@@ -116,9 +109,10 @@ class General(UpdateRule):
         joined, moments = layout.join(params), tensors[ALL]
         at = frame.iterates(joined, memory, blend)[ALL]
         rate = theta["log_rate"] + frame.schedule(theta["schedule"], progress) + theta["length"][0] * state.length
-        places = Places(kinds, params)
+        ranks = [params[name].ndim for name in kinds]
+        places = Places([*kinds.values()], ranks, at.dtype, at.device)
         steps = (rate + places.log_steps(theta, layout.means(at * at))).exp()
-        decayed = steps * places.matrix * theta["weight_decay"].exp()
+        decayed = steps * places.matrices * theta["weight_decay"].exp()
         share, size = places.shares(theta) if self.orthogonalise else (torch.zeros_like(steps), steps)
         each = torch.stack([layout.means(moments.square), decayed, steps * (1 - share), steps * share * size])
         mean, decayed, plain, turned = layout.spread(each).unbind()
@@ -136,54 +130,10 @@ class General(UpdateRule):
         turned = {name: found[name] if name in found else torch.zeros_like(x) for name, x in mixed.items()}
         return layout.join(turned)[ALL]
 
-    @staticmethod
-    def rate_of(kind: TensorKind) -> int:
-        """Return which of the numbers ``kind_rate`` is a tensor's."""
-        return _RATE_OF[kind.kind]
-
-    @staticmethod
-    def share_of(kind: TensorKind) -> int:
-        """Return which of the numbers ``share`` is a tensor's; 0 for vectors, which do not read it."""
-        return _SHARE_OF.get(kind.kind, 0)
-
     def products(self, like: Tensor) -> torch.dtype | None:
         """Return the dtype of Newton-Schulz's products on a tensor's device; None for the tensor's own."""
         exact = not self.bfloat16 or torch.is_grad_enabled() or taking_tangents()
         return None if exact else fast_dtype(like.device)
-
-
-@final
-class Places:
-    """What kinds and places of the tensors mean to the rule, (tensors,) each."""
-
-    def __init__(self, kinds: dict[str, TensorKind], params: Params) -> None:
-        first = next(iter(params.values()))
-        self._like = torch.empty((), dtype=wide_dtype(first), device=first.device)
-        self._kinds, ranks = list(kinds.values()), [params[name].ndim for name in kinds]
-        self.matrix = self._numbers([float(rank >= 2) for rank in ranks])
-
-    def log_steps(self, theta: Theta, mean_squares: Tensor) -> Tensor:
-        """Return what belongs to a tensor of its step's logarithm; ``mean_squares`` are those of its entries."""
-        inputs = self._numbers([math.log(max(kind.fan_in, 1) / 64) for kind in self._kinds])
-        depth = self._numbers([kind.depth - 0.5 for kind in self._kinds])
-        entries = theta["entries"][0] * self.matrix + theta["entries"][1] * (1 - self.matrix)
-        size = 0.5 * (mean_squares + FLOOR * FLOOR).log() + 2.5
-        place = self.matrix * (theta["fan"] * inputs + theta["depth"] * depth)
-        return theta["kind_rate"][self._index([General.rate_of(k) for k in self._kinds])] + entries * size + place
-
-    def shares(self, theta: Theta) -> tuple[Tensor, Tensor]:
-        """Return the share of the orthogonalised direction, 0 of vectors, and its size."""
-        inputs = self._numbers([math.log(max(kind.fan_in, 1) / 64) for kind in self._kinds])
-        outputs = self._numbers([math.log(max(kind.fan_out, 1) / 64) for kind in self._kinds])
-        size = (theta["size"][0] + theta["size"][1] * inputs + theta["size"][2] * outputs).exp()
-        share = theta["share"][self._index([General.share_of(k) for k in self._kinds])].sigmoid()
-        return self.matrix * share, size
-
-    def _numbers(self, values: list[float]) -> Tensor:
-        return self._like.new_tensor(values)
-
-    def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self._like.device)
 
 
 def _normalised(theta: Theta, moments: Moments, mean: Tensor) -> Tensor:
