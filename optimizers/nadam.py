@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers.bases.hand_designed import DECAY_RATE, NOT_NEGATIVE, HandDesigned, sqrt
-from learnedopt.optimizers.bases.precision import wide_dtype, zeros
+from learnedopt.optimizers.bases import adam_averages
+from learnedopt.optimizers.bases.hand_designed import NOT_NEGATIVE, HandDesigned, sqrt
+from learnedopt.optimizers.bases.precision import wide_dtype
 
 
 @final
@@ -44,23 +45,13 @@ class NAdam(HandDesigned):
     weight_decay: float = 0.0
     momentum_decay: float = 4e-3
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "lr": NOT_NEGATIVE,
-        "beta1": DECAY_RATE,
-        "beta2": DECAY_RATE,
-        "eps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "momentum_decay": NOT_NEGATIVE,
-    }
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {**adam_averages.RANGES, "momentum_decay": NOT_NEGATIVE}
     optional: ClassVar[tuple[str, ...]] = ("weight_decay",)
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start where the parameters are, with zero averages."""
-        first = next(iter(params.values()))
-        step = torch.zeros((), dtype=wide_dtype(first), device=first.device)
-        return params, {
-            "mean": zeros(params), "square": zeros(params), "step": step, "product": torch.ones_like(step)
-        }  # fmt: skip
+        state = adam_averages.start(params)
+        return params, {**state, "product": torch.ones_like(state["step"])}
 
     def update(
         self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
