@@ -141,7 +141,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Result]]) -> Path:
         for axis in ("x", "y"):
             scale_axis(axes, axis)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return write_figure(figure, path)
+    return write_figure(figure, path, dpi=90)  # nine panels: at more, the file alone is large
 
 
 if __name__ == "__main__":

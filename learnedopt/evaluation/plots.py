@@ -266,10 +266,10 @@ def _require_lines(axes: Any, path: str | Path) -> None:
         )
 
 
-def write_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure as a PNG file, atomically, and return the path."""
+def write_figure(figure: Any, path: str | Path, dpi: int = 150) -> Path:
+    """Write a figure as a PNG file of so many dots an inch, atomically, and return the path."""
     path = Path(path)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
     return path
 
 
