@@ -34,7 +34,11 @@ _WHERE_ON = {
     "adamw": {"max_exp_avg_sqs": "amsgrad"},
 }
 """More of these, each where an option is not 0."""
-_PARTS = {"betas": ("beta1", "beta2"), "etas": ("etaminus", "etaplus"), "step_sizes": ("step_size_min", "step_size_max")}
+_PARTS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+}
 """An option that is a pair -> the names of the function's two arguments."""
 _NOT_LINEAR = ("asgd", "rprop")
 """Their step is not proportional to the learning rate, which is in their memory."""
@@ -118,9 +122,7 @@ class TorchOptim(UpdateRule):
         }
         for argument, (value, scalar) in self._constants().items():
             memory[argument] = {
-                k: torch.full((), value, dtype=torch.float64, device=device)
-                if scalar
-                else torch.full_like(p, value)
+                k: torch.full((), value, dtype=torch.float64, device=device) if scalar else torch.full_like(p, value)
                 for k, p in params.items()
             }
         return params, {"step": torch.zeros((), dtype=torch.float64, device=device), **memory}
