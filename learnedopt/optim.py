@@ -18,7 +18,8 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer
-from learnedopt.plug_in.members import common_device, name_of, require_start, values_of
+from learnedopt.plug_in.bound import BoundSteps
+from learnedopt.plug_in.members import common_device, name_of, require_start, scalar_loss, values_of
 
 
 @final
@@ -57,6 +58,10 @@ class LearnedOptimizer(RuleOptimizer):
         >>> loss.backward()
         >>> optimizer.step()
     """
+
+    _bound: BoundSteps | None = None
+    _unbound: bool = False
+    """There are no steps made ready for this memory."""
 
     def __init__(
         self,
@@ -99,6 +104,8 @@ class LearnedOptimizer(RuleOptimizer):
                 scalar; the parameters lie on several devices; the rule does not know them by name.
         """
         loss = self._evaluated(closure, loss)
+        if self._step_bound(loss):
+            return loss
         members = self._members()
         if any(m.param.grad is not None for m in members):
             with torch.no_grad():
@@ -171,14 +178,51 @@ class LearnedOptimizer(RuleOptimizer):
         for name in changed:
             params[name].copy_(start[name])
 
-    def _require_end(self, step: int) -> None:
+    def _step_bound(self, loss: Any) -> bool:
+        """Take the step as it was made ready; return whether it was done.
+
+        That is for whole steps of all parameters, from the second one on in which nobody else can hold the memory.
+        """
+        if not self._owned:
+            self._bound, self._unbound = None, False
+            return False
+        if self._unbound or any([float(group["lr"]) != 1 for group in self.param_groups]):
+            return False
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any([p.grad is None for p in params]):
+            return False
+        if loss is not None:
+            scalar_loss(loss, params[0].device)
+        memory = [self.state.get(p) for p in params]
+        if self._bound is None or not self._bound.hold(params, memory, (self.rule, self.theta, self.num_steps)):
+            self._bound = self._made_ready(params)
+        count = self.state[params[0]]["step"]
+        done = self._bound is not None and self._bound.step(count)
+        self._unbound = not done
+        if done:
+            self._require_end(count + 1, 5)
+        return done
+
+    @torch.no_grad()
+    def _made_ready(self, params: list[Tensor]) -> BoundSteps | None:
+        """Return the steps of these parameters, made ready; None where the rule has no such steps for them."""
+        kernel, members = self._mover.kernel, self._members()
+        if kernel is None:
+            return None
+        values = values_of(members)
+        theta = self._theta_on(common_device(values))
+        bound = kernel.bound(theta, self._recall(members, values)[0], values)
+        constants = (self.rule, theta, self.num_steps)
+        return None if bound is None else BoundSteps(bound, params, [self.state[p] for p in params], constants)
+
+    def _require_end(self, step: int, stacklevel: int = 4) -> None:
         """Warn at the first step past the horizon that the rule reads."""
         if self.rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
             warnings.warn(
                 f"step {step} is past the num_steps={self.num_steps} that {name_of(self.rule)} was told: its schedule "
                 "stays at its end. Make the optimizer with the number of steps of the whole training",
                 HorizonWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def _theta_on(self, device: torch.device) -> Theta:
