@@ -13,9 +13,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger("learnedopt")
 
 SWITCH = "LEARNEDOPT_NATIVE"
+NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
+"""What the sources that know floats and doubles are compiled with for each."""
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 
 
