@@ -18,7 +18,8 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer
-from learnedopt.plug_in.members import common_device, name_of, require_start, values_of
+from learnedopt.plug_in import shards
+from learnedopt.plug_in.members import Member, common_device, name_of, require_start, values_of
 
 
 @final
@@ -102,12 +103,12 @@ class LearnedOptimizer(RuleOptimizer):
         members = self._members()
         if any(m.param.grad is not None for m in members):
             with torch.no_grad():
-                params = values_of(members)
+                params = values_of(members, self._whole)
                 state, count = self._recall(members, params)
                 self._require_end(count + 1)
                 theta, grads = self._theta_on(common_device(params)), self._gradients(members, params)
                 factors = self._factors(members)
-                updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned)
+                updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned and not self._whole)
                 self._apply(members, updated, grads, count, factors)
             self._owned = True
         return loss
@@ -159,7 +160,11 @@ class LearnedOptimizer(RuleOptimizer):
         members = self._members()
         if not members:
             return
-        params = values_of(members)
+        shards.require_known(((m.name, m.param) for m in members), name_of(self.rule), self.rule.coordinatewise)
+        shards.require_all_tensors(name_of(self.rule), self.rule.coordinatewise)
+        sharded = any(shards.kind_of(m.param) is shards.Kind.SHARDED for m in members)
+        self._whole = sharded and (not self.rule.coordinatewise or self._starts_itself(members))
+        params = values_of(members, self._whole)
         start, _ = self._init(params)
         changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
         if changed and not self.adopt_start:
@@ -169,7 +174,13 @@ class LearnedOptimizer(RuleOptimizer):
             )
         require_start(self.rule, start)
         for name in changed:
-            params[name].copy_(start[name])
+            param = next(m.param for m in members if m.name == name)
+            shards.local(param.detach()).copy_(shards.own_piece(start[name], param, self._whole))
+
+    def _starts_itself(self, members: list[Member]) -> bool:
+        nothing = {m.name: m.param.new_empty([0] * m.param.ndim) for m in members}
+        start, _ = self._mover.init(self.theta, {k: shards.local(x) for k, x in nothing.items()})
+        return any(start[k] is not shards.local(x) and start[k].numel() for k, x in nothing.items())
 
     def _require_end(self, step: int) -> None:
         """Warn at the first step past the horizon that the rule reads."""

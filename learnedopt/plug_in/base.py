@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.members import (
     Layout,
     Member,
@@ -47,6 +48,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     theta: Theta
     _layout: Layout | None = None
     _settled: bool = False
+    _whole: bool = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step; a rule's memory cannot grow afterwards.
@@ -159,7 +161,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _laid_out(self, members: list[Member]) -> Layout:
         if self._layout is None:
-            _, state = self._init(values_of(members))
+            _, state = self._init(values_of(members, self._whole))
             self._layout = Layout(tuple(leaves_by_path(state)), tree.flatten(state)[1])
         return self._layout
 
@@ -169,7 +171,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if "step" not in memory:
             return self._init(params)[1], 0
         layout = self._laid_out(members)
-        state = layout.rebuild([memory[k] for k in layout.keys])
+        state = layout.rebuild([shards.seen(memory[k], self._whole) for k in layout.keys])
         return tree.to(state, device, None), memory["step"]
 
     def _gradients(self, members: list[Member], params: Params) -> Params:
@@ -181,7 +183,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                     f"the gradient of {name!r} is sparse ({grad.layout}), and a learned rule moves every coordinate; "
                     "build the layer with sparse=False, or give its parameters another optimizer"
                 )
-            grads[name] = torch.zeros_like(params[name]) if grad is None else grad.detach()
+            grads[name] = (
+                torch.zeros_like(params[name]) if grad is None else shards.seen(grad.detach(), self._whole, param)
+            )
         return grads
 
     def _update(
@@ -245,20 +249,26 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"as leaves: expected {list(layout.keys)}, got {kinds}"
             )
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        memory = unshared(memory, (*(m.param for m in members), *grads.values()))
+        memory = unshared(memory, (*(shards.local(m.param) for m in members), *grads.values()))
         for name, param, _ in members:
             found, factor = updated.found[name], factors[name]
             if factor != 0 and not updated.written:  # 0 times an infinite update would not be nothing
+                here, found = shards.local(param.detach()), shards.own_piece(found, param, self._whole)
                 if updated.added:
-                    param.copy_(found)
+                    here.copy_(found)
                 else:
-                    param.add_(found.to(param.dtype), alpha=factor)
+                    here.add_(found.to(param.dtype), alpha=factor)
         self._remember(members, {k: memory[k].detach() for k in layout.keys}, count + 1)
 
     def _remember(self, members: list[Member], memory: dict[str, Any], count: int) -> None:
         for _, param, _ in members:  # an entry for every parameter: tools that save by parameter look for one
             self.state[param] = {"step": count}
         # A new dict each time, so that an earlier state_dict() keeps what it held.
+        for name, param, _ in members:
+            shape = values_of([Member(name, param, {})], self._whole)[name].shape if memory else ()
+            for k, x in memory.items():
+                if k.endswith(f"[{name!r}]") and x.shape[x.ndim - len(shape) :] == shape:
+                    memory[k] = shards.kept(x, param, self._whole)
         self.state[members[0].param] = {"step": count, **memory}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
@@ -267,7 +277,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         memories = {i: {k: x for k, x in one.items() if k not in own} for i, one in state_dict["state"].items()}
         if not members or not any(memories.values()):
             return
-        _, state = self._init(values_of(members))
+        _, state = self._init(values_of(members, self._whole))
         first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
         got = shapes(memories.get(first, {}))
         expected = {"step": (), **shapes(leaves_by_path(state))}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import native
@@ -43,7 +42,7 @@ def serves(tensors: Sequence[Tensor]) -> bool:
     dtype = tensors[0].dtype
     if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
         return False
-    return all(type(t) in (Tensor, Parameter) for t in tensors) and native.library(_SOURCE, *_NAMES[dtype]) is not None
+    return native.plain(tensors) and native.library(_SOURCE, *_NAMES[dtype]) is not None
 
 
 @final
