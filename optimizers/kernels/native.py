@@ -11,9 +11,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 logger = logging.getLogger("learnedopt")
 
@@ -43,6 +46,11 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or str(error)
         _warn_once(source.stem, detail.strip().partition("\n")[0])
         return None
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Return whether the numbers of all tensors lie at their pointers: those of a subclass need not."""
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
 @functools.cache
