@@ -12,6 +12,7 @@ with ``--import learnedopt.bridges.celo``, ``learnedopt evaluate`` can read what
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -107,8 +108,8 @@ class Celo(_Scheduled):
         delta = -1e-3 rate d e^(s / 1000) sqrt(mean(x^2) + 1e-9)
         rate  = e^(w h + b) / 10,    h = LSTM(tanh(10 (t / T - times)), where the running means of the loss are)
 
-    The second phase of Celo's meta-training, whose schedule is on. The LSTM is one for all tensors: what it reads is the
-    same for each. Past T, t / T stays 1, where the authors' goes on.
+    The second phase of Celo's meta-training, whose schedule is on. The LSTM is one for all tensors: what it reads is
+    the same for each. Past T, t / T stays 1, where the authors' goes on.
 
     Theta: ``mlp0/weight`` (29, 4), ``mlp1/weight`` (4, 4), ``mlp2/weight`` (4, 2) and their ``bias``; of the schedule,
     ``mix``, ``input`` (18, 64), ``lstm`` (128, 256), ``rate`` (64,) and their ``bias``, ``start/hidden`` and
@@ -120,7 +121,7 @@ class Celo(_Scheduled):
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         sizes = (_INPUTS, *_HIDDEN, 2)
-        layers = {f"mlp{i}/weight": pair for i, pair in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+        layers = {f"mlp{i}/weight": pair for i, pair in enumerate(itertools.pairwise(sizes))}
         biases = {f"mlp{i}/bias": (size,) for i, size in enumerate(sizes[1:])}
         return {**layers, **biases, **super()._shapes()}
 

@@ -76,7 +76,7 @@ def _with_loss(memory: ScheduleMemory, loss: Tensor) -> ScheduleMemory:
 
 
 def _loss_features(memory: ScheduleMemory) -> Tensor:
-    """Return where each mean is between its least and the next slower mean, less 1, in [-1, 1]; 0 in the first steps."""
+    """Return where each mean is between its least and the next slower mean, less 1, in [-1, 1]; 0 in the first."""
     means = memory.means / (1 - memory.decays**memory.step)
     gap = (means[1:] - memory.least[:-1]).clamp(min=1e-8)
     found = ((means[:-1] - memory.least[:-1]) / gap - 1).clamp(-1, 1)

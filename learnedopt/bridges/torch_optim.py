@@ -102,8 +102,8 @@ class TorchOptim(UpdateRule):
             )
         if defaults.get("lr_decay"):
             raise ValueError(
-                f"{owner} with lr_decay={defaults['lr_decay']}: torch reads the step as a plain number for it; leave it "
-                "out and use a schedule, or HigherRule(torch.optim.Adagrad, lr_decay=...)"
+                f"{owner} with lr_decay={defaults['lr_decay']}: torch reads the step as a plain number for it; leave "
+                "it out and use a schedule, or HigherRule(torch.optim.Adagrad, lr_decay=...)"
             )
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "learn", learn)
@@ -160,7 +160,7 @@ class TorchOptim(UpdateRule):
         found: dict[str, Any] = {}
         for key, value in self.defaults.items():
             found.update(zip(_PARTS[key], value, strict=True) if key in _PARTS else {key: value}.items())
-        return {**found, **{key: 1.0 for key in self.learn}}
+        return {**found, **dict.fromkeys(self.learn, 1.0)}
 
     def _averages(self) -> list[str]:
         extra = [argument for argument, option in _WHERE_ON.get(self.name, {}).items() if self.defaults[option]]
