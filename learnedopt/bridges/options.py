@@ -57,16 +57,16 @@ def foreign_code(owner: str) -> Iterator[None]:
     not shown.
 
     Raises:
-        ValueError: the code reads a tensor of several tasks as a number, or branches on it.
+        ValueError: the code reads a tensor of several tasks as a number, branches on it, or asks for its gradient.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             yield
     except RuntimeError as error:
-        if not str(error).startswith("vmap:"):
+        if not str(error).startswith("vmap:") and "functorch transform" not in str(error):
             raise
         raise ValueError(
-            f"{owner} reads tensors as plain numbers, and cannot be run for several tasks at once; run them one by "
-            f"one, with Execution(chunk_size=1) ({str(error).splitlines()[0][:120]})"
+            f"{owner} treats tensors as those of one task, and cannot be run for several at once; run them one by one, "
+            f"with Execution(chunk_size=1) ({str(error).splitlines()[0][:120]})"
         ) from error

@@ -33,7 +33,8 @@ class TorchOpt(UpdateRule):
 
     Values and derivatives are torchopt's. Its Adam and its relatives back-propagate NaN at a coordinate that never had
     a gradient, unless they are made with a positive ``eps_root``, which changes the values. Several tasks at once are
-    for transformations that read no tensor as a number, as ``radam`` and clipping by norm do.
+    for transformations that read no tensor as a number, as ``radam`` and clipping by norm do. The factor that torchopt
+    clips by is a constant to its derivative; ``learnedopt.optimizers.make("clip", ...)`` around the rule is exact.
 
     Args:
         transformation: such as ``torchopt.adam(1e-3)`` or ``torchopt.combine.chain(...)``.
