@@ -51,7 +51,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {}
 
         def note(_: Any, final: dict[str, Any]) -> None:
-            self._check_state(final)
+            if [len(g["params"]) for g in final["param_groups"]] == [len(g["params"]) for g in self.param_groups]:
+                self._check_state(final)  # else torch says what differs
             given.update(final)
 
         def restore(_: Any) -> None:
@@ -120,6 +121,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         wanted = layout.entries(state)
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
+        for name, entry in saved.items():
+            count = entry.get(COUNT, 0 if not entry else None)
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise ValueError(
+                    f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
+                    f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"
+                )
         # Rules that move each parameter by itself have nothing of those that have not been moved yet.
         missing = {name for name, entry in saved.items() if not entry} if layout.spread else set()
         if not any(saved.values()):

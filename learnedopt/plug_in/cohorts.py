@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.bound import BoundSteps
@@ -28,17 +29,26 @@ class Player:
         rule: the rule.
         theta: its meta-parameters.
         num_steps: of the whole training, where the rule reads that.
+        card: what is known of theta, if it came with a card.
+        known_steps: of the longest run that theta was trained or measured on, as the card says.
     """
 
     rule: UpdateRule
     theta: Theta
     num_steps: int | None
+    card: Any = None
+    known_steps: int | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
     def mover(self) -> UpdateRule:
         """What is stepped: the rule, with a clock around it where it reads the horizon."""
         return self.rule.within(self.num_steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this theta of this rule from others."""
+        return fingerprint(self.rule, self.theta)
 
     def theta_on(self, device: torch.device) -> Theta:
         """Return theta on a device."""
