@@ -244,7 +244,9 @@ def _constants(kernel: FrameKernel, step: Step) -> Constants:
     )  # fmt: skip
     of_lanes = torch.cat([part.expand(*lanes, part.shape[-1]) for part in parts], -1)
     size = (*lanes, len(step.cut.shapes))
-    of_tensors = [x.expand(size) if isinstance(x, Tensor) else of_lanes.new_full(size, x) for x in kernel.constants(step)]
+    of_tensors = [
+        x.expand(size) if isinstance(x, Tensor) else of_lanes.new_full(size, x) for x in kernel.constants(step)
+    ]
     return Constants(of_lanes, torch.stack(of_tensors, -1))
 
 

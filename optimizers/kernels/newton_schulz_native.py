@@ -28,7 +28,12 @@ def serves(matrices: Tensor) -> bool:
 
 
 class _GroupC(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("count", ctypes.c_long), ("rows", ctypes.c_long), ("columns", ctypes.c_long))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("count", ctypes.c_long),
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+    )
 
 
 @final

@@ -207,7 +207,7 @@ class Ready:
         for tensor in self._zeroed:
             tensor.zero_()
         self._begin(*self._of_begin)
-        
+
         def call(first: int, last: int) -> int:
             self._sums(c_long(first), c_long(last), *self._of_sums)
             return 0
