@@ -186,10 +186,10 @@ class LearnedOptimizer(RuleOptimizer):
         if not self._owned:
             self._bound, self._unbound = None, False
             return False
-        if self._unbound or any([float(group["lr"]) != 1 for group in self.param_groups]):
+        if self._unbound or any(float(group["lr"]) != 1 for group in self.param_groups):
             return False
         params = [p for group in self.param_groups for p in group["params"]]
-        if any([p.grad is None for p in params]):
+        if any(p.grad is None for p in params):
             return False
         if loss is not None:
             scalar_loss(loss, params[0].device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_normalised_kernel import RULES, TOLERANCE, by_kernel, drawn
+from test_normalised_kernel import RULES, TOLERANCE, drawn
 from torch import Tensor, nn
 
 from learnedopt import LearnedOptimizer

@@ -38,7 +38,7 @@ class BoundSteps:
             _same(params, self._params)
             and _same(memory, self._memory)
             and _same(constants, self._constants)
-            and all([own.get(key) is x for own, key, x in self._leaves])
+            and all(own.get(key) is x for own, key, x in self._leaves)
             and [x.data_ptr() for x in self._tensors] == self._addresses
         )
 
@@ -56,4 +56,4 @@ class BoundSteps:
 
 
 def _same(found: Sequence[Any], held: Sequence[Any]) -> bool:
-    return len(found) == len(held) and all([a is b for a, b in zip(found, held, strict=True)])
+    return len(found) == len(held) and all(a is b for a, b in zip(found, held, strict=True))

@@ -222,7 +222,7 @@ class FrameBound(Bound):
     def step(self, grads: Sequence[Tensor], *, progress: float) -> bool:
         """Take one at this progress."""
         dtype, made = self._dtype, self._made
-        if not normalised_native.unrecorded() or not all([normalised_native.plain(g, dtype) for g in grads]):
+        if not normalised_native.unrecorded() or not all(normalised_native.plain(g, dtype) for g in grads):
             return False
         if [g.shape for g in grads] != self._shapes:
             _require_shapes(grads, made.step.cut.shapes, 0)
@@ -251,7 +251,7 @@ def _constants(kernel: FrameKernel, step: Step) -> Constants:
 
 
 def _buffers(step: Step, like: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return room for matrices' directions, (members, \\*lanes, rows, columns) for those of one shape, and each's part."""
+    """Return room for the directions, (members, \\*lanes, rows, columns) for matrices of one shape, and each's part."""
     found: list[Tensor | None] = [None] * len(step.cut.shapes)
     groups: dict[tuple[int, int], list[int]] = {}
     for tensor, (shape, (matrix, columns, *_)) in enumerate(zip(step.cut.shapes, step.cut.layout, strict=True)):
