@@ -19,7 +19,7 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
-from learnedopt.plug_in.cohorts import Cohort, Player, formed
+from learnedopt.plug_in.cohorts import Cohort, Player, formed, require_thetas
 from learnedopt.plug_in.members import (
     Member,
     common_device,
@@ -43,9 +43,9 @@ class LearnedOptimizer(RuleOptimizer):
 
     The rule sees the parameters of all its groups together, in their order, and ``grads`` is what ``backward()`` left
     (a penalty that theta was trained with is yours to add). A parameter whose ``grad`` is None is left alone, and so is
-    the memory that is its own. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was,
-    then load. The rule's memory keeps its own dtype, whatever the parameters' is, and lies with each parameter by its
-    position: names play no part in it.
+    the memory that is its own. Theta is fixed, and a ``state_dict`` has its fingerprint alone, in each group: construct
+    the optimizer as it was, then load. The rule's memory keeps its own dtype, whatever the parameters' is, and lies
+    with each parameter by its position: names play no part in it.
 
     Args:
         params: parameters, ``model.named_parameters()``, or groups of them, each with ``lr``, ``weight_decay``,
@@ -131,6 +131,8 @@ class LearnedOptimizer(RuleOptimizer):
                 'them, or give the group a rule of its own: {"params": ..., "rule": ...}'
             )
         self._players.append(player)
+        if isinstance(param_group, dict):
+            param_group["theta"] = player.fingerprint
         try:
             super().add_param_group(param_group)
         except BaseException:
@@ -175,7 +177,7 @@ class LearnedOptimizer(RuleOptimizer):
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
 
         Raises:
-            ValueError: the memory is of another rule or of other parameters, the groups differ, or the rule was told
+            ValueError: the memory is of another rule, theta or parameters, the groups differ, or the rule was told
                 another ``num_steps``.
         """
         self._owned = False
@@ -314,6 +316,7 @@ class LearnedOptimizer(RuleOptimizer):
             own = [(indices.get(m.param), m) for m in members]
             self._require_memory(layout, state, state_dict, own, player.rule)
             self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
+        require_thetas(self._players, [group.get("theta") for group in state_dict["param_groups"]])
 
     def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
         if self.num_steps is None or not player.rule.reads_horizon:

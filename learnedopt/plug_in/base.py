@@ -60,7 +60,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for index, param in zip(indices, params, strict=True):
                 if index in given["state"]:
-                    self.state[param] = dict(given["state"][index])
+                    entry = dict(given["state"][index])
+                    self.state[param] = {**entry, COUNT: int(entry[COUNT])} if COUNT in entry else entry
             self._loaded()
 
         # Hooks of the user's may change what is loaded: note it after them, and restore it before theirs see it.
@@ -133,6 +134,16 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{expected[wrong]}, got {got[wrong]}; make the optimizer with the rule and the parameters, in the "
                 "order, that it was saved with"
             )
+        odd = [entry[COUNT] for entry in saved.values() if entry and not _is_count(entry[COUNT])]
+        if odd:
+            raise ValueError(f"this state has taken {odd[0]!r} steps, which is no count; it is damaged")
+
+
+def _is_count(found: Any) -> bool:
+    """Return whether it is a whole number of steps; tools that save tensors alone may have made a tensor of it."""
+    if isinstance(found, Tensor):
+        found = found.item()
+    return isinstance(found, int | float) and not isinstance(found, bool) and found >= 0 and float(found).is_integer()
 
 
 def moved(

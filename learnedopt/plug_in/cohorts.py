@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Theta
-from learnedopt.plug_in.members import Member, common_device, values_of
+from learnedopt.plug_in.members import Member, common_device, name_of, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.stepping import begun
 
@@ -38,6 +39,11 @@ class Player:
     def mover(self) -> UpdateRule:
         """What is stepped: the rule, with a clock around it where it reads the horizon."""
         return self.rule.within(self.num_steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this theta of this rule from others; see ``core.fingerprint``."""
+        return fingerprint(self.rule, self.theta)
 
     def theta_on(self, device: torch.device) -> Theta:
         """Return theta on a device."""
@@ -64,6 +70,27 @@ class Player:
             except ValueError:  # a rule that knows all of them together by name, such as a learned start
                 self._alone[key] = False
         return self._alone[key]
+
+
+def require_thetas(players: list[Player], saved: list[Any]) -> None:
+    """Raise ValueError where a state that is to be loaded is of other thetas; torch compares how many groups there are.
+
+    Args:
+        players: of each group.
+        saved: the fingerprint in each group of the state.
+    """
+    for player, theta in zip(players, saved, strict=False):
+        if theta is None:
+            raise ValueError(
+                "this state names no theta, so it is of another optimizer, or of an earlier version; load one that "
+                "LearnedOptimizer.state_dict returned"
+            )
+        if theta != player.fingerprint:
+            raise ValueError(
+                f"this state is of the theta {theta}, and the optimizer has {player.fingerprint} of "
+                f"{name_of(player.rule)}: what one rule remembers means nothing to another; make the optimizer with "
+                "the rule and theta that it was saved with"
+            )
 
 
 @final
