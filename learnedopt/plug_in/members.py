@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from learnedopt.core import checks, tree
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params
+from learnedopt.plug_in import shards
 
 FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
 """Options that groups of other optimizers have, and that a rule could only ignore."""
@@ -88,9 +89,9 @@ def require_start(rule: UpdateRule, start: Params) -> None:
         raise ValueError(f"{error}. The parameters were given without names: pass model.named_parameters()") from error
 
 
-def values_of(members: list[Member]) -> Params:
-    """Return the parameters' values by name, without a graph."""
-    return {m.name: m.param.detach() for m in members}
+def values_of(members: list[Member], whole: bool = False) -> Params:
+    """Return the parameters' values by name, without a graph: what lies here, or ``whole`` tensors."""
+    return {m.name: shards.seen(m.param.detach(), whole) for m in members}
 
 
 def common_device(params: Params) -> torch.device:
