@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
+from learnedopt.cards import card, past_horizon, trained_horizon
 from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
@@ -19,7 +20,7 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
-from learnedopt.plug_in.cohorts import Cohort, Player, formed, require_thetas
+from learnedopt.plug_in.cohorts import Cohort, Player, formed
 from learnedopt.plug_in.members import (
     Member,
     common_device,
@@ -34,6 +35,9 @@ from learnedopt.plug_in.members import (
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.stepping import begun, updated
 
+THETA = "theta"
+"""What a group says of its theta: the fingerprint."""
+
 
 @final
 class LearnedOptimizer(RuleOptimizer):
@@ -44,9 +48,9 @@ class LearnedOptimizer(RuleOptimizer):
 
     The rule sees the parameters of all its groups together, in their order, and ``grads`` is what ``backward()`` left
     (a penalty that theta was trained with is yours to add). A parameter whose ``grad`` is None is left alone, and so is
-    the memory that is its own. Theta is fixed, and a ``state_dict`` has its fingerprint alone, in each group: construct
-    the optimizer as it was, then load. The rule's memory keeps its own dtype, whatever the parameters' is, and lies
-    with each parameter by its position: names play no part in it.
+    the memory that is its own. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was,
+    then load. The rule's memory keeps its own dtype, whatever the parameters' is, and lies with each parameter by its
+    position: names play no part in it.
 
     Args:
         params: parameters, ``model.named_parameters()``, or groups of them, each with ``lr``, ``weight_decay``,
@@ -132,10 +136,9 @@ class LearnedOptimizer(RuleOptimizer):
                 'them, or give the group a rule of its own: {"params": ..., "rule": ...}'
             )
         self._players.append(player)
-        if isinstance(param_group, dict):
-            param_group["theta"] = player.fingerprint
         try:
             super().add_param_group(param_group)
+            self.param_groups[-1][THETA] = player.fingerprint
         except BaseException:
             self._players.pop()
             raise
@@ -208,7 +211,7 @@ class LearnedOptimizer(RuleOptimizer):
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
 
         Raises:
-            ValueError: the memory is of another rule, theta or parameters, the groups differ, or the rule was told
+            ValueError: the memory is of another rule or of other parameters, the groups differ, or the rule was told
                 another ``num_steps``.
         """
         self._owned = False
@@ -223,9 +226,21 @@ class LearnedOptimizer(RuleOptimizer):
         super().__setstate__(state)
         self._owned, self._together = False, []
 
+    @staticmethod
+    def _known(rule: Any) -> tuple[Any, int | None]:
+        """Return the card of a rule that was given by name or path, and the steps that its theta is known to hold."""
+        if not isinstance(rule, str | Path):
+            return None, None
+        found = card(rule)
+        return found, trained_horizon(found)
+
     def _resolved(self, rule: Any) -> Player:
-        found = Player(*resolve_rule(rule), self.num_steps)
+        found = Player(*resolve_rule(rule), self.num_steps, *self._known(rule))
         found.mover  # noqa: B018 - refused now where it needs a horizon
+        if found.card is not None and found.rule.reads_horizon:
+            unknown = past_horizon(found.card, self.num_steps or 0)
+            if unknown is not None:
+                warnings.warn(unknown, HorizonWarning, stacklevel=3)
         return found
 
     def _settle(self) -> None:
@@ -329,15 +344,20 @@ class LearnedOptimizer(RuleOptimizer):
         cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
 
     def _require_end(self, cohort: Cohort) -> None:
-        """Warn at the first step past the horizon that the rule reads."""
-        rule, step = cohort.player.rule, cohort.count + 1
-        if rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
-            warnings.warn(
-                f"step {step} is past the num_steps={self.num_steps} that {name_of(rule)} was told: its schedule stays "
-                "at its end. Make the optimizer with the number of steps of the whole training",
-                HorizonWarning,
-                stacklevel=6,
+        """Warn at the first step past the horizon that the rule reads, or past what is known of its theta."""
+        player, step = cohort.player, cohort.count + 1
+        if player.rule.reads_horizon:
+            if self.num_steps is None or step != self.num_steps + 1:
+                return
+            text = (
+                f"step {step} is past the num_steps={self.num_steps} that {name_of(player.rule)} was told: its "
+                "schedule stays at its end. Make the optimizer with the number of steps of the whole training"
             )
+        elif player.known_steps is not None and step == player.known_steps + 1:
+            text = str(past_horizon(player.card, step))
+        else:
+            return
+        warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         indices = saved_indices(state_dict, self.param_groups)
@@ -347,7 +367,23 @@ class LearnedOptimizer(RuleOptimizer):
             own = [(indices.get(m.param), m) for m in members]
             self._require_memory(layout, state, state_dict, own, player.rule)
             self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
-        require_thetas(self._players, [group.get("theta") for group in state_dict["param_groups"]])
+        for player, saved in zip(self._players, state_dict["param_groups"], strict=False):
+            if saved.get(THETA, player.fingerprint) != player.fingerprint:
+                raise ValueError(
+                    f"this state is of another theta ({saved[THETA]}) than the optimizer's {name_of(player.rule)} has "
+                    f"({player.fingerprint}): a rule goes on from its own memory only; make the optimizer with the "
+                    "theta that it was saved with"
+                )
+
+    def _loaded(self) -> None:
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        """Give groups what those of earlier versions did not have."""
+        for group, player in zip(self.param_groups, self._players, strict=True):
+            group.setdefault("weight_decay", 0.0)
+            group.setdefault("maximize", False)
+            group[THETA] = player.fingerprint
 
     def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
         if self.num_steps is None or not player.rule.reads_horizon:

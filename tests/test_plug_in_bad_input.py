@@ -313,19 +313,6 @@ def test_damaged_states(name: str, damage: str) -> None:
         train(model, other, range(2, 4))
         assert [one["step"] for one in memory(other)] == [2, 4, 4, 4, 4]
         return
-    with pytest.raises(ValueError, match=r"this state (is not of|has taken)"):
+    with pytest.raises(ValueError, match="this state is not of"):
         optimizer.load_state_dict(saved)
     assert equal(memory(optimizer), kept)
-
-
-@every
-def test_counts_that_a_tool_has_made_tensors_of(name: str) -> None:
-    model = Net()
-    optimizer = made(name, model.parameters())
-    train(model, optimizer, range(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    for entry in saved["state"].values():
-        entry["step"] = torch.tensor(float(entry["step"]))
-    other = made(name, model.parameters())
-    other.load_state_dict(saved)
-    assert equal(memory(other), memory(optimizer))

@@ -51,7 +51,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {}
 
         def note(_: Any, final: dict[str, Any]) -> None:
-            self._check_state(final)
+            if [len(g["params"]) for g in final["param_groups"]] == [len(g["params"]) for g in self.param_groups]:
+                self._check_state(final)  # else torch says what differs
             given.update(final)
 
         def restore(_: Any) -> None:
@@ -60,8 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             for index, param in zip(indices, params, strict=True):
                 if index in given["state"]:
-                    entry = dict(given["state"][index])
-                    self.state[param] = {**entry, COUNT: int(entry[COUNT])} if COUNT in entry else entry
+                    self.state[param] = dict(given["state"][index])
             self._loaded()
 
         # Hooks of the user's may change what is loaded: note it after them, and restore it before theirs see it.
@@ -121,6 +121,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         wanted = layout.entries(state)
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
+        for name, entry in saved.items():
+            count = entry.get(COUNT, 0 if not entry else None)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
+                    f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"
+                )
         # Rules that move each parameter by itself have nothing of those that have not been moved yet.
         missing = {name for name, entry in saved.items() if not entry} if layout.spread else set()
         if not any(saved.values()):
@@ -134,16 +141,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{expected[wrong]}, got {got[wrong]}; make the optimizer with the rule and the parameters, in the "
                 "order, that it was saved with"
             )
-        odd = [entry[COUNT] for entry in saved.values() if entry and not _is_count(entry[COUNT])]
-        if odd:
-            raise ValueError(f"this state has taken {odd[0]!r} steps, which is no count; it is damaged")
-
-
-def _is_count(found: Any) -> bool:
-    """Return whether it is a whole number of steps; tools that save tensors alone may have made a tensor of it."""
-    if isinstance(found, Tensor):
-        found = found.item()
-    return isinstance(found, int | float) and not isinstance(found, bool) and found >= 0 and float(found).is_integer()
 
 
 def moved(

@@ -15,7 +15,7 @@ from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in.bound import BoundSteps
-from learnedopt.plug_in.members import Member, common_device, name_of, values_of
+from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.stepping import begun
 
@@ -29,11 +29,15 @@ class Player:
         rule: the rule.
         theta: its meta-parameters.
         num_steps: of the whole training, where the rule reads that.
+        card: what is known of theta, if it came with a card.
+        known_steps: of the longest run that theta was trained or measured on, as the card says.
     """
 
     rule: UpdateRule
     theta: Theta
     num_steps: int | None
+    card: Any = None
+    known_steps: int | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -43,7 +47,7 @@ class Player:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this theta of this rule from others; see ``core.fingerprint``."""
+        """What tells this theta of this rule from others."""
         return fingerprint(self.rule, self.theta)
 
     def theta_on(self, device: torch.device) -> Theta:
@@ -71,27 +75,6 @@ class Player:
             except ValueError:  # a rule that knows all of them together by name, such as a learned start
                 self._alone[key] = False
         return self._alone[key]
-
-
-def require_thetas(players: list[Player], saved: list[Any]) -> None:
-    """Raise ValueError where a state that is to be loaded is of other thetas; torch compares how many groups there are.
-
-    Args:
-        players: of each group.
-        saved: the fingerprint in each group of the state.
-    """
-    for player, theta in zip(players, saved, strict=False):
-        if theta is None:
-            raise ValueError(
-                "this state names no theta, so it is of another optimizer, or of an earlier version; load one that "
-                "LearnedOptimizer.state_dict returned"
-            )
-        if theta != player.fingerprint:
-            raise ValueError(
-                f"this state is of the theta {theta}, and the optimizer has {player.fingerprint} of "
-                f"{name_of(player.rule)}: what one rule remembers means nothing to another; make the optimizer with "
-                "the rule and theta that it was saved with"
-            )
 
 
 @final

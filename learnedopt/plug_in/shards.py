@@ -153,9 +153,7 @@ def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     shape = torch.Size((*piece.shape[:num_leading], *param.shape))
     stride = torch.empty(shape, device="meta").stride()
     mesh: Any = param.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    return DTensor.from_local(
-        piece, mesh, _placements(param, num_leading), run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(piece, mesh, _placements(param, num_leading), run_check=False, shape=shape, stride=stride)
 
 
 def seen(x: Tensor, whole: bool, param: Tensor | None = None) -> Tensor:
