@@ -17,6 +17,7 @@ from learnedopt.core.tree import Theta
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
 
 
@@ -31,6 +32,7 @@ class Player:
         num_steps: of the whole training, where the rule reads that.
         card: what is known of theta, if it came with a card.
         known_steps: of the longest run that theta was trained or measured on, as the card says.
+        state_dtype: in which memory is kept between steps, where that is not the rule's own.
     """
 
     rule: UpdateRule
@@ -38,6 +40,7 @@ class Player:
     num_steps: int | None
     card: Any = None
     known_steps: int | None = None
+    state_dtype: torch.dtype | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -158,10 +161,20 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
         return Cohort(player, members, still, layout, first, 0, fresh=True)
-    state = layout.state(dict(zip(layout.names, entries, strict=True)))
+    wide = layout.entries(first)
+    state = layout.state(
+        {
+            name: unpacked(entry, {k: x.dtype for k, x in wide[name].items() if _narrowed(entry.get(k), x)})
+            for name, entry in zip(layout.names, entries, strict=True)
+        }
+    )
     device = common_device(values_of(members))
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
         layout.with_common(tree.to(state, device, None), torch.clone) if layout.spread else tree.to(state, device, None)
     )
     return Cohort(player, members, still, layout, state, max(c for c in counts if c is not None), fresh=False)
+
+
+def _narrowed(found: Any, computed: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.dtype is torch.bfloat16 and computed.dtype is not torch.bfloat16

@@ -141,7 +141,7 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
 
 
 def joined_like(piece: Tensor, param: Tensor) -> Tensor:
-    """Return a DTensor of which each process has ``piece``, ``(*leading, *local(param).shape)``, as the parameter is cut.
+    """Return a DTensor, cut as the parameter is, of which each process has ``piece``, (\\*leading, \\*local shape).
 
     Nothing is sent or copied. It is ``piece`` itself where the parameter is an ordinary tensor.
     """
