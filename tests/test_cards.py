@@ -177,6 +177,16 @@ def test_a_run_that_leaves_what_is_known_is_warned_of_once() -> None:
     assert len(stepped(again, 3)) == 1
 
 
+def test_parameters_that_come_late_are_not_warned_of_again() -> None:
+    early, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = LearnedOptimizer([early], "lstm-mnist", lr=1e-6)
+    assert stepped(optimizer, 50) == []
+    optimizer.add_param_group({"params": [late]})
+    assert len(stepped(optimizer, 60)) == 1
+    assert stepped(optimizer, 50) == []
+    assert optimizer.state[late]["step"] == 110
+
+
 def test_a_horizon_beyond_what_is_known_is_warned_of_before_the_first_step() -> None:
     params = list(torch.nn.Linear(2, 2).parameters())
     with pytest.warns(HorizonWarning, match="general was trained or measured on runs of at most 2,000 steps") as warned:
