@@ -366,7 +366,9 @@ class LearnedOptimizer(RuleOptimizer):
             text = str(past_horizon(player.card, step))
         else:
             return
-        warnings.warn(text, HorizonWarning, stacklevel=6)
+        if not player.warned:  # parameters of another age get there later
+            player.warned = True
+            warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         indices = saved_indices(state_dict, self.param_groups)

@@ -123,7 +123,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
         for name, entry in saved.items():
             count = entry.get(COUNT, 0 if not entry else None)
-            if isinstance(count, bool) or not isinstance(count, int):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(
                     f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
                     f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"

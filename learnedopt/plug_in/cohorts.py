@@ -32,6 +32,7 @@ class Player:
         num_steps: of the whole training, where the rule reads that.
         card: what is known of theta, if it came with a card.
         known_steps: of the longest run that theta was trained or measured on, as the card says.
+        warned: whether a run has been said to go past it.
         state_dtype: in which memory is kept between steps, where that is not the rule's own.
     """
 
@@ -40,6 +41,7 @@ class Player:
     num_steps: int | None
     card: Any = None
     known_steps: int | None = None
+    warned: bool = False
     state_dtype: torch.dtype | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
