@@ -29,6 +29,7 @@ from learnedopt.plug_in.members import (
     name_of,
     require_start,
     saved_indices,
+    scalar_loss,
     values_of,
 )
 from learnedopt.plug_in.memory import COUNT
@@ -161,13 +162,43 @@ class LearnedOptimizer(RuleOptimizer):
 
     @torch.no_grad()
     def _step_learned(self, loss: Any) -> None:
+        if self._step_ready(loss):
+            return
         members = self._members()
         if any(m.param.grad is not None for m in members) and not self._only_looked_at(members):
             for cohort in self._cohorts():
+                self._require_end(cohort)
                 self._move(cohort, loss)
             # What was gathered for this step goes; it is gathered anew for the next.
             self._together = [cohort for cohort in self._together if not cohort.gathers]
             self._owned = True
+
+    def _step_ready(self, loss: Any) -> bool:
+        """Take the step as it was made ready; return whether it was done.
+
+        That is for whole steps of all parameters, from the second one on in which nobody else can hold the memory.
+        """
+        if not self._owned or len(self._together) != 1:
+            return False
+        (cohort,), params = self._together, [p for group in self.param_groups for p in group["params"]]
+        plain = all(float(g["lr"]) == 1 and not g["weight_decay"] and not g["maximize"] for g in self.param_groups)
+        if not plain or cohort.ready is False or any(p.grad is None for p in params):
+            return False
+        memory = [self.state.get(p) for p in params]
+        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player,)):
+            whole = len(params) == len(cohort.members) and cohort.lies_with_its_parameters()
+            if not whole or not cohort.stands(self.state):
+                return False
+            cohort.ready = cohort.made_ready()
+        if loss is not None:
+            scalar_loss(loss, params[0].device)
+        self._require_end(cohort)
+        done = cohort.ready is not False and cohort.ready.step()
+        if done:
+            cohort.count += 1
+        else:
+            cohort.ready = False
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory, the step counts and the groups; later steps leave what was returned as it is."""
@@ -270,7 +301,6 @@ class LearnedOptimizer(RuleOptimizer):
             loss = -loss
         factors = factors_of(members)
         decays = {name: factors[name] * float(group["weight_decay"]) for name, _, group in members}
-        self._require_end(player, cohort.count + 1)
         found = updated(
             player.mover, player.theta_on(common_device(params)), grads, cohort.state, params, loss,
             whole=all(f in (0, 1) for f in factors.values()),
@@ -303,14 +333,15 @@ class LearnedOptimizer(RuleOptimizer):
             count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
             self.state[param] = {COUNT: count, **entries[name]}
             cohort.entries.append(self.state[param])
-        cohort.state, cohort.count, cohort.fresh = state, cohort.count + 1, False
+        cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
 
-    def _require_end(self, player: Player, step: int) -> None:
+    def _require_end(self, cohort: Cohort) -> None:
         """Warn at the first step past the horizon that the rule reads."""
-        if player.rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
+        rule, step = cohort.player.rule, cohort.count + 1
+        if rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
             warnings.warn(
-                f"step {step} is past the num_steps={self.num_steps} that {name_of(player.rule)} was told: its "
-                "schedule stays at its end. Make the optimizer with the number of steps of the whole training",
+                f"step {step} is past the num_steps={self.num_steps} that {name_of(rule)} was told: its schedule stays "
+                "at its end. Make the optimizer with the number of steps of the whole training",
                 HorizonWarning,
                 stacklevel=6,
             )

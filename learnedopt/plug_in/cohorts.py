@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
+from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.stepping import begun
@@ -104,6 +105,7 @@ class Cohort:
         fresh: whether the state is the rule's first, which may lie in tensors of others.
         entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
         whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
+        ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
     """
 
     player: Player
@@ -115,6 +117,7 @@ class Cohort:
     fresh: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
     whole: Params | None = None
+    ready: BoundSteps | Literal[False] | None = None
 
     @property
     def gathers(self) -> bool:
@@ -130,6 +133,14 @@ class Cohort:
         return bool(self.entries) and all(
             kept.get(m.param) is entry for m, entry in zip(self.members, self.entries, strict=True)
         )
+
+    def made_ready(self) -> BoundSteps | Literal[False]:
+        """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
+        kernel, params = self.player.mover.kernel, values_of(self.members)
+        if kernel is None or self.still or self.layout.cut:
+            return False
+        bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
+        return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
 
     def lies_with_its_parameters(self) -> bool:
         """Return whether the memory is on the parameters' device: a model may have been moved."""

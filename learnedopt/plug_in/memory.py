@@ -65,7 +65,7 @@ class Layout:
         cut: Mapping[str, Tensor] | None = None,
         gather: bool = False,
     ) -> None:
-        self._cut, self._gather = cut or {}, gather
+        self.cut, self._gather = cut or {}, gather
         self.shapes = {name: p.shape for name, p in params.items()}
         self.names, self.spread = tuple(params), spread
         self._sizes = [shape.numel() for shape in self.shapes.values()]
@@ -117,10 +117,10 @@ class Layout:
         return torch.cat([part.reshape(*lead, size) for part, size in zip(parts, self._sizes, strict=True)], -1)
 
     def _kept(self, leaf: Any, name: str) -> Any:
-        return shards.kept(leaf, self._cut[name], self._gather) if name in self._cut else leaf
+        return shards.kept(leaf, self.cut[name], self._gather) if name in self.cut else leaf
 
     def _seen(self, leaf: Any, name: str) -> Any:
-        return shards.recalled(leaf, self._cut[name], self._gather) if name in self._cut else leaf
+        return shards.recalled(leaf, self.cut[name], self._gather) if name in self.cut else leaf
 
     def _holders(self, owner: str | None) -> tuple[str, ...]:
         return (owner,) if owner is not None else self.names if self.spread else self.names[:1]

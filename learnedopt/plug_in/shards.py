@@ -72,8 +72,8 @@ def require_known(params: Iterable[tuple[str, Tensor]]) -> None:
 def what_is_missing(params: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return why no process can put whole tensors together, or sees only some of them; None where all can be had.
 
-    ``FullyShardedDataParallel`` leaves pieces without their shapes. ``ZeroRedundancyOptimizer`` hands each process some of
-    the tensors, and says so nowhere but in who calls: a rule would quietly be another one than in one process.
+    ``FullyShardedDataParallel`` leaves pieces without their shapes. ``ZeroRedundancyOptimizer`` hands each process some
+    of the tensors, and says so nowhere but in who calls: a rule would quietly be another one than in one process.
     """
     for name, param in params:
         if kind_of(param) is Kind.FLAT:
@@ -154,7 +154,8 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
 def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     """Return a DTensor, cut as the parameter is, of which each process has ``piece``.
 
-    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the parameter is an ordinary tensor.
+    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the parameter is
+    an ordinary tensor.
     """
     if not _is_sharded(param):
         return piece

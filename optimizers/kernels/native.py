@@ -14,12 +14,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 logger = logging.getLogger("learnedopt")
 
 SWITCH = "LEARNEDOPT_NATIVE"
+NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
+"""What the sources that know floats and doubles are compiled with for each."""
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 
 
