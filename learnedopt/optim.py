@@ -194,7 +194,7 @@ class LearnedOptimizer(RuleOptimizer):
         if not plain or cohort.ready is False or any(p.grad is None for p in params):
             return False
         memory = [self.state.get(p) for p in params]
-        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player,)):
+        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player, cohort.player.theta)):
             whole = len(params) == len(cohort.members) and cohort.lies_with_its_parameters()
             if not whole or not cohort.stands(self.state):
                 return False

@@ -155,7 +155,9 @@ class Cohort:
         if kernel is None or self.still or self.layout.cut:
             return False
         bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
-        return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
+        return bound is not None and BoundSteps(
+            bound, [m.param for m in self.members], self.entries, (self.player, self.player.theta)
+        )
 
     def lies_with_its_parameters(self) -> bool:
         """Return whether the memory is on the parameters' device: a model may have been moved."""
