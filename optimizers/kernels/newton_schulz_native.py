@@ -14,9 +14,9 @@ from learnedopt.optimizers.kernels import native
 from learnedopt.optimizers.kernels.lanes import array, shared
 
 _SOURCE = Path(__file__).with_name("newton_schulz.c")
-SMALL = 64
-"""The largest of the smaller sides."""
-_LONG = 65536
+SMALL = 128
+"""The largest of the smaller sides: squares of 128 take as long as torch's products, and what is longer half as long."""
+_LONG = 262144
 """Above so many entries products are worth sharing between threads, which torch does."""
 
 
