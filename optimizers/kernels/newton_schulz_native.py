@@ -15,7 +15,7 @@ from learnedopt.optimizers.kernels.lanes import array, shared
 
 _SOURCE = Path(__file__).with_name("newton_schulz.c")
 SMALL = 128
-"""The largest of the smaller sides: squares of 128 take as long as torch's products, and what is longer half as long."""
+"""The largest of the smaller sides; torch takes as long for squares of 128, and twice as long for longer matrices."""
 _LONG = 262144
 """Above so many entries products are worth sharing between threads, which torch does."""
 
