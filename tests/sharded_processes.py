@@ -181,6 +181,15 @@ def alone(
     return whole(model)
 
 
+def with_half_the_memory() -> dict[str, Tensor]:
+    """Return where FSDP2 is by Adam with its averages in bfloat16, and a piece of one of them."""
+    model = WAYS["FSDP2"].share(net())
+    optimizer = LearnedOptimizer(named(model).items(), made("adam"), state_dtype=torch.bfloat16)
+    train(model, optimizer, range(NUM_STEPS), _own("FSDP2"))
+    memory = optimizer.state[named(model)["0.weight"]]["memory.mean"]
+    return {**whole(model), "mean": memory.to_local(), "shape": torch.tensor(memory.shape)}
+
+
 def saved(way: str, rule: str, folder: Path) -> dict[str, Tensor]:
     """Save after half of the steps, and return where the net is after the others.
 

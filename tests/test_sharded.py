@@ -23,6 +23,7 @@ from sharded_processes import (
     shared,
     train,
     whole,
+    with_half_the_memory,
     work,
 )
 from torch import Tensor
@@ -60,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(f"{found}.lock"):
         if not found.is_dir():
             found.mkdir()
-            jobs = [Job("pieces", pieces, ())]
+            jobs = [Job("pieces", pieces, ()), Job("half the memory", with_half_the_memory, ())]
             jobs += [Job(f"{way}, {rule}", shared, (way, rule)) for way in WAYS for rule in RULES]
             for way, rule in SAVED:
                 by_one, by_two = found / f"one, {way}, {rule}", found / f"two, {way}, {rule}"
@@ -106,6 +107,14 @@ def test_pieces_come_together_again(folder: Path) -> None:
         assert not isinstance(found, str), found
         assert len(found) > 20
         assert all(found.values()), [k for k, right in found.items() if not right]
+
+
+def test_a_piece_of_the_memory_may_be_kept_in_bfloat16(folder: Path) -> None:
+    for found in answers(folder, "half the memory"):
+        assert not isinstance(found, str), found
+        assert found.pop("mean").dtype == torch.bfloat16
+        assert found.pop("shape").tolist() == [4, 6]
+        torch.testing.assert_close(found, alone("FSDP2", "adam"), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("rule", ["adam", "lstm-mnist", "general"])

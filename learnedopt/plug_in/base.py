@@ -52,7 +52,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {}
 
         def note(_: Any, final: dict[str, Any]) -> None:
-            self._check_state(final)
+            if [len(g["params"]) for g in final["param_groups"]] == [len(g["params"]) for g in self.param_groups]:
+                self._check_state(final)  # else torch says what differs
             given.update(final)
 
         def restore(_: Any) -> None:
@@ -100,10 +101,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"step takes a closure first, and was given a {type(closure).__name__}: pass the loss by its name, "
                 "step(loss=loss)"
             )
-        if loss is not None:
-            raise ValueError("step got a closure and a loss; pass one of them: the closure returns the loss")
         with torch.enable_grad():
-            return closure()
+            found = closure()
+        if found is not None and loss is not None:
+            raise ValueError("step got a closure that returns the loss, and a loss; pass one of them")
+        return loss if found is None else found  # some frameworks hand in a closure always, that does nothing
 
     def _require_memory(
         self, layout: Layout, state: State, state_dict: dict[str, Any], members: list[tuple[Any, Member]],
@@ -121,6 +123,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         wanted = layout.entries(state)
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
+        for name, entry in saved.items():
+            count = entry.get(COUNT, 0 if not entry else None)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
+                    f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"
+                )
         # Rules that move each parameter by itself have nothing of those that have not been moved yet.
         missing = {name for name, entry in saved.items() if not entry} if layout.spread else set()
         if not any(saved.values()):

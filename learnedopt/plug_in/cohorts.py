@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
 
 
@@ -29,17 +31,30 @@ class Player:
         rule: the rule.
         theta: its meta-parameters.
         num_steps: of the whole training, where the rule reads that.
+        card: what is known of theta, if it came with a card.
+        known_steps: of the longest run that theta was trained or measured on, as the card says.
+        warned: whether a run has been said to go past it.
+        state_dtype: in which memory is kept between steps, where that is not the rule's own.
     """
 
     rule: UpdateRule
     theta: Theta
     num_steps: int | None
+    card: Any = None
+    known_steps: int | None = None
+    warned: bool = False
+    state_dtype: torch.dtype | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
     def mover(self) -> UpdateRule:
         """What is stepped: the rule, with a clock around it where it reads the horizon."""
         return self.rule.within(self.num_steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this theta of this rule from others."""
+        return fingerprint(self.rule, self.theta)
 
     def theta_on(self, device: torch.device) -> Theta:
         """Return theta on a device."""
@@ -140,7 +155,9 @@ class Cohort:
         if kernel is None or self.still or self.layout.cut:
             return False
         bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
-        return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
+        return bound is not None and BoundSteps(
+            bound, [m.param for m in self.members], self.entries, (self.player, self.player.theta)
+        )
 
     def lies_with_its_parameters(self) -> bool:
         """Return whether the memory is on the parameters' device: a model may have been moved."""
@@ -185,7 +202,7 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
         return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
-    state = layout.state(dict(zip(layout.names, entries, strict=True)))
+    state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
     device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
@@ -193,3 +210,12 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     )
     count = max(c for c in counts if c is not None)
     return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:
+    """Return entries with what is kept in bfloat16 in the dtype of the rule's first state."""
+    narrow = {n: [k for k, x in e.items() if getattr(x, "dtype", None) is torch.bfloat16] for n, e in entries.items()}
+    if not any(narrow.values()):
+        return entries
+    wide = layout.entries(first)
+    return {n: unpacked(entry, {k: wide[n][k].dtype for k in narrow[n]}) for n, entry in entries.items()}

@@ -154,7 +154,8 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
 def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     """Return a DTensor, cut as the parameter is, of which each process has ``piece``.
 
-    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. Of an ordinary parameter it is ``piece``.
+    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the
+    parameter is an ordinary tensor.
     """
     if not _is_sharded(param):
         return piece
