@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from learnedopt import LearnedOptimizer, UpdateRule
+from learnedopt.core import tree
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers import Adam, Momentum, Muon, make
 from learnedopt.plug_in import shards
@@ -179,6 +180,27 @@ def alone(
     if save_to is not None:
         save(model, optimizer, save_to)
     return whole(model)
+
+
+def late(rule: str, model: nn.Module, parts: Sequence[slice]) -> LearnedOptimizer:
+    """Train at half the rate, with decay, and one matrix in the second half of the steps alone."""
+    optimizer = LearnedOptimizer(named(model).items(), made(rule), num_steps=NUM_STEPS, lr=0.5, weight_decay=0.1)
+    param = named(model)["2.weight"]
+    hook = optimizer.register_step_pre_hook(lambda *_: setattr(param, "grad", None))
+    train(model, optimizer, range(HALF), parts)
+    hook.remove()
+    train(model, optimizer, range(HALF, NUM_STEPS), parts)
+    return optimizer
+
+
+def late_and_sharded(rule: str) -> dict[str, Tensor]:
+    """Return where FSDP2 is after ``late``, and how many numbers this process keeps of the first matrix's memory."""
+    model = WAYS["FSDP2"].share(net())
+    optimizer = late(rule, model, _own("FSDP2"))
+    memory = [x for x in optimizer.state[named(model)["0.weight"]].values() if isinstance(x, DTensor)]
+    held = [x.numel() for cohort in optimizer._together for x in tree.leaves(cohort.state)]
+    counts = [sum(x.to_local().numel() for x in memory), sum(x.numel() for x in memory), sum(held)]
+    return {**whole(model), "counts": torch.tensor(counts)}
 
 
 def with_half_the_memory() -> dict[str, Tensor]:

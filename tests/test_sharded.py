@@ -15,6 +15,8 @@ from sharded_processes import (
     WAYS,
     Job,
     alone,
+    late,
+    late_and_sharded,
     net,
     optimizer_of,
     pieces,
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 COORDINATEWISE = ("adam", "lstm-mnist")
 RULES = ("adam", "lstm-mnist", "general", "normalised-mlp-mnist", "maml")
+LATE = ("lstm-mnist", "adam", "general", "normalised-mlp-mnist")
 SAVED = (
     ("FSDP2", "lstm-mnist"),
     ("FSDP2", "general"),
@@ -62,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         if not found.is_dir():
             found.mkdir()
             jobs = [Job("pieces", pieces, ()), Job("half the memory", with_half_the_memory, ())]
+            jobs += [Job(f"late, {rule}", late_and_sharded, (rule,)) for rule in LATE]
             jobs += [Job(f"{way}, {rule}", shared, (way, rule)) for way in WAYS for rule in RULES]
             for way, rule in SAVED:
                 by_one, by_two = found / f"one, {way}, {rule}", found / f"two, {way}, {rule}"
@@ -107,6 +111,19 @@ def test_pieces_come_together_again(folder: Path) -> None:
         assert not isinstance(found, str), found
         assert len(found) > 20
         assert all(found.values()), [k for k, right in found.items() if not right]
+
+
+@pytest.mark.parametrize("rule", LATE)
+def test_rates_decay_and_parameters_without_gradients_are_what_they_are_in_one_process(folder: Path, rule: str) -> None:
+    model = net()
+    late(rule, model, WAYS["FSDP2"].parts)
+    for found in answers(folder, f"late, {rule}"):
+        assert not isinstance(found, str), found
+        here, everywhere, held = found.pop("counts").tolist()
+        assert_there(found, whole(model))
+        assert everywhere == 2 * here > 0
+        # What is gathered is gone after the step; coordinatewise rules hold what lies here, views of it in the state.
+        assert (held > 0) == (rule in COORDINATEWISE)
 
 
 def test_a_piece_of_the_memory_may_be_kept_in_bfloat16(folder: Path) -> None:
