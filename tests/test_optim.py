@@ -384,7 +384,7 @@ def test_a_rule_that_reads_the_loss_must_get_it() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match=r"shape \(2,\), but must be a scalar"):
         optimizer.step(loss=loss.expand(2))
-    with pytest.raises(ValueError, match="a closure and a loss"):
+    with pytest.raises(ValueError, match="a closure that returns the loss, and a loss"):
         optimizer.step(lambda: back_propagate(model, 0), loss=loss)
     assert equal(values(model), start) and not optimizer.state
     optimizer.step(loss=loss.reshape(1))
