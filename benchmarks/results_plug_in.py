@@ -72,8 +72,8 @@ class Cells:
 
 
 def _learned(param: Tensor, rule: Any, reads_horizon: bool, reads_loss: bool = False) -> Stepped:
-    bare = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
-    told = {"num_steps": NUM_STEPS} if reads_horizon else {}
+    bare: dict[str, Any] = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
+    told: dict[str, Any] = {"num_steps": NUM_STEPS} if reads_horizon else {}
     optimizer: Any = LearnedOptimizer([("weight", param)], rule, **told, **bare)
     if reads_loss:
         step = optimizer.step
