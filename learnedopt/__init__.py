@@ -51,6 +51,7 @@ __version__ = "0.2.0"
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
+    "Card": "learnedopt.cards",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
@@ -60,6 +61,7 @@ _LAZY = {
     "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
     "PresentGradient": "learnedopt.plug_in.guard",
+    "card": "learnedopt.cards",
     "load": "learnedopt.checkpoint",
     "load_checkpoint": "learnedopt.checkpoint",
     "packaged": "learnedopt.checkpoint",
@@ -96,6 +98,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
+    from learnedopt.cards import Card, card
     from learnedopt.checkpoint import load, load_checkpoint, packaged, save
     from learnedopt.core.named_tensors import NamedTensors
     from learnedopt.core.weights import Constant, Linear
@@ -140,6 +143,7 @@ __all__ = [
     "BestInHindsight",
     "Bootstrap",
     "BootstrappedTarget",
+    "Card",
     "Carry",
     "Combined",
     "CompileWarning",
@@ -221,6 +225,7 @@ __all__ = [
     "UpdateRule",
     "Validation",
     "WeightedExamples",
+    "card",
     "evaluate",
     "inner_objectives",
     "load",
