@@ -8,6 +8,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
@@ -21,10 +22,11 @@ def train(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
     torch.manual_seed(0)  # the same start in both
     model = nn.Sequential(nn.Linear(28 * 28, 32), nn.ReLU(), nn.Linear(32, 10))
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     for layer in (*model, model):
-        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (WORLD_SIZE,)))
+        fully_shard(layer, mesh=mesh)
     # optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    optimizer = LearnedOptimizer(model.named_parameters(), "lstm-mnist")  # after sharding, as any optimizer
+    optimizer = LearnedOptimizer(model.named_parameters(), "general", num_steps=NUM_STEPS)
 
     pixels, labels = images.load("fashion-mnist", "train")
     generator = torch.Generator().manual_seed(rank)  # batches of its own for each
