@@ -19,6 +19,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
 from learnedopt.plug_in.cohorts import Cohort, Player, formed
 from learnedopt.plug_in.members import (
@@ -32,7 +33,7 @@ from learnedopt.plug_in.members import (
     scalar_loss,
     values_of,
 )
-from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.memory import COUNT
 from learnedopt.plug_in.stepping import begun, updated
 
 THETA = "theta"
@@ -173,6 +174,8 @@ class LearnedOptimizer(RuleOptimizer):
             for cohort in self._cohorts():
                 self._require_end(cohort)
                 self._move(cohort, loss)
+            # What was gathered for this step goes; it is gathered anew for the next.
+            self._together = [cohort for cohort in self._together if not cohort.gathers]
             self._owned = True
 
     def _step_ready(self, loss: Any) -> bool:
@@ -248,8 +251,13 @@ class LearnedOptimizer(RuleOptimizer):
         self._settled = True
         if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
             return  # they have no shapes; what is wrong with them is found in the first step
+        shards.require_known((m.name, m.param) for m in self._members())
         for player, members in self._parts():
-            params = values_of(members)
+            named = [(m.name, m.param) for m in members]
+            if shards.what_is_missing(named) is not None and player.reads_whole(members):
+                shards.require_whole_tensors(named, name_of(player.rule))
+            gather = player.gathers(members)
+            params = values_of(members, gather)
             start, _ = begun(player.mover, player.theta_on(common_device(params)), params)
             changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
             if changed and not self.adopt_start:
@@ -259,8 +267,9 @@ class LearnedOptimizer(RuleOptimizer):
                     "present values"
                 )
             require_start(player.rule, start)
-            for name in changed:
-                params[name].copy_(start[name])
+            for name, param, _ in members:
+                if name in changed:
+                    shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
 
     def _parts(self) -> list[tuple[Player, list[Member]]]:
         """Return each rule with its parameters, in the order of the first of them."""
@@ -278,10 +287,10 @@ class LearnedOptimizer(RuleOptimizer):
         """
         if self._begun() or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(bool(m.param.grad.any()) for m in members if m.param.grad is not None):
+        if not shards.all_zero(m.param.grad for m in members if m.param.grad is not None):
             return False
         for cohort in self._cohorts():
-            entries = cohort.layout.entries(unshared(cohort.state, tuple(m.param for m in members)))
+            entries = cohort.layout.entries(unshared(cohort.state, tuple(shards.local(m.param) for m in members)))
             for name, param, _ in cohort.members:
                 self.state[param] = {COUNT: 0, **entries[name]}
         return True
@@ -303,7 +312,7 @@ class LearnedOptimizer(RuleOptimizer):
     def _move(self, cohort: Cohort, loss: Any) -> None:
         """Move the parameters of a cohort, and keep the rule's new memory."""
         members, player = cohort.members, cohort.player
-        params, grads = values_of(members), gradients_of(members)
+        params, grads = cohort.values(), gradients_of(members, cohort.gathers)
         grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in members}
         if loss is not None and all(group["maximize"] for _, _, group in members):
             loss = -loss
@@ -313,11 +322,11 @@ class LearnedOptimizer(RuleOptimizer):
             player.mover, player.theta_on(common_device(params)), grads, cohort.state, params, loss,
             whole=all(f in (0, 1) for f in factors.values()),
             in_place=self._owned and not cohort.fresh and not cohort.still,
-            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()),
+            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()) and not cohort.gathers,
         )  # fmt: skip
         self._keep(cohort, found.state, tuple(grads.values()))
         if not found.written:
-            moved(members, found.found, factors, added=found.added, decays=decays)
+            moved(members, found.found, factors, added=found.added, decays=decays, gather=cohort.gathers)
 
     def _keep(self, cohort: Cohort, state: Any, grads: tuple[Tensor, ...]) -> None:
         """Keep a rule's new memory; parameters that are still keep theirs."""
@@ -327,7 +336,7 @@ class LearnedOptimizer(RuleOptimizer):
             cohort.count += 1
             return
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        params, layout = tuple(m.param for m in cohort.members), cohort.layout
+        params, layout = tuple(shards.local(m.param) for m in cohort.members), cohort.layout
         require_structure(layout, state, cohort.player.rule)
         state = tree.detach(unshared(state, (*params, *grads)))
         if cohort.still:
@@ -362,8 +371,10 @@ class LearnedOptimizer(RuleOptimizer):
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         indices = saved_indices(state_dict, self.param_groups)
         for player, members in self._parts():
-            state = player.begun(members)
-            layout = Layout(state, values_of(members), spread=player.rule.coordinatewise)
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            state = player.begun(members, params)
+            layout = player.layout(state, members, params, gather)
             own = [(indices.get(m.param), m) for m in members]
             self._require_memory(layout, state, state_dict, own, player.rule)
             self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])

@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.members import Member, members_of, name_of, require_group, shapes
 from learnedopt.plug_in.memory import COUNT, Layout
 
@@ -145,7 +146,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 def moved(
     members: list[Member], found: Params, factors: dict[str, float], *, added: bool,
-    decays: dict[str, float] | None = None,
+    decays: dict[str, float] | None = None, gather: bool = False,
 ) -> None:  # fmt: skip
     """Add updates to the parameters.
 
@@ -155,12 +156,14 @@ def moved(
         factors: on the deltas; a parameter with 0 is left alone.
         added: see ``found``; only where all factors are 0 or 1.
         decays: share of a parameter that is taken off, as it was before the update.
+        gather: whether updates are of whole tensors, where this process has a piece.
     """
     for name, param, _ in members:
-        value, factor = found[name], factors[name]
+        factor = factors[name]
         if factor == 0:  # 0 times an infinite update would not be nothing
             continue
         decay = 0.0 if decays is None else decays[name]
+        value, param = shards.own_piece(found[name], param, gather), shards.local(param)
         if added:
             param.copy_(value if decay == 0 else value - decay * param)
             continue

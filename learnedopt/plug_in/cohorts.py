@@ -13,7 +13,8 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.tree import Theta
+from learnedopt.core.tree import Params, Theta
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
@@ -55,10 +56,32 @@ class Player:
         self.theta = tree.to(self.theta, device, None)
         return self.theta
 
-    def begun(self, members: list[Member]) -> State:
-        """Return the first state for some parameters."""
-        params = values_of(members)
+    def begun(self, members: list[Member], params: Params | None = None) -> State:
+        """Return the first state for some parameters, whose values may be given."""
+        params = values_of(members, self.gathers(members)) if params is None else params
         return begun(self.mover, self.theta_on(common_device(params)), params)[1]
+
+    def gathers(self, members: list[Member]) -> bool:
+        """Return whether some parameters lie in pieces, of which the rule has to see all."""
+        return any(shards.kind_of(m.param) is shards.Kind.SHARDED for m in members) and self.reads_whole(members)
+
+    def reads_whole(self, members: list[Member]) -> bool:
+        """Return whether the rule needs whole tensors: coordinates interact, or it has a start of its own for them."""
+        if not self.rule.coordinatewise:
+            return True
+        # Asked of parameters without coordinates, so that all processes answer alike, whatever lies on them.
+        nothing = {m.name: m.param.new_empty(()).new_empty([0] * m.param.ndim) for m in members}
+        nothing = {name: shards.local(x) for name, x in nothing.items()}
+        try:
+            start, _ = begun(self.mover, self.theta_on(common_device(nothing)), nothing)
+        except ValueError:  # it knows their shapes
+            return True
+        return any(start[name] is not x for name, x in nothing.items())
+
+    def layout(self, state: State, members: list[Member], params: Params, gather: bool) -> Layout:
+        """Return how a state for some parameters lies in their entries."""
+        cut = {m.name: m.param for m in members if shards.kind_of(m.param) is shards.Kind.SHARDED}
+        return Layout(state, params, spread=self.rule.coordinatewise, cut=cut, gather=gather)
 
     def divides(self, members: list[Member]) -> bool:
         """Return whether the rule moves each parameter as if it were alone, and can begin with any one of them."""
@@ -91,6 +114,7 @@ class Cohort:
         count: steps that have been taken with it.
         fresh: whether the state is the rule's first, which may lie in tensors of others.
         entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
+        whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
         ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
     """
 
@@ -102,7 +126,17 @@ class Cohort:
     count: int
     fresh: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
+    whole: Params | None = None
     ready: BoundSteps | Literal[False] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the rule sees whole tensors of parameters that lie in pieces."""
+        return self.whole is not None
+
+    def values(self) -> Params:
+        """Return what the rule sees of the parameters."""
+        return values_of(self.members) if self.whole is None else self.whole
 
     def stands(self, kept: Mapping[Tensor, Any]) -> bool:
         """Return whether the optimizer's state still holds what this was made of."""
@@ -113,7 +147,7 @@ class Cohort:
     def made_ready(self) -> BoundSteps | Literal[False]:
         """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
         kernel, params = self.player.mover.kernel, values_of(self.members)
-        if kernel is None or self.still:
+        if kernel is None or self.still or self.layout.cut:
             return False
         bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
         return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
@@ -152,16 +186,20 @@ def formed(player: Player, members: list[Member], kept: Mapping[Tensor, dict[str
 
 
 def _joined(player: Player, members: list[Member], still: frozenset[str], kept: Mapping[Tensor, Any]) -> Cohort:
-    first = player.begun(members)
-    layout = Layout(first, values_of(members), spread=player.rule.coordinatewise)
+    gather = player.gathers(members)
+    params = values_of(members, gather)
+    whole = params if gather else None
+    first = player.begun(members, params)
+    layout = player.layout(first, members, params, gather)
     entries = [kept.get(m.param, {}) for m in members]
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
-        return Cohort(player, members, still, layout, first, 0, fresh=True)
+        return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
     state = layout.state(dict(zip(layout.names, entries, strict=True)))
-    device = common_device(values_of(members))
+    device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
         layout.with_common(tree.to(state, device, None), torch.clone) if layout.spread else tree.to(state, device, None)
     )
-    return Cohort(player, members, still, layout, state, max(c for c in counts if c is not None), fresh=False)
+    count = max(c for c in counts if c is not None)
+    return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
