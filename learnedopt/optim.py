@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
+from learnedopt.cards import card, past_horizon, trained_horizon
 from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
 from learnedopt.plug_in.cohorts import Cohort, Player, formed
 from learnedopt.plug_in.members import (
@@ -31,8 +33,12 @@ from learnedopt.plug_in.members import (
     scalar_loss,
     values_of,
 )
-from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.memory import COUNT
+from learnedopt.plug_in.state_dtype import packed, require_state_dtype
 from learnedopt.plug_in.stepping import begun, updated
+
+THETA = "theta"
+"""What a group says of its theta: the fingerprint."""
 
 
 @final
@@ -60,6 +66,7 @@ class LearnedOptimizer(RuleOptimizer):
             stays at its end, with one warning.
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
+        state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
@@ -88,16 +95,18 @@ class LearnedOptimizer(RuleOptimizer):
         maximize: bool = False,
         num_steps: int | None = None,
         adopt_start: bool = False,
+        state_dtype: torch.dtype | None = None,
         **foreign: Any,
     ) -> None:
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr, weight_decay, maximize, num_steps and adopt_start"
+                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start and state_dtype"
             )
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
-        self.adopt_start, self.num_steps = adopt_start, num_steps
+        require_state_dtype(state_dtype)
+        self.adopt_start, self.num_steps, self._state_dtype = adopt_start, num_steps, state_dtype
         self._player = self._resolved(rule)
         self._players: list[Player] = []  # of each group
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
@@ -134,6 +143,7 @@ class LearnedOptimizer(RuleOptimizer):
         self._players.append(player)
         try:
             super().add_param_group(param_group)
+            self.param_groups[-1][THETA] = player.fingerprint
         except BaseException:
             self._players.pop()
             raise
@@ -168,6 +178,8 @@ class LearnedOptimizer(RuleOptimizer):
             for cohort in self._cohorts():
                 self._require_end(cohort)
                 self._move(cohort, loss)
+            # What was gathered for this step goes; it is gathered anew for the next.
+            self._together = [cohort for cohort in self._together if not cohort.gathers]
             self._owned = True
 
     def _step_ready(self, loss: Any) -> bool:
@@ -182,7 +194,7 @@ class LearnedOptimizer(RuleOptimizer):
         if not plain or cohort.ready is False or any(p.grad is None for p in params):
             return False
         memory = [self.state.get(p) for p in params]
-        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player,)):
+        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player, cohort.player.theta)):
             whole = len(params) == len(cohort.members) and cohort.lies_with_its_parameters()
             if not whole or not cohort.stands(self.state):
                 return False
@@ -214,16 +226,30 @@ class LearnedOptimizer(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._owned = False
-        own = {k: self.__dict__[k] for k in ("_player", "_players", "adopt_start", "num_steps", "_settled")}
+        own = {
+            k: self.__dict__[k] for k in ("_player", "_players", "adopt_start", "num_steps", "_state_dtype", "_settled")
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._owned, self._together = False, []
 
+    @staticmethod
+    def _known(rule: Any) -> tuple[Any, int | None]:
+        """Return the card of a rule that was given by name or path, and the steps that its theta is known to hold."""
+        if not isinstance(rule, str | Path):
+            return None, None
+        found = card(rule)
+        return found, trained_horizon(found)
+
     def _resolved(self, rule: Any) -> Player:
-        found = Player(*resolve_rule(rule), self.num_steps)
+        found = Player(*resolve_rule(rule), self.num_steps, *self._known(rule))
         found.mover  # noqa: B018 - refused now where it needs a horizon
+        if found.card is not None and found.rule.reads_horizon:
+            unknown = past_horizon(found.card, self.num_steps or 0)
+            if unknown is not None:
+                warnings.warn(unknown, HorizonWarning, stacklevel=3)
         return found
 
     def _settle(self) -> None:
@@ -231,8 +257,13 @@ class LearnedOptimizer(RuleOptimizer):
         self._settled = True
         if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
             return  # they have no shapes; what is wrong with them is found in the first step
+        shards.require_known((m.name, m.param) for m in self._members())
         for player, members in self._parts():
-            params = values_of(members)
+            named = [(m.name, m.param) for m in members]
+            if shards.what_is_missing(named) is not None and player.reads_whole(members):
+                shards.require_whole_tensors(named, name_of(player.rule))
+            gather = player.gathers(members)
+            params = values_of(members, gather)
             start, _ = begun(player.mover, player.theta_on(common_device(params)), params)
             changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
             if changed and not self.adopt_start:
@@ -242,8 +273,9 @@ class LearnedOptimizer(RuleOptimizer):
                     "present values"
                 )
             require_start(player.rule, start)
-            for name in changed:
-                params[name].copy_(start[name])
+            for name, param, _ in members:
+                if name in changed:
+                    shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
 
     def _parts(self) -> list[tuple[Player, list[Member]]]:
         """Return each rule with its parameters, in the order of the first of them."""
@@ -261,10 +293,10 @@ class LearnedOptimizer(RuleOptimizer):
         """
         if self._begun() or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if any(bool(m.param.grad.any()) for m in members if m.param.grad is not None):
+        if not shards.all_zero(m.param.grad for m in members if m.param.grad is not None):
             return False
         for cohort in self._cohorts():
-            entries = cohort.layout.entries(unshared(cohort.state, tuple(m.param for m in members)))
+            entries = cohort.layout.entries(unshared(cohort.state, tuple(shards.local(m.param) for m in members)))
             for name, param, _ in cohort.members:
                 self.state[param] = {COUNT: 0, **entries[name]}
         return True
@@ -286,7 +318,7 @@ class LearnedOptimizer(RuleOptimizer):
     def _move(self, cohort: Cohort, loss: Any) -> None:
         """Move the parameters of a cohort, and keep the rule's new memory."""
         members, player = cohort.members, cohort.player
-        params, grads = values_of(members), gradients_of(members)
+        params, grads = cohort.values(), gradients_of(members, cohort.gathers)
         grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in members}
         if loss is not None and all(group["maximize"] for _, _, group in members):
             loss = -loss
@@ -296,11 +328,11 @@ class LearnedOptimizer(RuleOptimizer):
             player.mover, player.theta_on(common_device(params)), grads, cohort.state, params, loss,
             whole=all(f in (0, 1) for f in factors.values()),
             in_place=self._owned and not cohort.fresh and not cohort.still,
-            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()),
+            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()) and not cohort.gathers,
         )  # fmt: skip
         self._keep(cohort, found.state, tuple(grads.values()))
         if not found.written:
-            moved(members, found.found, factors, added=found.added, decays=decays)
+            moved(members, found.found, factors, added=found.added, decays=decays, gather=cohort.gathers)
 
     def _keep(self, cohort: Cohort, state: Any, grads: tuple[Tensor, ...]) -> None:
         """Keep a rule's new memory; parameters that are still keep theirs."""
@@ -310,7 +342,7 @@ class LearnedOptimizer(RuleOptimizer):
             cohort.count += 1
             return
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        params, layout = tuple(m.param for m in cohort.members), cohort.layout
+        params, layout = tuple(shards.local(m.param) for m in cohort.members), cohort.layout
         require_structure(layout, state, cohort.player.rule)
         state = tree.detach(unshared(state, (*params, *grads)))
         if cohort.still:
@@ -322,29 +354,58 @@ class LearnedOptimizer(RuleOptimizer):
         for name, param, _ in cohort.members:
             # New dicts, so that an earlier state_dict() keeps what it held.
             count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
-            self.state[param] = {COUNT: count, **entries[name]}
+            memory = packed(entries[name], param, self._state_dtype, seed=count)
+            self.state[param] = {COUNT: count, **memory}
             cohort.entries.append(self.state[param])
+        if self._state_dtype is not None:
+            self._together = []  # what was computed with is not kept beside what is kept of it
         cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
 
     def _require_end(self, cohort: Cohort) -> None:
-        """Warn at the first step past the horizon that the rule reads."""
-        rule, step = cohort.player.rule, cohort.count + 1
-        if rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
-            warnings.warn(
-                f"step {step} is past the num_steps={self.num_steps} that {name_of(rule)} was told: its schedule stays "
-                "at its end. Make the optimizer with the number of steps of the whole training",
-                HorizonWarning,
-                stacklevel=6,
+        """Warn at the first step past the horizon that the rule reads, or past what is known of its theta."""
+        player, step = cohort.player, cohort.count + 1
+        if player.rule.reads_horizon:
+            if self.num_steps is None or step != self.num_steps + 1:
+                return
+            text = (
+                f"step {step} is past the num_steps={self.num_steps} that {name_of(player.rule)} was told: its "
+                "schedule stays at its end. Make the optimizer with the number of steps of the whole training"
             )
+        elif player.known_steps is not None and step == player.known_steps + 1:
+            text = str(past_horizon(player.card, step))
+        else:
+            return
+        if not player.warned:  # parameters of another age get there later
+            player.warned = True
+            warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         indices = saved_indices(state_dict, self.param_groups)
         for player, members in self._parts():
-            state = player.begun(members)
-            layout = Layout(state, values_of(members), spread=player.rule.coordinatewise)
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            state = player.begun(members, params)
+            layout = player.layout(state, members, params, gather)
             own = [(indices.get(m.param), m) for m in members]
             self._require_memory(layout, state, state_dict, own, player.rule)
             self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
+        for player, saved in zip(self._players, state_dict["param_groups"], strict=False):
+            if saved.get(THETA, player.fingerprint) != player.fingerprint:
+                raise ValueError(
+                    f"this state is of another theta ({saved[THETA]}) than the optimizer's {name_of(player.rule)} has "
+                    f"({player.fingerprint}): a rule goes on from its own memory only; make the optimizer with the "
+                    "theta that it was saved with"
+                )
+
+    def _loaded(self) -> None:
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        """Give groups what those of earlier versions did not have."""
+        for group, player in zip(self.param_groups, self._players, strict=True):
+            group.setdefault("weight_decay", 0.0)
+            group.setdefault("maximize", False)
+            group[THETA] = player.fingerprint
 
     def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
         if self.num_steps is None or not player.rule.reads_horizon:

@@ -262,7 +262,7 @@ def test_rates_that_are_none(lr: float) -> None:
 
 @pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "momentum", "betas"])
 def test_options_of_other_optimizers_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* num_steps and adopt_start"):
+    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* adopt_start and state_dtype"):
         LearnedOptimizer(net().parameters(), lstm(), **{option: True})
     with pytest.raises(TypeError, match=rf"group sets \['{option}'\]"):
         LearnedOptimizer([{"params": net().parameters(), option: True}], lstm())
@@ -384,7 +384,7 @@ def test_a_rule_that_reads_the_loss_must_get_it() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match=r"shape \(2,\), but must be a scalar"):
         optimizer.step(loss=loss.expand(2))
-    with pytest.raises(ValueError, match="a closure and a loss"):
+    with pytest.raises(ValueError, match="a closure that returns the loss, and a loss"):
         optimizer.step(lambda: back_propagate(model, 0), loss=loss)
     assert equal(values(model), start) and not optimizer.state
     optimizer.step(loss=loss.reshape(1))
@@ -772,3 +772,32 @@ def test_gradient_scaling_and_hooks_of_torch() -> None:
         train(reference, other, range(step, step + 1))
     torch.testing.assert_close(values(model), values(reference))
     assert calls == ["after"] * 3
+
+
+@pytest.mark.parametrize("kind", ["lstm", "adam", "general"])
+def test_memory_that_is_kept_in_bfloat16(kind: str) -> None:
+    """It is half as large between steps, and the run is nearly the same; a state dict serves both ways."""
+    rule = KINDS[kind](template())
+    theta = rule.init_theta(torch.Generator().manual_seed(2))
+    runs = {}
+    for dtype in (None, torch.bfloat16):
+        model = net()
+        optimizer = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=dtype)
+        start = values(model)
+        train(model, optimizer, range(10))
+        runs[dtype] = values(model), optimizer
+    moved = {k: (p - start[k]).norm() for k, p in runs[None][0].items()}
+    assert all((p - runs[None][0][k]).norm() < 0.1 * moved[k] + 1e-6 for k, p in runs[torch.bfloat16][0].items())
+    assert any(not torch.equal(p, runs[None][0][k]) for k, p in runs[torch.bfloat16][0].items())
+    narrow = runs[torch.bfloat16][1]
+    kept = narrow.state[model.layer.weight]
+    assert all(x.dtype is torch.bfloat16 for x in kept.values() if isinstance(x, Tensor) and x.ndim >= 2)
+    saved = through_a_file(narrow.state_dict())
+    wide = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30)
+    wide.load_state_dict(saved)
+    train(model, wide, range(10, 12))
+    assert all(x.dtype is not torch.bfloat16 for x in memory(wide)) and all(
+        p.isfinite().all() for p in model.parameters()
+    )
+    with pytest.raises(ValueError, match=r"state_dtype=torch\.float16"):
+        LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=torch.float16)

@@ -12,6 +12,7 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.members import Member, members_of, name_of, require_group, shapes
 from learnedopt.plug_in.memory import COUNT, Layout
 
@@ -51,7 +52,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         given: dict[str, Any] = {}
 
         def note(_: Any, final: dict[str, Any]) -> None:
-            self._check_state(final)
+            if [len(g["params"]) for g in final["param_groups"]] == [len(g["params"]) for g in self.param_groups]:
+                self._check_state(final)  # else torch says what differs
             given.update(final)
 
         def restore(_: Any) -> None:
@@ -99,10 +101,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"step takes a closure first, and was given a {type(closure).__name__}: pass the loss by its name, "
                 "step(loss=loss)"
             )
-        if loss is not None:
-            raise ValueError("step got a closure and a loss; pass one of them: the closure returns the loss")
         with torch.enable_grad():
-            return closure()
+            found = closure()
+        if found is not None and loss is not None:
+            raise ValueError("step got a closure that returns the loss, and a loss; pass one of them")
+        return loss if found is None else found  # some frameworks hand in a closure always, that does nothing
 
     def _require_memory(
         self, layout: Layout, state: State, state_dict: dict[str, Any], members: list[tuple[Any, Member]],
@@ -120,6 +123,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         wanted = layout.entries(state)
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
+        for name, entry in saved.items():
+            count = entry.get(COUNT, 0 if not entry else None)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
+                    f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"
+                )
         # Rules that move each parameter by itself have nothing of those that have not been moved yet.
         missing = {name for name, entry in saved.items() if not entry} if layout.spread else set()
         if not any(saved.values()):
@@ -137,7 +147,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 def moved(
     members: list[Member], found: Params, factors: dict[str, float], *, added: bool,
-    decays: dict[str, float] | None = None,
+    decays: dict[str, float] | None = None, gather: bool = False,
 ) -> None:  # fmt: skip
     """Add updates to the parameters.
 
@@ -147,12 +157,14 @@ def moved(
         factors: on the deltas; a parameter with 0 is left alone.
         added: see ``found``; only where all factors are 0 or 1.
         decays: share of a parameter that is taken off, as it was before the update.
+        gather: whether updates are of whole tensors, where this process has a piece.
     """
     for name, param, _ in members:
-        value, factor = found[name], factors[name]
+        factor = factors[name]
         if factor == 0:  # 0 times an infinite update would not be nothing
             continue
         decay = 0.0 if decays is None else decays[name]
+        value, param = shards.own_piece(found[name], param, gather), shards.local(param)
         if added:
             param.copy_(value if decay == 0 else value - decay * param)
             continue

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.tree import Theta
+from learnedopt.core.tree import Params, Theta
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
 
 
@@ -28,11 +31,19 @@ class Player:
         rule: the rule.
         theta: its meta-parameters.
         num_steps: of the whole training, where the rule reads that.
+        card: what is known of theta, if it came with a card.
+        known_steps: of the longest run that theta was trained or measured on, as the card says.
+        warned: whether a run has been said to go past it.
+        state_dtype: in which memory is kept between steps, where that is not the rule's own.
     """
 
     rule: UpdateRule
     theta: Theta
     num_steps: int | None
+    card: Any = None
+    known_steps: int | None = None
+    warned: bool = False
+    state_dtype: torch.dtype | None = None
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -40,15 +51,42 @@ class Player:
         """What is stepped: the rule, with a clock around it where it reads the horizon."""
         return self.rule.within(self.num_steps)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this theta of this rule from others."""
+        return fingerprint(self.rule, self.theta)
+
     def theta_on(self, device: torch.device) -> Theta:
         """Return theta on a device."""
         self.theta = tree.to(self.theta, device, None)
         return self.theta
 
-    def begun(self, members: list[Member]) -> State:
-        """Return the first state for some parameters."""
-        params = values_of(members)
+    def begun(self, members: list[Member], params: Params | None = None) -> State:
+        """Return the first state for some parameters, whose values may be given."""
+        params = values_of(members, self.gathers(members)) if params is None else params
         return begun(self.mover, self.theta_on(common_device(params)), params)[1]
+
+    def gathers(self, members: list[Member]) -> bool:
+        """Return whether some parameters lie in pieces, of which the rule has to see all."""
+        return any(shards.kind_of(m.param) is shards.Kind.SHARDED for m in members) and self.reads_whole(members)
+
+    def reads_whole(self, members: list[Member]) -> bool:
+        """Return whether the rule needs whole tensors: coordinates interact, or it has a start of its own for them."""
+        if not self.rule.coordinatewise:
+            return True
+        # Asked of parameters without coordinates, so that all processes answer alike, whatever lies on them.
+        nothing = {m.name: m.param.new_empty(()).new_empty([0] * m.param.ndim) for m in members}
+        nothing = {name: shards.local(x) for name, x in nothing.items()}
+        try:
+            start, _ = begun(self.mover, self.theta_on(common_device(nothing)), nothing)
+        except ValueError:  # it knows their shapes
+            return True
+        return any(start[name] is not x for name, x in nothing.items())
+
+    def layout(self, state: State, members: list[Member], params: Params, gather: bool) -> Layout:
+        """Return how a state for some parameters lies in their entries."""
+        cut = {m.name: m.param for m in members if shards.kind_of(m.param) is shards.Kind.SHARDED}
+        return Layout(state, params, spread=self.rule.coordinatewise, cut=cut, gather=gather)
 
     def divides(self, members: list[Member]) -> bool:
         """Return whether the rule moves each parameter as if it were alone, and can begin with any one of them."""
@@ -81,6 +119,7 @@ class Cohort:
         count: steps that have been taken with it.
         fresh: whether the state is the rule's first, which may lie in tensors of others.
         entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
+        whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
         ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
     """
 
@@ -92,7 +131,17 @@ class Cohort:
     count: int
     fresh: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
+    whole: Params | None = None
     ready: BoundSteps | Literal[False] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the rule sees whole tensors of parameters that lie in pieces."""
+        return self.whole is not None
+
+    def values(self) -> Params:
+        """Return what the rule sees of the parameters."""
+        return values_of(self.members) if self.whole is None else self.whole
 
     def stands(self, kept: Mapping[Tensor, Any]) -> bool:
         """Return whether the optimizer's state still holds what this was made of."""
@@ -103,10 +152,12 @@ class Cohort:
     def made_ready(self) -> BoundSteps | Literal[False]:
         """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
         kernel, params = self.player.mover.kernel, values_of(self.members)
-        if kernel is None or self.still:
+        if kernel is None or self.still or self.layout.cut:
             return False
         bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
-        return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
+        return bound is not None and BoundSteps(
+            bound, [m.param for m in self.members], self.entries, (self.player, self.player.theta)
+        )
 
     def lies_with_its_parameters(self) -> bool:
         """Return whether the memory is on the parameters' device: a model may have been moved."""
@@ -142,16 +193,29 @@ def formed(player: Player, members: list[Member], kept: Mapping[Tensor, dict[str
 
 
 def _joined(player: Player, members: list[Member], still: frozenset[str], kept: Mapping[Tensor, Any]) -> Cohort:
-    first = player.begun(members)
-    layout = Layout(first, values_of(members), spread=player.rule.coordinatewise)
+    gather = player.gathers(members)
+    params = values_of(members, gather)
+    whole = params if gather else None
+    first = player.begun(members, params)
+    layout = player.layout(first, members, params, gather)
     entries = [kept.get(m.param, {}) for m in members]
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
-        return Cohort(player, members, still, layout, first, 0, fresh=True)
-    state = layout.state(dict(zip(layout.names, entries, strict=True)))
-    device = common_device(values_of(members))
+        return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
+    state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
+    device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
         layout.with_common(tree.to(state, device, None), torch.clone) if layout.spread else tree.to(state, device, None)
     )
-    return Cohort(player, members, still, layout, state, max(c for c in counts if c is not None), fresh=False)
+    count = max(c for c in counts if c is not None)
+    return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:
+    """Return entries with what is kept in bfloat16 in the dtype of the rule's first state."""
+    narrow = {n: [k for k, x in e.items() if getattr(x, "dtype", None) is torch.bfloat16] for n, e in entries.items()}
+    if not any(narrow.values()):
+        return entries
+    wide = layout.entries(first)
+    return {n: unpacked(entry, {k: wide[n][k].dtype for k in narrow[n]}) for n, entry in entries.items()}

@@ -18,7 +18,7 @@ from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.objectives.feedback import HypergradientFeedback, scale_of
-from learnedopt.plug_in import settings, windows
+from learnedopt.plug_in import settings, shards, windows
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
@@ -206,6 +206,8 @@ class HyperOptimizer(RuleOptimizer):
 
     def _settle(self) -> None:
         self._settled = True
+        shards.require_known((m.name, m.param) for m in self._members())
+        shards.require_here(((m.name, m.param) for m in self._members()), type(self).__name__)
         params = values_of(self._members())
         start, state = begun(self.rule, self.theta, params)
         require_start(self.rule, start)

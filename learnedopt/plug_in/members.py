@@ -89,9 +89,9 @@ def require_start(rule: UpdateRule, start: Params) -> None:
         raise ValueError(f"{error}. The parameters were given without names: pass model.named_parameters()") from error
 
 
-def values_of(members: list[Member], whole: bool = False) -> Params:
-    """Return the parameters' values by name, without a graph: what lies here, or ``whole`` tensors."""
-    return {m.name: shards.seen(m.param.detach(), whole) for m in members}
+def values_of(members: list[Member], gather: bool = False) -> Params:
+    """Return the parameters' values by name, without a graph: what lies on this process or, gathered, all of each."""
+    return {m.name: shards.seen(m.param.detach(), gather) for m in members}
 
 
 def common_device(params: Params) -> torch.device:
@@ -105,8 +105,8 @@ def common_device(params: Params) -> torch.device:
     return devices.pop()
 
 
-def gradients_of(members: list[Member]) -> Params:
-    """Return the gradients by name, zeros where there is none; ValueError for one that is sparse."""
+def gradients_of(members: list[Member], gather: bool = False) -> Params:
+    """Return the gradients by name, as ``values_of``, zeros where there is none; ValueError for one that is sparse."""
     grads = {}
     for name, param, _ in members:
         grad = param.grad
@@ -115,7 +115,8 @@ def gradients_of(members: list[Member]) -> Params:
                 f"the gradient of {name!r} is sparse ({grad.layout}), and a learned rule moves every coordinate; "
                 "build the layer with sparse=False, or give its parameters another optimizer"
             )
-        grads[name] = torch.zeros_like(param) if grad is None else grad.detach()
+        grad = torch.zeros_like(param) if grad is None else grad
+        grads[name] = shards.seen(grad.detach(), gather, param)
     return grads
 
 
@@ -133,7 +134,7 @@ def saved_indices(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> d
 
 def scalar_loss(loss: Any, device: torch.device) -> Tensor:
     """Return the loss as a 0-d tensor on a device; ValueError where it is no scalar."""
-    loss = torch.as_tensor(loss).detach()
+    loss = shards.gathered(torch.as_tensor(loss).detach())
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it with mean()")
     return loss.reshape(()).to(device)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.core import tree
 from learnedopt.core.rule import State
+from learnedopt.plug_in import shards
 
 Entries: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameter -> key -> what its entry of ``Optimizer.state`` holds of the rule's memory."""
@@ -51,9 +52,20 @@ class Layout:
         state: the rule's, such as ``init`` made it.
         params: the parameters, in order.
         spread: whether each parameter has what is common.
+        cut: the parameters that lie in pieces; entries hold pieces of the memory as of these.
+        gather: whether ``params`` are whole nevertheless.
     """
 
-    def __init__(self, state: State, params: Mapping[str, Tensor], *, spread: bool) -> None:
+    def __init__(
+        self,
+        state: State,
+        params: Mapping[str, Tensor],
+        *,
+        spread: bool,
+        cut: Mapping[str, Tensor] | None = None,
+        gather: bool = False,
+    ) -> None:
+        self.cut, self._gather = cut or {}, gather
         self.shapes = {name: p.shape for name, p in params.items()}
         self.names, self.spread = tuple(params), spread
         self._sizes = [shape.numel() for shape in self.shapes.values()]
@@ -72,10 +84,11 @@ class Layout:
         for (kind, owner, key), leaf in self._placed(state):
             if kind is Kind.JOINED:
                 for name, part in zip(self.names, leaf.split(self._sizes, -1), strict=True):
-                    found[name][key] = part.unflatten(-1, self.shapes[name]) if self.shapes[name] else part.squeeze(-1)
+                    part = part.unflatten(-1, self.shapes[name]) if self.shapes[name] else part.squeeze(-1)
+                    found[name][key] = self._kept(part, name)
                 continue
             for name in self._holders(owner):
-                found[name][key] = leaf
+                found[name][key] = leaf if owner is None else self._kept(leaf, owner)
         return found
 
     def state(self, entries: Mapping[str, Mapping[str, Any]]) -> State:
@@ -96,10 +109,18 @@ class Layout:
 
     def _leaf(self, place: Place, entries: Mapping[str, Mapping[str, Any]]) -> Any:
         if place.kind is not Kind.JOINED:
-            return entries[place.owner or self.names[0]][place.key]
-        parts = [entries[name][place.key] for name in self.names]
+            name = place.owner or self.names[0]
+            leaf = entries[name][place.key]
+            return leaf if place.owner is None else self._seen(leaf, name)
+        parts = [self._seen(entries[name][place.key], name) for name in self.names]
         lead = parts[0].shape[: parts[0].ndim - len(self.shapes[self.names[0]])]
         return torch.cat([part.reshape(*lead, size) for part, size in zip(parts, self._sizes, strict=True)], -1)
+
+    def _kept(self, leaf: Any, name: str) -> Any:
+        return shards.kept(leaf, self.cut[name], self._gather) if name in self.cut else leaf
+
+    def _seen(self, leaf: Any, name: str) -> Any:
+        return shards.recalled(leaf, self.cut[name], self._gather) if name in self.cut else leaf
 
     def _holders(self, owner: str | None) -> tuple[str, ...]:
         return (owner,) if owner is not None else self.names if self.spread else self.names[:1]

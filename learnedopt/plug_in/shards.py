@@ -47,54 +47,65 @@ def kind_of(param: Tensor) -> Kind | None:
     return Kind.WHOLE if untouched and own.__torch_function__ is torch.nn.Parameter.__torch_function__ else None
 
 
-def require_known(params: Iterable[tuple[str, Tensor]], rule: str, coordinatewise: bool) -> None:
-    """Raise where a rule cannot move a parameter that lies as this one does.
-
-    Args:
-        params: names and parameters.
-        rule: what messages call the rule.
-        coordinatewise: whether its coordinates do not interact.
+def require_known(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise where no rule can move a parameter that lies as this one does.
 
     Raises:
         TypeError: a parameter is of a tensor subclass that is not known.
-        ValueError: it is a flat piece and the rule reads whole tensors, or it waits to be summed over processes.
+        ValueError: it waits to be summed over processes.
     """
     for name, param in params:
-        kind = kind_of(param)
-        if kind is None:
+        if kind_of(param) is None:
             raise TypeError(
                 f"the parameter {name!r} is a {type(param).__module__}.{type(param).__qualname__}, a tensor subclass "
                 "that is not known here: its numbers may not lie where a rule would read them. Pass torch.nn.Parameter "
                 "or DTensor parameters, and give this one another optimizer"
             )
-        if kind is Kind.FLAT and not coordinatewise:
+        placements = getattr(param, "placements", ())
+        if any(placement.is_partial() for placement in placements):
             raise ValueError(
-                f"{rule} reads tensors as a whole, and FullyShardedDataParallel has left of {name!r} a flat piece "
-                "without its shape; shard the model with torch.distributed.fsdp.fully_shard, whose parameters keep "
-                "theirs, or take a coordinatewise rule"
-            )
-        if kind is Kind.SHARDED and any(p.is_partial() for p in param.placements):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(
-                f"the parameter {name!r} is a DTensor with placements {param.placements}: what is still to be summed "  # pyright: ignore[reportAttributeAccessIssue]
-                "over processes cannot be moved; redistribute it to Shard or Replicate"
+                f"the parameter {name!r} is a DTensor with placements {placements}: what is still to be summed over "
+                "processes cannot be moved; redistribute it to Shard or Replicate"
             )
 
 
-def require_all_tensors(rule: str, coordinatewise: bool) -> None:
-    """Raise ValueError where an optimizer is made by ``ZeroRedundancyOptimizer`` for a rule that reads more than that.
+def what_is_missing(params: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return why no process can put whole tensors together, or sees only some of them; None where all can be had.
 
-    It hands every process some of the tensors, and says so nowhere but in who calls: rules that compare tensors would
-    quietly be others than in one process.
+    ``FullyShardedDataParallel`` leaves pieces without their shapes. ``ZeroRedundancyOptimizer`` hands each process some
+    of the tensors, and says so nowhere but in who calls: a rule would quietly be another one than in one process.
     """
+    for name, param in params:
+        if kind_of(param) is Kind.FLAT:
+            return f"FullyShardedDataParallel has left of {name!r} a flat piece without its shape"
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1)
-    while zero is not None and not coordinatewise and frame is not None:
+    while zero is not None and frame is not None:
         if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
-            raise ValueError(
-                f"ZeroRedundancyOptimizer gives each process a part of the tensors, and {rule} may read all of them "
-                "together; shard the model with torch.distributed.fsdp.fully_shard, or take a coordinatewise rule"
-            )
+            return "ZeroRedundancyOptimizer gives each process some of the tensors"
         frame = frame.f_back
+    return None
+
+
+def require_whole_tensors(params: Iterable[tuple[str, Tensor]], rule: str) -> None:
+    """Raise ValueError where a rule that reads whole tensors, all of them together, cannot have them."""
+    missing = what_is_missing(params)
+    if missing is not None:
+        raise ValueError(
+            f"{rule} reads whole tensors, and may read all of them together, but {missing}; shard the model with "
+            "torch.distributed.fsdp.fully_shard, whose parameters keep their shapes, or take a coordinatewise rule"
+        )
+
+
+def require_here(params: Iterable[tuple[str, Tensor]], optimizer: str) -> None:
+    """Raise ValueError for parameters that lie in pieces, and an optimizer that does not know what to do with them."""
+    for name, param in params:
+        if kind_of(param) is not Kind.WHOLE:
+            raise ValueError(
+                f"{optimizer} learns from whole parameters, and of {name!r} this process has a piece "
+                f"({type(param).__name__}, {kind_of(param)}); replicate the model (DistributedDataParallel), or take "
+                "LearnedOptimizer with a theta that is learned already"
+            )
 
 
 def local(x: Tensor, param: Tensor | None = None) -> Tensor:
@@ -141,9 +152,10 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
 
 
 def joined_like(piece: Tensor, param: Tensor) -> Tensor:
-    """Return a DTensor of which each process has ``piece``, ``(*leading, *local(param).shape)``, as the parameter is cut.
+    """Return a DTensor, cut as the parameter is, of which each process has ``piece``.
 
-    Nothing is sent or copied. It is ``piece`` itself where the parameter is an ordinary tensor.
+    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the
+    parameter is an ordinary tensor.
     """
     if not _is_sharded(param):
         return piece
@@ -153,33 +165,69 @@ def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     shape = torch.Size((*piece.shape[:num_leading], *param.shape))
     stride = torch.empty(shape, device="meta").stride()
     mesh: Any = param.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    return DTensor.from_local(
-        piece, mesh, _placements(param, num_leading), run_check=False, shape=shape, stride=stride
-    )
+    return DTensor.from_local(piece, mesh, _placements(param, num_leading), run_check=False, shape=shape, stride=stride)
 
 
-def seen(x: Tensor, whole: bool, param: Tensor | None = None) -> Tensor:
-    """Return what a rule sees of a parameter, a gradient or a leaf of the memory: the whole of it, or what lies here.
+def seen(x: Tensor, gather: bool, param: Tensor | None = None) -> Tensor:
+    """Return what a rule sees of a parameter or a gradient: the whole of it, or what lies here.
 
     A gradient is brought to where its ``param`` lies.
     """
-    return gathered(x) if whole else local(x, param)
+    return gathered(x) if gather else local(x, param)
 
 
-def own_piece(answered: Tensor, param: Tensor, whole: bool) -> Tensor:
+def own_piece(answered: Tensor, param: Tensor, gather: bool) -> Tensor:
     """Return the piece that lies here of what a rule answered, shaped as what it saw of the parameter."""
-    return local(sharded_like(answered, param)) if whole else answered
+    return local(sharded_like(answered, param)) if gather else answered
 
 
-def kept(answered: Tensor, param: Tensor, whole: bool) -> Tensor:
-    """Return a leaf of the memory as it is kept, cut as the parameter is.
+def kept(leaf: Tensor, param: Tensor, gather: bool) -> Tensor:
+    """Return a leaf of a parameter's memory as it is kept: cut as the parameter is, where it has its coordinates.
 
     Args:
-        answered: ``(*leading, *shape)``, with the shape of what the rule saw of the parameter.
+        leaf: ``(*leading, *shape)``, with the shape of what the rule saw of the parameter; else a statistic of it.
         param: the parameter.
-        whole: whether it saw all of it.
+        gather: whether the rule saw all of it.
+
+    Raises:
+        ValueError: the rule saw a piece, and it cannot be told which of the leaf's dimensions are that piece's.
     """
-    return sharded_like(answered, param) if whole else joined_like(answered, param)
+    if not _is_sharded(param):
+        return leaf
+    shape = param.shape if gather else local(param).shape
+    if _ends_with(leaf, shape):
+        return sharded_like(leaf, param) if gather else joined_like(leaf, param)
+    if not gather and leaf.numel() > 1:
+        raise ValueError(
+            f"a rule keeps {tuple(leaf.shape)} of a parameter of which {tuple(shape)} lies here: to be cut as the "
+            "parameter is, its memory must end with the parameter's dimensions"
+        )
+    return leaf
+
+
+def recalled(leaf: Tensor, param: Tensor, gather: bool) -> Tensor:
+    """Return what a rule sees of a leaf that was kept, or that was loaded whole."""
+    if not _is_sharded(leaf) and _is_sharded(param) and not gather and _ends_with(leaf, param.shape):
+        leaf = sharded_like(leaf, param)
+    return seen(leaf, gather)
+
+
+def all_zero(tensors: Iterable[Tensor]) -> bool:
+    """Return whether there is nothing but zeros, in any process's piece: all of them get one answer."""
+    return not any(bool(_counted(x)) for x in tensors)
+
+
+def _counted(x: Any) -> Tensor:
+    here = local(x).count_nonzero()
+    if not _is_sharded(x):
+        return here
+    from torch.distributed.tensor import DTensor, Partial
+
+    return DTensor.from_local(here, x.device_mesh, [Partial()] * x.device_mesh.ndim, run_check=False).full_tensor()
+
+
+def _ends_with(leaf: Tensor, shape: torch.Size) -> bool:
+    return leaf.ndim >= len(shape) and leaf.shape[leaf.ndim - len(shape) :] == shape
 
 
 def _is_sharded(x: Any) -> bool:
