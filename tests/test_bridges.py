@@ -123,6 +123,21 @@ def without(params: Params, step: int) -> Params:
     return params if step % 2 == 0 else {**params, "b1": params["b1"].detach()}
 
 
+def test_memory_that_is_kept_in_bfloat16_is_taken_over_in_the_rules_own_dtype() -> None:
+    model, rule = model_of(weights()), optimizers.make("adam", lr=0.05)
+    theta = rule.init_theta(torch.Generator())
+    optimizer = LearnedOptimizer(named(model), (rule, theta), state_dtype=torch.bfloat16)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(dict(model), step).backward()
+        optimizer.step()
+    with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
+        stepper.step(loss_of(fast(model, fmodel), 2))
+        kinds = {x.dtype for entry in stepper.state[0].values() for x in entry.values() if isinstance(x, Tensor)}
+        assert kinds == {torch.float64}
+        assert torch.autograd.grad(fast(model, fmodel)["w1"].sum(), list(fmodel.parameters(time=0)))[0].isfinite().all()
+
+
 @pytest.mark.parametrize("begun", [0, 3])
 def test_groups_missing_gradients_and_memory_are_as_in_the_optimizer(begun: int) -> None:
     model = model_of(weights())
@@ -205,6 +220,14 @@ def start_elsewhere() -> Any:
     return higher.create_diff_optim(LearnedOptimizer, options, fmodel=fmodel)
 
 
+def pieces() -> Any:
+    model = model_of(weights())
+    rule = optimizers.make("sgd", lr=0.1)
+    optimizer = LearnedOptimizer(named(model), (rule, rule.init_theta(torch.Generator())))
+    model["w1"]._fsdp_flattened = True  # what marks them
+    return higher.get_diff_optim(optimizer, list(model.parameters()))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "theta is a tensor": (sgd_with({"theta": [torch.tensor(0.1)]}), TypeError, "a list of dicts"),
     "theta of another rule": (sgd_with({"theta": [{"rate": torch.tensor(0.1)}]}), ValueError, "does not fit the rule"),
@@ -213,6 +236,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "different thetas",
     ),
     "a start without a model": (start_without_model, ValueError, "no model to put its start into"),
+    "parameters in pieces": (pieces, ValueError, "higher knows plain tensors alone"),
     "a start in another model": (start_elsewhere, ValueError, "not in the model that higher was"),
 }  # fmt: skip
 
