@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ PACKAGED = learnedopt.packaged()
 ALL = [*HAND_DESIGNED, *PACKAGED]
 NUM_STEPS = 40
 """What rules that read the horizon are told."""
+BARE: dict[str, Any] = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
+"""The rule itself is asked, and not what watches over it."""
 
 
 def source(name: str) -> Any:
@@ -46,12 +49,12 @@ def rule_of(name: str) -> UpdateRule:
 def made(name: str, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer, told the horizon where its rule reads it."""
     horizon = {"num_steps": NUM_STEPS} if rule_of(name).reads_horizon else {}
-    return LearnedOptimizer(params, source(name), **horizon, **options)
+    return LearnedOptimizer(params, source(name), **{**BARE, **horizon, **options})
 
 
 def learned(rule: UpdateRule, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer of a rule that is used as it is."""
-    return LearnedOptimizer(params, (rule, rule.init_theta(torch.Generator())), **options)
+    return LearnedOptimizer(params, (rule, rule.init_theta(torch.Generator())), **{**BARE, **options})
 
 
 class Net(nn.Module):

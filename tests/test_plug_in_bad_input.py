@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from plug_in_cases import ALL, HAND_DESIGNED, Net, equal, learned, loss_of, made, memory, rule_of, source, train, values
+from plug_in_cases import (
+    ALL,
+    BARE,
+    HAND_DESIGNED,
+    Net,
+    equal,
+    learned,
+    loss_of,
+    made,
+    memory,
+    rule_of,
+    source,
+    train,
+    values,
+)
 from torch import Tensor, nn
 
 import learnedopt
@@ -245,7 +259,7 @@ def test_the_state_of_another_theta(name: str) -> None:
     moved = {k: 0.99 * v for k, v in theta.items()}
     model = Net()
     optimizer = made(name, model.parameters())
-    options = {"num_steps": optimizer.num_steps}
+    options = {**BARE, "num_steps": optimizer.num_steps}
     for steps in range(2):
         other = LearnedOptimizer(model.parameters(), (rule, moved), **options)
         train(model, other, range(steps))
@@ -277,7 +291,10 @@ def test_the_state_of_another_model(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ALL if rule_of(name).reads_horizon])
 def test_the_state_of_another_horizon(name: str) -> None:
     model = Net()
-    optimizer, other = made(name, model.parameters()), LearnedOptimizer(model.parameters(), source(name), num_steps=70)
+    optimizer, other = (
+        made(name, model.parameters()),
+        LearnedOptimizer(model.parameters(), source(name), num_steps=70, **BARE),
+    )
     train(model, other, range(1))
     with pytest.raises(ValueError, match="this state is of a training of 70 steps"):
         optimizer.load_state_dict(other.state_dict())
