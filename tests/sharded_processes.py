@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -237,15 +237,15 @@ def resumed(way: str, rule: str, folder: Path) -> dict[str, Tensor]:
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Save a model and its optimizer by ``torch.distributed.checkpoint``."""
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.save(parts, checkpoint_id=folder)
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    state_dict_saver.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Load what ``save`` saved, on however many processes."""
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    checkpoint.load(parts, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    state_dict_loader.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
 
 
 def _own(way: str) -> list[slice]:
@@ -299,7 +299,7 @@ def work(rank: int, jobs: list[Job], folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
-        "gloo", rank=rank, world_size=WORLD, store=dist.FileStore(str(folder / "store"), WORLD),
+        "gloo", rank=rank, world_size=WORLD, init_method=f"file://{folder / 'store'}",
         timeout=datetime.timedelta(seconds=300),
     )  # fmt: skip
     answers: dict[str, Any] = {}

@@ -136,7 +136,7 @@ def test_the_engine_runs_and_differentiates_rules_in_low_precision(
 def plugged_in(kind: str, dtype: torch.dtype) -> tuple[float, float, Params]:
     """Return what ``trained`` does, of the rule as an optimizer of a model's parameters."""
     rule, generator = RULES[kind](template(torch.float32)), torch.Generator().manual_seed(3)
-    params = {k: torch.nn.Parameter(p) for k, p in template(dtype, seed=2).items()}
+    params: Params = {k: torch.nn.Parameter(p) for k, p in template(dtype, seed=2).items()}
     optimizer = LearnedOptimizer(
         params.items(), (rule, rule.init_theta(torch.Generator().manual_seed(7))), num_steps=40, adopt_start=True
     )
