@@ -14,11 +14,12 @@ from torch.optim.optimizer import ParamsT
 from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
-from learnedopt.core.horizon import HorizonWarning
-from learnedopt.core.rule import UpdateRule
-from learnedopt.core.tree import Theta
+from learnedopt.core.horizon import Clock, HorizonWarning
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in.base import RuleOptimizer
-from learnedopt.plug_in.members import common_device, name_of, require_start, values_of
+from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail, split
+from learnedopt.plug_in.members import common_device, leaves_by_path, name_of, require_start, scalar_loss, values_of
 
 
 @final
@@ -66,12 +67,13 @@ class LearnedOptimizer(RuleOptimizer):
         lr: float | Tensor = 1.0,
         num_steps: int | None = None,
         adopt_start: bool = False,
+        guard: bool | Guard = True,
         **foreign: Any,
     ) -> None:
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr, num_steps and adopt_start"
+                "theta; its options are lr, num_steps, adopt_start and guard"
             )
         self.rule, self.theta = resolve_rule(rule)
         if num_steps is not None:
@@ -79,8 +81,12 @@ class LearnedOptimizer(RuleOptimizer):
         self.adopt_start, self.num_steps = adopt_start, num_steps
         self.rule.within(num_steps)  # refused now where it needs a horizon
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
+        self._rail: Rail | None = None
         super().__init__(params, {"lr": lr})
         self._settle()
+        if guard:
+            horizon = num_steps if self.rule.reads_horizon else None
+            self._rail = Rail(Guard() if guard is True else guard, self.param_groups, horizon, num_steps)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
         self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
@@ -99,6 +105,27 @@ class LearnedOptimizer(RuleOptimizer):
                 scalar; the parameters lie on several devices; the rule does not know them by name.
         """
         loss = self._evaluated(closure, loss)
+        if self._rail is None or all(float(group["lr"]) == 0 for group in self.param_groups):
+            self._step_learned(loss)
+        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
+            learned = Learned(lambda: self._step_learned(loss), self._forget, self._set_clock)
+            with torch.no_grad():
+                self._rail.step(self.param_groups, told, learned)
+        return loss
+
+    def guard_report(self) -> GuardReport:
+        """Return who is in control, every hand-over, and what the guard cannot see.
+
+        Raises:
+            ValueError: there is no guard.
+        """
+        if self._rail is None:
+            raise ValueError("this optimizer was made with guard=False, so there is nothing to report")
+        return self._rail.report()
+
+    def _step_learned(self, loss: Any) -> None:
+        """Take a step of the rule's."""
         members = self._members()
         if any(m.param.grad is not None for m in members):
             with torch.no_grad():
@@ -110,12 +137,48 @@ class LearnedOptimizer(RuleOptimizer):
                 updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned)
                 self._apply(members, updated, grads, count, factors)
             self._owned = True
-        return loss
+
+    def _forget(self) -> None:
+        self.state.clear()
+
+    def _set_clock(self, step: int) -> None:
+        members = self._members()
+        params = values_of(members)
+        state, count = self._recall(members, params)
+        if count and isinstance(state, Clock):
+            state = state._replace(step=torch.full_like(state.step, step))
+            self._remember(members, leaves_by_path(state), count)
+
+    def _init(self, params: Params, leaves: Theta | None = None) -> tuple[Params, State]:
+        start, state = super()._init(params, leaves)
+        if self._rail is not None and isinstance(state, Clock):  # a rule that comes back late is told so
+            state = state._replace(step=state.step + self._rail.watch.step)
+        return start, state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; the fallback moves them, too."""
+        super().add_param_group(param_group)
+        if self._rail is not None:
+            self._rail.add(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rule's memory, the step count and the groups; later steps leave what was returned as it is."""
+        """Return the rule's memory, the guard's, the step count and the groups.
+
+        Later steps leave what was returned as it is.
+        """
         self._owned = False
-        return super().state_dict()
+        if self._rail is None or not self._rail.watch.step:
+            return super().state_dict()
+        members = self._members()
+        kept = {m.param: self.state[m.param] for m in members if m.param in self.state}
+        # In the state while torch's own method runs, so that its hooks see all of it.
+        for member, own in zip(members, self._rail.entries([m.param for m in members]), strict=True):
+            self.state[member.param] = {**kept.get(member.param, {}), **own}
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
+            self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
@@ -129,14 +192,33 @@ class LearnedOptimizer(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._owned = False
-        own = {k: self.__dict__[k] for k in ("rule", "theta", "adopt_start", "num_steps", "_settled")}
+        own = {k: self.__dict__[k] for k in ("rule", "theta", "adopt_start", "num_steps", "_settled", "_rail")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._owned = False
 
+    def _loaded(self) -> None:
+        members, found = self._members(), []
+        for member in members:
+            kept, own = split(self.state.get(member.param, {}))
+            found.append(own)
+            if kept:
+                self.state[member.param] = kept
+            else:
+                self.state.pop(member.param, None)
+        if self._rail is not None and (self._begun() or any(found)):
+            self._rail.recall([m.param for m in members], found)
+
     def _check_state(self, state_dict: dict[str, Any]) -> None:
+        halves = {i: split(one) for i, one in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": {i: kept for i, (kept, _) in halves.items()}}
+        if self._rail is None and any(own for _, own in halves.values()) and not any(state_dict["state"].values()):
+            raise ValueError(
+                "this state was saved while the guard's fallback moved the parameters, so it holds no memory of the "
+                "rule's; make the optimizer with guard=True"
+            )
         super()._check_state(state_dict)
         if self.num_steps is None or not self.rule.reads_horizon:
             return
