@@ -49,8 +49,8 @@ class Guard:
         fallback: makes the safe optimizer from parameter groups, ``lambda params: torch.optim.SGD(params, lr=0.1)``;
             None is AdamW of rate 1e-3, without weight decay. An optimizer with a lambda in it cannot be pickled.
         warm_up: steps in which the fallback's rate grows to its own, whenever it starts.
-        window: steps of a trial, and over which losses are averaged. None is 1/32 of ``num_steps``, from 8 to 32, and
-            12 where that is not given.
+        window: steps of a trial, and over which losses are averaged. None is 1/40 of ``num_steps``, from 8 to 32, and
+            16 where that is not given.
         collective: whether processes agree where ``torch.distributed`` is set up: they sum the norms and average the
             losses at every step, so all of them must step together. False is for trainings that go on side by side.
 
@@ -70,7 +70,7 @@ class Guard:
 
     def window_for(self, num_steps: int | None) -> int:
         """Return the steps of a trial in a run of so many steps."""
-        return self.window or (24 if num_steps is None else min(32, max(8, num_steps // 32)))
+        return self.window or (16 if num_steps is None else min(32, max(8, num_steps // 40)))
 
 
 @final
@@ -129,7 +129,7 @@ class Rail:
     ) -> None:
         self.collective, self.horizon = guard.collective, horizon
         self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
-        self.watch = Watch(guard.window_for(num_steps))
+        self.watch = Watch(guard.window_for(num_steps), horizon is not None)
         self.snapshot: list[Tensor] | None = None
         self.norm: float | None = None
         """The parameters' norm after the last step of the learned rule."""
@@ -260,7 +260,7 @@ class Rail:
         self.fallback.cool()
         own = entries[0].get(f"{KEY}watch")
         if own is None:
-            self.watch = Watch(self.watch.window, Phase.LEARNED)
+            self.watch = Watch(self.watch.window, self.watch.anneals, Phase.LEARNED)
             return
         *numbers, taken, self.base = own.tolist()
         self.watch = unpacked(numbers, entries[0][f"{KEY}history"].tolist())

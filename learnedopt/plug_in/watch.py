@@ -8,10 +8,15 @@ from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-MOST_LEGS = 4
+MOST_LEGS = 5
 """Legs of a trial of the fallback, at most."""
+REACH = 3
+"""A trial goes on while the fallback is on its way to pass within so many legs."""
 LATER = 4
 """After a trial at step t, the next one is due at this many times t."""
+PATIENT = 14
+"""Windows without a gain that are suffered of a rule that reads the horizon: a third of it."""
+NEVER = 2**52
 STRIKES = 2
 """Times that the learned rule loses control, or a trial that was to bring it back, before it stays away."""
 MOST_BAD = 3
@@ -85,9 +90,10 @@ def level(losses: Sequence[float]) -> Level:
     """
     n = len(losses)
     mean, middle = sum(losses) / n, (n - 1) / 2
-    slope = sum((i - middle) * x for i, x in enumerate(losses)) / sum((i - middle) ** 2 for i in range(n))
-    noise = sum((b - a) ** 2 for a, b in zip(losses, losses[1:], strict=False)) / (2 * (n - 1))
-    return Level(mean, (noise + (1e-6 * mean) ** 2) / n, slope)
+    spread = sum((i - middle) ** 2 for i in range(n))
+    slope = sum((i - middle) * x for i, x in enumerate(losses)) / spread
+    noise = sum((b - a) ** 2 for a, b in zip(losses, losses[1:], strict=False)) / (2 * (n - 1)) + (1e-6 * mean) ** 2
+    return Level(mean, noise / n, slope)
 
 
 def error(a: Level, b: Level) -> float:
@@ -104,12 +110,16 @@ class Watch:
     """
 
     window: int
+    anneals: bool = False
+    """Whether the learned rule reads the horizon: long steps first, and the gain at the end."""
     phase: Phase = Phase.FIRST_TRY
     step: int = 0
     """Steps taken, by whom and to what end ever."""
     updates: int = 0
     """Steps of this leg or window."""
     legs: int = 0
+    probation: bool = False
+    """Whether the snapshot is where the first trial left the fallback, so that it can go on from there."""
     due: int = 0
     """The step at which a trial is due."""
     patience: int = 3
@@ -131,6 +141,8 @@ class Watch:
     sum_variances: float = 0.0
     """Both of the windows that stalled."""
     best: Level | None = None
+    last: Level | None = None
+    """The fallback's leg before."""
     mark: Level | None = None
     """What is to be beaten in a trial: the level of who was in control, looked ahead."""
     losses: list[float] = field(default_factory=list)
@@ -207,32 +219,36 @@ class Watch:
         return Action.FORGET
 
     def _tried_first(self, losses: list[float]) -> Action:
-        self.mark, self.phase, self.legs = level(losses[len(losses) // 2 :]), Phase.TRIAL, 0
+        self.mark = level(losses[len(losses) // 2 :])
+        self._try_fallback()
         return Action.SWAP
 
     def _tried_fallback(self, losses: list[float]) -> Action:
         """Judge the fallback's leg: it wins, loses, or gets another one."""
-        now, mark = level(losses[len(losses) // 2 :]), self._marked()
-        self.legs += 1
-        noise = error(now, mark)
-        if self.best is None:  # the first trial: the learned rule must be better, and not only level
-            ahead, goes_on = now.mean < mark.mean + noise, now.ahead(self.window) < mark.ahead(self.window)
+        now, mark, last = level(losses[len(losses) // 2 :]), self._marked(), self.last
+        fall = level(losses).slope if last is None else (now.mean - last.mean) / self.window
+        self.legs, self.last = self.legs + 1, now
+        noise, leg = error(now, mark), self.window
+        # What falls will fall slower: the learned rule is credited with one leg of its slope, the fallback with more.
+        target, reached = mark.ahead(leg), now._replace(slope=fall).ahead(leg if self.best is None else REACH * leg)
+        if self.best is None:  # the first trial, from one point: the learned rule must be better, and not only level
+            wins, passes = now.mean < mark.mean + noise, reached < target
+        elif self.probation:  # the fallback goes on from its own end of the first trial
+            wins, passes = now.mean < target, reached < target
         else:
             # A cold start from where the learned rule takes long steps gains at once, by shorter ones: not enough.
-            target = mark.ahead(self.window * self.legs)
-            ahead = self.legs > 1 and now.mean < target - 2 * noise
-            goes_on = now.mean < target + noise
-        if ahead:
+            wins, passes = self.legs > 1 and now.mean < target - 2 * noise, now.mean < target + noise
+        if wins:
             self.trials += 1
             self._hand_over(False, Reason.WORSE)
             return Action.FORGET
-        return Action.NONE if goes_on and self.legs < MOST_LEGS else self._learned_stays()
+        return Action.NONE if passes and self.legs < MOST_LEGS else self._learned_stays()
 
     def _learned(self, losses: list[float]) -> Action:
         """Judge a window of the learned rule: it gains, climbs, or a trial is due."""
         now, action = level(losses), Action.NONE
         if self.best is None or now.mean < self.best.mean - error(now, self.best):
-            self.best, action = now, Action.SAVE
+            self.best, action = now, Action.NONE if self.probation else Action.SAVE
             self._go_on()
         else:
             self.stalled += 1
@@ -243,9 +259,12 @@ class Watch:
             now = flat if self.stalled > 1 else now
         if self.stalled < self.patience and self.step < self.due:
             return action
-        # The fallback begins where the learned rule has come to: it must get to where that would come meanwhile.
-        self.mark, self.phase, self.legs = now, Phase.TRIAL, 0
-        return Action.SAVE
+        self.mark = now._replace(slope=min(now.slope + math.sqrt(12 * now.variance) / self.window, 0.0))
+        self._try_fallback()
+        return Action.SWAP if self.probation else Action.SAVE
+
+    def _try_fallback(self) -> None:
+        self.phase, self.legs, self.last = Phase.TRIAL, 0, None
 
     def _fell_back(self, losses: list[float]) -> Action:
         self.best = level(losses)
@@ -293,11 +312,12 @@ class Watch:
         return self.mark
 
     def _learned_stays(self) -> Action:
-        self.trials += 1
-        self.patience *= 2
-        self.due = LATER * self.step
+        first, self.trials = self.best is None, self.trials + 1
+        self.patience = 2 if first else PATIENT if self.anneals else 3 if self.probation else 2 * self.patience
+        self.due = 2 * self.step if first else NEVER if self.anneals else LATER * self.step
+        self.probation = first
         self._enter(Phase.LEARNED)
-        return Action.RESTORE
+        return Action.SWAP if first else Action.RESTORE
 
     def _no_return(self) -> Action:
         self.trials += 1
@@ -311,7 +331,7 @@ class Watch:
         self.handed = [*self.handed, HandOver(self.step, to_learned, reason)][-KEPT:]
         self.strikes += not to_learned
         self.due, self.best, self.patience = LATER * self.step, None, 3
-        self.surges, self.least_size = 0, math.inf
+        self.surges, self.least_size, self.probation = 0, math.inf, False
         self._enter(Phase.LEARNED if to_learned else Phase.FALLBACK)
 
     def _enter(self, phase: Phase) -> None:
@@ -322,8 +342,8 @@ class Watch:
         self.stalled, self.sum_means, self.sum_variances = 0, 0.0, 0.0
 
 
-SCALARS = tuple(f.name for f in fields(Watch) if f.type in ("int", "float", "Phase"))
-LEVELS = ("best", "mark")
+SCALARS = tuple(f.name for f in fields(Watch) if f.type in ("int", "bool", "float", "Phase"))
+LEVELS = ("best", "last", "mark")
 ABSENT = Level(math.nan, math.nan, math.nan)
 
 
@@ -339,11 +359,12 @@ def packed(watch: Watch) -> tuple[list[float], list[list[float]]]:
 def unpacked(numbers: Sequence[float], rows: Sequence[Sequence[float]]) -> Watch:
     """Return the watch that ``packed`` took apart."""
     found = dict(zip(SCALARS, numbers, strict=False))
-    scalars = {f.name: found[f.name] if f.type == "float" else int(found[f.name]) for f in fields(Watch) if f.name in found}
+    kinds = {"float": float, "int": int, "bool": bool, "Phase": lambda x: Phase(int(x))}
+    scalars = {f.name: kinds[str(f.type)](found[f.name]) for f in fields(Watch) if f.name in found}
     rest = numbers[len(SCALARS) :]
     levels = {name: Level(*rest[3 * i : 3 * i + 3]) for i, name in enumerate(LEVELS)}
-    watch = Watch(**(scalars | {"phase": Phase(int(found["phase"]))}))
-    watch.best, watch.mark = (None if math.isnan(x.mean) else x for x in levels.values())
+    watch = Watch(**scalars)
+    watch.best, watch.last, watch.mark = (None if math.isnan(x.mean) else x for x in levels.values())
     watch.losses = [x for x in rest[3 * len(LEVELS) :] if not math.isnan(x)]
     watch.handed = [HandOver(int(a), bool(b), Reason(int(c))) for a, b, c in rows if not math.isnan(a)]
     return watch
