@@ -114,6 +114,11 @@ class LearnedOptimizer(RuleOptimizer):
                 self._rail.step(self.param_groups, told, learned)
         return loss
 
+    @property
+    def guarded(self) -> bool:
+        """Whether there is a guard."""
+        return self._rail is not None
+
     def guard_report(self) -> GuardReport:
         """Return who is in control, every hand-over, and what the guard cannot see.
 

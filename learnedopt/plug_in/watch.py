@@ -236,8 +236,10 @@ class Watch:
         elif self.probation:  # the fallback goes on from its own end of the first trial
             wins, passes = now.mean < target, reached < target
         else:
-            # A cold start from where the learned rule takes long steps gains at once, by shorter ones: not enough.
-            wins, passes = self.legs > 1 and now.mean < target - 2 * noise, now.mean < target + noise
+            # A cold start from where the learned rule takes long steps gains at once, by shorter ones: not enough, but
+            # where the learned rule has stalled, and no end of a schedule is ahead, it need not even gain.
+            margin = -2 if self.stalled < 2 else -1 if self.anneals else 1
+            wins, passes = self.legs > 1 and now.mean < target + margin * noise, now.mean < target + noise
         if wins:
             self.trials += 1
             self._hand_over(False, Reason.WORSE)
