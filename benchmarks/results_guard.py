@@ -2,7 +2,8 @@
 
 Run ``python benchmarks/results_guard.py --folder runs/guard``; every run is kept in the folder as it ends, and is not
 made again. ``--table`` prints the tables of what is there. Losses are means over a run's last 20 steps, on minibatches
-that are the same for all; ratios are of each seed's two runs. LEARNEDOPT_DATA holds the images.
+that are the same for all; ratios are of the means over seeds, and the worst of a seed's two runs. "Shifted" is the fallback alone again, from the same
+start, with the minibatches of 16 steps later: what chance does to it. LEARNEDOPT_DATA holds the images.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 from learnedopt import HorizonWarning, LearnedOptimizer
 
-LAST, SEEDS, WARM_UP = 20, range(5), 10
+LAST, SEEDS, WARM_UP, SHIFT = 20, range(5), 10, 16
 READERS = ("general", "normalised-lstm-mnist", "normalised-mlp-mnist")
 
 
@@ -49,32 +50,45 @@ CASES = {
     "logistic regression": Case(lambda: Problem(lambda: mlp(784, ()), fashion(28), 500), ("general", "lstm-quadratic")),
     "ReLU MLP": Case(
         lambda: Problem(lambda: mlp(196, (64,)), mnist(), 600),
-        ("general", "lstm-mnist", "lstm-quadratic", "tensor-gru-quadratic", "normalised-lstm-mnist", "normalised-mlp-mnist"),
+        (
+            "general",
+            "lstm-mnist",
+            "lstm-quadratic",
+            "tensor-gru-quadratic",
+            "normalised-lstm-mnist",
+            "normalised-mlp-mnist",
+        ),
     ),
     "conv net": Case(
-        lambda: Problem(lambda: conv(14, (8, 16)), mnist(), 500), ("general", "normalised-mlp-mnist", "tensor-gru-quadratic")
+        lambda: Problem(lambda: conv(14, (8, 16)), mnist(), 500),
+        ("general", "normalised-mlp-mnist", "tensor-gru-quadratic"),
     ),
     "transformer": Case(lambda: Problem(Transformer, TextBatches(), 400), ("general", "lstm-quadratic")),
     "ten ReLU layers": Case(
         lambda: Problem(lambda: mlp(196, (32,) * 9), mnist(), 600), ("general", "lstm-mnist", "tensor-gru-quadratic")
     ),
     "pixels 0..255": Case(
-        lambda: Problem(lambda: mlp(196, (32,)), mnist(scale=1.0), 600), ("general", "lstm-mnist", "normalised-lstm-mnist")
+        lambda: Problem(lambda: mlp(196, (32,)), mnist(scale=1.0), 600),
+        ("general", "lstm-mnist", "normalised-lstm-mnist"),
     ),
     "continuing Adam's": Case(
         lambda: Problem(lambda: mlp(196, (20,), nn.Sigmoid), mnist(), 500, trained=300),
         ("general", "lstm-mnist", "lstm-quadratic"),
     ),
     "its own net, 10 x the horizon": Case(
-        lambda: Problem(lambda: mlp(784, (20,), nn.Sigmoid), mnist(28), 1000), ("lstm-mnist", "normalised-lstm-mnist"), 100
+        lambda: Problem(lambda: mlp(784, (20,), nn.Sigmoid), mnist(28), 1000),
+        ("lstm-mnist", "normalised-lstm-mnist"),
+        100,
     ),
     "ReLU MLP, 10 x the horizon": Case(lambda: Problem(lambda: mlp(196, (64,)), mnist(), 600), ("general",), 60),
 }
 
 
-def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer]) -> dict[str, Any]:
-    """Train once; the loss before every step, and what the guard reports."""
+def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], skip: int) -> dict[str, Any]:
+    """Train once, ``skip`` minibatches later; the loss before every step, and what the guard reports."""
     model, batches = problem.start(seed)
+    for _ in range(skip):
+        next(batches)
     optimizer, losses = make(model), []
     for step in range(problem.num_steps):
         optimizer.zero_grad()
@@ -90,20 +104,21 @@ def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Opt
     found: dict[str, Any] = {"losses": losses}
     if isinstance(optimizer, LearnedOptimizer) and optimizer.guarded:
         report = optimizer.guard_report()
-        found |= {"control": report.in_control, "handed": [(h.step, h.to_learned, h.reason.name) for h in report.history]}
+        found |= {
+            "control": report.in_control,
+            "handed": [(h.step, h.to_learned, h.reason.name) for h in report.history],
+        }
     return found
 
 
 def maker(how: str, rule: str, told: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return what makes one of the optimizers: "adam", "fallback", "bare", "guarded"."""
+    """Return what makes one of the optimizers: "adam", "fallback", "shifted", "bare", "guarded"."""
     if how == "adam":
         return lambda model: torch.optim.Adam(model.parameters())
-    if how == "fallback":
+    if how in ("fallback", "shifted"):
         return lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
     steps = told if rule in READERS else None
-    return lambda model: LearnedOptimizer(
-        model.named_parameters(), rule, num_steps=steps, guard=how == "guarded"
-    )
+    return lambda model: LearnedOptimizer(model.named_parameters(), rule, num_steps=steps, guard=how == "guarded")
 
 
 def runs(folder: Path, names: list[str]) -> None:
@@ -112,13 +127,18 @@ def runs(folder: Path, names: list[str]) -> None:
     for seed in SEEDS:
         for name in names:
             case, problem = CASES[name], None
-            jobs = [("adam", ""), ("fallback", ""), *((how, r) for r in case.rules for how in ("guarded", "bare"))]
+            jobs = [
+                ("adam", ""),
+                ("fallback", ""),
+                ("shifted", ""),
+                *((how, r) for r in case.rules for how in ("guarded", "bare")),
+            ]
             for how, rule in jobs:
                 path = folder / f"{name} {how} {rule} {seed}.json".replace("/", "")
                 if path.exists():
                     continue
                 problem = problem or case.problem()
-                found = run(problem, seed, maker(how, rule, case.told or problem.num_steps))
+                found = run(problem, seed, maker(how, rule, case.told or problem.num_steps), SHIFT * (how == "shifted"))
                 path.write_text(json.dumps(found))
                 print(path.stem, f"{last(found):.4f}", found.get("handed", ""), flush=True)
 
@@ -138,16 +158,19 @@ def steps_to(found: dict[str, Any], goal: float) -> float:
 def table(folder: Path) -> str:
     """Return the tables, in Markdown."""
     lines = [
-        "| problem, steps | rule | fallback alone | bare | guarded | guarded / fallback, worst seed | hand-overs a run |",
-        "|---|---|---|---|---|---|---|",
+        "| problem, steps | rule | fallback alone | shifted | bare | guarded | guarded / fallback, worst seed | hand-overs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     reach = ["| problem | Adam's steps | guarded `general`, mean | share |", "|---|---|---|---|"]
     for name, case in CASES.items():
         for rule in case.rules:
-            sets: dict[str, list[dict[str, Any]]] = {"fallback": [], "bare": [], "guarded": [], "adam": []}
+            sets: dict[str, list[dict[str, Any]]] = {
+                how: [] for how in ("fallback", "shifted", "bare", "guarded", "adam")
+            }
             for seed in SEEDS:
                 found = {
-                    how: folder / f"{name} {how} {'' if how in ('adam', 'fallback') else rule} {seed}.json" for how in sets
+                    how: folder / f"{name} {how} {rule if how in ('bare', 'guarded') else ''} {seed}.json"
+                    for how in sets
                 }
                 if all(path.exists() for path in found.values()):
                     for how, path in found.items():
@@ -156,10 +179,13 @@ def table(folder: Path) -> str:
                 continue
             ends = {how: [last(x) for x in each] for how, each in sets.items()}
             ratios = [a / b for a, b in zip(ends["guarded"], ends["fallback"], strict=True)]
+            mean_ratio = statistics.fmean(ends["guarded"]) / statistics.fmean(ends["fallback"])
             steps, handed = len(sets["bare"][0]["losses"]), statistics.fmean(len(x["handed"]) for x in sets["guarded"])
-            means = " | ".join(f"{statistics.fmean(ends[how]):.3f}" for how in ("fallback", "bare", "guarded"))
+            means = " | ".join(
+                f"{statistics.fmean(ends[how]):.3f}" for how in ("fallback", "shifted", "bare", "guarded")
+            )
             lines.append(
-                f"| {name}, {steps} | `{rule}` | {means} | {statistics.fmean(ratios):.3f}, {max(ratios):.3f} | {handed:.1f} |"
+                f"| {name}, {steps} | `{rule}` | {means} | {mean_ratio:.3f}, {max(ratios):.3f} | {handed:.1f} |"
             )
             if rule == "general" and case.told is None:
                 needed = [steps_to(x, end) for x, end in zip(sets["guarded"], ends["adam"], strict=True)]

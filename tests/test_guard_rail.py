@@ -388,7 +388,9 @@ def test_a_fallback_that_cannot_be_one_is_refused(fallback: Any, error: type[Exc
         ruled(model(), Line(0.1), guard=Guard(fallback))
 
 
-@pytest.mark.parametrize("options", [{"warm_up": 0}, {"window": 2}, {"window": 8.5}], ids=["warm-up", "window", "float"])
+@pytest.mark.parametrize(
+    "options", [{"warm_up": 0}, {"window": 2}, {"window": 8.5}], ids=["warm-up", "window", "float"]
+)
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is not a count"):
         Guard(**options)

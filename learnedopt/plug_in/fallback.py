@@ -81,4 +81,6 @@ class Fallback:
 
 def _require_maximize(own: dict[str, Any], group: dict[str, Any]) -> None:
     if group.get("maximize") and "maximize" not in own:
-        raise ValueError("a group is to be maximized, which the guard's fallback cannot do; give it one that has maximize")
+        raise ValueError(
+            "a group is to be maximized, which the guard's fallback cannot do; give it one that has maximize"
+        )

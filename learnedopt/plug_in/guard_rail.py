@@ -97,7 +97,10 @@ class GuardReport:
         lines = [
             f"{self.in_control} is in control after {self.steps} steps, {self.hand_overs} hand-overs, {self.trials} "
             f"trials, {self.skipped} steps skipped" + (", in a trial" if self.trial else ""),
-            *(f"step {h.step}: to the {'learned rule' if h.to_learned else 'fallback'}, {WHY[h.reason]}" for h in self.history),
+            *(
+                f"step {h.step}: to the {'learned rule' if h.to_learned else 'fallback'}, {WHY[h.reason]}"
+                for h in self.history
+            ),
             f"not seen: {self.cannot_see}",
         ]
         return "\n".join(lines)
@@ -124,9 +127,7 @@ class Rail:
         num_steps: steps of the training, where they are known.
     """
 
-    def __init__(
-        self, guard: Guard, groups: list[dict[str, Any]], horizon: int | None, num_steps: int | None
-    ) -> None:
+    def __init__(self, guard: Guard, groups: list[dict[str, Any]], horizon: int | None, num_steps: int | None) -> None:
         self.collective, self.horizon = guard.collective, horizon
         self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
         self.watch = Watch(guard.window_for(num_steps), horizon is not None)
@@ -171,7 +172,9 @@ class Rail:
             self.fallback.cool()
             learned.at_step(watch.step)
         for each in watch.handed[len(watch.handed) - (watch.count - before) :]:
-            LOGGER.warning("after step %d the %s moves the parameters: %s", each.step, _NAMES[each.to_learned], WHY[each.reason])
+            LOGGER.warning(
+                "after step %d the %s moves the parameters: %s", each.step, _NAMES[each.to_learned], WHY[each.reason]
+            )
 
     def _learned_step(self, params: list[Tensor], loss: float | None, size: float, learned: Learned) -> Action:
         if self.snapshot is None:
