@@ -70,13 +70,14 @@ class Fallback:
         self.taken = 0
 
     def entries(self, param: Tensor) -> dict[str, Any]:
-        """Return what is remembered of a parameter, tensors and numbers."""
-        return {k: x for k, x in self.optimizer.state.get(param, {}).items() if x is not None}
+        """Return a copy of what is remembered of a parameter, tensors and numbers: steps write to the original."""
+        kept = self.optimizer.state.get(param, {})
+        return {k: x.clone() if isinstance(x, Tensor) else x for k, x in kept.items() if x is not None}
 
     def recall(self, param: Tensor, entries: dict[str, Any]) -> None:
         """Remember of a parameter what ``entries`` returned."""
         if entries:
-            self.optimizer.state[param] = dict(entries)
+            self.optimizer.state[param] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in entries.items()}
 
 
 def _require_maximize(own: dict[str, Any], group: dict[str, Any]) -> None:
