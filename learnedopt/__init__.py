@@ -52,6 +52,7 @@ __version__ = "0.2.0"
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
     "Card": "learnedopt.cards",
+    "Guard": "learnedopt.plug_in.guard_rail",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.optimizers import Averaged, Entropic, Euclidean, Iterate, MirrorDescent
     from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
+    from learnedopt.plug_in.guard_rail import Guard
     from learnedopt.plug_in.hyper import HyperOptimizer
     from learnedopt.plug_in.learner import RunDiverged
     from learnedopt.tasks.module_family import ModuleFamily
@@ -164,6 +166,7 @@ __all__ = [
     "ForwardMode",
     "Found",
     "GradientEstimator",
+    "Guard",
     "GuessAndGrow",
     "HessianFree",
     "HorizonWarning",
