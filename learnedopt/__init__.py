@@ -12,7 +12,7 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
-from learnedopt.core.rule import Kernel, State, UpdateRule
+from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.combined import Combined
@@ -146,6 +146,7 @@ __all__ = [
     "Bootstrap",
     "BootstrappedTarget",
     "Card",
+    "Bound",
     "Carry",
     "Combined",
     "CompileWarning",
