@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ PACKAGED = learnedopt.packaged()
 ALL = [*HAND_DESIGNED, *PACKAGED]
 NUM_STEPS = 40
 """What rules that read the horizon are told."""
+bare = functools.partial(LearnedOptimizer, guard=False)
+"""The rule itself is asked, and not what watches over it."""
 
 
 def source(name: str) -> Any:
@@ -46,12 +49,12 @@ def rule_of(name: str) -> UpdateRule:
 def made(name: str, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer, told the horizon where its rule reads it."""
     horizon = {"num_steps": NUM_STEPS} if rule_of(name).reads_horizon else {}
-    return LearnedOptimizer(params, source(name), **horizon, **options)
+    return bare(params, source(name), **{**horizon, **options})
 
 
 def learned(rule: UpdateRule, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer of a rule that is used as it is."""
-    return LearnedOptimizer(params, (rule, rule.init_theta(torch.Generator())), **options)
+    return bare(params, (rule, rule.init_theta(torch.Generator())), **options)
 
 
 class Net(nn.Module):

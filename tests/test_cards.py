@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import learnedopt
-from learnedopt import cards, checkpoint, optimizers
+from learnedopt import HorizonWarning, LearnedOptimizer, cards, checkpoint, optimizers
 from learnedopt.core.fingerprint import fingerprint
 from learnedopt.optimizers import LSTM, Adam, LearnedInit, Momentum, Partition
 
@@ -149,6 +150,56 @@ def test_what_a_run_past_the_horizon_is_warned_of(name: str, within: int, past: 
     card = learnedopt.card(name)
     assert cards.past_horizon(card, within) is None
     assert message in str(cards.past_horizon(card, past))
+
+
+def stepped(optimizer: LearnedOptimizer, num_steps: int) -> list[warnings.WarningMessage]:
+    """Take steps at a gradient of ones, and return what was warned of meanwhile."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(num_steps):
+            optimizer.step()
+    return found
+
+
+def test_a_run_that_leaves_what_is_known_is_warned_of_once() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6, guard=False)
+    assert stepped(optimizer, 100) == []
+    saved = optimizer.state_dict()
+    (warned,) = stepped(optimizer, 20)
+    assert warned.category is HorizonWarning and "this is step 101" in str(warned.message)
+    assert warned.filename == __file__
+    again = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6, guard=False)
+    again.load_state_dict(saved)
+    assert len(stepped(again, 3)) == 1
+
+
+def test_parameters_that_come_late_are_not_warned_of_again() -> None:
+    early, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = LearnedOptimizer([early], "lstm-mnist", lr=1e-6, guard=False)
+    assert stepped(optimizer, 50) == []
+    optimizer.add_param_group({"params": [late]})
+    assert len(stepped(optimizer, 60)) == 1
+    assert stepped(optimizer, 50) == []
+    assert optimizer.state[late]["step"] == 110
+
+
+def test_a_horizon_beyond_what_is_known_is_warned_of_before_the_first_step() -> None:
+    params = list(torch.nn.Linear(2, 2).parameters())
+    with pytest.warns(HorizonWarning, match="general was trained or measured on runs of at most 2,000 steps") as warned:
+        LearnedOptimizer(params, "general", num_steps=2001)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    LearnedOptimizer(params, "general", num_steps=2000)
+
+
+def test_a_theta_without_a_card_is_not_warned_of() -> None:
+    optimizer = LearnedOptimizer(
+        torch.nn.Linear(2, 2).parameters(), learnedopt.load("lstm-mnist"), lr=1e-6, guard=False
+    )
+    assert stepped(optimizer, 102) == []
 
 
 def test_names_that_are_none(tmp_path: Path) -> None:

@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from plug_in_cases import ALL, PACKAGED, Net, equal, loss_of, made, memory, rule_of, take, through_a_file, train, values
+from plug_in_cases import (
+    ALL,
+    PACKAGED,
+    Net,
+    equal,
+    loss_of,
+    made,
+    memory,
+    rule_of,
+    source,
+    take,
+    through_a_file,
+    train,
+    values,
+)
 from torch import nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -304,22 +318,25 @@ def test_a_parameter_without_a_gradient_keeps_its_value_and_its_memory(name: str
 
 @every
 def test_groups_after_the_first_step(name: str) -> None:
-    """Coordinatewise rules begin with the new parameters; others say that they cannot, and lose nothing."""
+    """Coordinatewise rules begin with the new parameters; others say that they cannot, unless a rule comes along."""
     model = Net()
     head = [(k, p) for k, p in model.named_parameters() if k.startswith("head")]
     rest = [(k, p) for k, p in model.named_parameters() if not k.startswith("head")]
     optimizer = made(name, head)
     train(model, optimizer, range(2))
     before = values(model)
-    if not rule_of(name).coordinatewise:
-        with pytest.raises(ValueError, match="before the first step only"):
+    if rule_of(name).coordinatewise:
+        optimizer.add_param_group({"params": rest, "lr": 0.5})
+    else:
+        with pytest.raises(ValueError, match=r"before the first step only.*rule of its own"):
             optimizer.add_param_group({"params": rest})
         assert len(optimizer.param_groups) == 1
-    else:
-        optimizer.add_param_group({"params": rest, "lr": 0.5})
-    train(model, optimizer, range(2, 4))
-    moved = {k for k, p in values(model).items() if not torch.equal(p, before[k])}
-    assert moved == {k for k, _ in (head + rest if rule_of(name).coordinatewise else head)}
+        train(model, optimizer, range(2, 3))
+        assert all(torch.equal(p, before[k]) for k, p in rest)
+        optimizer.add_param_group({"params": rest, "rule": source("adam")})
+    train(model, optimizer, range(3, 5))
+    assert all(not torch.equal(p, before[k]) for k, p in values(model).items())
+    assert memory(optimizer)[-1]["step"] == 2 and memory(optimizer)[0]["step"] > 2
 
 
 def test_which_packaged_rules_take_groups_late() -> None:

@@ -1,17 +1,8 @@
 """The plug-in beside torch's own optimizers, to torch's own values: groups, schedulers, closures, late parameters.
 
 torch keeps the settings that it tests its optimizers with in ``torch.testing._internal.common_optimizers``. That module
-is private and needs ``expecttest``, so they are spelled out in ``plug_in_cases.TWINS``. Of what torch tests, these do
-not apply, and are refused by name or have no counterpart:
-
-- ``foreach``, ``fused``, ``capturable``, ``differentiable``: how torch computes a step; a rule has its own kernel, and
-  ``HyperOptimizer``, ``Unrolled`` or the bridge to ``higher`` differentiate through steps.
-- ``amsgrad``; ``betas`` and the like per group; tensors for betas: what a step does is theta's, the same for a rule's
-  groups. Another rule per group is ``rule=`` in it.
-- Sparse gradients: a learned rule moves every coordinate. ``SparseAdam`` has no counterpart, ``LBFGS`` none either.
-- Complex parameters: rules are trained on real numbers; ``torch.view_as_real`` makes them real.
-- Parameters on several devices: a rule sees all tensors at once.
-- States of torch's earlier versions, whose ``step`` was a number: ours never was another.
+is private and needs a package of its own, so they are spelled out in ``plug_in_cases.TWINS``. What of torch's tests
+does not apply, and why, is in docs/torch_optim.md; what is refused of it is tested in test_plug_in_bad_input.py.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ class Kernel:
     def bound(self, theta: Theta, state: State, params: Params) -> Bound | None:
         """Return steps as ``step_in_place`` takes them, made ready once, for a run of many small ones.
 
-        Whoever asks promises that theta's values stay, that ``state`` and ``params`` are written by these steps alone
-        and stay the same tensors in the same memory; else a new one must be made. Between steps the tensors of
-        ``state`` hold what they would otherwise, the count of steps as well. It serves no rule that reads the loss.
+        Whoever asks promises that theta's values and the counts of steps in ``state`` are changed by nobody else, and
+        that the tensors of ``state`` and ``params`` stay where they lie; else new ones must be made. Between steps
+        ``state`` holds what it would otherwise, counts as well. It serves no rule that reads the loss.
         """
         return None
 

@@ -101,10 +101,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"step takes a closure first, and was given a {type(closure).__name__}: pass the loss by its name, "
                 "step(loss=loss)"
             )
-        if loss is not None:
-            raise ValueError("step got a closure and a loss; pass one of them: the closure returns the loss")
         with torch.enable_grad():
-            return closure()
+            found = closure()
+        if found is not None and loss is not None:
+            raise ValueError("step got a closure that returns the loss, and a loss; pass one of them")
+        return loss if found is None else found  # some frameworks hand in a closure always, that does nothing
 
     def _require_memory(
         self, layout: Layout, state: State, state_dict: dict[str, Any], members: list[tuple[Any, Member]],
@@ -124,7 +125,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved = {m.name: {k: x for k, x in state_dict["state"].get(i, {}).items() if k not in own} for i, m in members}
         for name, entry in saved.items():
             count = entry.get(COUNT, 0 if not entry else None)
-            if isinstance(count, bool) or not isinstance(count, int):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(
                     f"this state is not of {name_of(rule)} with these parameters: the entry of {name!r} has "
                     f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"

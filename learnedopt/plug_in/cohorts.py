@@ -12,12 +12,14 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.fingerprint import fingerprint
+from learnedopt.core.horizon import Clock
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
 
 
@@ -32,6 +34,8 @@ class Player:
         num_steps: of the whole training, where the rule reads that.
         card: what is known of theta, if it came with a card.
         known_steps: of the longest run that theta was trained or measured on, as the card says.
+        warned: whether a run has been said to go past it.
+        behind: steps of the training that somebody else took before the rule begins.
     """
 
     rule: UpdateRule
@@ -39,6 +43,8 @@ class Player:
     num_steps: int | None
     card: Any = None
     known_steps: int | None = None
+    warned: bool = False
+    behind: int = 0
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -59,7 +65,8 @@ class Player:
     def begun(self, members: list[Member], params: Params | None = None) -> State:
         """Return the first state for some parameters, whose values may be given."""
         params = values_of(members, self.gathers(members)) if params is None else params
-        return begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        state = begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) else state
 
     def gathers(self, members: list[Member]) -> bool:
         """Return whether some parameters lie in pieces, of which the rule has to see all."""
@@ -150,7 +157,9 @@ class Cohort:
         if kernel is None or self.still or self.layout.cut:
             return False
         bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
-        return bound is not None and BoundSteps(bound, [m.param for m in self.members], self.entries, (self.player,))
+        return bound is not None and BoundSteps(
+            bound, [m.param for m in self.members], self.entries, (self.player, self.player.theta)
+        )
 
     def lies_with_its_parameters(self) -> bool:
         """Return whether the memory is on the parameters' device: a model may have been moved."""
@@ -195,7 +204,7 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
         return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
-    state = layout.state(dict(zip(layout.names, entries, strict=True)))
+    state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
     device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
@@ -203,3 +212,12 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     )
     count = max(c for c in counts if c is not None)
     return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:
+    """Return entries with what is kept in bfloat16 in the dtype of the rule's first state."""
+    narrow = {n: [k for k, x in e.items() if getattr(x, "dtype", None) is torch.bfloat16] for n, e in entries.items()}
+    if not any(narrow.values()):
+        return entries
+    wide = layout.entries(first)
+    return {n: unpacked(entry, {k: wide[n][k].dtype for k in narrow[n]}) for n, entry in entries.items()}

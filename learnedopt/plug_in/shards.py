@@ -42,9 +42,11 @@ def kind_of(param: Tensor) -> Kind | None:
         return Kind.WHOLE
     if _is_sharded(param):
         return Kind.SHARDED
-    own = type(param)
-    untouched = own.__torch_dispatch__ is Tensor.__torch_dispatch__ and issubclass(own, torch.nn.Parameter)
-    return Kind.WHOLE if untouched and own.__torch_function__ is torch.nn.Parameter.__torch_function__ else None
+    own, ordinary = type(param), torch.nn.Parameter
+    untouched = all(
+        getattr(own, hook) is getattr(ordinary, hook) for hook in ("__torch_dispatch__", "__torch_function__")
+    )
+    return Kind.WHOLE if untouched and issubclass(own, ordinary) else None
 
 
 def require_known(params: Iterable[tuple[str, Tensor]]) -> None:
@@ -154,8 +156,8 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
 def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     """Return a DTensor, cut as the parameter is, of which each process has ``piece``.
 
-    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the parameter is
-    an ordinary tensor.
+    That is ``(*leading, *local(param).shape)``. Nothing is sent or copied. It is ``piece`` itself where the
+    parameter is an ordinary tensor.
     """
     if not _is_sharded(param):
         return piece

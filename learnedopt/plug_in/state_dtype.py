@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnedopt.plug_in import shards
+
 _DROPPED = 16
 """Bits of a float32 that a bfloat16 does not have."""
 
@@ -42,7 +44,7 @@ def packed(memory: Mapping[str, Any], param: Tensor, dtype: torch.dtype | None, 
     if dtype is None:
         return dict(memory)
     generator = torch.Generator(param.device).manual_seed(seed)
-    return {k: _rounded(x, generator) if _per_coordinate(x, param) else x for k, x in memory.items()}
+    return {k: _rounded_here(x, param, generator) if _per_coordinate(x, param) else x for k, x in memory.items()}
 
 
 def unpacked(memory: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
@@ -54,6 +56,12 @@ def _per_coordinate(leaf: Any, param: Tensor) -> bool:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not param.ndim or not leaf.ndim:
         return False
     return leaf.shape[-param.ndim :] == param.shape or leaf.shape[-1] == param.numel()
+
+
+def _rounded_here(x: Tensor, param: Tensor, generator: torch.Generator) -> Tensor:
+    """Return what ``_rounded`` does, of the piece of a ``DTensor`` that lies here."""
+    here = shards.local(x)
+    return _rounded(x, generator) if here is x else shards.joined_like(_rounded(here, generator), param)
 
 
 def _rounded(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -251,7 +251,7 @@ def _constants(kernel: FrameKernel, step: Step) -> Constants:
 
 
 def _buffers(step: Step, like: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return room for directions, (members, \\*lanes, rows, columns) for matrices of a shape, and each one's part."""
+    """Return room for the directions, (members, \\*lanes, rows, columns) for matrices of one shape, and each's part."""
     found: list[Tensor | None] = [None] * len(step.cut.shapes)
     groups: dict[tuple[int, int], list[int]] = {}
     for tensor, (shape, (matrix, columns, *_)) in enumerate(zip(step.cut.shapes, step.cut.layout, strict=True)):

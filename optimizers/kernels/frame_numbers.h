@@ -8,8 +8,8 @@ enum { OF_SELF, OF_RELATIVE, OF_LEAST, OF_EXPONENT, OF_OUTER, OF_ENTRIES, OF_RAT
 #define TINY 1e-20
 #define ENTRY_FLOOR 1e-3
 
-/* The numbers of lanes that have taken `steps` so far: 1 - keep^n, in a form that loses no digits where keep is close to
- * 1, and (1 + power) / (n + power). */
+/* The numbers of lanes that have taken `steps` so far, for the n-th step: 1 - keep^n, in a form that loses no digits
+ * where keep is close to 1, and (1 + power) / (n + power). */
 void begin(long num_lanes, const REAL *constants, const REAL *steps, REAL *found) {
     for (long lane = 0; lane < num_lanes; lane++, constants += LANE_CONSTANTS, found += LANE_NUMBERS) {
         const double n = (double)steps[lane] + 1;
@@ -51,8 +51,9 @@ static void powers(REAL *x, long n, double scale, double floor, double exponent)
  *     floor = relative m + least,    base = m + self m + 1e-20,    factor = weight base^exponent
  *     rate = exp(own + schedule(progress) + entries (ln(q + 1e-6) / 2 + 2.5))
  *
- * and of rows and columns, of whose v the mean is r, (r + floor)^outer. `found` has the sums of all pieces; of `rows` (lanes,
- * all rows), and of `sums`, the columns of all pieces, what `sums` found; `rows` and `columns` get the factors. */
+ * and of rows and columns, of whose v the mean is r, (r + floor)^outer. `found` has the sums of all pieces, `rows`
+ * (lanes, all rows) and `sums` (lanes, the columns of all pieces) those that `sums` found, NULL for none; `rows` and
+ * `columns` get the factors. */
 void numbers(long num_lanes, const Cut *cut, const REAL *lane_constants, const double *knots, const REAL *progress,
              const REAL *constants, const REAL *lane_numbers, const REAL *found, REAL *tensor_numbers, REAL *rows,
              const REAL *sums, REAL *columns, long num_rows, long num_sums, long num_columns) {

@@ -14,9 +14,9 @@ from learnedopt.optimizers.kernels import native
 from learnedopt.optimizers.kernels.lanes import array, shared
 
 _SOURCE = Path(__file__).with_name("newton_schulz.c")
-SMALL = 64
-"""The largest of the smaller sides."""
-_LONG = 65536
+SMALL = 128
+"""The largest of the smaller sides; torch takes as long for squares of 128, and twice as long for longer matrices."""
+_LONG = 262144
 """Above so many entries products are worth sharing between threads, which torch does."""
 
 

@@ -1,9 +1,10 @@
 /* The step of the normalised rules, for all tensors of many lanes, in two passes over memory.
  *
  * `begin` finds the numbers of a lane, `sums` what the formulas need of whole tensors, `numbers` makes a few numbers a
- * tensor out of them, and a factor for each row and each column of a matrix, and `move` takes the step. What is particular
- * to a rule are constants, of lanes and of tensors: of what does not change from step to step. With the gradient g, the parameters y, their average x, a network's d and s where there is one, and a direction o where one is
- * given for the tensor:
+ * tensor out of them, and a factor for each row and each column of a matrix, and `move` takes the step. What is
+ * particular to a rule are constants, of lanes and of tensors, that do not change from step to step. With the gradient
+ * g, the parameters y, their average x, a network's d and s where there is one, and a direction o where one is given for
+ * the tensor:
  *
  *     z  = (y - blend x) / (1 - blend)
  *     m1 <- keep_1 m1 + (1 - keep_1) g,    m2, v likewise, v of g^2
