@@ -32,9 +32,10 @@ _DETACHED = (torch.optim.ASGD, torch.optim.Rprop)
 class HigherRule(UpdateRule):
     """Any optimizer that ``higher`` has a differentiable version of, its own or one that was registered with it.
 
-    Values and derivatives are higher's: at a coordinate that never had a gradient, those of Adam and Adagrad are 0, and
-    those of RMSprop NaN. Its counts and scalars are Python's numbers, so that tasks are run one by one, with
-    ``Execution(chunk_size=1)``, and never compiled.
+    Values and derivatives are higher's, which are finite at a coordinate that never had a gradient, but for a centred
+    RMSprop. Its Adam adds ``eps`` before it corrects the root for the start, where torch does so after. Its counts and
+    scalars are Python's numbers, so that tasks are run one by one, with ``Execution(chunk_size=1)``, and never
+    compiled.
 
     Args:
         optimizer: a class such as ``torch.optim.Adagrad``.
