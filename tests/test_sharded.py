@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from plug_in_cases import bare
 from sharded_processes import (
     HALF,
     NUM_STEPS,
@@ -34,6 +35,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from learnedopt import HyperOptimizer, LearnedOptimizer
 from learnedopt.core.rule import Kernel
+from learnedopt.core.tree import Params
 from learnedopt.optimizers import Adam, Momentum, make
 from learnedopt.plug_in import shards
 
@@ -138,8 +140,8 @@ def test_a_piece_of_the_memory_may_be_kept_in_bfloat16(folder: Path) -> None:
 def test_asking_for_the_state_before_the_first_step_changes_nothing(rule: str) -> None:
     model = net()
     optimizer = optimizer_of(model, rule)
-    _, state = get_state_dict(model, optimizer)
-    assert {entry["step"] for entry in state["state"].values()} == {0}
+    get_state_dict(model, optimizer)
+    assert {entry["step"] for entry in optimizer.state.values()} == {0}
     train(model, optimizer, range(NUM_STEPS), WAYS["DDP"].parts)
     torch.testing.assert_close(whole(model), alone("DDP", rule), rtol=0, atol=0)
 
@@ -149,13 +151,13 @@ def with_odd(param: Tensor) -> Iterable[tuple[str, Tensor]]:
 
 
 def test_a_tensor_subclass_that_is_not_known_is_refused_by_name() -> None:
-    param = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    halves = [torch.ones(3), torch.ones(3)]
+    param = torch.nn.Parameter(TwoTensor(*halves))
     rule = Adam()
     for optimizer in (LearnedOptimizer, HyperOptimizer):
         with pytest.raises(TypeError, match=r"'odd' is a torch\.testing\S*\.TwoTensor, a tensor subclass"):
             optimizer(with_odd(param), (rule, rule.init_theta(torch.Generator())))  # pyright: ignore[reportArgumentType]
-    assert param.a.eq(1).all()
-    assert param.b.eq(1).all()
+    assert all(half.eq(1).all() for half in halves)
 
 
 def test_a_name_of_its_own_makes_no_other_tensor_of_a_parameter() -> None:
@@ -163,7 +165,7 @@ def test_a_name_of_its_own_makes_no_other_tensor_of_a_parameter() -> None:
         pass
 
     rule, param = Momentum(lr=0.5), Tagged(torch.ones(3))
-    optimizer = LearnedOptimizer(with_odd(param), (rule, rule.init_theta(torch.Generator())))
+    optimizer = bare(with_odd(param), (rule, rule.init_theta(torch.Generator())))
     param.grad = torch.ones(3)
     optimizer.step()
     assert param.detach().eq(0.5).all()
@@ -182,7 +184,7 @@ def test_no_kernel_reads_the_pointer_of_a_subclass(name: str) -> None:
     theta = rule.init_theta(torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     params, grads = ({"w": torch.randn(3, 2, generator=generator)} for _ in range(2))
-    odd = {"w": TwoTensor(grads["w"], grads["w"])}
+    odd: Params = {"w": TwoTensor(grads["w"], grads["w"])}
     state, loss, kernel = rule.init(theta, params)[1], torch.tensor(0.0), rule.kernel or Kernel()
     with torch.no_grad():
         assert kernel.step(theta, odd, state, params, loss) is None

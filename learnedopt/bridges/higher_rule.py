@@ -61,7 +61,7 @@ class HigherRule(UpdateRule):
 
     def __init__(self, optimizer: type[torch.optim.Optimizer], *, learn: tuple[str, ...] = (), **options: Any) -> None:
         if not isinstance(optimizer, type) or optimizer not in _opt_mapping:
-            known = ", ".join(kind.__name__ for kind in _opt_mapping)
+            known = ", ".join(getattr(kind, "__name__", str(kind)) for kind in _opt_mapping)
             raise TypeError(
                 f"higher has no differentiable version of {getattr(optimizer, '__name__', optimizer)!r}, only of "
                 f"{known}; register one with higher.register_optim, or use learnedopt.bridges.torch_optim.TorchOptim"

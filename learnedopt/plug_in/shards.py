@@ -42,9 +42,11 @@ def kind_of(param: Tensor) -> Kind | None:
         return Kind.WHOLE
     if _is_sharded(param):
         return Kind.SHARDED
-    own = type(param)
-    untouched = own.__torch_dispatch__ is Tensor.__torch_dispatch__ and issubclass(own, torch.nn.Parameter)
-    return Kind.WHOLE if untouched and own.__torch_function__ is torch.nn.Parameter.__torch_function__ else None
+    own, ordinary = type(param), torch.nn.Parameter
+    untouched = all(
+        getattr(own, hook) is getattr(ordinary, hook) for hook in ("__torch_dispatch__", "__torch_function__")
+    )
+    return Kind.WHOLE if untouched and issubclass(own, ordinary) else None
 
 
 def require_known(params: Iterable[tuple[str, Tensor]]) -> None:
