@@ -62,10 +62,10 @@ class Player:
         self.theta = tree.to(self.theta, device, None)
         return self.theta
 
-    def begun(self, members: list[Member], params: Params | None = None) -> State:
-        """Return the first state for some parameters, whose values may be given."""
+    def begun(self, members: list[Member], params: Params | None = None, *, graph: bool = False) -> State:
+        """Return the first state for some parameters, whose values may be given; with a graph to theta or without."""
         params = values_of(members, self.gathers(members)) if params is None else params
-        state = begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        state = begun(self.mover, self.theta_on(common_device(params)), params, graph=graph)[1]
         return state._replace(step=state.step + self.behind) if isinstance(state, Clock) else state
 
     def gathers(self, members: list[Member]) -> bool:
