@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import json
 import math
 import os
@@ -72,9 +71,8 @@ class Cells:
 
 
 def _learned(param: Tensor, rule: Any, reads_horizon: bool, reads_loss: bool = False) -> Stepped:
-    bare: dict[str, Any] = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
     told: dict[str, Any] = {"num_steps": NUM_STEPS} if reads_horizon else {}
-    optimizer: Any = LearnedOptimizer([("weight", param)], rule, **told, **bare)
+    optimizer: Any = LearnedOptimizer([("weight", param)], rule, guard=False, **told)
     if reads_loss:
         step = optimizer.step
         optimizer.step = lambda: step(loss=1.0)

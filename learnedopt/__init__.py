@@ -12,7 +12,7 @@ from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
 from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
-from learnedopt.core.rule import Kernel, State, UpdateRule
+from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
 from learnedopt.core.task import Batch, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.combined import Combined
@@ -52,6 +52,7 @@ __version__ = "0.2.0"
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
     "Card": "learnedopt.cards",
+    "Guard": "learnedopt.plug_in.guard_rail",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.optimizers import Averaged, Entropic, Euclidean, Iterate, MirrorDescent
     from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
+    from learnedopt.plug_in.guard_rail import Guard
     from learnedopt.plug_in.hyper import HyperOptimizer
     from learnedopt.plug_in.learner import RunDiverged
     from learnedopt.tasks.module_family import ModuleFamily
@@ -143,6 +145,7 @@ __all__ = [
     "BestInHindsight",
     "Bootstrap",
     "BootstrappedTarget",
+    "Bound",
     "Card",
     "Carry",
     "Combined",
@@ -164,6 +167,7 @@ __all__ = [
     "ForwardMode",
     "Found",
     "GradientEstimator",
+    "Guard",
     "GuessAndGrow",
     "HessianFree",
     "HorizonWarning",

@@ -14,35 +14,33 @@ from torch.optim.optimizer import ParamsT
 
 from learnedopt.cards import card, past_horizon, trained_horizon
 from learnedopt.checkpoint import resolve_rule
-from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in import shards
-from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
-from learnedopt.plug_in.cohorts import Cohort, Player, formed
+from learnedopt.plug_in.cohorts import Cohort, Player
+from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail, split
 from learnedopt.plug_in.members import (
-    Member,
     common_device,
-    factors_of,
-    gradients_of,
     name_of,
     require_start,
     saved_indices,
     scalar_loss,
     values_of,
 )
-from learnedopt.plug_in.memory import COUNT
-from learnedopt.plug_in.state_dtype import packed, require_state_dtype
-from learnedopt.plug_in.stepping import begun, updated
+from learnedopt.plug_in.moving import MovedByRules
+from learnedopt.plug_in.state_dtype import require_state_dtype
+from learnedopt.plug_in.stepping import begun
 
 THETA = "theta"
 """What a group says of its theta: the fingerprint."""
+CLOCK = ("memory.step", "memory.horizon")
+"""Keys of what a rule that reads the horizon is told it by."""
 
 
 @final
-class LearnedOptimizer(RuleOptimizer):
+class LearnedOptimizer(MovedByRules):
     """Moves a model's parameters by a learned update rule, as the engine's inner step does, to the same bits.
 
         deltas, state = rule.update(theta, grads, state, params, loss)
@@ -67,6 +65,8 @@ class LearnedOptimizer(RuleOptimizer):
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
         state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
+        guard: whether a safe optimizer stands by: the ``Guard`` watches the losses that ``step`` is told, and the
+            parameters, and hands over where the rule does worse, climbs, stalls or explodes. False: the bare rule.
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
@@ -96,12 +96,13 @@ class LearnedOptimizer(RuleOptimizer):
         num_steps: int | None = None,
         adopt_start: bool = False,
         state_dtype: torch.dtype | None = None,
+        guard: bool | Guard = True,
         **foreign: Any,
     ) -> None:
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start and state_dtype"
+                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start, state_dtype and guard"
             )
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
@@ -111,8 +112,12 @@ class LearnedOptimizer(RuleOptimizer):
         self._players: list[Player] = []  # of each group
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
         self._together: list[Cohort] = []  # as the last step had them
+        self._rail: Rail | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self._settle()
+        if guard:
+            horizon = num_steps if self.rule.reads_horizon else None
+            self._rail = Rail(Guard() if guard is True else guard, self.param_groups, horizon, num_steps)
 
     @property
     def rule(self) -> UpdateRule:
@@ -144,6 +149,8 @@ class LearnedOptimizer(RuleOptimizer):
         try:
             super().add_param_group(param_group)
             self.param_groups[-1][THETA] = player.fingerprint
+            if self._rail is not None:
+                self._rail.add(self.param_groups[-1])
         except BaseException:
             self._players.pop()
             raise
@@ -166,53 +173,61 @@ class LearnedOptimizer(RuleOptimizer):
                 scalar; the parameters lie on several devices; the rule does not know them by name.
         """
         loss = self._evaluated(closure, loss)
-        self._step_learned(loss)
+        if self._rail is None or all(float(group["lr"]) == 0 for group in self.param_groups):
+            self._step_learned(loss)
+        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
+            learned = Learned(lambda: self._step_learned(loss), self._forget, self._set_clock)
+            with torch.no_grad():
+                self._rail.step(self.param_groups, told, learned)
         return loss
 
-    @torch.no_grad()
-    def _step_learned(self, loss: Any) -> None:
-        if self._step_ready(loss):
-            return
-        members = self._members()
-        if any(m.param.grad is not None for m in members) and not self._only_looked_at(members):
-            for cohort in self._cohorts():
-                self._require_end(cohort)
-                self._move(cohort, loss)
-            # What was gathered for this step goes; it is gathered anew for the next.
-            self._together = [cohort for cohort in self._together if not cohort.gathers]
-            self._owned = True
+    @property
+    def guarded(self) -> bool:
+        """Whether there is a guard."""
+        return self._rail is not None
 
-    def _step_ready(self, loss: Any) -> bool:
-        """Take the step as it was made ready; return whether it was done.
+    def guard_report(self) -> GuardReport:
+        """Return who is in control, every hand-over, and what the guard cannot see.
 
-        That is for whole steps of all parameters, from the second one on in which nobody else can hold the memory.
+        Raises:
+            ValueError: there is no guard.
         """
-        if not self._owned or len(self._together) != 1:
-            return False
-        (cohort,), params = self._together, [p for group in self.param_groups for p in group["params"]]
-        plain = all(float(g["lr"]) == 1 and not g["weight_decay"] and not g["maximize"] for g in self.param_groups)
-        if not plain or cohort.ready is False or any(p.grad is None for p in params):
-            return False
-        memory = [self.state.get(p) for p in params]
-        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player, cohort.player.theta)):
-            whole = len(params) == len(cohort.members) and cohort.lies_with_its_parameters()
-            if not whole or not cohort.stands(self.state):
-                return False
-            cohort.ready = cohort.made_ready()
-        if loss is not None:
-            scalar_loss(loss, params[0].device)
-        self._require_end(cohort)
-        done = cohort.ready is not False and cohort.ready.step()
-        if done:
-            cohort.count += 1
-        else:
-            cohort.ready = False
-        return done
+        if self._rail is None:
+            raise ValueError("this optimizer was made with guard=False, so there is nothing to report")
+        return self._rail.report()
+
+    def _forget(self) -> None:
+        self.state.clear()
+        for player in self._players:
+            player.behind = 0 if self._rail is None else self._rail.watch.step
+
+    def _set_clock(self, step: int) -> None:
+        """Tell a rule that reads the horizon how many steps are behind, its own and others'."""
+        for player in self._players:
+            player.behind = step
+        for param, entry in self.state.items():
+            if set(CLOCK) <= entry.keys():
+                self.state[param] = {**entry, "memory.step": torch.full_like(entry["memory.step"], step)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rule's memory, the step counts and the groups; later steps leave what was returned as it is."""
+        """Return the rule's memory, the guard's, the step counts and the groups.
+
+        Later steps leave what was returned as it is.
+        """
         self._owned = False
-        return super().state_dict()
+        if self._rail is None or not self._rail.watch.step:
+            return super().state_dict()
+        params = [m.param for m in self._members()]
+        kept = {p: self.state[p] for p in params if p in self.state}
+        # In the state while torch's own method runs, so that its hooks see all of it.
+        for param, own in zip(params, self._rail.entries(params), strict=True):
+            self.state[param] = {**kept.get(param, {}), **own}
+        try:
+            return super().state_dict()
+        finally:
+            self.state.clear()
+            self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
@@ -227,7 +242,8 @@ class LearnedOptimizer(RuleOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._owned = False
         own = {
-            k: self.__dict__[k] for k in ("_player", "_players", "adopt_start", "num_steps", "_state_dtype", "_settled")
+            k: self.__dict__[k]
+            for k in ("_player", "_players", "adopt_start", "num_steps", "_state_dtype", "_settled", "_rail")
         }
         return {**super().__getstate__(), **own}
 
@@ -277,90 +293,6 @@ class LearnedOptimizer(RuleOptimizer):
                 if name in changed:
                     shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
 
-    def _parts(self) -> list[tuple[Player, list[Member]]]:
-        """Return each rule with its parameters, in the order of the first of them."""
-        parts: dict[int, tuple[Player, list[Member]]] = {}
-        rules = {id(group): player for group, player in zip(self.param_groups, self._players, strict=True)}
-        for member in self._members():
-            player = rules[id(member.group)]
-            parts.setdefault(id(player), (player, []))[1].append(member)
-        return list(parts.values())
-
-    def _only_looked_at(self, members: list[Member]) -> bool:
-        """Give a fresh optimizer its memory, without a step, where a tool asks for it by a step of nothing.
-
-        Such as those of ``torch.distributed.checkpoint``, which step at rate 0 with gradients of 0.
-        """
-        if self._begun() or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        if not shards.all_zero(m.param.grad for m in members if m.param.grad is not None):
-            return False
-        for cohort in self._cohorts():
-            entries = cohort.layout.entries(unshared(cohort.state, tuple(shards.local(m.param) for m in members)))
-            for name, param, _ in cohort.members:
-                self.state[param] = {COUNT: 0, **entries[name]}
-        return True
-
-    def _cohorts(self) -> list[Cohort]:
-        """Return what is moved together in this step; as in the last one where nothing has changed."""
-        parts = self._parts()
-        if self._together and all(cohort.stands(self.state) for cohort in self._together):
-            active = {m.param for _, members in parts for m in members if m.param.grad is not None}
-            before = {m.param for cohort in self._together for m in cohort.members if m.name not in cohort.still}
-            if active == before and all(cohort.lies_with_its_parameters() for cohort in self._together):
-                groups = {m.param: m for _, members in parts for m in members}
-                for cohort in self._together:  # a state dict that was loaded has brought other groups
-                    cohort.members = [groups[m.param] for m in cohort.members]
-                return self._together
-        self._together = [cohort for player, members in parts for cohort in formed(player, members, self.state)]
-        return self._together
-
-    def _move(self, cohort: Cohort, loss: Any) -> None:
-        """Move the parameters of a cohort, and keep the rule's new memory."""
-        members, player = cohort.members, cohort.player
-        params, grads = cohort.values(), gradients_of(members, cohort.gathers)
-        grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in members}
-        if loss is not None and all(group["maximize"] for _, _, group in members):
-            loss = -loss
-        factors = factors_of(members)
-        decays = {name: factors[name] * float(group["weight_decay"]) for name, _, group in members}
-        found = updated(
-            player.mover, player.theta_on(common_device(params)), grads, cohort.state, params, loss,
-            whole=all(f in (0, 1) for f in factors.values()),
-            in_place=self._owned and not cohort.fresh and not cohort.still,
-            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()) and not cohort.gathers,
-        )  # fmt: skip
-        self._keep(cohort, found.state, tuple(grads.values()))
-        if not found.written:
-            moved(members, found.found, factors, added=found.added, decays=decays, gather=cohort.gathers)
-
-    def _keep(self, cohort: Cohort, state: Any, grads: tuple[Tensor, ...]) -> None:
-        """Keep a rule's new memory; parameters that are still keep theirs."""
-        if state is cohort.state and self._owned and cohort.entries and not cohort.still:  # written in place
-            for entry in cohort.entries:
-                entry[COUNT] += 1
-            cohort.count += 1
-            return
-        # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        params, layout = tuple(shards.local(m.param) for m in cohort.members), cohort.layout
-        require_structure(layout, state, cohort.player.rule)
-        state = tree.detach(unshared(state, (*params, *grads)))
-        if cohort.still:
-            entries, before = layout.entries(state), layout.entries(unshared(cohort.state, params))
-            for name in cohort.still:
-                entries[name].update({k: x for k, x in before[name].items() if k not in layout.common})
-            state = layout.state(entries)
-        entries, cohort.entries = layout.entries(state), []
-        for name, param, _ in cohort.members:
-            # New dicts, so that an earlier state_dict() keeps what it held.
-            count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
-            memory = packed(entries[name], param, self._state_dtype, seed=count)
-            self.state[param] = {COUNT: count, **memory}
-            cohort.entries.append(self.state[param])
-        if self._state_dtype is not None:
-            self._together = []  # what was computed with is not kept beside what is kept of it
-        cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
-
     def _require_end(self, cohort: Cohort) -> None:
         """Warn at the first step past the horizon that the rule reads, or past what is known of its theta."""
         player, step = cohort.player, cohort.count + 1
@@ -380,6 +312,13 @@ class LearnedOptimizer(RuleOptimizer):
             warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
+        halves = {i: split(entry) for i, entry in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": {i: kept for i, (kept, _) in halves.items()}}
+        if self._rail is None and any(own for _, own in halves.values()) and not any(state_dict["state"].values()):
+            raise ValueError(
+                "this state was saved while the guard's fallback moved the parameters, so it holds no memory of the "
+                "rule's; make the optimizer with guard=True"
+            )
         indices = saved_indices(state_dict, self.param_groups)
         for player, members in self._parts():
             gather = player.gathers(members)
@@ -399,6 +338,18 @@ class LearnedOptimizer(RuleOptimizer):
 
     def _loaded(self) -> None:
         self._fill_groups()
+        params, found = [m.param for m in self._members()], []
+        for param in params:
+            kept, own = split(self.state.get(param, {}))
+            found.append(own)
+            if kept:
+                self.state[param] = kept
+            else:
+                self.state.pop(param, None)
+        if self._rail is not None and (self._begun() or any(found)):
+            self._rail.recall(params, found)
+            for player in self._players:
+                player.behind = self._rail.watch.step
 
     def _fill_groups(self) -> None:
         """Give groups what those of earlier versions did not have."""

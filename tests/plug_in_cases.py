@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ PACKAGED = learnedopt.packaged()
 ALL = [*HAND_DESIGNED, *PACKAGED]
 NUM_STEPS = 40
 """What rules that read the horizon are told."""
-BARE: dict[str, Any] = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
+bare = functools.partial(LearnedOptimizer, guard=False)
 """The rule itself is asked, and not what watches over it."""
 
 
@@ -49,12 +49,12 @@ def rule_of(name: str) -> UpdateRule:
 def made(name: str, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer, told the horizon where its rule reads it."""
     horizon = {"num_steps": NUM_STEPS} if rule_of(name).reads_horizon else {}
-    return LearnedOptimizer(params, source(name), **{**BARE, **horizon, **options})
+    return bare(params, source(name), **{**horizon, **options})
 
 
 def learned(rule: UpdateRule, params: Any, **options: Any) -> LearnedOptimizer:
     """Make an optimizer of a rule that is used as it is."""
-    return LearnedOptimizer(params, (rule, rule.init_theta(torch.Generator())), **{**BARE, **options})
+    return bare(params, (rule, rule.init_theta(torch.Generator())), **options)
 
 
 class Net(nn.Module):

@@ -166,20 +166,20 @@ def stepped(optimizer: LearnedOptimizer, num_steps: int) -> list[warnings.Warnin
 
 def test_a_run_that_leaves_what_is_known_is_warned_of_once() -> None:
     model = torch.nn.Linear(2, 2)
-    optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6)
+    optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6, guard=False)
     assert stepped(optimizer, 100) == []
     saved = optimizer.state_dict()
     (warned,) = stepped(optimizer, 20)
     assert warned.category is HorizonWarning and "this is step 101" in str(warned.message)
     assert warned.filename == __file__
-    again = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6)
+    again = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6, guard=False)
     again.load_state_dict(saved)
     assert len(stepped(again, 3)) == 1
 
 
 def test_parameters_that_come_late_are_not_warned_of_again() -> None:
     early, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = LearnedOptimizer([early], "lstm-mnist", lr=1e-6)
+    optimizer = LearnedOptimizer([early], "lstm-mnist", lr=1e-6, guard=False)
     assert stepped(optimizer, 50) == []
     optimizer.add_param_group({"params": [late]})
     assert len(stepped(optimizer, 60)) == 1
@@ -196,7 +196,9 @@ def test_a_horizon_beyond_what_is_known_is_warned_of_before_the_first_step() -> 
 
 
 def test_a_theta_without_a_card_is_not_warned_of() -> None:
-    optimizer = LearnedOptimizer(torch.nn.Linear(2, 2).parameters(), learnedopt.load("lstm-mnist"), lr=1e-6)
+    optimizer = LearnedOptimizer(
+        torch.nn.Linear(2, 2).parameters(), learnedopt.load("lstm-mnist"), lr=1e-6, guard=False
+    )
     assert stepped(optimizer, 102) == []
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from plug_in_cases import (
     ALL,
-    BARE,
     HAND_DESIGNED,
     Net,
+    bare,
     equal,
     learned,
     loss_of,
@@ -26,7 +26,6 @@ from plug_in_cases import (
 from torch import Tensor, nn
 
 import learnedopt
-from learnedopt import LearnedOptimizer
 from learnedopt.optimizers import LSTM, SGD, Adam, Momentum
 
 every = pytest.mark.parametrize("name", ALL)
@@ -40,7 +39,7 @@ every = pytest.mark.parametrize("name", ALL)
     [("genral", "general"), ("lstm_mnist", "lstm-mnist"), ("normalized-mlp-mnist", "normalised-mlp-mnist")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
-    for call in (lambda: LearnedOptimizer(Net().parameters(), name), lambda: learnedopt.load(name)):
+    for call in (lambda: bare(Net().parameters(), name), lambda: learnedopt.load(name)):
         with pytest.raises(FileNotFoundError, match=f"did you mean '{nearest}'"):
             call()
 
@@ -49,9 +48,9 @@ def test_theta_of_another_rule() -> None:
     momentum, adam = Momentum(lr=0.1), Adam(lr=0.1)
     theta = momentum.init_theta(torch.Generator())
     with pytest.raises(ValueError, match="does not fit the rule LSTM"):
-        LearnedOptimizer(Net().parameters(), (LSTM(), theta))
+        bare(Net().parameters(), (LSTM(), theta))
     with pytest.raises(ValueError, match="does not fit the rule Adam"):
-        LearnedOptimizer(Net().parameters(), (adam, theta))
+        bare(Net().parameters(), (adam, theta))
 
 
 def test_a_rule_of_a_group_is_as_the_optimizers() -> None:
@@ -162,14 +161,14 @@ def test_a_rule_that_reads_the_horizon_is_not_made_without(name: str) -> None:
     model = Net()
     before = values(model)
     with pytest.raises(ValueError, match=r"LearnedOptimizer\(\.\.\., num_steps=T\)"):
-        LearnedOptimizer(model.parameters(), source(name))
+        bare(model.parameters(), source(name))
     assert equal(values(model), before)
 
 
 @pytest.mark.parametrize("num_steps", [0, -3, 2.5, True])
 def test_a_horizon_that_is_none(num_steps: Any) -> None:
     with pytest.raises(ValueError, match="num_steps="):
-        LearnedOptimizer(Net().parameters(), "general", num_steps=num_steps)
+        bare(Net().parameters(), "general", num_steps=num_steps)
 
 
 def test_a_loss_by_position_works_or_is_told_apart() -> None:
@@ -259,9 +258,9 @@ def test_the_state_of_another_theta(name: str) -> None:
     moved = {k: 0.99 * v for k, v in theta.items()}
     model = Net()
     optimizer = made(name, model.parameters())
-    options = {**BARE, "num_steps": optimizer.num_steps}
+    options = {"num_steps": optimizer.num_steps}
     for steps in range(2):
-        other = LearnedOptimizer(model.parameters(), (rule, moved), **options)
+        other = bare(model.parameters(), (rule, moved), **options)
         train(model, other, range(steps))
         before, kept = values(model), memory(optimizer)
         with pytest.raises(ValueError, match=r"theta"):
@@ -293,7 +292,7 @@ def test_the_state_of_another_horizon(name: str) -> None:
     model = Net()
     optimizer, other = (
         made(name, model.parameters()),
-        LearnedOptimizer(model.parameters(), source(name), num_steps=70, **BARE),
+        bare(model.parameters(), source(name), num_steps=70),
     )
     train(model, other, range(1))
     with pytest.raises(ValueError, match="this state is of a training of 70 steps"):

@@ -27,6 +27,7 @@ from learnedopt.optim import LearnedOptimizer
 from learnedopt.plug_in.cohorts import Cohort, Player, formed
 from learnedopt.plug_in.members import Member, common_device, name_of
 from learnedopt.plug_in.memory import COUNT
+from learnedopt.plug_in.shards import Kind, kind_of
 from learnedopt.plug_in.stepping import begun
 
 try:
@@ -53,7 +54,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
 
     The bare rule moves the parameters: a guard is not differentiable and plays no part. So do groups, ``lr``,
     ``weight_decay``, ``maximize``, a rule of a group's own, and parameters that the loss does not reach, as in
-    ``LearnedOptimizer``; its memory so far is copied. Where ``track_higher_grads`` is False nothing is recorded.
+    ``LearnedOptimizer``; its memory so far is copied, and kept in the rule's own dtype (a ``state_dtype`` rounds at
+    random, which has no derivative). Where ``track_higher_grads`` is False nothing is recorded.
 
     ``override`` takes ``lr`` and ``weight_decay`` as tensors, and ``theta``: a dict like the rule's, whose tensors may
     require gradients. A rule with a learned start then starts from this theta's, in the place of the model's weights;
@@ -61,12 +63,18 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
 
     Raises:
         TypeError: ``theta`` is no dict.
-        ValueError: theta is of another rule or shape; groups of one rule are given different ones; a start has no
-            model to be put into, or lies in one that ``higher`` has not been given.
+        ValueError: a parameter lies in pieces on several processes; theta is of another rule or shape; groups of one
+            rule are given different ones; a start has no model to be put into, or lies in one that ``higher`` has not
+            been given.
     """
 
     def __init__(self, other: LearnedOptimizer, reference_params: Iterable[Tensor], *args: Any, **options: Any) -> None:
         reference = list(reference_params)
+        if any(kind_of(p) is not Kind.WHOLE for p in reference):
+            raise ValueError(
+                "some parameters are tensor subclasses, such as the pieces of fully_shard, and higher knows plain "
+                "tensors alone; meta-train on a model that is whole in each process"
+            )
         super().__init__(other, reference, *args, **options)
         self._other, self._loss = other, None
         at = {id(p): (g, i) for g, group in enumerate(other.param_groups) for i, p in enumerate(group["params"])}

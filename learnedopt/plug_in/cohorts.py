@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.fingerprint import fingerprint
+from learnedopt.core.horizon import Clock
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
@@ -34,7 +35,7 @@ class Player:
         card: what is known of theta, if it came with a card.
         known_steps: of the longest run that theta was trained or measured on, as the card says.
         warned: whether a run has been said to go past it.
-        state_dtype: in which memory is kept between steps, where that is not the rule's own.
+        behind: steps of the training that somebody else took before the rule begins.
     """
 
     rule: UpdateRule
@@ -43,7 +44,7 @@ class Player:
     card: Any = None
     known_steps: int | None = None
     warned: bool = False
-    state_dtype: torch.dtype | None = None
+    behind: int = 0
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -64,7 +65,8 @@ class Player:
     def begun(self, members: list[Member], params: Params | None = None) -> State:
         """Return the first state for some parameters, whose values may be given."""
         params = values_of(members, self.gathers(members)) if params is None else params
-        return begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        state = begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) else state
 
     def gathers(self, members: list[Member]) -> bool:
         """Return whether some parameters lie in pieces, of which the rule has to see all."""

@@ -1,0 +1,306 @@
+"""The guard of a learned optimizer: the learned rule and a safe fallback take turns, by what a watch says."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from learnedopt.core.counts import require_count
+from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
+from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch, packed, unpacked
+
+LOGGER = logging.getLogger("learnedopt")
+EXPLODED, SMALL = 30.0, 0.1
+"""Parameters that have grown to so many times their norm, or that of ``SMALL`` a coordinate, have exploded."""
+KEY = "guard."
+"""What the keys of the guard's entries in a state dict begin with."""
+
+WHY: dict[Reason, str] = {
+    Reason.WORSE: "the fallback does at least as well from the same point",
+    Reason.CLIMBS: "the loss climbs",
+    Reason.EXPLODED: "parameters or gradients explode",
+    Reason.NOT_FINITE: "parameters, gradients or losses are not finite",
+    Reason.HORIZON: "the run is past the num_steps that the rule was told",
+    Reason.BETTER: "the learned rule does better from the same point",
+    Reason.WAITED: "the learned rule gets another try, without a loss to judge it by",
+}
+BLIND = (
+    "whether the loss falls: it was not passed; only what is not finite and exploding parameters or gradients are "
+    "seen. Pass step(loss=loss) or a closure"
+)
+SIGHTED = "the loss on other data than the steps', and who would be ahead in the long run: trials are short"
+
+
+@final
+@dataclass(frozen=True)
+class Guard:
+    """How a learned optimizer is watched.
+
+    Args:
+        fallback: makes the safe optimizer from parameter groups, ``lambda params: torch.optim.SGD(params, lr=0.1)``;
+            None is AdamW of rate 1e-3, without weight decay. An optimizer with a lambda in it cannot be pickled.
+        warm_up: steps in which the fallback's rate grows to its own, whenever it starts.
+        window: steps of a trial, and over which losses are averaged. None is 1/40 of ``num_steps``, from 8 to 32, and
+            16 where that is not given.
+        collective: whether processes agree where ``torch.distributed`` is set up: they sum the norms and average the
+            losses at every step, so all of them must step together. False is for trainings that go on side by side.
+
+    Raises:
+        ValueError: ``warm_up`` or ``window`` is too small.
+    """
+
+    fallback: MakeOptimizer | None = None
+    warm_up: int = 10
+    window: int | None = None
+    collective: bool = True
+
+    def __post_init__(self) -> None:
+        require_count("warm_up", self.warm_up, least=1)
+        if self.window is not None:
+            require_count("window", self.window, least=6)
+
+    def window_for(self, num_steps: int | None) -> int:
+        """Return the steps of a trial in a run of so many steps."""
+        return self.window or (16 if num_steps is None else min(32, max(8, num_steps // 40)))
+
+
+@final
+@dataclass(frozen=True)
+class GuardReport:
+    """What a guard did so far.
+
+    ``hand_overs`` counts all; ``history`` holds the last 16, each ``step, to_learned, reason``. ``skipped`` are steps
+    that were not taken, because the gradient or the loss was not finite.
+    """
+
+    in_control: str
+    trial: bool
+    steps: int
+    hand_overs: int
+    history: tuple[HandOver, ...]
+    trials: int
+    skipped: int
+    without_loss: int
+    cannot_see: str
+
+    def __str__(self) -> str:
+        """Say it in lines."""
+        lines = [
+            f"{self.in_control} is in control after {self.steps} steps, {self.hand_overs} hand-overs, {self.trials} "
+            f"trials, {self.skipped} steps skipped" + (", in a trial" if self.trial else ""),
+            *(
+                f"step {h.step}: to the {'learned rule' if h.to_learned else 'fallback'}, {WHY[h.reason]}"
+                for h in self.history
+            ),
+            f"not seen: {self.cannot_see}",
+        ]
+        return "\n".join(lines)
+
+
+class Learned(NamedTuple):
+    """What a rail asks of the learned rule."""
+
+    step: Callable[[], None]
+    """Takes a step."""
+    forget: Callable[[], None]
+    """Drops the memory: the next step is a first one."""
+    at_step: Callable[[int], None]
+    """Sets the rule's clock, where it has one: so many steps are behind, its own and others'."""
+
+
+class Rail:
+    """Has every step taken by the learned rule or by the fallback, and keeps a snapshot of the parameters.
+
+    Args:
+        guard: the options.
+        groups: the optimizer's groups, as they are at present.
+        horizon: the steps that the rule was told, where it reads them.
+        num_steps: steps of the training, where they are known.
+    """
+
+    def __init__(self, guard: Guard, groups: list[dict[str, Any]], horizon: int | None, num_steps: int | None) -> None:
+        self.collective, self.horizon = guard.collective, horizon
+        self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
+        self.watch = Watch(guard.window_for(num_steps), horizon is not None)
+        self.snapshot: list[Tensor] | None = None
+        self.norm: float | None = None
+        """The parameters' norm after the last step of the learned rule."""
+        self.base = 0.0
+        """The snapshot's norm."""
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Take over a group that was added."""
+        self.fallback.add(group)
+        if self.snapshot is not None:
+            self.snapshot += [p.detach().clone() for p in group["params"]]
+
+    def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
+        """Take one step.
+
+        Args:
+            groups: the optimizer's groups.
+            loss: the loss before the step, or None.
+            learned: the learned rule.
+        """
+        params, watch = _params(groups), self.watch
+        before, moved = watch.count, watch.learned_moves
+        if self.horizon is not None and watch.step >= self.horizon:
+            self._act(watch.past_horizon(), params)
+        seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
+        seen, size = self._agreed(seen, params)
+        if not (math.isfinite(size) and (seen is None or math.isfinite(seen))):
+            action = watch.skip()
+        elif watch.learned_moves:
+            action = self._learned_step(params, seen, size, learned)
+        else:
+            self.fallback.step(groups)
+            self.norm = None
+            action = watch.after(seen, size)
+        self._act(action, params)
+        if watch.phase is Phase.FALLBACK and (moved or before != watch.count):
+            learned.forget()
+        if watch.phase is Phase.LEARNED and (not moved or before != watch.count):
+            self.fallback.cool()
+            learned.at_step(watch.step)
+        for each in watch.handed[len(watch.handed) - (watch.count - before) :]:
+            LOGGER.warning(
+                "after step %d the %s moves the parameters: %s", each.step, _NAMES[each.to_learned], WHY[each.reason]
+            )
+
+    def _learned_step(self, params: list[Tensor], loss: float | None, size: float, learned: Learned) -> Action:
+        if self.snapshot is None:
+            self._act(Action.SAVE, params)
+        learned.step()
+        norm, limit = self._norm(params)
+        if not math.isfinite(norm):
+            return self._unsound(Reason.NOT_FINITE)
+        self.norm = norm
+        return self._unsound(Reason.EXPLODED) if norm > limit else self.watch.after(loss, size)
+
+    def _unsound(self, reason: Reason) -> Action:
+        self.watch.step += 1
+        return self.watch.failed(reason)
+
+    def _act(self, action: Action, params: list[Tensor]) -> None:
+        """Do with parameters and snapshot what the watch says."""
+        values = [p.detach() for p in params]
+        if action is Action.SAVE:
+            if self.snapshot is None:
+                self.snapshot = [x.clone() for x in values]
+            else:
+                _copy(self.snapshot, values)
+            self.base = self._norm(params)[0] if self.norm is None else self.norm
+        elif action in (Action.SWAP, Action.RESTORE):
+            assert self.snapshot is not None  # it was saved before the learned rule's first step
+            left = [x.clone() for x in values] if action is Action.SWAP else None
+            _copy(values, self.snapshot)
+            self.snapshot, self.norm = left if left is not None else self.snapshot, None
+        if action in (Action.RESTORE, Action.FORGET) and self.watch.phase is Phase.FALLBACK:
+            self.snapshot = None
+
+    def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float]:
+        """Return the loss and the gradients' norm, for all processes the same."""
+        grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
+        square, given = float(get_total_norm(_local(grads))) ** 2, 0.0 if loss is None else loss
+        given, square, share = self._sums([given, square, 1.0], params)
+        return None if loss is None else given / share, math.sqrt(square)
+
+    def _norm(self, params: list[Tensor]) -> tuple[float, float]:
+        """Return the parameters' norm, and above which one they have exploded."""
+        local = _local(params)
+        square = float(get_total_norm(local)) ** 2
+        square, size = self._sums([square, float(sum(x.numel() for x in local))], params)
+        norm = math.sqrt(square)
+        return norm, EXPLODED * max(self.base, SMALL * math.sqrt(size))
+
+    def _sums(self, numbers: list[float], params: list[Tensor]) -> list[float]:
+        if not self.collective or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return numbers
+        found = torch.tensor(numbers, dtype=torch.float32, device=params[0].device)
+        dist.all_reduce(found)
+        return found.tolist()
+
+    def report(self) -> GuardReport:
+        """Return what happened so far."""
+        watch = self.watch
+        return GuardReport(
+            in_control="the learned rule" if watch.learned_controls else "the fallback",
+            trial=watch.phase in (Phase.FIRST_TRY, Phase.TRIAL, Phase.RETURN_TRY),
+            steps=watch.step,
+            hand_overs=watch.count,
+            history=tuple(watch.handed),
+            trials=watch.trials,
+            skipped=watch.skipped,
+            without_loss=watch.blind,
+            cannot_see=BLIND if watch.blind else SIGHTED,
+        )
+
+    def entries(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Return what a state dict holds of the guard, by parameter; numbers of the whole with the first."""
+        found = []
+        for i, param in enumerate(params):
+            one = {f"{KEY}fallback.{k}": x for k, x in self.fallback.entries(param).items()}
+            if self.snapshot is not None:
+                one[f"{KEY}snapshot"] = self.snapshot[i].clone()
+            found.append(one)
+        numbers, rows = packed(self.watch)
+        own = torch.tensor([*numbers, self.fallback.taken, self.base], dtype=torch.float64)
+        found[0] |= {f"{KEY}watch": own, f"{KEY}history": torch.tensor(rows, dtype=torch.float64)}
+        return found
+
+    def recall(self, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
+        """Be what ``entries`` was taken from; where it holds nothing of a guard, watch a run that is on its way."""
+        self.snapshot, self.norm = None, None
+        self.fallback.cool()
+        own = entries[0].get(f"{KEY}watch")
+        if own is None:
+            self.watch = Watch(self.watch.window, self.watch.anneals, Phase.LEARNED)
+            return
+        *numbers, taken, self.base = own.tolist()
+        self.watch = unpacked(numbers, entries[0][f"{KEY}history"].tolist())
+        self.fallback.taken = int(taken)
+        head = f"{KEY}fallback."
+        for param, one in zip(params, entries, strict=True):
+            self.fallback.recall(param, {k.removeprefix(head): x for k, x in one.items() if k.startswith(head)})
+        if all(f"{KEY}snapshot" in one for one in entries):
+            self.snapshot = [one[f"{KEY}snapshot"].clone() for one in entries]
+
+
+_NAMES = {True: "learned rule", False: "fallback"}
+
+
+def split(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a parameter's entries hold of the rule, and of the guard."""
+    own = {k: x for k, x in entries.items() if str(k).startswith(KEY)}
+    return {k: x for k, x in entries.items() if k not in own}, own
+
+
+def _params(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _sign(groups: list[dict[str, Any]]) -> float:
+    return -1.0 if groups[0].get("maximize") else 1.0
+
+
+def _opposed(groups: list[dict[str, Any]]) -> bool:
+    return len({bool(group.get("maximize")) for group in groups}) > 1
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return this process's parts of tensors."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in (x.detach() for x in tensors)]
+
+
+def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for one, value in zip(to, values, strict=True):
+        one.copy_(value)

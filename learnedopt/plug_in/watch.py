@@ -1,0 +1,373 @@
+"""Who should move the parameters, told from the losses alone: a state machine that knows no rule and no tensor."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from typing import NamedTuple
+
+MOST_LEGS = 5
+"""Legs of a trial of the fallback, at most."""
+REACH = 3
+"""A trial goes on while the fallback is on its way to pass within so many legs."""
+LATER = 4
+"""After a trial at step t, the next one is due at this many times t."""
+PATIENT = 14
+"""Windows without a gain that are suffered of a rule that reads the horizon: a third of it."""
+NEVER = 2**52
+STRIKES = 2
+"""Times that the learned rule loses control, or a trial that was to bring it back, before it stays away."""
+MOST_BAD = 3
+"""Steps in a row with a gradient or loss that is not finite, before the parameters are held to be the cause."""
+SURGE = 100.0
+"""Without the loss: gradients of so many times the smallest norm of a window, two windows long, are an explosion."""
+KEPT = 16
+"""Hand-overs that are remembered one by one."""
+
+
+class Phase(IntEnum):
+    """What is going on."""
+
+    FIRST_TRY = 0
+    """The learned rule's leg of the first trial."""
+    TRIAL = 1
+    """The fallback's legs of a trial."""
+    LEARNED = 2
+    FALLBACK = 3
+    RETURN_TRY = 4
+    """The learned rule's leg of a trial, with the fallback in control."""
+
+
+class Action(Enum):
+    """What becomes of the parameters after a step."""
+
+    NONE = "nothing"
+    SAVE = "they are put into the snapshot"
+    SWAP = "they and the snapshot change places"
+    RESTORE = "they are what the snapshot holds"
+    FORGET = "the snapshot is needed no more"
+
+
+class Reason(IntEnum):
+    """Why control went over."""
+
+    WORSE = 0
+    CLIMBS = 1
+    EXPLODED = 2
+    NOT_FINITE = 3
+    HORIZON = 4
+    BETTER = 5
+    WAITED = 6
+
+
+class HandOver(NamedTuple):
+    """One change of control: the steps before it, whether the learned rule got it, and why."""
+
+    step: int
+    to_learned: bool
+    reason: Reason
+
+
+class Level(NamedTuple):
+    """What losses in a row say: their mean, its variance, their slope a step."""
+
+    mean: float
+    variance: float
+    slope: float
+
+    def ahead(self, steps: float) -> float:
+        """Return the mean so many steps later, were the losses to go on falling; where they rise, the mean."""
+        return self.mean + min(self.slope, 0.0) * steps
+
+
+def level(losses: Sequence[float]) -> Level:
+    """Return the level of two losses or more.
+
+    The variance is that of differences of neighbours, halved: they see the noise of minibatches, and hardly the trend.
+    A millionth of the mean is noise in any case.
+    """
+    n = len(losses)
+    mean, middle = sum(losses) / n, (n - 1) / 2
+    spread = sum((i - middle) ** 2 for i in range(n))
+    slope = sum((i - middle) * x for i, x in enumerate(losses)) / spread
+    noise = sum((b - a) ** 2 for a, b in itertools.pairwise(losses)) / (2 * (n - 1)) + (1e-6 * mean) ** 2
+    return Level(mean, noise / n, slope)
+
+
+def error(a: Level, b: Level) -> float:
+    """Return the standard error of the difference of two means."""
+    return math.sqrt(a.variance + b.variance)
+
+
+@dataclass
+class Watch:
+    """Compares legs of the learned rule with legs of the fallback, and watches who is in control.
+
+    ``window`` steps are a leg, and a stretch over which losses are averaged. ``learned_moves`` says whose the next step
+    is; after it, ``after`` returns what becomes of the parameters. Losses are those before each step.
+    """
+
+    window: int
+    anneals: bool = False
+    """Whether the learned rule reads the horizon: long steps first, and the gain at the end."""
+    phase: Phase = Phase.FIRST_TRY
+    step: int = 0
+    """Steps taken, by whom and to what end ever."""
+    updates: int = 0
+    """Steps of this leg or window."""
+    legs: int = 0
+    probation: bool = False
+    """Whether the snapshot is where the first trial left the fallback, so that it can go on from there."""
+    due: int = 0
+    """The step at which a trial is due."""
+    patience: int = 3
+    """Windows without a new best, until the fallback gets a trial."""
+    stalled: int = 0
+    strikes: int = 0
+    trials: int = 0
+    skipped: int = 0
+    bad: int = 0
+    blind: int = 0
+    """Steps without a loss."""
+    count: int = 0
+    """Hand-overs."""
+    surges: int = 0
+    size: float = 0.0
+    """Sum of this window's norms of gradients."""
+    least_size: float = math.inf
+    sum_means: float = 0.0
+    sum_variances: float = 0.0
+    """Both of the windows that stalled."""
+    best: Level | None = None
+    last: Level | None = None
+    """The fallback's leg before."""
+    mark: Level | None = None
+    """What is to be beaten in a trial: the level of who was in control, looked ahead."""
+    losses: list[float] = field(default_factory=list)
+    handed: list[HandOver] = field(default_factory=list)
+
+    @property
+    def learned_moves(self) -> bool:
+        """Whether the learned rule takes the next step."""
+        return self.phase not in (Phase.TRIAL, Phase.FALLBACK)
+
+    @property
+    def learned_controls(self) -> bool:
+        """Whether control is the learned rule's, be there a trial or not."""
+        return self.phase not in (Phase.FALLBACK, Phase.RETURN_TRY)
+
+    def after(self, loss: float | None, size: float) -> Action:
+        """Take note of a step.
+
+        Args:
+            loss: the loss before the step, or None.
+            size: the norm of the gradients.
+        """
+        self.bad = 0
+        self.step += 1
+        self.updates += 1
+        self.size += size
+        if loss is None:
+            self.blind += 1
+            if self.phase is Phase.FIRST_TRY and not self.losses:
+                self.phase = Phase.LEARNED  # there is nothing to compare
+        else:
+            self.losses.append(loss)
+        if self.phase in (Phase.FIRST_TRY, Phase.RETURN_TRY) and self._rises():
+            return self.failed(Reason.CLIMBS)
+        if self.updates < self.window:
+            return Action.NONE
+        losses, size, self.losses, self.updates, self.size = self.losses, self.size / self.window, [], 0, 0.0
+        if len(losses) < max(4, self.window // 2):
+            return self._unseen(size)
+        return {
+            Phase.FIRST_TRY: self._tried_first,
+            Phase.TRIAL: self._tried_fallback,
+            Phase.LEARNED: self._learned,
+            Phase.FALLBACK: self._fell_back,
+            Phase.RETURN_TRY: self._tried_return,
+        }[self.phase](losses)
+
+    def skip(self) -> Action:
+        """Take note of a step that was not taken: the gradient or the loss was not finite."""
+        self.skipped += 1
+        self.bad += 1
+        if self.bad < MOST_BAD:
+            return Action.NONE
+        self.bad = 0
+        return self.failed(Reason.NOT_FINITE)
+
+    def failed(self, reason: Reason) -> Action:
+        """Take note that who moves must not go on from here."""
+        if self.phase is Phase.FALLBACK:
+            return Action.NONE  # there is nobody else
+        if self.phase is Phase.TRIAL:
+            return self._learned_stays()
+        if self.phase is Phase.RETURN_TRY:
+            return self._no_return()
+        self._hand_over(False, reason)
+        return Action.RESTORE
+
+    def past_horizon(self) -> Action:
+        """Take note, before a step, that the learned rule has nothing more to say."""
+        self.strikes = STRIKES
+        if not self.learned_controls:
+            return Action.NONE
+        self._hand_over(False, Reason.HORIZON)
+        return Action.FORGET
+
+    def _tried_first(self, losses: list[float]) -> Action:
+        self.mark = level(losses[len(losses) // 2 :])
+        self._try_fallback()
+        return Action.SWAP
+
+    def _tried_fallback(self, losses: list[float]) -> Action:
+        """Judge the fallback's leg: it wins, loses, or gets another one."""
+        now, mark, last = level(losses[len(losses) // 2 :]), self._marked(), self.last
+        fall = level(losses).slope if last is None else (now.mean - last.mean) / self.window
+        self.legs, self.last = self.legs + 1, now
+        noise, leg = error(now, mark), self.window
+        # What falls will fall slower: the learned rule is credited with one leg of its slope, the fallback with more.
+        target, reached = mark.ahead(leg), now._replace(slope=fall).ahead(leg if self.best is None else REACH * leg)
+        if self.best is None:  # the first trial, from one point: the learned rule must be better, and not only level
+            wins, passes = now.mean < mark.mean + noise, reached < target
+        elif self.probation:  # the fallback goes on from its own end of the first trial
+            wins, passes = now.mean < target, reached < target
+        else:
+            # A cold start from where the learned rule takes long steps gains at once, by shorter ones: not enough, but
+            # where the learned rule has stalled, and no end of a schedule is ahead, it need not even gain.
+            margin = -2 if self.stalled < 2 else -1 if self.anneals else 1
+            wins, passes = self.legs > 1 and now.mean < target + margin * noise, now.mean < target + noise
+        if wins:
+            self.trials += 1
+            self._hand_over(False, Reason.WORSE)
+            return Action.FORGET
+        return Action.NONE if passes and self.legs < MOST_LEGS else self._learned_stays()
+
+    def _learned(self, losses: list[float]) -> Action:
+        """Judge a window of the learned rule: it gains, climbs, or a trial is due."""
+        now, action = level(losses), Action.NONE
+        if self.best is None or now.mean < self.best.mean - error(now, self.best):
+            self.best, action = now, Action.NONE if self.probation else Action.SAVE
+            self._go_on()
+        else:
+            self.stalled += 1
+            self.sum_means, self.sum_variances = self.sum_means + now.mean, self.sum_variances + now.variance
+            flat = Level(self.sum_means / self.stalled, self.sum_variances / self.stalled**2, 0.0)
+            if flat.mean > self.best.mean + (6 if self.stalled == 1 else 3) * error(flat, self.best):
+                return self.failed(Reason.CLIMBS)
+            now = flat if self.stalled > 1 else now
+        if self.stalled < self.patience and self.step < self.due:
+            return action
+        self.mark = now._replace(slope=min(now.slope + math.sqrt(12 * now.variance) / self.window, 0.0))
+        self._try_fallback()
+        return Action.SWAP if self.probation else Action.SAVE
+
+    def _try_fallback(self) -> None:
+        self.phase, self.legs, self.last = Phase.TRIAL, 0, None
+
+    def _fell_back(self, losses: list[float]) -> Action:
+        self.best = level(losses)
+        if self.step < self.due or self.strikes >= STRIKES:
+            return Action.NONE
+        self.mark, self.phase = Level(self.best.ahead(self.window), self.best.variance, 0.0), Phase.RETURN_TRY
+        return Action.SAVE
+
+    def _tried_return(self, losses: list[float]) -> Action:
+        now, mark = level(losses[len(losses) // 2 :]), self._marked()
+        if self.strikes >= STRIKES or now.mean > mark.mean - 2 * error(now, mark):
+            return self._no_return()
+        self.trials += 1
+        self._hand_over(True, Reason.BETTER)
+        return Action.SAVE
+
+    def _unseen(self, size: float) -> Action:
+        """Judge a window with too few losses by its gradients."""
+        if self.phase in (Phase.FIRST_TRY, Phase.RETURN_TRY):
+            return self.failed(Reason.WORSE)  # not seen to be better
+        if self.phase is Phase.TRIAL:
+            return self._learned_stays()
+        if self.phase is Phase.FALLBACK:
+            if self.step < self.due or self.strikes >= STRIKES:
+                return Action.NONE
+            self._hand_over(True, Reason.WAITED)
+            return Action.SAVE
+        self.surges = self.surges + 1 if size > SURGE * self.least_size else 0
+        self.least_size = min(self.least_size, size)
+        if self.surges >= 2:
+            return self.failed(Reason.EXPLODED)
+        return Action.NONE if self.surges else Action.SAVE
+
+    def _rises(self) -> bool:
+        """Whether the last four losses of a leg are clearly above what it began with, so that it need not go on."""
+        tail, began = self.losses[-4:], self.losses[:1]
+        if len(self.losses) < 5:
+            return False
+        spread = math.sqrt(level(self.losses).variance * len(self.losses))
+        start = began[0] if self.phase is Phase.FIRST_TRY else self._marked().mean
+        return sum(tail) / 4 > start + 3 * spread
+
+    def _marked(self) -> Level:
+        assert self.mark is not None  # a trial began
+        return self.mark
+
+    def _learned_stays(self) -> Action:
+        first, self.trials = self.best is None, self.trials + 1
+        self.patience = 2 if first else PATIENT if self.anneals else 3 if self.probation else 2 * self.patience
+        self.due = 2 * self.step if first else NEVER if self.anneals else LATER * self.step
+        self.probation = first
+        self._enter(Phase.LEARNED)
+        return Action.SWAP if first else Action.RESTORE
+
+    def _no_return(self) -> Action:
+        self.trials += 1
+        self.strikes += 1
+        self.due = LATER * self.step
+        self._enter(Phase.FALLBACK)
+        return Action.RESTORE
+
+    def _hand_over(self, to_learned: bool, reason: Reason) -> None:
+        self.count += 1
+        self.handed = [*self.handed, HandOver(self.step, to_learned, reason)][-KEPT:]
+        self.strikes += not to_learned
+        self.due, self.best, self.patience = LATER * self.step, None, 3
+        self.surges, self.least_size, self.probation = 0, math.inf, False
+        self._enter(Phase.LEARNED if to_learned else Phase.FALLBACK)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase, self.losses, self.updates, self.size = phase, [], 0, 0.0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.stalled, self.sum_means, self.sum_variances = 0, 0.0, 0.0
+
+
+SCALARS = tuple(f.name for f in fields(Watch) if f.type in ("int", "bool", "float", "Phase"))
+LEVELS = ("best", "last", "mark")
+ABSENT = Level(math.nan, math.nan, math.nan)
+
+
+def packed(watch: Watch) -> tuple[list[float], list[list[float]]]:
+    """Return a watch as numbers, as many for every watch of this window; and its hand-overs, ``KEPT`` rows of three."""
+    scalars = [float(getattr(watch, name)) for name in SCALARS]
+    levels = [x for name in LEVELS for x in getattr(watch, name) or ABSENT]
+    losses = [*watch.losses, *[math.nan] * (watch.window - len(watch.losses))]
+    rows = [[float(x) for x in each] for each in watch.handed]
+    return [*scalars, *levels, *losses], [*rows, *[[math.nan] * 3] * (KEPT - len(rows))]
+
+
+def unpacked(numbers: Sequence[float], rows: Sequence[Sequence[float]]) -> Watch:
+    """Return the watch that ``packed`` took apart."""
+    found = dict(zip(SCALARS, numbers, strict=False))
+    kinds = {"float": float, "int": int, "bool": bool, "Phase": lambda x: Phase(int(x))}
+    scalars = {f.name: kinds[str(f.type)](found[f.name]) for f in fields(Watch) if f.name in found}
+    rest = numbers[len(SCALARS) :]
+    levels = {name: Level(*rest[3 * i : 3 * i + 3]) for i, name in enumerate(LEVELS)}
+    watch = Watch(**scalars)
+    watch.best, watch.last, watch.mark = (None if math.isnan(x.mean) else x for x in levels.values())
+    watch.losses = [x for x in rest[3 * len(LEVELS) :] if not math.isnan(x)]
+    watch.handed = [HandOver(int(a), bool(b), Reason(int(c))) for a, b, c in rows if not math.isnan(a)]
+    return watch

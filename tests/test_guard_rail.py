@@ -1,0 +1,412 @@
+"""The guard: its state machine on made-up losses, and learned rules that fail, with and without it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learnedopt import Guard, LearnedOptimizer, UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.optimizers import make
+from learnedopt.plug_in.watch import Action, Phase, Reason, Watch, level, packed, unpacked
+
+WINDOW = 8
+
+
+class Line(UpdateRule):
+    """Steps of ``rate`` against the gradient; from step ``turns`` on, of ``later`` times the rate."""
+
+    def __init__(self, rate: float, turns: int = 10**6, later: float = 1.0) -> None:
+        self.rate, self.turns, self.later = rate, turns, later
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {"rate": torch.tensor(self.rate)}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, {"step": torch.zeros(())}
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        rate = torch.where(state["step"] >= self.turns, self.later * theta["rate"], theta["rate"])
+        return {k: -rate.to(g.dtype) * g for k, g in grads.items()}, {"step": state["step"] + 1}
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Linear(6, 1)
+
+
+def loss_of(net: nn.Module, step: int) -> Tensor:
+    """A batch of noisy regression."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(32, 6, generator=generator)
+    return ((net(inputs).squeeze(1) - inputs.sum(1) + 0.1 * torch.randn(32, generator=generator)) ** 2).mean()
+
+
+def ruled(net: nn.Module, rule: UpdateRule, **options: Any) -> LearnedOptimizer:
+    theta = rule.init_theta(torch.Generator().manual_seed(0))
+    return LearnedOptimizer(net.named_parameters(), (rule, theta), **options)
+
+
+def sgd(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.02, momentum=0.5)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, told: bool = True) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = loss_of(net, step)
+        optimizer.zero_grad()
+        loss.backward()
+        if isinstance(optimizer, LearnedOptimizer):
+            optimizer.step(loss=loss if told else None)
+        else:
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def feed(watch: Watch, losses: Iterable[float]) -> list[Action]:
+    return [watch.after(loss, 1.0) for loss in losses]
+
+
+def zigzag(mean: float, noise: float, count: int = WINDOW) -> list[float]:
+    return [mean + noise * (-1) ** i for i in range(count)]
+
+
+def won(watch: Watch) -> None:
+    """Have the learned rule win the first trial, far ahead of a fallback that hardly moves."""
+    assert feed(watch, zigzag(1.0, 0.01))[-1] is Action.SWAP
+    assert watch.phase is Phase.TRIAL
+    assert not watch.learned_moves
+    assert feed(watch, zigzag(5.0, 0.01))[-1] is Action.SWAP  # the snapshot is the fallback's own end
+    assert watch.phase is Phase.LEARNED
+    assert watch.probation
+
+
+def test_a_level_is_the_mean_the_slope_and_the_noise_of_neighbours() -> None:
+    found = level([3.0, 2.0, 1.0, 0.0])
+    assert found.mean == 1.5
+    assert found.slope == pytest.approx(-1.0)
+    assert found.variance == pytest.approx(3 / 6 / 4, rel=1e-6)
+    assert found.ahead(2) == pytest.approx(-0.5)
+    assert level([0.0, 1.0]).ahead(5) == 0.5  # what rises is not looked ahead of
+
+
+def test_the_first_trial_goes_to_the_better_leg_and_a_draw_to_the_fallback() -> None:
+    watch = Watch(WINDOW)
+    won(watch)
+    draw = Watch(WINDOW)
+    feed(draw, zigzag(1.0, 0.1))
+    assert feed(draw, zigzag(1.0, 0.1))[-1] is Action.FORGET
+    assert draw.phase is Phase.FALLBACK
+    assert [(h.to_learned, h.reason) for h in draw.handed] == [(False, Reason.WORSE)]
+
+
+def test_a_fallback_that_is_on_its_way_past_gets_another_leg() -> None:
+    watch = Watch(WINDOW)
+    feed(watch, zigzag(1.0, 0.001))
+    falling = [3.0 - 0.2 * i for i in range(2 * WINDOW)]
+    actions = feed(watch, falling)
+    assert actions[WINDOW - 1] is Action.NONE
+    assert watch.phase is Phase.FALLBACK
+    assert watch.trials == 1
+
+
+def test_a_leg_that_rises_is_broken_off() -> None:
+    watch = Watch(WINDOW)
+    actions = feed(watch, [1.0, 1.01, 2.0, 3.0, 4.0, 5.0])
+    assert Action.RESTORE in actions
+    assert watch.handed[0].reason is Reason.CLIMBS
+    assert watch.handed[0].step <= 6
+
+
+def test_after_a_stall_the_fallback_goes_on_from_its_own_end_and_wins_if_it_passes() -> None:
+    watch = Watch(WINDOW)
+    won(watch)
+    actions: list[Action] = []
+    while watch.phase is Phase.LEARNED:
+        actions += feed(watch, zigzag(0.9, 0.01))
+    assert set(actions) == {Action.NONE, Action.SWAP}  # no other snapshot is saved: it is the fallback's own end
+    assert actions[-1] is Action.SWAP
+    assert Action.FORGET in feed(watch, [1.1 - 0.05 * i for i in range(2 * WINDOW)])
+    assert watch.phase is Phase.FALLBACK
+
+
+def test_a_rule_that_passed_is_not_handed_over_while_it_falls_and_is_where_it_climbs() -> None:
+    watch = Watch(WINDOW)
+    won(watch)
+    losses = iter([0.9, 0.8, 0.7, 0.6])
+    while watch.phase is Phase.LEARNED:
+        feed(watch, zigzag(next(losses), 0.01))
+    assert feed(watch, zigzag(5.0, 0.01))[-1] is Action.RESTORE
+    assert not watch.probation
+    assert feed(watch, zigzag(0.5, 0.01))[-1] is Action.SAVE
+    assert Action.RESTORE in feed(watch, zigzag(0.9, 0.01, 2 * WINDOW))
+    assert watch.handed[-1].reason is Reason.CLIMBS
+    assert watch.count == 1
+
+
+def test_the_learned_rule_comes_back_if_it_does_better_and_stays_away_after_two_strikes() -> None:
+    watch = Watch(WINDOW)
+    feed(watch, zigzag(1.0, 0.1))
+    feed(watch, zigzag(1.0, 0.1))
+    back, away = copy.deepcopy(watch), watch
+    for each in (back, away):
+        while each.phase is Phase.FALLBACK:
+            each.after(1.0 + 0.01 * (-1) ** each.step, 1.0)
+        assert each.phase is Phase.RETURN_TRY
+        assert each.step == 4 * 2 * WINDOW
+    feed(back, zigzag(0.5, 0.01))
+    assert back.phase is Phase.LEARNED
+    assert back.handed[-1].reason is Reason.BETTER
+    feed(away, zigzag(1.0, 0.01))
+    assert away.phase is Phase.FALLBACK
+    feed(away, zigzag(1.0, 0.01, 1000))
+    assert away.trials == 2
+
+
+def test_without_losses_there_is_no_trial_and_exploding_gradients_hand_over() -> None:
+    watch = Watch(WINDOW)
+    for _ in range(5 * WINDOW):
+        watch.after(None, 1.0)
+    assert watch.phase is Phase.LEARNED
+    assert watch.trials == 0
+    actions = [watch.after(None, 1e4) for _ in range(2 * WINDOW)]
+    assert actions[-1] is Action.RESTORE
+    assert watch.handed[0].reason is Reason.EXPLODED
+
+
+def test_a_watch_goes_through_numbers_and_back() -> None:
+    watch = Watch(WINDOW, anneals=True)
+    won(watch)
+    feed(watch, zigzag(0.9, 0.01, WINDOW + 3))
+    numbers, rows = packed(watch)
+    assert unpacked(numbers, rows) == watch
+    fresh = packed(Watch(WINDOW))
+    assert (len(fresh[0]), len(fresh[1])) == (len(numbers), len(rows))
+
+
+def test_without_a_guard_the_rule_is_bare_to_the_bit() -> None:
+    bare, plain = model(), model()
+    train(bare, ruled(bare, Line(0.05), guard=False), range(50))
+    for step in range(50):
+        plain.zero_grad()
+        loss_of(plain, step).backward()
+        for p in plain.parameters():
+            p.data += -torch.tensor(0.05) * p.grad  # pyright: ignore
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_guarded_rule_that_is_better_is_the_bare_one_but_for_the_fallbacks_legs() -> None:
+    net, bare = model(), model()
+    optimizer = ruled(net, Line(0.1), guard=Guard(window=WINDOW))
+    train(net, optimizer, range(WINDOW))
+    train(net, optimizer, range(1000, 1000 + WINDOW))  # the fallback's
+    train(net, optimizer, range(WINDOW, 2 * WINDOW))
+    train(bare, ruled(bare, Line(0.1), guard=False), range(2 * WINDOW))
+    assert optimizer.guard_report().hand_overs == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), bare.parameters(), strict=True))
+
+
+FAULTY: dict[str, Callable[[], UpdateRule]] = {
+    "climbs from the start": lambda: Line(-0.05),
+    "explodes": lambda: Line(1e6),
+    "not finite": lambda: Line(math.nan),
+    "climbs later": lambda: Line(0.1, 60, -0.2),
+    "explodes later": lambda: Line(0.1, 60, 1e30),
+    "not finite later": lambda: Line(0.1, 60, math.nan),
+    "stalls at once": lambda: Line(0.0),
+    "stalls later": lambda: Line(0.01, 30, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_rule_that_fails_ends_where_the_fallback_does(kind: str) -> None:
+    steps = range(250)
+    alone, net, bare = model(), model(), model()
+    train(alone, sgd([{"params": [*alone.parameters()]}]), steps)
+    optimizer = ruled(net, FAULTY[kind](), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, steps)
+    train(bare, ruled(bare, FAULTY[kind](), guard=False), steps)
+    with torch.no_grad():
+        ends = [sum(float(loss_of(each, 10_000 + i)) for i in range(20)) / 20 for each in (alone, net, bare)]
+    assert ends[1] <= 1.05 * ends[0]
+    assert not ends[2] <= 1.5 * ends[0]  # the bare rule does fail
+    report = optimizer.guard_report()
+    assert report.in_control == "the fallback"
+    assert report.hand_overs == 1 == len(report.history)
+
+
+@pytest.mark.parametrize("kind", ["explodes", "not finite", "explodes later", "not finite later"])
+def test_without_the_loss_what_explodes_is_replaced_and_the_report_says_what_is_not_seen(kind: str) -> None:
+    net = model()
+    optimizer = ruled(net, FAULTY[kind](), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, range(100), told=False)
+    report = optimizer.guard_report()
+    assert report.history[0].reason in (Reason.EXPLODED, Reason.NOT_FINITE)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert report.without_loss > 0
+    assert "whether the loss falls" in str(report)
+
+
+def test_every_hand_over_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = model()
+    with caplog.at_level(logging.WARNING, "learnedopt"):
+        optimizer = ruled(net, Line(-0.05), guard=Guard(sgd, window=WINDOW))
+        train(net, optimizer, range(60))
+    assert len(caplog.records) == optimizer.guard_report().hand_overs == 1
+    assert "the fallback moves the parameters: the loss climbs" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    net = model()
+    optimizer = ruled(net, make("adam"), guard=Guard(window=WINDOW))
+    train(net, optimizer, range(3))
+    before = copy.deepcopy((net.state_dict(), [dict(x) for x in optimizer.state.values()]))
+    loss = loss_of(net, 3)
+    loss.backward()
+    next(net.parameters()).grad.view(-1)[0] = math.nan  # pyright: ignore
+    optimizer.step(loss=loss)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), net.state_dict().values(), strict=True))
+    assert str(before[1]) == str([dict(x) for x in optimizer.state.values()])
+    assert optimizer.guard_report().skipped == 1
+    train(net, optimizer, range(4, 8))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+PHASES = {"first try": 3, "first trial": 11, "probation": 19, "later": 120}
+
+
+@pytest.mark.parametrize("after", PHASES)
+@pytest.mark.parametrize("kind", ["good", "stalls later", "climbs from the start"])
+@pytest.mark.parametrize("how", ["state dict", "pickle", "deepcopy"])
+def test_training_goes_on_to_the_bit_from_every_phase(after: str, kind: str, how: str) -> None:
+    def made(net: nn.Module) -> LearnedOptimizer:
+        rule = make("adam", lr=0.05) if kind == "good" else FAULTY[kind]()
+        return ruled(net, rule, guard=Guard(window=WINDOW))
+
+    net = model()
+    optimizer = made(net)
+    train(net, optimizer, range(PHASES[after]))
+    if how == "state dict":
+        file = io.BytesIO()
+        torch.save((net.state_dict(), optimizer.state_dict()), file)
+        file.seek(0)
+        values, state = torch.load(file, weights_only=True)
+        other = model()
+        other.load_state_dict(values)
+        resumed = made(other)
+        resumed.load_state_dict(state)
+    elif how == "pickle":
+        other, resumed = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        other, resumed = copy.deepcopy((net, optimizer))
+    rest = range(PHASES[after], PHASES[after] + 40)
+    assert train(net, optimizer, rest) == train(other, resumed, rest)
+    assert optimizer.guard_report() == resumed.guard_report()
+
+
+def test_a_state_dict_is_not_changed_by_later_steps() -> None:
+    net = model()
+    optimizer = ruled(net, Line(0.1), guard=Guard(window=WINDOW))
+    train(net, optimizer, range(WINDOW + 2))
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    train(net, optimizer, range(40))
+    assert str(saved) == str(before)
+
+
+def test_a_rate_of_zero_moves_nothing_and_a_factor_is_the_fallbacks_too() -> None:
+    net, half, whole = model(), model(), model()
+    start = copy.deepcopy(net.state_dict())
+    train(net, ruled(net, Line(0.1), lr=0.0), range(30))
+    assert all(torch.equal(a, b) for a, b in zip(start.values(), net.state_dict().values(), strict=True))
+    train(half, ruled(half, Line(math.nan), lr=0.5, guard=Guard(sgd, warm_up=1)), range(3))
+    # The first step is lost, and the next two are SGD's at half its rate.
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.01, momentum=0.5)
+    train(whole, optimizer, range(1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(half.parameters(), whole.parameters(), strict=True))
+
+
+def test_groups_can_be_added_and_parameters_without_a_gradient_stay() -> None:
+    first, second = model(), model()
+    optimizer = ruled(first, Line(math.nan), guard=Guard(sgd, window=WINDOW))
+    optimizer.add_param_group({"params": [("second." + k, p) for k, p in second.named_parameters()], "lr": 0.0})
+    before = copy.deepcopy(second.state_dict())
+    for step in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(first, step)
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert optimizer.guard_report().in_control == "the fallback"
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), second.state_dict().values(), strict=True))
+
+
+def test_a_closure_is_called_once_and_its_loss_is_seen() -> None:
+    net, calls = model(), []
+    optimizer = ruled(net, Line(-0.05), guard=Guard(sgd, window=WINDOW))
+
+    def closure() -> Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = loss_of(net, len(calls))
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    assert len(calls) == 20
+    assert optimizer.guard_report().history[0].reason is Reason.CLIMBS
+    assert optimizer.guard_report().without_loss == 0
+
+
+def test_past_its_horizon_a_rule_that_reads_it_gives_way() -> None:
+    net = model()
+    optimizer = LearnedOptimizer(net.named_parameters(), "normalised-mlp-mnist", num_steps=60)
+    train(net, optimizer, range(70))
+    assert optimizer.guard_report().history[-1].reason in (Reason.HORIZON, Reason.WORSE)
+    assert optimizer.guard_report().in_control == "the fallback"
+
+
+@pytest.mark.parametrize(
+    ("fallback", "error", "words"),
+    [
+        (lambda groups: "adam", TypeError, "no torch.optim.Optimizer"),
+        (lambda groups: torch.optim.SGD(model().parameters(), lr=0.1), ValueError, "moves other parameters"),
+    ],
+    ids=["no optimizer", "other parameters"],
+)
+def test_a_fallback_that_cannot_be_one_is_refused(fallback: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ruled(model(), Line(0.1), guard=Guard(fallback))
+
+
+@pytest.mark.parametrize(
+    "options", [{"warm_up": 0}, {"window": 2}, {"window": 8.5}], ids=["warm-up", "window", "float"]
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is not a count"):
+        Guard(**options)
+
+
+def test_there_is_no_report_without_a_guard() -> None:
+    with pytest.raises(ValueError, match="guard=False"):
+        ruled(model(), Line(0.1), guard=False).guard_report()
+
+
+def test_a_state_saved_under_the_fallback_is_refused_without_a_guard() -> None:
+    net = model()
+    optimizer = ruled(net, Line(math.nan))
+    train(net, optimizer, range(5))
+    with pytest.raises(ValueError, match="guard=True"):
+        ruled(model(), Line(0.1), guard=False).load_state_dict(optimizer.state_dict())
