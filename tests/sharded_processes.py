@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from plug_in_cases import bare
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from learnedopt import LearnedOptimizer, UpdateRule
+from learnedopt import Guard, LearnedOptimizer, UpdateRule
 from learnedopt.core import tree
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers import Adam, Momentum, Muon, make
@@ -49,7 +48,7 @@ def made(name: str) -> str | tuple[UpdateRule, Theta]:
     """Return a rule by the name that the tests call it."""
     rules: dict[str, Callable[[], UpdateRule]] = {
         "adam": lambda: Adam(lr=0.01, eps=1e-3),
-        "momentum": lambda: Momentum(lr=0.05),
+        "too fast": lambda: Momentum(lr=3.0),
         "muon": lambda: Muon(lr=0.01),
         "small-mlp": lambda: make("small-mlp", step_scale=0.1),
         "maml": lambda: make("maml", template=dict(net().named_parameters()), lr=0.1),
@@ -60,15 +59,25 @@ def made(name: str) -> str | tuple[UpdateRule, Theta]:
     return rule, rule.init_theta(torch.Generator().manual_seed(5))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int], parts: Sequence[slice]) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[int],
+    parts: Sequence[slice],
+    *,
+    with_loss: bool = False,
+) -> None:
     """Train on the mean loss of these parts of each step's batch."""
     dtype = next(model.parameters()).dtype
     for step in steps:
         optimizer.zero_grad()
+        total = torch.zeros((), dtype=dtype)
         for part in parts:
             inputs, targets = (x[part].to(dtype) for x in batch(step))
-            ((model(inputs) - targets).square().mean() / len(parts)).backward()
-        optimizer.step()
+            loss = (model(inputs) - targets).square().mean() / len(parts)
+            loss.backward()
+            total += loss.detach()
+        optimizer.step(**({"loss": total} if with_loss else {}))
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -78,9 +87,10 @@ def named(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def optimizer_of(model: nn.Module, rule: str) -> LearnedOptimizer:
+def optimizer_of(model: nn.Module, rule: str, **options: Any) -> LearnedOptimizer:
     """Return the optimizer of a model, whole or sharded."""
-    return bare(named(model).items(), made(rule), num_steps=NUM_STEPS, adopt_start=rule == "maml")
+    options = {"num_steps": NUM_STEPS, "adopt_start": rule == "maml", "guard": False, **options}
+    return LearnedOptimizer(named(model).items(), made(rule), **options)
 
 
 class Way(NamedTuple):
@@ -154,7 +164,7 @@ def shared(way: str, rule: str) -> dict[str, Tensor]:
     if way == "ZeRO":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own doings
 
-        options = {"rule": made(rule), "num_steps": NUM_STEPS, "adopt_start": rule == "maml"}
+        options = {"rule": made(rule), "num_steps": NUM_STEPS, "adopt_start": rule == "maml", "guard": False}
         optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(
             model.parameters(), optimizer_class=LearnedOptimizer, **options
         )
@@ -185,7 +195,7 @@ def alone(
 
 def late(rule: str, model: nn.Module, parts: Sequence[slice]) -> LearnedOptimizer:
     """Train at half the rate, with decay, and one matrix in the second half of the steps alone."""
-    optimizer = bare(named(model).items(), made(rule), num_steps=NUM_STEPS, lr=0.5, weight_decay=0.1)
+    optimizer = optimizer_of(model, rule, lr=0.5, weight_decay=0.1)
     param = named(model)["2.weight"]
     hook = optimizer.register_step_pre_hook(lambda *_: setattr(param, "grad", None))
     train(model, optimizer, range(HALF), parts)
@@ -204,10 +214,24 @@ def late_and_sharded(rule: str) -> dict[str, Tensor]:
     return {**whole(model), "counts": torch.tensor(counts)}
 
 
+def guarded(model: nn.Module, parts: Sequence[slice]) -> LearnedOptimizer:
+    """Train by a rule that fails here, under a guard with short trials that is told the loss."""
+    optimizer = optimizer_of(model, "too fast", guard=Guard(window=6))
+    train(model, optimizer, range(NUM_STEPS), parts, with_loss=True)
+    return optimizer
+
+
+def guarded_and_shared(way: str) -> dict[str, Tensor]:
+    """Return where a guarded net is, and how often who moves it has changed."""
+    model = WAYS[way].share(net(WAYS[way].dtype))
+    report = guarded(model, _own(way)).guard_report()
+    return {**whole(model), "hand-overs": torch.tensor([report.hand_overs, report.trials])}
+
+
 def with_half_the_memory() -> dict[str, Tensor]:
     """Return where FSDP2 is by Adam with its averages in bfloat16, and a piece of one of them."""
     model = WAYS["FSDP2"].share(net())
-    optimizer = bare(named(model).items(), made("adam"), state_dtype=torch.bfloat16)
+    optimizer = optimizer_of(model, "adam", state_dtype=torch.bfloat16)
     train(model, optimizer, range(NUM_STEPS), _own("FSDP2"))
     memory = optimizer.state[named(model)["0.weight"]]["memory.mean"]
     return {**whole(model), "mean": memory.to_local(), "shape": torch.tensor(memory.shape)}

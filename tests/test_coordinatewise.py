@@ -217,7 +217,7 @@ def test_every_rule_that_it_serves_agrees_with_the_plain_unroll(
 ) -> None:
     monkeypatch.setattr(coordinatewise, "COORDINATES_AT_A_TIME", 6)  # pieces of 2 to 5 coordinates, some of them broken
     if not compiled:
-        monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+        monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     # Rules whose updates keep their length are refused a target of several steps.
     refused = {"rnnprop"} if objective is OBJECTIVES["bootstrapped"] else set()
     for kind in [k for k in coordinatewise_rules() if k not in refused] if compiled else ["lstm"]:

@@ -67,7 +67,7 @@ def test_a_compiler_is_there() -> None:
 def test_step_equals_pure_torch(size: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = problem(size, dtype)
     found = values_and_gradients(*case)
-    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     expected = values_and_gradients(*case)
     assert worst(found, expected) < TOLERANCE[dtype]
     assert any(not torch.equal(found[k], expected[k]) for k in found) or size[3] == 1  # two forms, not one twice
@@ -84,7 +84,7 @@ def test_window_adjoint_equals_autograd_of_pure_torch(size: tuple, monkeypatch: 
     starts, d_end = ({k: torch.stack([h, -h]) for k, h in x.items()} for x in (state, ends))
     served = rule.kernel.adjoint(theta, both[0], starts, both[1], d_end)
     assert served is not None
-    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     assert rule.kernel.adjoint(theta, both[0], starts, both[1], d_end) is None
     leaves, first = ({k: v.clone().requires_grad_() for k, v in x.items()} for x in (theta, starts))
     total = torch.zeros(())

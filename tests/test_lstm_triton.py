@@ -86,7 +86,7 @@ def test_on_a_gpu(size: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     there = {k: v.cuda() for k, v in theta.items()}, grads.cuda(), {k: h.cuda() for k, h in state.items()}
     assert lstm_kernel.computed_dtype(there[1]) is dtype
     found = {k: v.cpu() for k, v in values_and_gradients(rule, *there).items()}
-    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     assert worst(found, values_and_gradients(rule, theta, grads, state)) < TOLERANCE[dtype]
 
 
@@ -99,7 +99,7 @@ def test_step_equals_pure_torch_in_the_interpreter(
 ) -> None:
     case = problem(size, dtype)
     found = values_and_gradients(*case)
-    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     expected = values_and_gradients(*case)
     assert worst(found, expected) < TOLERANCE[dtype]
     assert any(not torch.equal(found[k], expected[k]) for k in found)  # two forms, not one twice
@@ -120,7 +120,7 @@ def test_window_adjoint_equals_autograd_in_the_interpreter(with_end: bool, monke
     starts = {k: h.unsqueeze(0) for k, h in state.items()}
     served = rule.kernel.adjoint(theta, grads.unsqueeze(1), starts, cotangents.unsqueeze(1), d_end)
     assert served is not None
-    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda tensor: None)
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
     leaves, first = ({k: v.clone().requires_grad_() for k, v in x.items()} for x in (theta, state))
     here, total = first, torch.zeros(())
     for g, cotangent in zip(grads, cotangents, strict=True):

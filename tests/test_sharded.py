@@ -16,6 +16,8 @@ from sharded_processes import (
     WAYS,
     Job,
     alone,
+    guarded,
+    guarded_and_shared,
     late,
     late_and_sharded,
     net,
@@ -43,6 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 COORDINATEWISE = ("adam", "lstm-mnist")
 RULES = ("adam", "lstm-mnist", "general", "normalised-mlp-mnist", "maml")
+GUARDED = ("DDP", "FSDP1", "FSDP2", "tensor parallel", "FSDP2 of tensor parallel")
 LATE = ("lstm-mnist", "adam", "general", "normalised-mlp-mnist")
 SAVED = (
     ("FSDP2", "lstm-mnist"),
@@ -67,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         if not found.is_dir():
             found.mkdir()
             jobs = [Job("pieces", pieces, ()), Job("half the memory", with_half_the_memory, ())]
+            jobs += [Job(f"guarded, {way}", guarded_and_shared, (way,)) for way in GUARDED]
             jobs += [Job(f"late, {rule}", late_and_sharded, (rule,)) for rule in LATE]
             jobs += [Job(f"{way}, {rule}", shared, (way, rule)) for way in WAYS for rule in RULES]
             for way, rule in SAVED:
@@ -126,6 +130,17 @@ def test_rates_decay_and_parameters_without_gradients_are_what_they_are_in_one_p
         assert everywhere == 2 * here > 0
         # What is gathered is gone after the step; coordinatewise rules hold what lies here, views of it in the state.
         assert (held > 0) == (rule in COORDINATEWISE)
+
+
+@pytest.mark.parametrize("way", GUARDED)
+def test_a_guard_says_the_same_on_all_processes(folder: Path, way: str) -> None:
+    model = net(WAYS[way].dtype)
+    report = guarded(model, WAYS[way].parts if WAYS[way].shares_data else WAYS[way].parts[:1]).guard_report()
+    assert report.hand_overs > 0
+    for found in answers(folder, f"guarded, {way}"):
+        assert not isinstance(found, str), found
+        assert found.pop("hand-overs").tolist() == [report.hand_overs, report.trials]
+        assert_there(found, whole(model))
 
 
 def test_a_piece_of_the_memory_may_be_kept_in_bfloat16(folder: Path) -> None:

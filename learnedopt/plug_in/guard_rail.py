@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from learnedopt.core.counts import require_count
+from learnedopt.plug_in import shards
 from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
 from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch, packed, unpacked
 
@@ -298,7 +298,7 @@ def _opposed(groups: list[dict[str, Any]]) -> bool:
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return this process's parts of tensors."""
-    return [x.to_local() if isinstance(x, DTensor) else x for x in (x.detach() for x in tensors)]
+    return [shards.local(x.detach()) for x in tensors]
 
 
 def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
