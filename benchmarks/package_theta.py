@@ -1,8 +1,8 @@
 """Put a trained theta into the package, with its card, and write docs/packaged.md anew.
 
 Run ``python benchmarks/package_theta.py RUN NAME --card CARD.json``. RUN is a run's folder, a checkpoint, or the name
-of a packaged optimizer; the card is a JSON object with text for each of ``learnedopt.cards.FIELDS``. Without ``--card``
-the one that is there is kept.
+of a packaged optimizer; the card is a JSON object with text for each of ``learnedopt.cards.FIELDS`` and the number
+``holds_up_to``. Without ``--card`` the one that is there is kept.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ __version__ = "0.2.0"
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
     "Guard": "learnedopt.plug_in.guard_rail",
+    "Card": "learnedopt.cards",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",
@@ -61,6 +62,7 @@ _LAZY = {
     "ModuleFamily": "learnedopt.tasks.module_family",
     "Validation": "learnedopt.training.trainer",
     "PresentGradient": "learnedopt.plug_in.guard",
+    "card": "learnedopt.cards",
     "load": "learnedopt.checkpoint",
     "load_checkpoint": "learnedopt.checkpoint",
     "packaged": "learnedopt.checkpoint",
@@ -97,6 +99,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from learnedopt import inner_objectives, optimizers, tasks
+    from learnedopt.cards import Card, card
     from learnedopt.checkpoint import load, load_checkpoint, packaged, save
     from learnedopt.core.named_tensors import NamedTensors
     from learnedopt.core.weights import Constant, Linear
@@ -142,6 +145,7 @@ __all__ = [
     "BestInHindsight",
     "Bootstrap",
     "BootstrappedTarget",
+    "Card",
     "Carry",
     "Combined",
     "CompileWarning",
@@ -224,6 +228,7 @@ __all__ = [
     "UpdateRule",
     "Validation",
     "WeightedExamples",
+    "card",
     "evaluate",
     "inner_objectives",
     "load",

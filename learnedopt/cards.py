@@ -1,11 +1,20 @@
-"""Cards of the packaged optimizers: what each was trained on, what it was measured on, and where it fails."""
+"""Cards: what a learned optimizer knows of itself, for how long it was trained, where it fails, and what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
 
-from learnedopt.checkpoint import load_checkpoint, packaged
+import torch
+
+from learnedopt.checkpoint import Checkpoint, load_checkpoint, own_theta, packaged
+from learnedopt.core import tree
+from learnedopt.core.counts import require_count
+from learnedopt.core.fingerprint import fingerprint
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Params, Theta
 
 FIELDS: Mapping[str, str] = {
     "summary": "",
@@ -14,55 +23,235 @@ FIELDS: Mapping[str, str] = {
     "horizon": "Horizon",
     "evaluated": "Measured",
     "fails": "Where it fails",
+    "cost": "Cost of a step",
     "use": "Use",
 }
-"""What a card holds, in one or more sentences each, and how it is headed; the first is one line without a heading."""
+"""What a card says, in one or more sentences each, and how it is headed; the first is one line without a heading."""
+HOLDS_UP_TO = "holds_up_to"
+"""The one number on a card: the longest run that it was measured on without falling behind."""
+ADAM_FLOATS = 2
+_SIDE = 64  # of the matrix that memory is measured on: a scalar beside it is a thousandth of a byte a parameter
 
 
-def check_card(card: Any) -> dict[str, str]:
-    """Return the card if it has all of ``FIELDS``, each with text, and nothing else.
+@final
+@dataclass(frozen=True)
+class Card:
+    """What is known of a learned optimizer; ``str`` returns it as Markdown.
+
+    Attributes:
+        name: of the packaged optimizer, or the path that was given.
+        rule: the registered name of its rule.
+        num_numbers: numbers in the rule's theta.
+        fingerprint: of the rule and its theta; state dicts carry it.
+        state_bytes: bytes of memory that a float32 parameter needs, as the rule's ``init`` allocates them for a matrix,
+            or for the parameters that the rule was made for; None where the rule takes neither.
+        reads_horizon: whether it must be told how many steps there will be.
+        trained_steps: steps of the longest run of its meta-training; None where that is not on record.
+        holds_up_to: the longest run that it was measured on without falling behind; None where that is not on record.
+        sentences: text by ``FIELDS``: all for the packaged ones; of others, what their files say.
+    """
+
+    name: str
+    rule: str
+    num_numbers: int
+    fingerprint: str
+    state_bytes: float | None
+    reads_horizon: bool
+    trained_steps: int | None
+    holds_up_to: int | None
+    sentences: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """Return the card as Markdown."""
+        kind = f"**Rule.** `{self.rule}`, {self.num_numbers:,} numbers; fingerprint {self.fingerprint}."
+        headed = [f"**{head}.** {self.sentences[k]}" for k, head in FIELDS.items() if head and k in self.sentences]
+        summary = [self.sentences["summary"]] if "summary" in self.sentences else []
+        return "\n\n".join([f"## {self.name}", *summary, kind, *headed, f"**Memory.** {_memory(self)}"]) + "\n"
+
+
+def card(name_or_path: str | Path) -> Card:
+    """Return the card of a packaged optimizer, a checkpoint file, or a run's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file and no such packaged name.
+        ValueError: the file is no checkpoint of this library.
+
+    Example:
+        >>> learnedopt.card("lstm-mnist").state_bytes  # Adam's is 8
+        320.0
+    """
+    return card_of(load_checkpoint(name_or_path), str(name_or_path))
+
+
+def card_of(learned: Checkpoint, name: str) -> Card:
+    """Return the card of a checkpoint that is loaded, under a name."""
+    from learnedopt import optimizers
+
+    theta, written = own_theta(learned.rule, learned.theta), learned.metadata.get("card")
+    if written is None:
+        sentences, holds_up_to = _from_configuration(learned.metadata, learned.rule), None
+    else:
+        sentences = {k: v for k, v in check_card(written).items() if k in FIELDS}
+        holds_up_to = written[HOLDS_UP_TO]
+    return Card(
+        name=name,
+        rule=optimizers.describe(learned.rule)["name"],
+        num_numbers=sum(value.numel() for value in theta.values()),
+        fingerprint=fingerprint(learned.rule, theta),
+        state_bytes=state_bytes(learned.rule, theta),
+        reads_horizon=learned.rule.reads_horizon,
+        trained_steps=_trained_steps(learned.metadata.get("estimator") or {}),
+        holds_up_to=holds_up_to,
+        sentences=sentences,
+    )
+
+
+def trained_horizon(card: Card) -> int | None:
+    """Return the steps of the longest run that it was trained on or holds in; None where neither is on record."""
+    return max((steps for steps in (card.trained_steps, card.holds_up_to) if steps is not None), default=None)
+
+
+def past_horizon(card: Card, num_steps: int) -> str | None:
+    """Return what to warn of in a run of ``num_steps`` steps; None where runs as long were tried, or nothing is known.
+
+    A rule that reads the horizon is told ``num_steps`` before the first step; another one is in its last.
+    """
+    limit = trained_horizon(card)
+    if limit is None or num_steps <= limit:
+        return None
+    known = f"{card.name} was trained or measured on runs of at most {limit:,} steps"
+    if card.reads_horizon:
+        return f"{known}, and is told num_steps={num_steps:,}: nobody knows how it does there. Watch the loss"
+    return f"{known}, and this is step {num_steps:,}: nobody knows how it goes on from here. Watch the loss"
+
+
+def check_card(written: Any) -> dict[str, Any]:
+    """Return what a file says in its card if it has all of ``FIELDS``, each with text, ``HOLDS_UP_TO``, and no more.
 
     Raises:
         ValueError: it does not, or its summary is longer than a line.
     """
-    if not isinstance(card, dict) or {*card} != {*FIELDS} or not all(isinstance(v, str) and v for v in card.values()):
-        missing = [name for name in FIELDS if not (isinstance(card, dict) and card.get(name))]
-        foreign = sorted(map(str, {*card} - {*FIELDS})) if isinstance(card, dict) else []
+    needed = (*FIELDS, HOLDS_UP_TO)
+    texts = [written.get(k) for k in FIELDS] if isinstance(written, dict) else []
+    if not isinstance(written, dict) or {*written} != {*needed} or not all(isinstance(v, str) and v for v in texts):
+        missing = [name for name in needed if not (isinstance(written, dict) and written.get(name))]
+        foreign = sorted(map(str, {*written} - {*needed})) if isinstance(written, dict) else []
         raise ValueError(
             f"this is no card: without {missing}, and with {foreign} that cards do not have; a card has text for each "
-            f"of {', '.join(FIELDS)}"
+            f"of {', '.join(FIELDS)}, and a number of steps for {HOLDS_UP_TO}"
         )
-    if "\n" in card["summary"] or len(card["summary"]) > 160:
-        raise ValueError(f"the summary {card['summary']!r} is no line of at most 160 characters")
-    return card
-
-
-def card(name: str) -> dict[str, str]:
-    """Return the card of a packaged optimizer, text by ``FIELDS``.
-
-    Raises:
-        FileNotFoundError: there is no packaged optimizer of that name.
-    """
-    if name not in packaged():
-        load_checkpoint(name)  # says what there is, for what is neither packaged nor a file
-        raise FileNotFoundError(f"{name!r} is not packaged, so it has no card; there are {packaged()}")
-    return check_card(load_checkpoint(name).metadata.get("card"))
-
-
-def text(name: str) -> str:
-    """Return the card as Markdown, with the rule and the number of its meta-parameters."""
-    found, learned = card(name), load_checkpoint(name)
-    size = sum(value.numel() for value in learned.theta.values())
-    kind = f"`{learned.metadata['rule']['name']}`, {size:,} numbers."
-    headed = [f"**{head}.** {found[field]}" for field, head in FIELDS.items() if head]
-    return "\n\n".join([f"## {name}", found["summary"], f"**Rule.** {kind}", *headed]) + "\n"
+    if "\n" in written["summary"] or len(written["summary"]) > 160:
+        raise ValueError(f"the summary {written['summary']!r} is no line of at most 160 characters")
+    require_count(HOLDS_UP_TO, written[HOLDS_UP_TO], least=1)
+    return written
 
 
 def document() -> str:
     """Return docs/packaged.md."""
     intro = (
         "# Packaged optimizers\n\n`LearnedOptimizer(model.named_parameters(), NAME)` takes each of these by name; "
-        "`learnedopt list` shows them, `learnedopt list NAME` a card. Recipes train each anew from nothing. This page "
-        "is written by `benchmarks/package_theta.py` from the cards in the files.\n"
+        "`learnedopt list` shows them, `learnedopt card NAME` a card, of a checkpoint of your own as well; "
+        "`learnedopt.card(NAME)` returns it. Recipes train each anew from nothing. This page is written by "
+        "`benchmarks/package_theta.py` from the cards in the files; the memory is what the rules' `init` allocates.\n"
     )
-    return "\n".join([intro, *map(text, packaged())])
+    cards = [card(name) for name in packaged()]
+    rows = [
+        f"| `{c.name}` | {c.num_numbers:,} | {_floats(c.state_bytes)} | {'yes' if c.reads_horizon else 'no'} | "
+        f"{_steps(c.trained_steps)} | {_steps(c.holds_up_to)} |"
+        for c in cards
+    ]
+    table = [
+        "| | numbers | floats of memory a parameter (Adam: 2) | reads the horizon | trained on steps, up to | "
+        "holds up to |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join([intro, "\n".join(table) + "\n", *map(str, cards)])
+
+
+def state_bytes(rule: UpdateRule, theta: Theta) -> float | None:
+    """Return the bytes of memory a float32 parameter, to hundredths, or None where the rule takes no such parameters.
+
+    They are those of the leaves of the state that ``init`` returns for a matrix of 64 x 64, or for the parameters
+    that the rule was made for: what a rule keeps for a row, a tensor or a whole model is shared out among them.
+    """
+    from learnedopt import optimizers
+
+    params = _template(optimizers.describe(rule)) or {"weight": torch.zeros(_SIDE, _SIDE)}
+    try:
+        _, state = rule.within(100).init(theta, params)  # memory does not depend on the horizon
+    except (KeyError, ValueError):  # a rule for parameters of certain names, which are not on record
+        return None
+    size = sum(p.numel() for p in params.values())
+    return round(sum(x.numel() * x.element_size() for x in tree.leaves(state)) / size, 2)
+
+
+def _template(described: Any) -> Params:
+    """Return the parameters of all templates in a rule's description, as zeros."""
+    if not isinstance(described, Mapping):
+        return {}
+    found: Params = {}
+    for key, value in described.items():
+        if key == "template":
+            found |= {k: torch.zeros(like["shape"]) for k, like in value.items()}
+        else:
+            found |= _template(value)
+    return found
+
+
+def _trained_steps(estimator: Mapping[str, Any]) -> int | None:
+    """Return the steps of the longest run that an estimator, as it is on record, learns from."""
+    if estimator.get("horizons"):
+        return max(int(steps) for steps, _ in estimator["horizons"])
+    for inner in ("estimator", "back_propagated"):  # of TaskByTask and Combined
+        if inner in estimator:
+            return _trained_steps(estimator[inner])
+    if estimator.get("horizon") is not None:
+        return int(estimator["horizon"])
+    # Without a horizon the windows of truncation go on for ever; of the others, a run is one window.
+    return None if estimator.get("type") == "Truncated" else estimator.get("num_steps")
+
+
+def _from_configuration(metadata: Mapping[str, Any], rule: UpdateRule) -> dict[str, str]:
+    """Say what the configuration of a meta-training says, for a file without a card."""
+    family, steps = metadata.get("family"), _trained_steps(metadata.get("estimator") or {})
+    reads = f"{'Reads' if rule.reads_horizon else 'Does not read'} it."
+    found = {
+        "trained_on": "Not on record: the file has no configuration of a meta-training.",
+        "horizon": f"{reads} Trained on runs of up to {steps:,} steps." if steps else f"{reads} Not on record.",
+        "evaluated": "Not on record; `learnedopt evaluate` measures it beside tuned baselines.",
+        "fails": "Not on record.",
+    }
+    if isinstance(family, Mapping):
+        options = ", ".join(f"{k}={_short(v)}" for k, v in (family.get("options") or {}).items())
+        last = f"{metadata.get('num_meta_steps'):,} meta-steps of {metadata.get('num_tasks')} tasks each"
+        after = metadata.get("after") or metadata.get("start")
+        found["trained_on"] = (
+            f"`{family['name']}`{f' ({options})' if options else ''}, {last}, as the recipe `{metadata.get('name')}` "
+            f"has it{', after a first training' if after else ''}."
+        )
+    if metadata.get("best_validation") is not None:
+        found["evaluated"] = f"Best in validation: {metadata['best_validation']:.4g}. " + found["evaluated"]
+    return found
+
+
+def _short(value: Any) -> str:
+    """Return a value as text, or of a long one how many parts it has."""
+    return str(value) if len(str(value)) <= 60 else f"{len(value)} of them"
+
+
+def _steps(count: int | None) -> str:
+    return "not on record" if count is None else f"{count:,}"
+
+
+def _floats(size: float | None) -> str:
+    return "not known" if size is None else f"{size / 4:.3g}"
+
+
+def _memory(card: Card) -> str:
+    if card.state_bytes is None:
+        return "Not known: the rule takes parameters of certain names only, which are not on record."
+    return (
+        f"{_floats(card.state_bytes)} floats a parameter, {card.state_bytes:.3g} bytes in float32; Adam keeps "
+        f"{ADAM_FLOATS}, {4 * ADAM_FLOATS} bytes."
+    )

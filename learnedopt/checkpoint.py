@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Theta]:
 
 
 def packaged() -> list[str]:
-    """Return the names of the optimizers that come with the library; ``learnedopt list NAME`` prints one's card.
+    """Return the names of the optimizers that come with the library; ``learnedopt card NAME`` prints one's card.
 
     Example:
         >>> "lstm-mnist" in learnedopt.packaged()

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
     # One for each command.
-    for add_parser in (cli_train.add_parser, cli_check.add_parser, cli_evaluate.add_parser, _add_list):
+    for add_parser in (cli_train.add_parser, cli_check.add_parser, cli_evaluate.add_parser, _add_list, _add_card):
         add_parser(commands)
     return parser
 
@@ -69,21 +69,31 @@ def _parser() -> argparse.ArgumentParser:
 def _add_list(commands: Any) -> None:
     about = "list the update rules, task families, recipes and packaged optimizers"
     parser = commands.add_parser("list", help=about, description=f"{about.capitalize()}.")
-    parser.add_argument("name", nargs="*", metavar="NAME", help="of packaged optimizers: print their cards instead")
     parser.set_defaults(command=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
     from learnedopt import cards, checkpoint, inner_objectives, optimizers, recipes, tasks
 
-    if arguments.name:
-        print(*map(cards.text, arguments.name), sep="\n", end="")
-        return 0
     print("Update rules:", ", ".join(optimizers.names()))
     print("Inner objectives:", ", ".join(inner_objectives.names()))
     print("Task families:", ", ".join(tasks.names()))
     print("Recipes:", ", ".join(recipes.names()))
-    print("Packaged optimizers (learnedopt list NAME prints a card):")
+    print("Packaged optimizers (learnedopt card NAME says more):")
     for name in checkpoint.packaged():
-        print(f"  {name:22} {cards.card(name)['summary']}")
+        print(f"  {name:22} {cards.card(name).sentences['summary']}")
+    return 0
+
+
+def _add_card(commands: Any) -> None:
+    about = "say what a learned optimizer was trained and measured on, where it fails, and what it costs"
+    parser = commands.add_parser("card", help=about, description=f"{about.capitalize()}.")
+    parser.add_argument("name", nargs="+", metavar="NAME", help="a packaged name, a checkpoint, or a run's folder")
+    parser.set_defaults(command=_card)
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from learnedopt import cards
+
+    print(*map(cards.card, arguments.name), sep="\n", end="")
     return 0

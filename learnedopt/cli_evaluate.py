@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,10 @@ def add_parser(commands: Any) -> None:
         "schedules, or labels of these"
     )  # fmt: skip
     cli_suite.add_arguments(evaluate)
+    evaluate.add_argument(
+        "--import", dest="imported", action="append", default=[], metavar="MODULE",
+        help="import a module first, which registers rules or families that are not the library's; repeatable",
+    )  # fmt: skip
     evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="of the tasks (default 0)")
     evaluate.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default 1: tasks are small)")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default runs/evaluate-CHECKPOINT-FAMILY")
@@ -72,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(arguments.threads)
+    for name in arguments.imported:
+        _import(name)
     mode = resolve_mode(arguments.wandb)
     if arguments.suite and arguments.few_shot:
         raise ValueError("--suite and --few-shot exclude each other: leave one out")
@@ -209,6 +216,13 @@ def _few_shot_family(arguments: argparse.Namespace, record: dict[str, Any]) -> T
         name, options = trained["name"], {**trained["options"], **held_out}
         options.pop("meta_split", None)
     return _families(name, {**options, **_settings(arguments.set)})[0]
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"--import {module}: {error}; name a module as in Python's import statement") from error
 
 
 def _load(checkpoint: str) -> Checkpoint:

@@ -9,47 +9,77 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
+from learnedopt.cards import card, past_horizon, trained_horizon
 from learnedopt.checkpoint import resolve_rule
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
-from learnedopt.core.horizon import Clock, HorizonWarning
-from learnedopt.core.rule import State, UpdateRule
-from learnedopt.core.tree import Params, Theta
-from learnedopt.plug_in.base import RuleOptimizer
-from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail, split
-from learnedopt.plug_in.members import common_device, leaves_by_path, name_of, require_start, scalar_loss, values_of
+from learnedopt.core.horizon import HorizonWarning
+from learnedopt.core.rule import UpdateRule
+from learnedopt.core.tree import Theta
+from learnedopt.plug_in import shards
+from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
+from learnedopt.plug_in.cohorts import Cohort, Player, formed
+from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail
+from learnedopt.plug_in.guard_state import held, recall, without
+from learnedopt.plug_in.members import (
+    Member,
+    common_device,
+    factors_of,
+    gradients_of,
+    name_of,
+    require_start,
+    saved_indices,
+    scalar_loss,
+    values_of,
+)
+from learnedopt.plug_in.memory import COUNT
+from learnedopt.plug_in.state_dtype import packed, require_state_dtype
+from learnedopt.plug_in.stepping import begun, updated
+
+THETA = "theta"
+"""What a group says of its theta: the fingerprint."""
+CLOCK = "memory.step"
+"""Where the clock of a rule that reads the horizon lies in the entries."""
 
 
 @final
 class LearnedOptimizer(RuleOptimizer):
     """Moves a model's parameters by a learned update rule, as the engine's inner step does, to the same bits.
 
-        deltas, state = rule.update(theta, grads, state, params, loss),    param += lr * delta
+        deltas, state = rule.update(theta, grads, state, params, loss)
+        param <- param - lr weight_decay param + lr delta
 
-    The rule sees the parameters of all groups together, in their order, and ``grads`` is what ``backward()`` left (a
-    penalty that theta was trained with is yours to add). A parameter whose ``grad`` is None is not moved: the rule sees
-    a zero gradient there, so that the memory it keeps for the other coordinates stays theirs. Without any gradient at
-    all nothing happens. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was, then
-    load. The rule's memory keeps its own dtype, whatever the parameters' is.
+    The rule sees the parameters of all its groups together, in their order, and ``grads`` is what ``backward()`` left
+    (a penalty that theta was trained with is yours to add). A parameter whose ``grad`` is None is left alone, and so is
+    the memory that is its own. Theta is fixed, and not part of the ``state_dict``: construct the optimizer as it was,
+    then load. The rule's memory keeps its own dtype, whatever the parameters' is, and lies with each parameter by its
+    position: names play no part in it.
 
     Args:
-        params: parameters, ``model.named_parameters()``, or groups of them, each with an ``lr`` of its own if it
-            likes. Rules that tell tensors apart (a learned start, rates per coordinate, a partition) need the names;
-            without names a parameter is called by its number, from "0" on.
+        params: parameters, ``model.named_parameters()``, or groups of them, each with ``lr``, ``weight_decay``,
+            ``maximize`` and ``rule`` of its own if it likes. Rules that tell tensors apart (a learned start, rates per
+            coordinate, a partition) need the names; without names a parameter is called by its number, from "0" on.
         rule: the name of a packaged optimizer, the path of a checkpoint, or ``(rule, theta)``; theta is copied.
         lr: factor on the whole update. 1 is what the rule was trained with, 0 moves nothing; schedulers may change it.
+        weight_decay: share of a parameter that a step takes off beside the rule's update, times ``lr``.
+        maximize: climb: the rule is told the negative gradient, and the negative loss where all its groups climb.
         num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it its schedule
             stays at its end, with one warning.
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
+        state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
+        guard: whether the rule is watched beside a safe fallback, and gives way where that does better: see ``Guard``,
+            and ``guard_report()``. False is the bare rule, to the bit.
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
         TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three.
-        ValueError: theta belongs to another rule or shape; ``lr`` is negative; a parameter is not real and floating; a
-            name occurs twice; the rule does not know the parameters, or would change them without ``adopt_start``.
+        ValueError: theta belongs to another rule or shape; ``lr`` or ``weight_decay`` is negative; a parameter is
+            complex; a name occurs twice; the rule does not know the parameters, or would change them without
+            ``adopt_start``.
 
     Example:
         >>> optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist")
@@ -59,34 +89,79 @@ class LearnedOptimizer(RuleOptimizer):
         >>> optimizer.step()
     """
 
+    _options = ("lr", "weight_decay", "maximize", "rule")
+
     def __init__(
         self,
         params: ParamsT,
         rule: str | Path | tuple[UpdateRule, Theta],
         *,
         lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
         num_steps: int | None = None,
         adopt_start: bool = False,
+        state_dtype: torch.dtype | None = None,
         guard: bool | Guard = True,
         **foreign: Any,
     ) -> None:
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr, num_steps, adopt_start and guard"
+                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start, state_dtype "
+                "and guard"
             )
-        self.rule, self.theta = resolve_rule(rule)
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
-        self.adopt_start, self.num_steps = adopt_start, num_steps
-        self.rule.within(num_steps)  # refused now where it needs a horizon
+        require_state_dtype(state_dtype)
+        self.adopt_start, self.num_steps, self._state_dtype = adopt_start, num_steps, state_dtype
+        self._player = self._resolved(rule)
+        self._players: list[Player] = []  # of each group
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
+        self._together: list[Cohort] = []  # as the last step had them
         self._rail: Rail | None = None
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self._settle()
         if guard:
-            horizon = num_steps if self.rule.reads_horizon else None
-            self._rail = Rail(Guard() if guard is True else guard, self.param_groups, horizon, num_steps)
+            reads = any(player.rule.reads_horizon for player in self._players)
+            options = Guard() if guard is True else guard
+            self._rail = Rail(options, self.param_groups, num_steps if reads else None, num_steps)
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The rule that was given; groups may have others."""
+        return self._player.rule
+
+    @property
+    def theta(self) -> Theta:
+        """Its meta-parameters."""
+        return self._player.theta
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; after the first step only where its rule moves each parameter by itself, or is a new one.
+
+        Raises:
+            TypeError: the group sets an option that a learned rule does not have.
+            ValueError: steps have been taken and the rule ties parameters together; or as the constructor.
+        """
+        param_group = dict(param_group) if isinstance(param_group, dict) else param_group
+        own = param_group.pop("rule", None) if isinstance(param_group, dict) else None
+        player = self._player if own is None else self._resolved(own)
+        if self._begun() and player in self._players and not player.rule.coordinatewise:
+            raise ValueError(
+                f"{name_of(player.rule)} ties parameters together, so a parameter group can be added before the first "
+                "step only: its memory belongs to the parameters that it began with. Make a new optimizer with all of "
+                'them, or give the group a rule of its own: {"params": ..., "rule": ...}'
+            )
+        self._players.append(player)
+        try:
+            super().add_param_group(param_group)
+            self.param_groups[-1][THETA] = player.fingerprint
+            if self._rail is not None:
+                self._rail.add(self.param_groups[-1])
+        except BaseException:
+            self._players.pop()
+            raise
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
         self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
@@ -101,23 +176,21 @@ class LearnedOptimizer(RuleOptimizer):
             The loss, as it was given or as ``closure`` returned it; None without either.
 
         Raises:
+            TypeError: the loss is given in the closure's place.
             ValueError: the rule reads the loss and got none; both are given; a gradient is sparse; the loss is not a
                 scalar; the parameters lie on several devices; the rule does not know them by name.
         """
         loss = self._evaluated(closure, loss)
-        if self._rail is None or all(float(group["lr"]) == 0 for group in self.param_groups):
+        rail, groups = self._rail, self.param_groups
+        if rail is None:
             self._step_learned(loss)
-        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves: there is nothing to watch
+            if rail.watch.learned_moves:
+                self._step_learned(loss)
+        elif any(p.grad is not None for group in groups for p in group["params"]):
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
-            learned = Learned(lambda: self._step_learned(loss), self._forget, self._set_clock)
-            with torch.no_grad():
-                self._rail.step(self.param_groups, told, learned)
+            rail.step(groups, told, Learned(lambda: self._step_watched(loss), self._forget, self._set_clock))
         return loss
-
-    @property
-    def guarded(self) -> bool:
-        """Whether there is a guard."""
-        return self._rail is not None
 
     def guard_report(self) -> GuardReport:
         """Return who is in control, every hand-over, and what the guard cannot see.
@@ -129,61 +202,71 @@ class LearnedOptimizer(RuleOptimizer):
             raise ValueError("this optimizer was made with guard=False, so there is nothing to report")
         return self._rail.report()
 
-    def _step_learned(self, loss: Any) -> None:
-        """Take a step of the rule's."""
-        members = self._members()
-        if any(m.param.grad is not None for m in members):
-            with torch.no_grad():
-                params = values_of(members)
-                state, count = self._recall(members, params)
-                self._require_end(count + 1)
-                theta, grads = self._theta_on(common_device(params)), self._gradients(members, params)
-                factors = self._factors(members)
-                updated = self._update(theta, grads, state, params, loss, factors, in_place=self._owned)
-                self._apply(members, updated, grads, count, factors)
-            self._owned = True
+    def _step_watched(self, loss: Any) -> None:
+        if self._rail is not None and not self._begun():
+            for player in self._players:  # a rule that comes back late is told how late it is
+                player.behind = self._rail.watch.step
+        self._step_learned(loss)
 
     def _forget(self) -> None:
         self.state.clear()
+        self._together = []
 
     def _set_clock(self, step: int) -> None:
+        for player, members in self._parts():
+            for _, param, _ in members if player.rule.reads_horizon else ():
+                entry = self.state.get(param, {})
+                if CLOCK in entry:
+                    self.state[param] = {**entry, CLOCK: torch.full_like(entry[CLOCK], step)}
+
+    @torch.no_grad()
+    def _step_learned(self, loss: Any) -> None:
+        if self._step_ready(loss):
+            return
         members = self._members()
-        params = values_of(members)
-        state, count = self._recall(members, params)
-        if count and isinstance(state, Clock):
-            state = state._replace(step=torch.full_like(state.step, step))
-            self._remember(members, leaves_by_path(state), count)
+        if any(m.param.grad is not None for m in members) and not self._only_looked_at(members):
+            for cohort in self._cohorts():
+                self._require_end(cohort)
+                self._move(cohort, loss)
+            # What was gathered for this step goes; it is gathered anew for the next.
+            self._together = [cohort for cohort in self._together if not cohort.gathers]
+            self._owned = True
 
-    def _init(self, params: Params, leaves: Theta | None = None) -> tuple[Params, State]:
-        start, state = super()._init(params, leaves)
-        if self._rail is not None and isinstance(state, Clock):  # a rule that comes back late is told so
-            state = state._replace(step=state.step + self._rail.watch.step)
-        return start, state
+    def _step_ready(self, loss: Any) -> bool:
+        """Take the step as it was made ready; return whether it was done.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; the fallback moves them, too."""
-        super().add_param_group(param_group)
-        if self._rail is not None:
-            self._rail.add(self.param_groups[-1])
+        That is for whole steps of all parameters, from the second one on in which nobody else can hold the memory.
+        """
+        if not self._owned or len(self._together) != 1:
+            return False
+        (cohort,), params = self._together, [p for group in self.param_groups for p in group["params"]]
+        plain = all(float(g["lr"]) == 1 and not g["weight_decay"] and not g["maximize"] for g in self.param_groups)
+        if not plain or cohort.ready is False or any(p.grad is None for p in params):
+            return False
+        memory = [self.state.get(p) for p in params]
+        if cohort.ready is None or not cohort.ready.hold(params, memory, (cohort.player, cohort.player.theta)):
+            whole = len(params) == len(cohort.members) and cohort.lies_with_its_parameters()
+            if not whole or not cohort.stands(self.state):
+                return False
+            cohort.ready = cohort.made_ready()
+        if loss is not None:
+            scalar_loss(loss, params[0].device)
+        self._require_end(cohort)
+        done = cohort.ready is not False and cohort.ready.step()
+        if done:
+            cohort.count += 1
+        else:
+            cohort.ready = False
+        return done
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rule's memory, the guard's, the step count and the groups.
+        """Return the rule's memory, the guard's, the step counts and the groups.
 
         Later steps leave what was returned as it is.
         """
         self._owned = False
-        if self._rail is None or not self._rail.watch.step:
+        with held(self.state, self._rail, [p for group in self.param_groups for p in group["params"]]):
             return super().state_dict()
-        members = self._members()
-        kept = {m.param: self.state[m.param] for m in members if m.param in self.state}
-        # In the state while torch's own method runs, so that its hooks see all of it.
-        for member, own in zip(members, self._rail.entries([m.param for m in members]), strict=True):
-            self.state[member.param] = {**kept.get(member.param, {}), **own}
-        try:
-            return super().state_dict()
-        finally:
-            self.state.clear()
-            self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
@@ -197,77 +280,198 @@ class LearnedOptimizer(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._owned = False
-        own = {k: self.__dict__[k] for k in ("rule", "theta", "adopt_start", "num_steps", "_settled", "_rail")}
+        own = {
+            k: self.__dict__[k]
+            for k in ("_player", "_players", "adopt_start", "num_steps", "_state_dtype", "_settled", "_rail")
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._owned = False
+        self._owned, self._together = False, []
 
-    def _loaded(self) -> None:
-        members, found = self._members(), []
-        for member in members:
-            kept, own = split(self.state.get(member.param, {}))
-            found.append(own)
-            if kept:
-                self.state[member.param] = kept
-            else:
-                self.state.pop(member.param, None)
-        if self._rail is not None and (self._begun() or any(found)):
-            self._rail.recall([m.param for m in members], found)
+    @staticmethod
+    def _known(rule: Any) -> tuple[Any, int | None]:
+        """Return the card of a rule that was given by name or path, and the steps that its theta is known to hold."""
+        if not isinstance(rule, str | Path):
+            return None, None
+        found = card(rule)
+        return found, trained_horizon(found)
+
+    def _resolved(self, rule: Any) -> Player:
+        found = Player(*resolve_rule(rule), self.num_steps, *self._known(rule))
+        found.mover  # noqa: B018 - refused now where it needs a horizon
+        if found.card is not None and found.rule.reads_horizon:
+            unknown = past_horizon(found.card, self.num_steps or 0)
+            if unknown is not None:
+                warnings.warn(unknown, HorizonWarning, stacklevel=3)
+        return found
+
+    def _settle(self) -> None:
+        """See that the rules take their parameters, and put a start into them if that was allowed."""
+        self._settled = True
+        if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
+            return  # they have no shapes; what is wrong with them is found in the first step
+        shards.require_known((m.name, m.param) for m in self._members())
+        for player, members in self._parts():
+            named = [(m.name, m.param) for m in members]
+            if shards.what_is_missing(named) is not None and player.reads_whole(members):
+                shards.require_whole_tensors(named, name_of(player.rule))
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            start, _ = begun(player.mover, player.theta_on(common_device(params)), params)
+            changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
+            if changed and not self.adopt_start:
+                raise ValueError(
+                    f"{name_of(player.rule)} has a start of its own, which would overwrite the parameters {changed}; "
+                    "pass adopt_start=True to let it, or use a rule without a learned start to train on from the "
+                    "present values"
+                )
+            require_start(player.rule, start)
+            for name, param, _ in members:
+                if name in changed:
+                    shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
+
+    def _parts(self) -> list[tuple[Player, list[Member]]]:
+        """Return each rule with its parameters, in the order of the first of them."""
+        parts: dict[int, tuple[Player, list[Member]]] = {}
+        rules = {id(group): player for group, player in zip(self.param_groups, self._players, strict=True)}
+        for member in self._members():
+            player = rules[id(member.group)]
+            parts.setdefault(id(player), (player, []))[1].append(member)
+        return list(parts.values())
+
+    def _only_looked_at(self, members: list[Member]) -> bool:
+        """Give a fresh optimizer its memory, without a step, where a tool asks for it by a step of nothing.
+
+        Such as those of ``torch.distributed.checkpoint``, which step at rate 0 with gradients of 0.
+        """
+        if self._begun() or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if not shards.all_zero(m.param.grad for m in members if m.param.grad is not None):
+            return False
+        for cohort in self._cohorts():
+            entries = cohort.layout.entries(unshared(cohort.state, tuple(shards.local(m.param) for m in members)))
+            for name, param, _ in cohort.members:
+                self.state[param] = {COUNT: 0, **entries[name]}
+        return True
+
+    def _cohorts(self) -> list[Cohort]:
+        """Return what is moved together in this step; as in the last one where nothing has changed."""
+        parts = self._parts()
+        if self._together and all(cohort.stands(self.state) for cohort in self._together):
+            active = {m.param for _, members in parts for m in members if m.param.grad is not None}
+            before = {m.param for cohort in self._together for m in cohort.members if m.name not in cohort.still}
+            if active == before and all(cohort.lies_with_its_parameters() for cohort in self._together):
+                groups = {m.param: m for _, members in parts for m in members}
+                for cohort in self._together:  # a state dict that was loaded has brought other groups
+                    cohort.members = [groups[m.param] for m in cohort.members]
+                return self._together
+        self._together = [cohort for player, members in parts for cohort in formed(player, members, self.state)]
+        return self._together
+
+    def _move(self, cohort: Cohort, loss: Any) -> None:
+        """Move the parameters of a cohort, and keep the rule's new memory."""
+        members, player = cohort.members, cohort.player
+        params, grads = cohort.values(), gradients_of(members, cohort.gathers)
+        grads = {name: -grads[name] if group["maximize"] else grads[name] for name, _, group in members}
+        if loss is not None and all(group["maximize"] for _, _, group in members):
+            loss = -loss
+        factors = factors_of(members)
+        decays = {name: factors[name] * float(group["weight_decay"]) for name, _, group in members}
+        found = updated(
+            player.mover, player.theta_on(common_device(params)), grads, cohort.state, params, loss,
+            whole=all(f in (0, 1) for f in factors.values()),
+            in_place=self._owned and not cohort.fresh and not cohort.still,
+            overwrite=all(f == 1 for f in factors.values()) and not any(decays.values()) and not cohort.gathers,
+        )  # fmt: skip
+        self._keep(cohort, found.state, tuple(grads.values()))
+        if not found.written:
+            moved(members, found.found, factors, added=found.added, decays=decays, gather=cohort.gathers)
+
+    def _keep(self, cohort: Cohort, state: Any, grads: tuple[Tensor, ...]) -> None:
+        """Keep a rule's new memory; parameters that are still keep theirs."""
+        if state is cohort.state and self._owned and cohort.entries and not cohort.still:  # written in place
+            for entry in cohort.entries:
+                entry[COUNT] += 1
+            cohort.count += 1
+            return
+        # What is written in place from here on, or by the next backward(), must not be part of the memory.
+        params, layout = tuple(shards.local(m.param) for m in cohort.members), cohort.layout
+        require_structure(layout, state, cohort.player.rule)
+        state = tree.detach(unshared(state, (*params, *grads)))
+        if cohort.still:
+            entries, before = layout.entries(state), layout.entries(unshared(cohort.state, params))
+            for name in cohort.still:
+                entries[name].update({k: x for k, x in before[name].items() if k not in layout.common})
+            state = layout.state(entries)
+        entries, cohort.entries = layout.entries(state), []
+        for name, param, _ in cohort.members:
+            # New dicts, so that an earlier state_dict() keeps what it held.
+            count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
+            memory = packed(entries[name], param, self._state_dtype, seed=count)
+            self.state[param] = {COUNT: count, **memory}
+            cohort.entries.append(self.state[param])
+        if self._state_dtype is not None:
+            self._together = []  # what was computed with is not kept beside what is kept of it
+        cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
+
+    def _require_end(self, cohort: Cohort) -> None:
+        """Warn at the first step past the horizon that the rule reads, or past what is known of its theta."""
+        player, step = cohort.player, cohort.count + 1
+        if player.rule.reads_horizon:
+            if self.num_steps is None or step != self.num_steps + 1:
+                return
+            text = (
+                f"step {step} is past the num_steps={self.num_steps} that {name_of(player.rule)} was told: its "
+                "schedule stays at its end. Make the optimizer with the number of steps of the whole training"
+            )
+        elif player.known_steps is not None and step == player.known_steps + 1:
+            text = str(past_horizon(player.card, step))
+        else:
+            return
+        if not player.warned:  # parameters of another age get there later
+            player.warned = True
+            warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        halves = {i: split(one) for i, one in state_dict["state"].items()}
-        state_dict = {**state_dict, "state": {i: kept for i, (kept, _) in halves.items()}}
-        if self._rail is None and any(own for _, own in halves.values()) and not any(state_dict["state"].values()):
-            raise ValueError(
-                "this state was saved while the guard's fallback moved the parameters, so it holds no memory of the "
-                "rule's; make the optimizer with guard=True"
-            )
-        super()._check_state(state_dict)
-        if self.num_steps is None or not self.rule.reads_horizon:
+        state_dict = without(state_dict, guarded=self._rail is not None)
+        indices = saved_indices(state_dict, self.param_groups)
+        for player, members in self._parts():
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            state = player.begun(members, params)
+            layout = player.layout(state, members, params, gather)
+            own = [(indices.get(m.param), m) for m in members]
+            self._require_memory(layout, state, state_dict, own, player.rule)
+            self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
+        for player, saved in zip(self._players, state_dict["param_groups"], strict=False):
+            if saved.get(THETA, player.fingerprint) != player.fingerprint:
+                raise ValueError(
+                    f"this state is of another theta ({saved[THETA]}) than the optimizer's {name_of(player.rule)} has "
+                    f"({player.fingerprint}): a rule goes on from its own memory only; make the optimizer with the "
+                    "theta that it was saved with"
+                )
+
+    def _loaded(self) -> None:
+        recall(self.state, self._rail, [p for group in self.param_groups for p in group["params"]])
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        """Give groups what those of earlier versions did not have."""
+        for group, player in zip(self.param_groups, self._players, strict=True):
+            group.setdefault("weight_decay", 0.0)
+            group.setdefault("maximize", False)
+            group[THETA] = player.fingerprint
+
+    def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
+        if self.num_steps is None or not player.rule.reads_horizon:
             return
-        told = {float(x) for one in state_dict["state"].values() for k, x in one.items() if k.endswith(".horizon")}
+        told = {float(x) for entry in entries for k, x in entry.items() if k.endswith(".horizon")}
         other = sorted(told - {float(self.num_steps)})
         if other:
             raise ValueError(
                 f"this state is of a training of {other[0]:g} steps, and the optimizer was made with num_steps="
-                f"{self.num_steps}: {name_of(self.rule)} is on its way along the first; make it with num_steps="
+                f"{self.num_steps}: {name_of(player.rule)} is on its way along the first; make it with num_steps="
                 f"{other[0]:g} to go on there"
             )
-
-    @property
-    def _mover(self) -> UpdateRule:
-        return self.rule.within(self.num_steps)
-
-    def _settle(self) -> None:
-        """See that the rule takes these parameters, and put its start into them if that was allowed."""
-        self._settled = True
-        members = self._members()
-        if not members:
-            return
-        params = values_of(members)
-        start, _ = self._init(params)
-        changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
-        if changed and not self.adopt_start:
-            raise ValueError(
-                f"{name_of(self.rule)} has a start of its own, which would overwrite the parameters {changed}; pass "
-                "adopt_start=True to let it, or use a rule without a learned start to train on from the present values"
-            )
-        require_start(self.rule, start)
-        for name in changed:
-            params[name].copy_(start[name])
-
-    def _require_end(self, step: int) -> None:
-        """Warn at the first step past the horizon that the rule reads."""
-        if self.rule.reads_horizon and self.num_steps is not None and step == self.num_steps + 1:
-            warnings.warn(
-                f"step {step} is past the num_steps={self.num_steps} that {name_of(self.rule)} was told: its schedule "
-                "stays at its end. Make the optimizer with the number of steps of the whole training",
-                HorizonWarning,
-                stacklevel=4,
-            )
-
-    def _theta_on(self, device: torch.device) -> Theta:
-        self.theta = tree.to(self.theta, device, None)
-        return self.theta

@@ -108,7 +108,7 @@ class LSTM(UpdateRule):
     def _network(self, theta: Theta, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the read-out (num_coordinates,) and the new state."""
         theta, state = ({k: v.to(inputs.dtype) for k, v in tensors.items()} for tensors in (theta, state))
-        if lstm_kernel.computed_dtype(inputs) is not None:
+        if lstm_kernel.computed_dtype(inputs, theta, state) is not None:
             states = [state[k] for k in self._state_names]
             out, new = lstm_kernel.step([theta[k] for k in self._theta_names], inputs, states)
             return out, dict(zip(self._state_names, new, strict=True))
@@ -137,7 +137,7 @@ class Compiled(Kernel):
         """Write the new state over the old, to the same bits; None where no compiled step serves."""
         rule = self.rule
         flat = torch.cat([g.reshape(-1) for g in grads.values()]).to(wide_dtype(theta["readout/weight"]))
-        if lstm_kernel.computed_dtype(flat) != flat.dtype:
+        if lstm_kernel.computed_dtype(flat, theta, state) != flat.dtype:
             return None
         if any(h.dtype != flat.dtype or not h.is_contiguous() for h in state.values()):
             return None
@@ -150,7 +150,7 @@ class Compiled(Kernel):
     ) -> tuple[Theta, State | None] | None:
         """Back-propagate through a window of steps, a block of coordinates at a time."""
         rule = self.rule
-        dtype = lstm_kernel.computed_dtype(grads.to(wide_dtype(theta["readout/weight"])))
+        dtype = lstm_kernel.computed_dtype(grads.to(wide_dtype(theta["readout/weight"])), theta, state, end or {})
         if dtype is None:
             return None
         num_steps, num_tasks, num_coordinates = grads.shape

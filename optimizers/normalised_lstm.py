@@ -106,7 +106,8 @@ class NormalisedLSTM(UpdateRule):
         def added(moments: Moments, mean: Tensor, at: Tensor, layout: Layout) -> Tensor:
             rows = frame_features.rows(moments, mean, at, layout)
             clocks = frame_features.clocks(progress, state.frame.step)
-            after.extend(_cell(theta, rows, clocks, state.hidden, state.cell))
+            hidden, cell = (x.to(rows.dtype) for x in (state.hidden, state.cell))  # a model may change its type midway
+            after.extend(_cell(theta, rows, clocks, hidden, cell))
             read = torch.addmm(theta["output/bias"][:, None], theta["output/weight"], after[0])
             direction, size = read.unbind(0)
             return frame_features.alive(moments) * direction * size.exp()

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+import learnedopt
 from benchmarks import bench, report, scaling, suite
+from benchmarks import results_plug_in as plug_in
 from benchmarks.suite import Competitor, Size, difference
 
 # The peers import what torch has deprecated.
@@ -97,3 +99,32 @@ def test_the_page_keeps_its_other_part(tmp_path, monkeypatch: pytest.MonkeyPatch
 def test_exponents_are_slopes_of_the_last_points() -> None:
     sizes = [1.0, 10.0, 100.0, 1e3, 1e4]
     assert scaling.exponent(sizes, [50.0, *(3 * x**1.5 for x in sizes[1:])]) == pytest.approx(1.5)
+
+
+def test_the_cells_beside_the_plug_in_are_the_packaged_lstm() -> None:
+    ours, cells = (plug_in.matrix(400) for _ in range(2))
+    start = ours.detach().clone()
+    for param, label in ((ours, "lstm-mnist"), (cells, plug_in.CELL)):
+        optimizer = plug_in.competitors()[label](param)
+        for _ in range(3):
+            optimizer.step()
+    torch.testing.assert_close(cells, ours, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(ours, start, atol=1e-3)
+
+
+def test_memory_that_optimizers_keep_is_what_their_cards_say() -> None:
+    for label in plug_in.competitors():
+        kept, _ = plug_in.memory(label, 10_000)
+        floats = 80 if label == plug_in.CELL else 4 if label == plug_in.BARE else 2
+        if label in learnedopt.packaged():
+            size = learnedopt.card(label).state_bytes
+            assert size is not None
+            floats = size / 4
+        assert kept * plug_in.MB / 4e4 == pytest.approx(floats, rel=0.01)
+
+
+def test_goals_of_the_plug_in_that_are_missed() -> None:
+    times = {plug_in.ADAM: 2.0, plug_in.CELL: 1000.0, "lstm-mnist": 99.0, "normalised": 15.0}
+    points = {label: plug_in.Point(ms, 1.0, 1.0) for label, ms in {**times, "normalised-mlp-mnist": 18.0}.items()}
+    assert plug_in.missed(points) == ["normalised-mlp-mnist: 9, goal 8"]
+    assert "| lstm-mnist | 99 | 49.5 | 1 | 1 |" in plug_in.table(1_000_000, points)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import learnedopt
-from learnedopt import cards, cli, evaluate, inner_objectives, optimizers, recipes, tasks
+from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
 from learnedopt.evaluation.comparison import MEASURES
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -148,13 +148,12 @@ def test_list_names_what_there_is() -> None:
     assert [line.split()[0] for line in packaged] == learnedopt.packaged() and all(len(x.split()) > 3 for x in packaged)
 
 
-def test_list_prints_cards_and_refuses_what_has_none(
-    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
-) -> None:
-    assert cli.main(["list", "lstm-mnist", "lstm-quadratic"]) == 0
-    assert capsys.readouterr().out == "\n".join(map(cards.text, ("lstm-mnist", "lstm-quadratic")))
-    assert "did you mean 'lstm-mnist'?" in refusal(capsys, "list", "lstm-mnits")
-    assert "is not packaged, so it has no card" in refusal(capsys, "list", str(checkpoint))
+def test_cards_of_packaged_optimizers_and_of_a_file(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    assert cli.main(["card", "lstm-mnist", str(checkpoint)]) == 0
+    assert capsys.readouterr().out == f"{learnedopt.card('lstm-mnist')}\n{learnedopt.card(checkpoint)}"
+    assert "did you mean 'lstm-mnist'?" in refusal(capsys, "card", "lstm-mnits")
+    assert "the following arguments are required: NAME" in refusal(capsys, "card")
+    assert "unrecognized arguments: lstm-mnist" in refusal(capsys, "list", "lstm-mnist")
 
 
 def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:

@@ -24,15 +24,17 @@ LAW: dict[str, tuple[str, ...]] = {
     "plug_in": ("core", "estimators", "objectives", "meta_optimizers"),
     "recipes": ("core", "estimators", "objectives", "meta_optimizers", "plug_in", "evaluation", "training"),
 }
-# The edge may import every room, those with a registry only inside functions; no room imports the edge.
+# The edge may import every room, those with a registry only inside functions; no room imports the edge, and nothing at
+# all imports the bridges: users do, by name.
 EDGE = (
-    "__init__", "optim", "cards", "checkpoint", "config", "run", "stages",
+    "__init__", "bridges", "optim", "cards", "checkpoint", "config", "run", "stages",
     "cli", "cli_check", "cli_train", "cli_evaluate", "cli_suite",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
 WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
-HEAVY = ("wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
+BRIDGED = ("higher", "torchopt")  # packages that the modules of the bridges may import, but not the bridges' own
+HEAVY = (*BRIDGED, "wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 
 
 class Import(NamedTuple):
@@ -89,10 +91,14 @@ def violations(module: str, source: str) -> list[str]:
             found.append(where + f"say learnedopt.{name}, or its classes exist twice")
         if first == "wandb" and root != "tests" and (module not in WANDB or at_import_time):
             found.append(where + "wandb is imported inside functions of its tracker only")
+        if first in BRIDGED and room and (room != "bridges" or rest == "bridges.__init__"):
+            found.append(where + "other libraries are imported by the module of the bridges that is named after them")
         if first != "learnedopt" or not room:
             continue
         target = others[0] if others and others[0] in (*LAW, *EDGE) else "__init__"
-        if target in REGISTRIES and room not in REGISTRIES and at_import_time:
+        if target == "bridges" and room != "bridges":
+            found.append(where + "nothing imports the bridges, or the library would need their packages")
+        elif target in REGISTRIES and room not in REGISTRIES and at_import_time:
             found.append(where + "rules, families and inner objectives are imported lazily, inside functions")
         elif room not in EDGE and target not in (room, *LAW[room], *(REGISTRIES if room in LAZY else ())):
             found.append(where + f"{room} may import only {', '.join(LAW[room]) or 'nothing'}")
@@ -144,6 +150,11 @@ def test_imports_follow_the_layout() -> None:
         ("learnedopt.utils", ""),
         ("learnedopt.training.trainer", "def f():\n    import wandb"),
         ("learnedopt.training.wandb_tracker", "import wandb"),
+        ("learnedopt.optim", "def f():\n    from learnedopt.bridges import celo"),
+        ("learnedopt.core.inner", "from learnedopt.bridges.higher import HigherRule"),
+        ("learnedopt.bridges.celo", "from learnedopt.optimizers import register"),
+        ("learnedopt.bridges.__init__", "from torchopt import adam"),
+        ("learnedopt.estimators.unrolled", "def f():\n    import higher"),
         ("train_meta", "from wandb import init"),
         ("train_meta", "from tasks import make"),
         ("tests.test_rules", "import optimizers.lstm"),
@@ -162,6 +173,7 @@ def test_a_wrong_import_is_caught(module: str, source: str) -> None:
         ("learnedopt.evaluation.evaluate", "def f():\n    from learnedopt.optimizers import make"),
         ("learnedopt.__init__", "if TYPE_CHECKING:\n    from learnedopt import optimizers"),
         ("learnedopt.training.wandb_tracker", "def f():\n    import wandb"),
+        ("learnedopt.bridges.higher", "import higher.optim\nfrom learnedopt.optim import LearnedOptimizer"),
         ("train_meta", "import learnedopt\nfrom learnedopt.optimizers import make"),
     ],
 )

@@ -32,6 +32,7 @@ from learnedopt.optimizers import (
     make,
     per_tensor,
 )
+from learnedopt.plug_in.memory import Layout
 
 
 class Net(nn.Module):
@@ -98,8 +99,11 @@ def values(model: nn.Module) -> Params:
 
 def memory(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the rule's memory, in order."""
-    kept = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    return [x.clone() for k, x in kept.items() if k != "step"]
+    assert isinstance(optimizer, LearnedOptimizer)
+    ((player, members),) = optimizer._parts()
+    layout = Layout(player.begun(members), {m.name: m.param for m in members}, spread=player.rule.coordinatewise)
+    state = layout.state({m.name: optimizer.state[m.param] for m in members})
+    return [x.clone() for x in tree.leaves(state)]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -256,9 +260,9 @@ def test_rates_that_are_none(lr: float) -> None:
         LearnedOptimizer(net().parameters(), lstm(), lr=lr)
 
 
-@pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "maximize", "betas"])
+@pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "momentum", "betas"])
 def test_options_of_other_optimizers_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, num_steps and adopt_start"):
+    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* adopt_start and state_dtype"):
         LearnedOptimizer(net().parameters(), lstm(), **{option: True})
     with pytest.raises(TypeError, match=rf"group sets \['{option}'\]"):
         LearnedOptimizer([{"params": net().parameters(), option: True}], lstm())
@@ -269,16 +273,37 @@ def test_group_options_that_are_switched_off_or_labels_pass() -> None:
     assert LearnedOptimizer([group], lstm()).param_groups[0]["label"] == "all"
 
 
-def test_groups_are_added_before_the_first_step_only() -> None:
+def test_groups_are_added_later_where_the_rule_moves_each_parameter_by_itself() -> None:
     rule, theta = lstm()
     model, whole = net(), net()
+    rest = [p for k, p in model.named_parameters() if k != "scale"]
     optimizer = LearnedOptimizer([model.scale], (rule, theta))
-    optimizer.add_param_group({"params": [p for k, p in model.named_parameters() if k != "scale"]})
+    optimizer.add_param_group({"params": rest})
     train(model, optimizer, range(3))
     train(whole, LearnedOptimizer(whole.parameters(), (rule, theta)), range(3))
     assert equal(values(model), values(whole))
-    with pytest.raises(ValueError, match="before the first step only"):
-        optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    more = torch.ones(2, requires_grad=True)
+    optimizer.add_param_group({"params": [more]})
+    more.grad = torch.tensor([1.0, -2.0])
+    alone = more.detach().clone().requires_grad_()
+    alone.grad = more.grad.clone()
+    train(model, optimizer, range(3, 4))
+    train(whole, LearnedOptimizer([alone], (rule, theta)), range(3, 4))
+    assert torch.equal(more, alone)
+    assert [optimizer.state[p]["step"] for p in (model.scale, more)] == [4, 1]
+
+
+def test_groups_are_added_before_the_first_step_only_where_the_rule_ties_parameters() -> None:
+    rule = Clip(LSTM(hidden_size=4), max_norm=0.1)
+    model = net()
+    optimizer = LearnedOptimizer(model.parameters(), (rule, moved_theta(rule)))
+    train(model, optimizer, range(1))
+    more = {"params": [torch.ones(2, requires_grad=True)]}
+    with pytest.raises(ValueError, match=r"Clip ties parameters together.*before the first step only"):
+        optimizer.add_param_group(more)
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({**more, "rule": lstm()})  # of its own
+    train(model, optimizer, range(1, 2))
 
 
 def test_a_group_that_is_refused_leaves_no_trace() -> None:
@@ -359,7 +384,7 @@ def test_a_rule_that_reads_the_loss_must_get_it() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match=r"shape \(2,\), but must be a scalar"):
         optimizer.step(loss=loss.expand(2))
-    with pytest.raises(ValueError, match="a closure and a loss"):
+    with pytest.raises(ValueError, match="a closure that returns the loss, and a loss"):
         optimizer.step(lambda: back_propagate(model, 0), loss=loss)
     assert equal(values(model), start) and not optimizer.state
     optimizer.step(loss=loss.reshape(1))
@@ -381,29 +406,59 @@ def test_other_errors_of_a_rule_are_its_own() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", ["lstm", "adam", "maml"])
-def test_a_parameter_without_a_gradient_stays_and_the_others_do_not_notice(kind: str) -> None:
-    """It counts as one with a zero gradient, but for its own motion: a frozen layer in the middle."""
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "reads the loss"])
+def test_a_parameter_without_a_gradient_stays_and_its_memory_too(kind: str) -> None:
+    """A frozen layer in the middle, which then thaws: its own memory is as it was."""
     rule = KINDS[kind](template())
-    theta = moved_theta(rule)
-    model, reference = net(), net()
-    optimizer, other = (
-        LearnedOptimizer(m.named_parameters(), (rule, theta), adopt_start=True) for m in (model, reference)
+    model = net()
+    optimizer = LearnedOptimizer(
+        model.named_parameters(),
+        (rule, moved_theta(rule)),
+        num_steps=9 if rule.reads_horizon else None,
+        adopt_start=True,
     )
+    frozen = model.layer.weight
+
+    def step(number: int, thawed: bool) -> None:
+        loss = back_propagate(model, number)
+        if not thawed:
+            frozen.grad = None
+        optimizer.step(loss=loss)
+
+    for number in range(2):
+        step(number, True)
     start = values(model)
-    for step in range(3):
-        back_propagate(model, step)
-        back_propagate(reference, step)
-        model.layer.weight.grad = None
-        assert reference.layer.weight.grad is not None
-        reference.layer.weight.grad.zero_()
-        optimizer.step()
-        other.step()
-        reference.layer.weight.data = start["layer.weight"].clone()
-        assert equal(values(model), values(reference))
-    assert equal(memory(optimizer), memory(other))
-    assert torch.equal(model.layer.weight, start["layer.weight"])
-    assert not torch.equal(model.layer.bias, start["layer.bias"])
+    (_, members), *_ = optimizer._parts()
+    layout = Layout(optimizer._player.begun(members), {m.name: m.param for m in members}, spread=True)
+    kept = {k: x.clone() for k, x in optimizer.state[frozen].items() if k not in {"step", *layout.common}}
+    for number in range(2, 4):
+        step(number, False)
+    assert torch.equal(frozen, start["layer.weight"])
+    assert kind == "iterate" or not equal(values(model), start)
+    assert equal({k: optimizer.state[frozen][k] for k in kept}, kept)
+    assert optimizer.state[frozen]["step"] == 2 and optimizer.state[model.layer.bias]["step"] == 4
+    step(4, True)
+    assert torch.equal(frozen, start["layer.weight"]) == (kind in ("iterate", "anil"))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "SGD"])
+def test_experts_that_take_turns_are_moved_as_torch_moves_them(name: str) -> None:
+    """Each parameter has its own age: corrections of averages are its own."""
+    options: dict[str, Any] = {"lr": 0.01, **({"momentum": 0.9} if name == "SGD" else {})}
+    options |= {"weight_decay": 0.1} if name == "AdamW" else {}
+    rule = make({"SGD": "momentum"}.get(name, name.lower()), **options)
+    model, reference = net(), net()
+    other = getattr(torch.optim, name)(reference.parameters(), **options)
+    optimizer = LearnedOptimizer(model.parameters(), (rule, rule.init_theta(torch.Generator())))
+    for step in range(8):
+        for m, o in ((model, optimizer), (reference, other)):
+            back_propagate(m, step)
+            for i, p in enumerate(m.parameters()):
+                if (step + i) % 3 == 0 or (step < 4 and i == 2):
+                    p.grad = None
+            o.step()
+    torch.testing.assert_close(values(model), values(reference), rtol=1e-12, atol=1e-14)
 
 
 def test_without_any_gradient_nothing_happens() -> None:
@@ -647,7 +702,7 @@ def test_a_state_dict_of_another_model_is_refused() -> None:
         other.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
     state_dict = optimizer.state_dict()
     state_dict["param_groups"][0]["params"] = [0, 1]
-    with pytest.raises(ValueError, match=r"this state is not of LSTM .*\(4, 6\)"):
+    with pytest.raises(ValueError, match=r"this state is not of LSTM .*\(4, 2, 2\)"):
         other.load_state_dict(state_dict)
 
 
@@ -658,8 +713,8 @@ def test_hooks_of_the_users_change_what_is_loaded() -> None:
     seen = []
 
     def double(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        entry = {k: v if k == "step" else 2 * v for k, v in state_dict["state"][0].items()}
-        return {**state_dict, "state": {**state_dict["state"], 0: entry}}
+        found = {i: {k: v if k == "step" else 2 * v for k, v in e.items()} for i, e in state_dict["state"].items()}
+        return {**state_dict, "state": found}
 
     kept = memory(optimizer)
     optimizer.register_load_state_dict_pre_hook(double)
@@ -682,8 +737,8 @@ def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
     assert equal(values(model), before)
     train(model, optimizer, range(2, 5))
     assert equal(values(model), values(again)) and equal(memory(optimizer), memory(other))
-    with pytest.raises(ValueError, match="before the first step only"):
-        other.add_param_group({"params": [("more", torch.ones(2, requires_grad=True))]})
+    other.add_param_group({"params": [("more", torch.ones(2, requires_grad=True))]})
+    assert len(other.param_groups) == 2 and len(optimizer.param_groups) == 1
 
 
 def test_distributed_checkpoints_find_an_entry_for_every_parameter() -> None:
@@ -717,3 +772,32 @@ def test_gradient_scaling_and_hooks_of_torch() -> None:
         train(reference, other, range(step, step + 1))
     torch.testing.assert_close(values(model), values(reference))
     assert calls == ["after"] * 3
+
+
+@pytest.mark.parametrize("kind", ["lstm", "adam", "general"])
+def test_memory_that_is_kept_in_bfloat16(kind: str) -> None:
+    """It is half as large between steps, and the run is nearly the same; a state dict serves both ways."""
+    rule = KINDS[kind](template())
+    theta = rule.init_theta(torch.Generator().manual_seed(2))
+    runs = {}
+    for dtype in (None, torch.bfloat16):
+        model = net()
+        optimizer = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=dtype)
+        start = values(model)
+        train(model, optimizer, range(10))
+        runs[dtype] = values(model), optimizer
+    moved = {k: (p - start[k]).norm() for k, p in runs[None][0].items()}
+    assert all((p - runs[None][0][k]).norm() < 0.1 * moved[k] + 1e-6 for k, p in runs[torch.bfloat16][0].items())
+    assert any(not torch.equal(p, runs[None][0][k]) for k, p in runs[torch.bfloat16][0].items())
+    narrow = runs[torch.bfloat16][1]
+    kept = narrow.state[model.layer.weight]
+    assert all(x.dtype is torch.bfloat16 for x in kept.values() if isinstance(x, Tensor) and x.ndim >= 2)
+    saved = through_a_file(narrow.state_dict())
+    wide = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30)
+    wide.load_state_dict(saved)
+    train(model, wide, range(10, 12))
+    assert all(x.dtype is not torch.bfloat16 for x in memory(wide)) and all(
+        p.isfinite().all() for p in model.parameters()
+    )
+    with pytest.raises(ValueError, match=r"state_dtype=torch\.float16"):
+        LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=torch.float16)

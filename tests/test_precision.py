@@ -9,12 +9,12 @@ import torch
 from test_rules import HORIZON, RULES, every_rule, loss_of, random_like, template, updates
 from torch import Tensor
 
-from learnedopt import Execution, InnerLoop, Kernel, SumOfLosses, Tape, Truncated, UpdateRule
+from learnedopt import Execution, InnerLoop, Kernel, LearnedOptimizer, SumOfLosses, Tape, Truncated, UpdateRule
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
 from learnedopt.core import tree
 from learnedopt.core.tree import Params
-from learnedopt.optimizers import Adam
+from learnedopt.optimizers import SGD, Adam, AdamW, Momentum, NAdam, Nesterov, RMSprop
 
 LOW = [torch.bfloat16, torch.float16]
 low_precision = pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -131,3 +131,81 @@ def test_the_engine_runs_and_differentiates_rules_in_low_precision(
     torch.testing.assert_close(losses, exact_losses, rtol=0.03, atol=0.01 * float(exact_losses[0].max()))
     assert name == "lstm" or (losses[-1] < losses[0]).all()
     assert float(torch.nn.functional.cosine_similarity(grads, exact_grads, dim=0)) > 0.99
+
+
+def plugged_in(kind: str, dtype: torch.dtype) -> tuple[float, float, Params]:
+    """Return what ``trained`` does, of the rule as an optimizer of a model's parameters."""
+    rule, generator = RULES[kind](template(torch.float32)), torch.Generator().manual_seed(3)
+    params = {k: torch.nn.Parameter(p) for k, p in template(dtype, seed=2).items()}
+    optimizer = LearnedOptimizer(
+        params.items(), (rule, rule.init_theta(torch.Generator().manual_seed(7))), num_steps=40, adopt_start=True
+    )
+    batch = (torch.randn(8, 3, generator=generator).to(dtype), torch.randn(8, 2, generator=generator).to(dtype))
+    losses = []
+    for _ in range(31):
+        optimizer.zero_grad()
+        loss = loss_of(params, batch)
+        losses.append(float(loss.detach()))
+        if len(losses) <= 30:
+            loss.backward()
+            optimizer.step(loss=loss)
+    return losses[0], losses[-1], {k: p.detach().float() for k, p in params.items()}
+
+
+@every_rule
+def test_every_rule_moves_bfloat16_parameters_where_it_moves_float32(kind: str) -> None:
+    start, end, params = plugged_in(kind, torch.bfloat16)
+    exact_start, exact_end, exact = plugged_in(kind, torch.float32)
+    assert all(p.isfinite().all() for p in params.values())
+    assert max(float((params[k] - p).abs().max()) for k, p in exact.items()) < 0.12
+    gain = exact_start - exact_end
+    if gain > 0.05:
+        assert start - end > 0.7 * gain
+
+
+TORCHS: dict[str, tuple[UpdateRule, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
+    "sgd": (SGD(lr=0.01, weight_decay=0.02), lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.02)),
+    "momentum": (Momentum(lr=0.01), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+    "nesterov": (Nesterov(lr=0.01), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True)),
+    "rmsprop": (
+        RMSprop(lr=0.01, momentum=0.5, centered=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    ),
+    "adam": (Adam(lr=0.01, weight_decay=0.02), lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.02)),
+    "adamw": (AdamW(lr=0.01, weight_decay=0.3), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3)),
+    "nadam": (NAdam(lr=0.01), lambda p: torch.optim.NAdam(p, lr=0.01)),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_bfloat16_parameters_take_torchs_own_steps_rounded(name: str) -> None:
+    # torch keeps bfloat16 memory for bfloat16 parameters; so compare with its steps of float32 copies, each rounded.
+    rule, make = TORCHS[name]
+    generator = torch.Generator().manual_seed(5)
+    param = torch.nn.Parameter(torch.randn(300, generator=generator).bfloat16())
+    copy = param.detach().float().requires_grad_()
+    ours, theirs = LearnedOptimizer([param], (rule, rule.init_theta(torch.Generator()))), make([copy])
+    for _ in range(30):
+        param.grad = torch.randn(300, generator=generator).bfloat16()
+        before, copy.grad = param.detach().clone(), param.grad.float()
+        ours.step()
+        theirs.step()
+        step = (copy.detach() - before.float()).bfloat16()  # the delta is rounded, then the sum
+        moved = before + step
+        # torch's difference has lost the last bits of float32: now and then, they decide which way is rounded.
+        assert (param.detach() - moved).abs().le(2.0**-7 * (step.abs() + moved.abs())).all()
+        assert param.detach().eq(moved).float().mean() > 0.99
+        with torch.no_grad():
+            copy.copy_(param)
+
+
+def test_the_first_steps_of_adam_on_bfloat16_are_those_of_torch() -> None:
+    param, other = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    rule = Adam(lr=0.01)
+    both = LearnedOptimizer([param], (rule, rule.init_theta(torch.Generator()))), torch.optim.Adam([other], lr=0.01)
+    for _ in range(3):
+        param.grad, other.grad = (torch.full_like(p, 0.5) for p in (param, other))
+        for optimizer in both:
+            optimizer.step()
+    assert param.equal(other)
+    assert float(param.detach()[0]) == 0.96484375

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import Kernel, State, UpdateRule
+from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 
 
@@ -135,9 +136,31 @@ class TimedKernel(Kernel):
             state.step.add_(1)
         return done
 
+    def bound(self, theta: Theta, state: Clock, params: Params) -> Bound | None:
+        """Make the rule's steps ready, and count them."""
+        own = self.kernel.bound(theta, state.rule, params) if self._has("bound") else None
+        return None if own is None else TimedBound(own, state)
+
     def _has(self, method: str) -> bool:
         """Whether the rule's kernel has a method of its own: those of the base know no progress."""
         return getattr(type(self.kernel), method) is not getattr(Kernel, method)
+
+
+@final
+class TimedBound(Bound):
+    """The steps of a rule that reads the horizon, each told its progress."""
+
+    def __init__(self, bound: Bound, clock: Clock) -> None:
+        self._bound, self._clock = bound, clock
+        self._taken, self._horizon = int(clock.step), float(clock.horizon)
+
+    def step(self, grads: Sequence[Tensor], **told: Any) -> bool:
+        """Take one, and count it."""
+        done = self._bound.step(grads, progress=min(self._taken / self._horizon, 1.0))
+        if done:
+            self._taken += 1
+            self._clock.step.add_(1)
+        return done
 
 
 def _dtype(params: Params) -> torch.dtype:

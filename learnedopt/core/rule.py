@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,26 @@ from learnedopt.core.tree import Params, Theta
 
 State: TypeAlias = Any
 """A rule's memory: a named tuple or dict of tensors and of dicts keyed as the parameters; ``()`` for none."""
+
+
+class Bound(ABC):
+    """Steps in place of one run, made ready for the very tensors that they read and write; see ``Kernel.bound``."""
+
+    @abstractmethod
+    def step(self, grads: Sequence[Tensor], **told: Any) -> bool:
+        """Write over parameters and state what a step comes to; return whether it was done.
+
+        Args:
+            grads: the gradients, in the order of the parameters, which may be other tensors at every step.
+            told: ``progress=``, a float, for a rule that reads the horizon.
+
+        Returns:
+            False where it does not serve such gradients, sparse ones for one, or where what is done here is recorded or
+            transformed; nothing is written then.
+
+        Raises:
+            ValueError: a gradient has not its parameter's shape.
+        """
 
 
 class Kernel:
@@ -52,6 +73,15 @@ class Kernel:
         Where it does not serve, nothing is written.
         """
         return False
+
+    def bound(self, theta: Theta, state: State, params: Params) -> Bound | None:
+        """Return steps as ``step_in_place`` takes them, made ready once, for a run of many small ones.
+
+        Whoever asks promises that theta's values and the counts of steps in ``state`` are changed by nobody else, and
+        that the tensors of ``state`` and ``params`` stay where they lie; else new ones must be made. Between steps
+        ``state`` holds what it would otherwise, counts as well. It serves no rule that reads the loss.
+        """
+        return None
 
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True

@@ -18,11 +18,22 @@ from learnedopt.core.objective import FinalLoss, MetaObjective
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.objectives.feedback import HypergradientFeedback, scale_of
-from learnedopt.plug_in import settings, windows
-from learnedopt.plug_in.base import RuleOptimizer, Updated, unshared
+from learnedopt.plug_in import settings, shards, windows
+from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
 from learnedopt.plug_in.guard import Guard, PresentGradient
 from learnedopt.plug_in.learner import Learner
-from learnedopt.plug_in.members import Member, common_device, leaves_by_path, require_start, scalar_loss, values_of
+from learnedopt.plug_in.members import (
+    Member,
+    common_device,
+    factors_of,
+    gradients_of,
+    require_start,
+    saved_indices,
+    scalar_loss,
+    values_of,
+)
+from learnedopt.plug_in.memory import COUNT, Entries, Layout
+from learnedopt.plug_in.stepping import Updated, begun, updated
 from learnedopt.plug_in.windows import Entry, Outputs, Window
 
 _adam = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -161,7 +172,8 @@ class HyperOptimizer(RuleOptimizer):
         first = self._members()[0].param
         kept = self.state.get(first)
         # In the state while torch's own method runs, so that its hooks see all of it.
-        self.state[first] = {**(kept or {}), OWN: {**self.learner.state_dict(), "window": windows.packed(self._window)}}
+        window = windows.packed(self._window, self._layout())
+        self.state[first] = {**(kept or {}), OWN: {**self.learner.state_dict(), "window": window}}
         try:
             return super().state_dict()
         finally:
@@ -178,12 +190,40 @@ class HyperOptimizer(RuleOptimizer):
         super().__setstate__(state)
         self._loop, self._traced = windows.recorded_loop(self.rule), None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group before the first step; the rule's memory and its window cannot grow afterwards.
+
+        Raises:
+            TypeError: the group sets an option that a learned rule does not have.
+            ValueError: a step has been taken; or as the constructor.
+        """
+        if self._begun():
+            raise ValueError(
+                "a parameter group can be added before the first step only: the window and the rule's memory belong to "
+                "the parameters that they began with; make a new optimizer with all of them"
+            )
+        super().add_param_group(param_group)
+
     def _settle(self) -> None:
         self._settled = True
+        shards.require_known((m.name, m.param) for m in self._members())
+        shards.require_here(((m.name, m.param) for m in self._members()), type(self).__name__)
         params = values_of(self._members())
-        start, state = self._init(params)
+        start, state = begun(self.rule, self.theta, params)
         require_start(self.rule, start)
         settings.require_learnable(self._loop, self.theta, params, state, self.num_steps, self.objective)
+
+    def _layout(self) -> Layout:
+        params = values_of(self._members())
+        return Layout(begun(self.rule, self._theta_on(common_device(params)), params)[1], params, spread=False)
+
+    def _recall(self, members: list[Member], params: Params) -> tuple[State, int]:
+        """Return the rule's memory, or a new one, and the number of steps so far."""
+        device, entries = common_device(params), {m.name: self.state.get(m.param, {}) for m in members}
+        first = entries[members[0].name]
+        if COUNT not in first:
+            return begun(self.rule, self._theta_on(device), params)[1], 0
+        return tree.to(self._layout().state(entries), device, None), first[COUNT]
 
     def _theta_on(self, device: torch.device) -> Theta:
         theta = self.theta
@@ -200,9 +240,9 @@ class HyperOptimizer(RuleOptimizer):
 
     def _entry(self, members: list[Member], params: Params, loss: Any) -> Entry:
         # Copies: the next backward() or a zero_grad() may write to the gradients.
-        grads = {k: g.clone() for k, g in self._gradients(members, params).items()}
+        grads = {k: g.clone() for k, g in gradients_of(members).items()}
         value = None if loss is None else scalar_loss(loss, common_device(params))
-        return windows.entry(value, grads, None if self._one_step else params, self._factors(members))
+        return windows.entry(value, grads, None if self._one_step else params, factors_of(members))
 
     def _begin(self, params: Params, state: State | None, entries: tuple[Entry, ...]) -> Window:
         # The parameters are moved in place.
@@ -246,17 +286,32 @@ class HyperOptimizer(RuleOptimizer):
         now = window.entries[-1]
         if self._one_step:
             self._traced = self._trace(window)
-            updated = self._traced[0]
+            found = self._traced[0]
         else:
-            updated = self._update(self.theta, now.grads, state, values_of(members), now.loss, now.factors)
-        self._apply(members, updated, now.grads, count, now.factors)
+            found = self._updated(self.theta, now, state, values_of(members))
+        # What is written in place from here on, or by the next backward(), must not be part of the memory.
+        layout = Layout(state, now.grads, spread=False)
+        require_structure(layout, found.state, self.rule)
+        kept = tree.detach(unshared(found.state, (*(m.param for m in members), *now.grads.values())))
+        moved(members, found.found, now.factors, added=found.added)
+        self._remember(members, layout.entries(kept), count + 1)
+
+    def _updated(self, theta: Theta, now: Entry, state: State, params: Params) -> Updated:
+        whole = all(factor in (0, 1) for factor in now.factors.values())
+        return updated(self.rule, theta, now.grads, state, params, now.loss, whole=whole)
+
+    def _remember(self, members: list[Member], entries: Entries, count: int) -> None:
+        for name, param, _ in members:  # new dicts each time, so that an earlier state_dict() keeps what it held
+            self.state[param] = {COUNT: count, **entries[name]}
 
     def _trace(self, window: Window) -> tuple[Updated, Theta]:
         """Return the window's first update with its graph, and the leaves of theta that the graph ends in."""
         first, leaves = window.entries[0], as_leaves(self.theta)
         with torch.enable_grad():
-            state = self._init(window.params, leaves)[1] if window.state is None else window.state
-            return self._update(leaves, first.grads, state, window.params, first.loss, first.factors), leaves
+            state = window.state
+            if state is None:
+                state = begun(self.rule, leaves, window.params, graph=True)[1]
+            return self._updated(leaves, first, state, window.params), leaves
 
     def _one_step_gradient(self, window: Window, cotangents: Params) -> Theta:
         # In a run that was resumed, the graph is made again.
@@ -291,18 +346,17 @@ class HyperOptimizer(RuleOptimizer):
         else:
             for k, p in params.items():
                 p.copy_(window.params[k])
-            memory = leaves_by_path(unshared(state, tuple(params.values())))
-            layout = self._laid_out(members)
+            kept = unshared(state, tuple(params.values()))
             window = self._begin(params, state, window.entries)
-            self._remember(members, {k: memory[k] for k in layout.keys}, count + 1)
+            self._remember(members, Layout(kept, params, spread=False).entries(kept), count + 1)
         self._learn(grads, window)
 
-    def _own_entries(self) -> tuple[str, ...]:
-        return (OWN,)
-
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        super()._check_state(state_dict)
-        first = next((i for group in state_dict["param_groups"] for i in group["params"]), None)
+        params, indices = values_of(self._members()), saved_indices(state_dict, self.param_groups)
+        _, state = begun(self.rule, self.theta, params)
+        members = [(indices.get(m.param), m) for m in self._members()]
+        self._require_memory(Layout(state, params, spread=False), state, state_dict, members, self.rule, (OWN,))
+        first = members[0][0] if members else None
         own = state_dict["state"].get(first, {}).get(OWN)
         if own is None:
             raise ValueError(
@@ -315,6 +369,6 @@ class HyperOptimizer(RuleOptimizer):
         first = self._members()[0].param
         own = self.state[first].pop(OWN)
         self.learner.load_state_dict(own)
-        self._window = windows.unpacked(own["window"], self._laid_out(self._members()))
+        self._window = windows.unpacked(own["window"], self._layout())
         if not self.state[first]:
             del self.state[first]

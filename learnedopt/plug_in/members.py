@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.nn.parameter import is_lazy
 
 from learnedopt.core import checks, tree
-from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params
+from learnedopt.plug_in import shards
 
 FOREIGN = {"betas", "capturable", "differentiable", "eps", "foreach", "fused", "maximize", "momentum", "weight_decay"}
-"""Options that groups of other optimizers have, and that a learned rule could only ignore."""
+"""Options that groups of other optimizers have, and that a rule could only ignore."""
 
 
 class Member(NamedTuple):
@@ -26,22 +27,46 @@ class Member(NamedTuple):
     group: dict[str, Any]
 
 
-class Layout(NamedTuple):
-    """How a rule's state lies in ``Optimizer.state``: the key of each leaf, and what makes a tree of the leaves."""
+def members_of(groups: list[dict[str, Any]]) -> list[Member]:
+    """Return the parameters of all groups that a rule can move; without names they are called by their number.
 
-    keys: tuple[str, ...]
-    rebuild: Callable[[Sequence[Any]], State]
+    Numbers that are no floats have no gradients and stay as they are; so do lazy parameters, until they have a shape.
+    """
+    members: list[Member] = []
+    number = 0
+    for group in groups:
+        names = group.get("param_names") or map(str, range(number, number + len(group["params"])))
+        number += len(group["params"])
+        members += [
+            Member(name, p, group)
+            for name, p in zip(names, group["params"], strict=True)
+            if not is_lazy(p) and p.is_floating_point()
+        ]
+    return members
 
 
-def require_group(group: dict[str, Any], names: list[str]) -> None:
-    """Raise TypeError or ValueError for a group's options, parameters or names that a learned rule cannot take."""
-    foreign = sorted(k for k in FOREIGN & group.keys() if group[k])
+def require_group(group: dict[str, Any], names: list[str], options: Collection[str] = ("lr",)) -> None:
+    """Raise TypeError or ValueError for a group's options, parameters or names that an optimizer cannot take.
+
+    Args:
+        group: the group.
+        names: of all parameters.
+        options: that the optimizer's groups have.
+    """
+    foreign = sorted(k for k in (FOREIGN - set(options)) & group.keys() if group[k])
     if foreign:
-        raise TypeError(f"a parameter group sets {foreign}, which a learned rule does not have; drop them, or set lr")
+        raise TypeError(
+            f"a parameter group sets {foreign}, which this optimizer does not have; drop them, it has "
+            f"{', '.join(options)}"
+        )
     if not float(group["lr"]) >= 0:
         raise ValueError(f"lr={group['lr']!r} must not be negative: it is a factor on an update that is learned")
+    if not float(group.get("weight_decay", 0.0)) >= 0:
+        raise ValueError(
+            f"weight_decay={group['weight_decay']!r} must not be negative: it is a share that is taken off"
+        )
     for param in group["params"]:
-        if not param.is_floating_point():
+        if param.is_complex():
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is {param.dtype}; learned rules move real floating-point "
                 "numbers: represent complex ones by torch.view_as_real"
@@ -64,9 +89,9 @@ def require_start(rule: UpdateRule, start: Params) -> None:
         raise ValueError(f"{error}. The parameters were given without names: pass model.named_parameters()") from error
 
 
-def values_of(members: list[Member]) -> Params:
-    """Return the parameters' values by name, without a graph."""
-    return {m.name: m.param.detach() for m in members}
+def values_of(members: list[Member], gather: bool = False) -> Params:
+    """Return the parameters' values by name, without a graph: what lies on this process or, gathered, all of each."""
+    return {m.name: shards.seen(m.param.detach(), gather) for m in members}
 
 
 def common_device(params: Params) -> torch.device:
@@ -80,17 +105,39 @@ def common_device(params: Params) -> torch.device:
     return devices.pop()
 
 
+def gradients_of(members: list[Member], gather: bool = False) -> Params:
+    """Return the gradients by name, as ``values_of``, zeros where there is none; ValueError for one that is sparse."""
+    grads = {}
+    for name, param, _ in members:
+        grad = param.grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {name!r} is sparse ({grad.layout}), and a learned rule moves every coordinate; "
+                "build the layer with sparse=False, or give its parameters another optimizer"
+            )
+        grad = torch.zeros_like(param) if grad is None else grad
+        grads[name] = shards.seen(grad.detach(), gather, param)
+    return grads
+
+
+def factors_of(members: list[Member]) -> dict[str, float]:
+    """Return by what each parameter's update is multiplied; 0 where there is no gradient."""
+    return {name: 0.0 if param.grad is None else float(group["lr"]) for name, param, group in members}
+
+
+def saved_indices(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[Tensor, Any]:
+    """Return under which index of a state dict each parameter's entry is, by its position; fewer where they differ."""
+    indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    return dict(zip(params, indices, strict=False))
+
+
 def scalar_loss(loss: Any, device: torch.device) -> Tensor:
     """Return the loss as a 0-d tensor on a device; ValueError where it is no scalar."""
-    loss = torch.as_tensor(loss).detach()
+    loss = shards.gathered(torch.as_tensor(loss).detach())
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it with mean()")
     return loss.reshape(()).to(device)
-
-
-def leaves_by_path(state: State) -> dict[str, Any]:
-    """Return a state's leaves by the path to each."""
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(state)[0]}
 
 
 def name_of(rule: UpdateRule) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -92,7 +93,7 @@ def level(losses: Sequence[float]) -> Level:
     mean, middle = sum(losses) / n, (n - 1) / 2
     spread = sum((i - middle) ** 2 for i in range(n))
     slope = sum((i - middle) * x for i, x in enumerate(losses)) / spread
-    noise = sum((b - a) ** 2 for a, b in zip(losses, losses[1:], strict=False)) / (2 * (n - 1)) + (1e-6 * mean) ** 2
+    noise = sum((b - a) ** 2 for a, b in itertools.pairwise(losses)) / (2 * (n - 1)) + (1e-6 * mean) ** 2
     return Level(mean, noise / n, slope)
 
 
@@ -217,6 +218,13 @@ class Watch:
             return Action.NONE
         self._hand_over(False, Reason.HORIZON)
         return Action.FORGET
+
+    def cut_short(self) -> None:
+        """Take note that the snapshot is lost: who is in control goes on from here, and no end of a trial is known."""
+        self.probation = False
+        if self.phase in (Phase.FIRST_TRY, Phase.TRIAL, Phase.RETURN_TRY):
+            self._enter(Phase.LEARNED if self.learned_controls else Phase.FALLBACK)
+            self.due = LATER * self.step
 
     def _tried_first(self, losses: list[float]) -> Action:
         self.mark = level(losses[len(losses) // 2 :])

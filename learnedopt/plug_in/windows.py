@@ -23,7 +23,7 @@ from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Truncated
-from learnedopt.plug_in.members import Layout, leaves_by_path
+from learnedopt.plug_in.memory import Layout
 
 Outputs: TypeAlias = Callable[[Params], Tensor]
 NO_OUTPUTS = (
@@ -214,12 +214,12 @@ class Scaled(UpdateRule):
         return moved, {"rule": () if own is None else own, "step": state["step"] + 1}
 
 
-def packed(window: Window | None) -> dict[str, Any] | None:
-    """Return a window as dicts and lists of tensors and numbers, for a state dict."""
+def packed(window: Window | None, layout: Layout) -> dict[str, Any] | None:
+    """Return a window as dicts and lists of tensors and numbers, for a state dict; ``layout`` is that of the memory."""
     if window is None:
         return None
     entries = [each._asdict() for each in window.entries]
-    memory = None if window.state is None else leaves_by_path(window.state)
+    memory = None if window.state is None else layout.entries(window.state)
     return {"params": window.params, "memory": memory, "entries": entries}
 
 
@@ -228,7 +228,7 @@ def unpacked(found: dict[str, Any] | None, layout: Layout) -> Window | None:
     if found is None:
         return None
     memory = found["memory"]
-    state = None if memory is None else layout.rebuild([memory[k] for k in layout.keys])
+    state = None if memory is None else layout.state(memory)
     return Window(dict(found["params"]), state, tuple(Entry(**each) for each in found["entries"]))
 
 

@@ -54,9 +54,16 @@ class Places:
         ``mean_squares`` (..., tensors) are those of its entries; theta may have as many dimensions in front.
         """
         size = 0.5 * (mean_squares + FLOOR * FLOOR).log() + 2.5
+        return self.log_rates(theta) + self.entries(theta) * size
+
+    def log_rates(self, theta: Theta) -> Tensor:
+        """Return what does not depend on the entries of it."""
         place = theta["fan"].unsqueeze(-1) * self._inputs + theta["depth"].unsqueeze(-1) * self._depths
-        rates = theta["kind_rate"][..., self._rates]
-        return rates + theta["entries"][..., self._entries] * size + self.matrices * place
+        return theta["kind_rate"][..., self._rates] + self.matrices * place
+
+    def entries(self, theta: Theta) -> Tensor:
+        """Return what the logarithm of the entries' size is weighted by."""
+        return theta["entries"][..., self._entries]
 
     def shares(self, theta: Theta) -> tuple[Tensor, Tensor]:
         """Return the share of the orthogonalised direction, 0 of vectors, and its size, (..., tensors) both."""

@@ -9,7 +9,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
-from learnedopt.core.rule import Kernel, State, UpdateRule
+from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 
 T = TypeVar("T")
@@ -102,6 +102,10 @@ class HandedOn(Kernel):
     def step_in_place(self, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor) -> bool:
         """Write over state and parameters as the wrapped rule's kernel does."""
         return self.kernel.step_in_place(unprefixed("rule", theta), grads, state, params, loss)
+
+    def bound(self, theta: Theta, state: State, params: Params) -> Bound | None:
+        """Make the wrapped rule's steps ready."""
+        return self.kernel.bound(unprefixed("rule", theta), state, params)
 
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True

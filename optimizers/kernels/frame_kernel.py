@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from learnedopt.core import tree
-from learnedopt.core.rule import Kernel, State
+from learnedopt.core.rule import Bound, Kernel, State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.frame import Memory
 from learnedopt.optimizers.bases.kinds import TensorKind, kinds_of
 from learnedopt.optimizers.kernels import normalised_native
 from learnedopt.optimizers.kernels.lanes import expanded
-from learnedopt.optimizers.kernels.normalised_native import NO_NET, READ, Cut, Data, Net, Shapes, Sums
-
-Factors: TypeAlias = tuple[Tensor, Tensor]
-"""Of all matrices' rows, and of all columns."""
+from learnedopt.optimizers.kernels.normalised_native import (
+    NO_NET,
+    READ,
+    Clocks,
+    Constants,
+    Cut,
+    Data,
+    Net,
+    Ready,
+    Shapes,
+)
 
 
 class Step(NamedTuple):
@@ -60,19 +67,29 @@ class FrameKernel(Kernel):
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, *, progress: Tensor
     ) -> tuple[Params, State] | None:
         """Take a step in two passes over memory; None where the compiled step does not serve."""
-        return self._step(theta, grads, state, params, progress, 0, in_place=False)
+        return self._step(theta, grads, state, params, progress, 0)
 
     def step_of_lanes(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, num_dims: int, *, progress: Tensor
     ) -> tuple[Params, State] | None:
         """Take the steps of all lanes together."""
-        return self._step(theta, grads, state, params, progress, num_dims, in_place=False)
+        return self._step(theta, grads, state, params, progress, num_dims)
 
     def step_in_place(
         self, theta: Theta, grads: Params, state: State, params: Params, loss: Any, *, progress: Tensor
     ) -> bool:
         """Take a step without new memory; it serves only where all that is written is contiguous."""
-        return self._step(theta, grads, state, params, progress, 0, in_place=True) is not None
+        made = self._made(theta, grads, state, params, progress, 0, in_place=True)
+        if made is not None:
+            made.take()
+            made.count_in_place()
+        return made is not None
+
+    def bound(self, theta: Theta, state: State, params: Params) -> FrameBound | None:
+        """Make such steps ready."""
+        progress = torch.zeros((), dtype=next(iter(params.values())).dtype)
+        made = self._made(theta, params, state, params, progress, 0, in_place=True)
+        return None if made is None else FrameBound(made)
 
     @abstractmethod
     def memory(self, state: State) -> Memory:
@@ -87,30 +104,34 @@ class FrameKernel(Kernel):
         """Return the logits of what running averages keep, (\\*lanes, 3)."""
 
     @abstractmethod
-    def tensor_numbers(self, step: Step, sums: Sums, scale: Tensor) -> tuple[Sequence[Tensor], Factors | None]:
-        """Return the eight numbers of every tensor, (\\*lanes, tensors) each, and the factors if there are any.
+    def constants(self, step: Step) -> Sequence[Tensor | float]:
+        """Return the eleven constants of every tensor, (\\*lanes, tensors) each, in the order of ``frame_numbers.h``.
 
-        Args:
-            step: the step.
-            sums: over tensors, rows and columns; ``rows`` and ``columns`` only with ``with_factors``.
-            scale: what corrects v for its start at 0, (\\*lanes, 1).
+        They must not depend on the progress, nor on what a step writes.
         """
 
     def weights(self, step: Step) -> Weights:
-        """Return the network."""
+        """Return the network at this progress."""
         return Weights(Net(NO_NET, 0, 0), (), ())
 
     def along(self, theta: Theta) -> Tensor | None:
         """Return the weights of g, m1 and m2 in the direction that is orthogonalised, (\\*lanes, 3), or None."""
         return None
 
-    def orthogonalised(self, stacked: Tensor) -> Tensor:
-        """Orthogonalise matrices, (..., m, n)."""
+    def orthogonaliser(self, buffers: Sequence[Tensor]) -> Callable[[], None]:
+        """Return what overwrites buffers of matrices, (..., m, n) each, by their orthogonalised directions."""
         raise NotImplementedError(f"{type(self).__name__} has weights of a direction but does not orthogonalise it")
 
     def _step(
-        self, theta: Theta, grads: Params, state: State, params: Params, progress: Tensor, num_dims: int, in_place: bool
+        self, theta: Theta, grads: Params, state: State, params: Params, progress: Tensor, num_dims: int
     ) -> tuple[Params, State] | None:
+        made = self._made(theta, grads, state, params, progress, num_dims, in_place=False)
+        return None if made is None else made.taken(list(params))
+
+    def _made(
+        self, theta: Theta, grads: Params, state: State, params: Params, progress: Tensor, num_dims: int, in_place: bool
+    ) -> Made | None:
+        """Make a step ready; None where the compiled step does not serve."""
         memory, names = self.memory(state), list(params)
         rows = dict(zip(READ, (grads, params, *memory[1:]), strict=True))
         flat = [row[name] for row in rows.values() for name in names]
@@ -121,77 +142,132 @@ class FrameKernel(Kernel):
             return None
         shapes = tuple(tuple(params[name].shape[num_dims:]) for name in names)
         _require_shapes(flat, shapes, num_dims)
-        others = [*theta.values(), memory.step, progress]
-        lanes, all_expanded = expanded([*flat, *others], num_dims)
-        flat = all_expanded[: len(flat)]
+        lanes, all_expanded = expanded([*flat, *theta.values(), memory.step, progress], num_dims)
         step = Step(theta, state, memory, progress, lanes, _kinds(tuple(names), shapes), normalised_native.cut(shapes))
-        written = flat[len(names) :] if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in flat[len(names) :]]
-        states = self._taken(step, flat, written, in_place)
-        count = memory.step.add_(1) if in_place else (memory.step + 1).expand(lanes).contiguous()
-        if in_place:
-            torch.autograd.graph.increment_version((*written, *states))
-        each = [dict(zip(names, written[i : i + len(names)], strict=True)) for i in range(0, len(written), len(names))]
-        return each[0], self.after(state, Memory(count, *each[1:]), states)
+        return Made(self, step, all_expanded[: len(flat)], in_place)
 
-    def _taken(self, step: Step, flat: list[Tensor], written: list[Tensor], in_place: bool) -> Sequence[Tensor]:
-        """Write what the step comes to over ``written``, and return the network's new states."""
-        theta, lanes = step.theta, step.lanes
-        keep = self.decays(theta, step.state)
-        steps = (step.memory.step + 1).unsqueeze(-1)
-        scale = 1 / -torch.expm1(steps * functional.logsigmoid(keep))
-        averaging = theta["averaging"]
-        power = averaging[..., :1].exp() - 1
-        along = self.along(theta)
-        numbers = _side_by_side(
-            lanes, keep.sigmoid(), scale, theta["mix"], torch.zeros_like(theta["mix"]) if along is None else along,
-            (1 + power) / (steps + power), averaging[..., 1:].sigmoid(),
+
+class Made:
+    """A step of these very tensors, made ready.
+
+    Args:
+        kernel: of the rule.
+        step: what it is taken of.
+        flat: gradients, parameters and the memory's tensors, with all lanes each.
+        in_place: whether parameters and state are overwritten.
+    """
+
+    def __init__(self, kernel: FrameKernel, step: Step, flat: list[Tensor], in_place: bool) -> None:
+        self._kernel, self.step, lanes, cut = kernel, step, step.lanes, step.cut
+        self.count = len(cut.shapes)
+        constants, read = _constants(kernel, step), flat[self.count :]
+        self.written = read if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in read]
+        turned = kernel.along(step.theta) is not None
+        buffers, directions = _buffers(step, constants.lanes) if turned else ([], [None] * self.count)
+        self._orthogonalise = kernel.orthogonaliser(buffers) if buffers else None
+        weights = kernel.weights(step)
+        _, tensors = expanded([*weights.states, *weights.tensors, constants.lanes[..., 0]], len(lanes))
+        states, tensors = tensors[: len(weights.states)], tensors[len(weights.states) : -1]
+        self.states = states if in_place else [torch.empty(h.shape, dtype=h.dtype) for h in states]
+        both = [*states, *self.states] if states else [None] * 4
+        everything = [*flat, *directions, *self.written, *both]
+        self._weights, self._weights_at = weights, len(everything)
+        self.data = Data(lanes, [*everything, *tensors])
+        clocks = Clocks(*(x.expand(lanes).contiguous() for x in (step.memory.step, step.progress)))
+        self._ready = Ready(
+            cut, self.data, constants, clocks,
+            with_factors=kernel.with_factors, with_iterates=kernel.reads_iterates,
         )  # fmt: skip
-        directions = [None] * len(step.cut.shapes) if along is None else _buffers(step, numbers)
-        weights = self.weights(step)
-        _, states = expanded([*weights.states, *weights.tensors, numbers[..., 0]], len(lanes))
-        states, tensors = states[: len(weights.states)], states[len(weights.states) : -1]
-        new_states = states if in_place else [torch.empty(h.shape, dtype=h.dtype) for h in states]
-        both = [*states, *new_states] if states else [None] * 4
-        data = Data(lanes, [*flat, *directions, *written, *both, *tensors])
-        sums = normalised_native.sums(step.cut, data, numbers, self.with_factors, self.reads_iterates)
-        if along is not None:
-            self._orthogonalise(directions)
-        per_tensor, factors = self.tensor_numbers(step, sums, scale[..., 2:])
-        stacked = torch.stack([x.expand(*lanes, len(step.cut.shapes)) for x in per_tensor], -1)
-        if factors is not None:
-            factors = (factors[0].expand(*lanes, step.cut.num_rows), factors[1].expand(*lanes, step.cut.num_columns))
-        normalised_native.move(step.cut, data, numbers, stacked, factors, weights.net)
-        return new_states
 
-    def _orthogonalise(self, directions: Sequence[Tensor | None]) -> None:
-        """Orthogonalise directions where they are; those of one shape are parts of one buffer."""
-        buffers = {id(d._base): d._base for d in directions if d is not None and d._base is not None}
-        for buffer in buffers.values():
-            buffer.copy_(self.orthogonalised(buffer))
+    def take(self) -> None:
+        """Take it, but for the count of the steps."""
+        self._ready.sums()
+        if self._orthogonalise is not None:
+            self._orthogonalise()
+        self._ready.move(self._weights.net)
+
+    def take_again(self) -> None:
+        """Take it at the present count and progress; without lanes."""
+        if self._weights.tensors:
+            self._weights = self._kernel.weights(self.step)
+            kept = self.data.point(self._weights_at, self._weights.tensors)
+            self.take()
+            del kept
+        else:
+            self.take()
+
+    def count_in_place(self) -> None:
+        """Count the step, and tell autograd what was written."""
+        self.step.memory.step.add_(1)
+        torch.autograd.graph.increment_version((*self.written, *self.states))
+
+    def taken(self, names: list[str]) -> tuple[Params, State]:
+        """Take it once and return the new parameters and the new state."""
+        self.take()
+        memory, written, n = self.step.memory, self.written, self.count
+        each = [dict(zip(names, written[i : i + n], strict=True)) for i in range(0, len(written), n)]
+        count = (memory.step + 1).expand(self.step.lanes).contiguous()
+        return each[0], self._kernel.after(self.step.state, Memory(count, *each[1:]), self.states)
 
 
-def _buffers(step: Step, like: Tensor) -> list[Tensor | None]:
-    """Return room for each matrix's direction, (\\*lanes, rows, columns), together for those of one shape."""
+@final
+class FrameBound(Bound):
+    """Steps of one run: every tensor but the gradients stays where it is."""
+
+    def __init__(self, made: Made) -> None:
+        self._made = made
+        self._shapes = [torch.Size(shape) for shape in made.step.cut.shapes]
+        self._dtype = made.step.progress.dtype
+
+    def step(self, grads: Sequence[Tensor], *, progress: float) -> bool:
+        """Take one at this progress."""
+        dtype, made = self._dtype, self._made
+        if not normalised_native.unrecorded() or not all(normalised_native.plain(g, dtype) for g in grads):
+            return False
+        if [g.shape for g in grads] != self._shapes:
+            _require_shapes(grads, made.step.cut.shapes, 0)
+        kept = made.data.point(0, grads)
+        made.step.progress.fill_(progress)
+        made.take_again()
+        made.count_in_place()
+        del kept
+        return True
+
+
+def _constants(kernel: FrameKernel, step: Step) -> Constants:
+    theta, lanes = step.theta, step.lanes
+    keep, averaging, along = kernel.decays(theta, step.state), theta["averaging"], kernel.along(theta)
+    parts = (
+        keep.sigmoid(), functional.logsigmoid(keep), theta["mix"],
+        torch.zeros_like(theta["mix"]) if along is None else along,
+        averaging[..., :1].exp() - 1, averaging[..., 1:].sigmoid(), theta["schedule"],
+    )  # fmt: skip
+    of_lanes = torch.cat([part.expand(*lanes, part.shape[-1]) for part in parts], -1)
+    size = (*lanes, len(step.cut.shapes))
+    of_tensors = [
+        x.expand(size) if isinstance(x, Tensor) else of_lanes.new_full(size, x) for x in kernel.constants(step)
+    ]
+    return Constants(of_lanes, torch.stack(of_tensors, -1))
+
+
+def _buffers(step: Step, like: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return room for the directions, (members, \\*lanes, rows, columns) for matrices of one shape, and each's part."""
     found: list[Tensor | None] = [None] * len(step.cut.shapes)
     groups: dict[tuple[int, int], list[int]] = {}
     for tensor, (shape, (matrix, columns, *_)) in enumerate(zip(step.cut.shapes, step.cut.layout, strict=True)):
         if matrix and columns:
             groups.setdefault((shape[0], columns), []).append(tensor)
-    for size, members in groups.items():
-        for tensor, own in zip(members, like.new_empty((len(members), *step.lanes, *size)).unbind(), strict=True):
+    buffers = [like.new_empty((len(members), *step.lanes, *size)) for size, members in groups.items()]
+    for members, buffer in zip(groups.values(), buffers, strict=True):
+        for tensor, own in zip(members, buffer.unbind(), strict=True):
             found[tensor] = own
-    return found
+    return buffers, found
 
 
 @functools.lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...], shapes: Shapes) -> tuple[TensorKind, ...]:
     found = kinds_of({k: torch.empty(s, device="meta") for k, s in zip(names, shapes, strict=True)})
     return tuple(found.values())
-
-
-def _side_by_side(lanes: torch.Size, *parts: Tensor) -> Tensor:
-    """Return (\\*lanes, numbers)."""
-    return torch.cat([part.expand(*lanes, part.shape[-1]) for part in parts], -1)
 
 
 def _require_shapes(flat: Sequence[Tensor], shapes: Shapes, num_dims: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Theta
-from learnedopt.optimizers.bases import frame
 from learnedopt.optimizers.bases.frame import TINY, Memory
 from learnedopt.optimizers.bases.kinds import TensorKind
 from learnedopt.optimizers.bases.newton_schulz import orthogonalised
 from learnedopt.optimizers.bases.places import Places
-from learnedopt.optimizers.kernels.frame_kernel import Factors, FrameKernel, Step
-from learnedopt.optimizers.kernels.normalised_native import Shapes, Sums
+from learnedopt.optimizers.kernels import newton_schulz_native
+from learnedopt.optimizers.kernels.frame_kernel import FrameKernel, Step
+from learnedopt.optimizers.kernels.normalised_native import Shapes
 
 if TYPE_CHECKING:
     from learnedopt.optimizers.general import General
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class GeneralKernel(FrameKernel):
-    """The step of ``General``: Newton-Schulz, in torch, stands between the two passes over memory."""
+    """The step of ``General``: Newton-Schulz stands between the two passes over memory."""
 
     rule: General
 
@@ -50,38 +50,43 @@ class GeneralKernel(FrameKernel):
         """Return theta's weights of what is orthogonalised."""
         return theta["orthogonal_mix"] if self.rule.orthogonalise else None
 
-    def orthogonalised(self, stacked: Tensor) -> Tensor:
-        """Orthogonalise as the rule does."""
-        return orthogonalised(stacked, dtype=self.rule.products(stacked))
+    def orthogonaliser(self, buffers: Sequence[Tensor]) -> Callable[[], None]:
+        """Orthogonalise as the rule does: small matrices in C, large ones by torch's products."""
+        exact = self.rule.products(buffers[0]) is None
+        small = [exact and newton_schulz_native.serves(buffer) for buffer in buffers]
+        own = newton_schulz_native.Orthogonaliser([b for b, is_small in zip(buffers, small, strict=True) if is_small])
+        others = [b for b, is_small in zip(buffers, small, strict=True) if not is_small]
 
-    def tensor_numbers(self, step: Step, sums: Sums, scale: Tensor) -> tuple[Sequence[Tensor], Factors | None]:
+        def orthogonalise() -> None:
+            own()
+            for buffer in others:
+                buffer.copy_(orthogonalised(buffer, dtype=self.rule.products(buffer)))
+
+        return orthogonalise
+
+    def constants(self, step: Step) -> Sequence[Tensor | float]:
         """Return what makes the compiled bracket the one that ``General`` states."""
         theta = {name: value.unsqueeze(-1) for name, value in step.theta.items() if value.ndim == len(step.lanes)}
-        places, numels = _places(step.kinds, step.cut.shapes, scale.dtype)
-        mean = sums.square * scale / numels + TINY
-        nothing = torch.zeros_like(mean)
+        places = _places(step.kinds, step.cut.shapes, step.progress.dtype)
+        nothing = torch.zeros_like(places.matrices)
         share, size = places.shares(step.theta) if self.rule.orthogonalise else (nothing, nothing)
-        factor = mean ** (-0.5 * (1 - theta["power"])) * (1 - share)
-        numbers = (
-            mean * theta["eps"].exp(),
-            -0.5 * theta["power"],
-            factor,
+        eps, power = theta["eps"].exp(), theta["power"]
+        rate = theta["log_rate"] + (step.theta["length"][..., 0] * step.state.length).unsqueeze(-1)
+        return (
+            0.0,
+            eps,
+            eps * TINY,
+            -0.5 * (1 - power),
+            0.0,
+            places.entries(step.theta),
+            rate + places.log_rates(step.theta),
+            -0.5 * power,
+            1 - share,
             theta["weight_decay"].exp() * places.matrices,
-            (self._log_rate(step) + places.log_steps(step.theta, sums.iterate / numels)).exp(),
             share * size,
-            nothing,
-            nothing,
         )
-        return numbers, None
-
-    def _log_rate(self, step: Step) -> Tensor:
-        theta = step.theta
-        rate = theta["log_rate"] + frame.schedule(theta["schedule"], step.progress)
-        return (rate + theta["length"][..., 0] * step.state.length).unsqueeze(-1)
 
 
 @functools.lru_cache(maxsize=256)
-def _places(kinds: tuple[TensorKind, ...], shapes: Shapes, dtype: torch.dtype) -> tuple[Places, Tensor]:
-    """Return the tensors' places, and how many entries each has."""
-    numels = torch.tensor([torch.Size(shape).numel() for shape in shapes], dtype=dtype)
-    return Places(kinds, [len(shape) for shape in shapes], dtype), numels
+def _places(kinds: tuple[TensorKind, ...], shapes: Shapes, dtype: torch.dtype) -> Places:
+    return Places(kinds, [len(shape) for shape in shapes], dtype)

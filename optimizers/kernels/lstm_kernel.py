@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,19 @@ logger = logging.getLogger("learnedopt")
 _COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 
-def computed_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype in which the kernel would compute, or None where it cannot serve, as in forward mode."""
-    dtype = _COMPUTED.get(tensor.dtype)
+def computed_dtype(inputs: Tensor, *others: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Return the dtype in which the kernel would compute, or None where it cannot serve, as in forward mode.
+
+    Args:
+        inputs: its own dtype and device say which.
+        others: theta and states, of which nothing but subclasses of tensors matters: they have no pointer to read.
+    """
+    dtype = _COMPUTED.get(inputs.dtype)
     if dtype is None or torch.compiler.is_compiling() or taking_tangents():
         return None
-    return dtype if _kernels(tensor.device.type, dtype) is not None else None
+    if not native.plain([inputs, *(x for tensors in others for x in tensors.values())]):
+        return None
+    return dtype if _kernels(inputs.device.type, dtype) is not None else None
 
 
 def step(theta: Sequence[Tensor], x: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

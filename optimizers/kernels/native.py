@@ -11,11 +11,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 logger = logging.getLogger("learnedopt")
 
 SWITCH = "LEARNEDOPT_NATIVE"
+NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
+"""What the sources that know floats and doubles are compiled with for each."""
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 
 
@@ -39,6 +46,11 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or str(error)
         _warn_once(source.stem, detail.strip().partition("\n")[0])
         return None
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Return whether the numbers of all tensors lie at their pointers: those of a subclass need not."""
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 /* The step of the normalised rules, for all tensors of many lanes, in two passes over memory.
  *
- * `sums` finds what the formulas need of whole tensors, and `move` takes the step. In between, what is particular to a
- * rule makes a few numbers a tensor out of the sums, and a factor for each row and each column of a matrix. With the
- * gradient g, the parameters y, their average x, a network's d and s where there is one, and a direction o where one is
- * given for the tensor:
+ * `begin` finds the numbers of a lane, `sums` what the formulas need of whole tensors, `numbers` makes a few numbers a
+ * tensor out of them, and a factor for each row and each column of a matrix, and `move` takes the step. What is
+ * particular to a rule are constants, of lanes and of tensors, that do not change from step to step. With the gradient
+ * g, the parameters y, their average x, a network's d and s where there is one, and a direction o where one is given for
+ * the tensor:
  *
  *     z  = (y - blend x) / (1 - blend)
  *     m1 <- keep_1 m1 + (1 - keep_1) g,    m2, v likewise, v of g^2
@@ -112,6 +113,8 @@ void sums(long first, long last, const Cut *cut, const Lanes *lanes, const REAL 
         found[2 * unit + 1] = totals[1];
     }
 }
+
+#include "frame_numbers.h"
 
 /* A lane's network; its clocks are a part of the bias already. */
 typedef struct {

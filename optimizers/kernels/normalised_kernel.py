@@ -12,12 +12,12 @@ from torch import Tensor
 
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Theta
-from learnedopt.optimizers.bases import frame, frame_features, normalised_frame
+from learnedopt.optimizers.bases import frame_features, normalised_frame
 from learnedopt.optimizers.bases.frame import RELATIVE, TINY, Memory
 from learnedopt.optimizers.bases.frame_features import NUM_CLOCKS, NUM_ROWS
 from learnedopt.optimizers.bases.kinds import TensorKind
-from learnedopt.optimizers.kernels.frame_kernel import Factors, FrameKernel, Step, Weights
-from learnedopt.optimizers.kernels.normalised_native import LSTM, MLP, NO_NET, Net, Shapes, Sums
+from learnedopt.optimizers.kernels.frame_kernel import FrameKernel, Step, Weights
+from learnedopt.optimizers.kernels.normalised_native import LSTM, MLP, NO_NET, Net, Shapes
 
 
 @final
@@ -52,29 +52,23 @@ class NormalisedKernel(FrameKernel):
         """Return the three of theta."""
         return theta["decay"]
 
-    def tensor_numbers(self, step: Step, sums: Sums, scale: Tensor) -> tuple[Sequence[Tensor], Factors | None]:
+    def constants(self, step: Step) -> Sequence[Tensor | float]:
         """Return what makes the compiled bracket the one that ``Normalised`` states."""
-        theta, sizes = step.theta, _sizes(step.cut.shapes, scale.dtype)
-        mean = sums.square * scale / sizes.numels
-        floor = RELATIVE * mean + TINY
-        mean = mean + floor
+        theta, matrices = step.theta, _matrices(step.cut.shapes, step.progress.dtype)
         element, factored, whole = (x.unsqueeze(-1) for x in theta["norm"].unbind(-1))
-        rate = theta["log_rate"] + frame.schedule(theta["schedule"], step.progress)
-        own = theta["kind_rate"][..., _rates(step.kinds)]
-        numbers = (
-            floor,
-            -0.5 * (element + factored * (1 - sizes.matrices)),
-            mean ** (-0.5 * (whole - factored * sizes.matrices)),
+        return (
+            RELATIVE,
+            RELATIVE,
+            TINY,
+            -0.5 * (whole - factored * matrices),
+            -0.5 * factored,
+            0.0,
+            theta["log_rate"].unsqueeze(-1) + theta["kind_rate"][..., _rates(step.kinds)],
+            -0.5 * (element + factored * (1 - matrices)),
+            1.0,
             theta["weight_decay"].exp().unsqueeze(-1),
-            (rate.unsqueeze(-1) + own).exp(),
-            torch.zeros_like(mean),
-            mean.log2(),
-            (sums.iterate / sizes.numels + frame_features.FLOOR**2).rsqrt(),
+            0.0,
         )
-        assert sums.rows is not None and sums.columns is not None
-        rows = sums.rows * scale / sizes.columns_of_row + floor[..., sizes.matrix_of_row]
-        columns = sums.columns * scale / sizes.rows_of_column + floor[..., sizes.matrix_of_column]
-        return numbers, (rows ** (-0.5 * factored), columns ** (-0.5 * factored))
 
     def weights(self, step: Step) -> Weights:
         """Return the network with the clocks in its bias."""
@@ -92,24 +86,9 @@ class NormalisedKernel(FrameKernel):
         return Weights(Net(self.kind, self.units, weight.shape[-1]), tensors, states)
 
 
-class _Sizes:
-    """Numbers of shapes, as tensors: of each tensor, and of each row and column of the matrices."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
-        numels = [torch.Size(shape).numel() for shape in shapes]
-        sizes = enumerate(zip(shapes, numels, strict=True))
-        matrices = [(i, shape[0], n // max(shape[0], 1)) for i, (shape, n) in sizes if len(shape) >= 2]
-        self.numels = torch.tensor(numels, dtype=dtype)
-        self.matrices = torch.tensor([float(len(shape) >= 2) for shape in shapes], dtype=dtype)
-        self.matrix_of_row = torch.tensor([i for i, rows, _ in matrices for _ in range(rows)], dtype=torch.int64)
-        self.matrix_of_column = torch.tensor([i for i, _, cols in matrices for _ in range(cols)], dtype=torch.int64)
-        self.columns_of_row = torch.tensor([columns for _, rows, columns in matrices for _ in range(rows)], dtype=dtype)
-        self.rows_of_column = torch.tensor([rows for _, rows, columns in matrices for _ in range(columns)], dtype=dtype)
-
-
 @functools.lru_cache(maxsize=256)
-def _sizes(shapes: Shapes, dtype: torch.dtype) -> _Sizes:
-    return _Sizes(shapes, dtype)
+def _matrices(shapes: Shapes, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([float(len(shape) >= 2) for shape in shapes], dtype=dtype)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
-"""The step of the normalised rules as two compiled C functions, for all tensors of all lanes, on a CPU.
+"""The step of the normalised rules as compiled C functions, for all tensors of all lanes, on a CPU.
 
-What is particular to a rule is what its kernel makes of the sums of the first function for the second; see
-``normalised_kernel.c`` for the formulas.
+What is particular to a rule are constants that its kernel makes of theta; see ``normalised_kernel.c`` and
+``frame_numbers.h`` for the formulas.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from ctypes import c_long
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, final
@@ -18,16 +19,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from learnedopt.core.modes import taking_tangents
+from learnedopt.optimizers.bases.frame import KNOTS
 from learnedopt.optimizers.kernels import native
 from learnedopt.optimizers.kernels.lanes import array, contiguous, shared
 
 _SOURCE = Path(__file__).with_name("normalised_kernel.c")
-_NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
 _PIECE = 65536  # coordinates of a tensor's piece, about
 _ROWS = 4096  # of a matrix's piece: sums of columns are taken in the tensors' own precision
 READ = ("grad", "param", "first", "second", "square", "average")
 WRITTEN = ("param", "first", "second", "square", "average")
 LANE_NUMBERS, TENSOR_NUMBERS = 14, 8
+LANE_CONSTANTS, TENSOR_CONSTANTS = 14 + len(KNOTS), 11
 NO_NET, MLP, LSTM = range(3)
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -35,15 +37,24 @@ Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 def serves(tensors: Sequence[Tensor]) -> bool:
     """Return whether there are compiled functions for such tensors here: plain, without a graph, one dtype, a CPU."""
+    dtype = tensors[0].dtype
+    if not unrecorded() or dtype not in native.NAMES:
+        return False
+    return all(plain(t, dtype) for t in tensors) and native.library(_SOURCE, *native.NAMES[dtype]) is not None
+
+
+def unrecorded() -> bool:
+    """Return whether nothing records or transforms what is done here, of which C would not know."""
     if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
     # Under vmap; torch has no public name for it.
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    dtype = tensors[0].dtype
-    if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
-        return False
-    return all(type(t) in (Tensor, Parameter) for t in tensors) and native.library(_SOURCE, *_NAMES[dtype]) is not None
+    return torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor's numbers lie in the memory of this machine, in this dtype."""
+    known = type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided
+    return known and tensor.dtype is dtype and tensor.is_cpu
 
 
 @final
@@ -66,10 +77,6 @@ class Cut:
     def numels(self) -> list[int]:
         """The tensors' numbers of coordinates."""
         return [torch.Size(shape).numel() for shape in self.shapes]
-
-    def once(self) -> bool:
-        """Return whether every tensor is one piece."""
-        return [piece[0] for piece in self.pieces] == list(range(len(self.shapes)))
 
 
 class _CutC(ctypes.Structure):
@@ -113,58 +120,33 @@ class Data:
         self.tensors = [None if t is None else contiguous(t, num_dims) for t in tensors]
         none = (0,) * num_dims
         strides = [s for t in self.tensors for s in (none if t is None else t.stride()[:num_dims])]
-        self._arrays = (
-            array(ctypes.c_long, lanes),
-            array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in self.tensors]),
-            array(ctypes.c_long, strides),
-        )
-        self.c = _LanesC(num_dims, *map(ctypes.addressof, self._arrays))
+        self._addresses = array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in self.tensors])
+        self._others = (array(ctypes.c_long, lanes), array(ctypes.c_long, strides))
+        places = (ctypes.addressof(each) for each in (self._others[0], self._addresses, self._others[1]))
+        self.c = _LanesC(num_dims, *places)
+
+    def point(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Let the places from ``first`` on be other tensors, without lanes, and return what is to be kept alive."""
+        kept = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        for i, tensor in enumerate(kept, first):
+            self._addresses[i] = tensor.data_ptr()
+        return kept
 
 
-class Sums(NamedTuple):
-    """Sums of the new v and of z² over tensors, (\\*lanes, tensors); of v over all rows and all columns of matrices."""
+class Constants(NamedTuple):
+    """What does not change from step to step, in the order of the C enumerations."""
 
-    square: Tensor
-    iterate: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
-
-
-def sums(cut: Cut, data: Data, lane_numbers: Tensor, with_factors: bool, with_iterates: bool) -> Sums:
-    """Return the sums; write the directions that ``data`` has.
-
-    Rows and columns have sums only ``with_factors``; those of z² are 0 without ``with_iterates``.
-    """
-    lanes, like = data.lanes, lane_numbers
-    found = like.new_empty((*lanes, len(cut.pieces), 2))
-    rows = like.new_zeros((*lanes, cut.num_rows)) if with_factors else None
-    columns = like.new_zeros((*lanes, cut.num_sums)) if with_factors else None
-
-    def call(first: int, last: int) -> int:
-        _function("sums", like.dtype)(
-            ctypes.c_long(first), ctypes.c_long(last), ctypes.byref(cut.c[0]), ctypes.byref(data.c),
-            *map(_address, (lane_numbers, found, rows, columns)), ctypes.c_long(cut.num_rows),
-            ctypes.c_long(cut.num_sums), with_iterates,
-        )  # fmt: skip
-        return 0
-
-    _shared(call, cut, lanes)
-    if not cut.once():
-        owners = torch.tensor([piece[0] for piece in cut.pieces], dtype=torch.int64)
-        found = like.new_zeros((*lanes, len(cut.shapes), 2)).index_add_(-2, owners, found)
-        columns = None if columns is None else _joined(cut, columns)
-    return Sums(found[..., 0], found[..., 1], rows, columns)
+    lanes: Tensor
+    """(\\*lanes, 21)."""
+    tensors: Tensor
+    """(\\*lanes, tensors, 11)."""
 
 
-def _joined(cut: Cut, columns: Tensor) -> Tensor:
-    """Add up what the pieces of a matrix have of its columns."""
-    parts, start = [], 0
-    for tensor, (matrix, width, *_) in enumerate(cut.layout):
-        count = sum(piece[0] == tensor for piece in cut.pieces) if matrix else 0
-        own = columns[..., start : start + count * width]
-        parts.append(own.unflatten(-1, (count, width)).sum(-2) if count > 1 else own)
-        start += count * width
-    return torch.cat(parts, -1)
+class Clocks(NamedTuple):
+    """What does: the steps taken, and the progress, (\\*lanes) both, contiguous."""
+
+    steps: Tensor
+    progress: Tensor
 
 
 class Net(NamedTuple):
@@ -176,48 +158,78 @@ class Net(NamedTuple):
     """Columns of the first layer's weight; the first eight are the features of a coordinate."""
 
 
-def move(
-    cut: Cut,
-    data: Data,
-    lane_numbers: Tensor,
-    tensor_numbers: Tensor,
-    factors: tuple[Tensor, Tensor] | None,
-    net: Net,
-) -> None:
-    """Take the step: write what ``data`` has to be written.
+@final
+class Ready:
+    """A step made ready to be taken any number of times.
 
     Args:
         cut: of the tensors.
         data: the tensors; four of the LSTM's states; the network's weights.
-        lane_numbers: (\\*lanes, 14), in the order of the C enumeration.
-        tensor_numbers: (\\*lanes, tensors, 8), likewise.
-        factors: of all matrices' rows and columns; None for none.
-        net: what kind of a network there is.
-
-    Raises:
-        MemoryError: there is no memory for the scratch space.
+        constants: of the rule.
+        clocks: read at every step.
+        with_factors: whether rows and columns of matrices have factors of their own.
+        with_iterates: whether the sums over z² are read.
     """
-    rows, columns = (None, None) if factors is None else (factors[0].contiguous(), factors[1].contiguous())
-    numbers = [lane_numbers.contiguous(), tensor_numbers.contiguous()]
 
-    def call(first: int, last: int) -> int:
-        return _function("move", lane_numbers.dtype)(
-            ctypes.c_long(first), ctypes.c_long(last), ctypes.byref(cut.c[0]), ctypes.byref(data.c),
-            *map(_address, (*numbers, rows, columns)), ctypes.c_long(cut.num_rows), ctypes.c_long(cut.num_columns),
-            *net,
+    def __init__(
+        self, cut: Cut, data: Data, constants: Constants, clocks: Clocks, *, with_factors: bool, with_iterates: bool
+    ) -> None:
+        lanes, like = data.lanes, constants.lanes
+        self.data, self._count = data, lanes.numel()
+        self._size = (self._count * len(cut.pieces), self._count * cut.c[0].num_coordinates)
+        numbers = like.new_empty((*lanes, LANE_NUMBERS)), like.new_empty((*lanes, len(cut.shapes), TENSOR_NUMBERS))
+        found = like.new_empty((*lanes, len(cut.pieces), 2))
+        sizes = (cut.num_rows, cut.num_sums, cut.num_columns)
+        rows, sums, columns = (like.new_zeros((*lanes, n)) if with_factors else None for n in sizes)
+        self._zeroed = [x for x in (rows, sums) if x is not None]
+        self._kept = (cut, constants, clocks, numbers, found, columns, _KNOTS)
+        library: Any = native.library(_SOURCE, *native.NAMES[like.dtype])
+        self._begin, self._sums, self._numbers, self._move = (
+            library.begin, library.sums, library.numbers, library.move
         )  # fmt: skip
+        own, both = ctypes.byref(cut.c[0]), (ctypes.byref(cut.c[0]), ctypes.byref(data.c))
+        lane_numbers, tensor_numbers = map(_address, numbers)
+        of_lanes, of_tensors = map(_address, constants)
+        steps, progress = map(_address, clocks)
+        at_rows, at_sums, at_columns, at_found = map(_address, (rows, sums, columns, found))
+        num_rows, num_sums, num_columns = map(ctypes.c_long, sizes)
+        num_lanes = ctypes.c_long(self._count)
+        self._of_begin = (num_lanes, of_lanes, steps, lane_numbers)
+        self._of_sums = (*both, lane_numbers, at_found, at_rows, at_sums, num_rows, num_sums, int(with_iterates))
+        self._of_numbers = (
+            num_lanes, own, of_lanes, ctypes.byref(_KNOTS), progress, of_tensors, lane_numbers, at_found,
+            tensor_numbers, at_rows, at_sums, at_columns, num_rows, num_sums, num_columns,
+        )  # fmt: skip
+        self._of_move = (*both, lane_numbers, tensor_numbers, at_rows, at_columns, num_rows, num_columns)
 
-    if _shared(call, cut, data.lanes):
-        raise MemoryError("the compiled step of the normalised rules found no memory for its scratch space")
+    def sums(self) -> None:
+        """Find the sums, and write the directions that ``data`` has."""
+        for tensor in self._zeroed:
+            tensor.zero_()
+        self._begin(*self._of_begin)
+
+        def call(first: int, last: int) -> int:
+            self._sums(c_long(first), c_long(last), *self._of_sums)
+            return 0
+
+        shared(call, *self._size)
+
+    def move(self, net: Net) -> None:
+        """Take the step: write what ``data`` has to be written.
+
+        Raises:
+            MemoryError: there is no memory for the scratch space.
+        """
+        self._numbers(*self._of_numbers)
+
+        def call(first: int, last: int) -> int:
+            return self._move(c_long(first), c_long(last), *self._of_move, *net)
+
+        if shared(call, *self._size):
+            raise MemoryError("the compiled step of the normalised rules found no memory for its scratch space")
 
 
-def _shared(call: Any, cut: Cut, lanes: torch.Size) -> bool:
-    count = lanes.numel()
-    return shared(call, count * len(cut.pieces), count * cut.c[0].num_coordinates)
-
-
-def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(native.library(_SOURCE, *_NAMES[dtype]), name)
+_KNOTS = array(ctypes.c_double, KNOTS)
 
 
 def _address(tensor: Tensor | None) -> ctypes.c_void_p:

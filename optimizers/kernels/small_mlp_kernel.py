@@ -48,13 +48,13 @@ class Tensors(NamedTuple):
 
 
 def serves(tensors: Tensors) -> bool:
-    """Return whether there is a compiled step for such tensors here: no graph, all on a CPU and in one dtype."""
+    """Return whether there is a compiled step for such tensors here: plain, no graph, one dtype, a CPU."""
     if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
     dtype = tensors.step.dtype
     if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in _flat(tensors)):
         return False
-    return native.library(_SOURCE, *_NAMES[dtype]) is not None
+    return native.plain(_flat(tensors)) and native.library(_SOURCE, *_NAMES[dtype]) is not None
 
 
 def step(network: Network, tensors: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -1,0 +1,225 @@
+"""Which parameters a rule moves together in a step: all of them, or those that are of one age."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from learnedopt.core import tree
+from learnedopt.core.fingerprint import fingerprint
+from learnedopt.core.horizon import Clock
+from learnedopt.core.rule import State, UpdateRule
+from learnedopt.core.tree import Params, Theta
+from learnedopt.plug_in import shards
+from learnedopt.plug_in.bound import BoundSteps
+from learnedopt.plug_in.members import Member, common_device, values_of
+from learnedopt.plug_in.memory import COUNT, Layout
+from learnedopt.plug_in.state_dtype import unpacked
+from learnedopt.plug_in.stepping import begun
+
+
+@final
+@dataclass(eq=False)
+class Player:
+    """A rule with its theta, as it moves some groups.
+
+    Args:
+        rule: the rule.
+        theta: its meta-parameters.
+        num_steps: of the whole training, where the rule reads that.
+        card: what is known of theta, if it came with a card.
+        known_steps: of the longest run that theta was trained or measured on, as the card says.
+        warned: whether a run has been said to go past it.
+        behind: steps of the run before its memory begins, which its clock counts if it reads the horizon.
+        state_dtype: in which memory is kept between steps, where that is not the rule's own.
+    """
+
+    rule: UpdateRule
+    theta: Theta
+    num_steps: int | None
+    card: Any = None
+    known_steps: int | None = None
+    warned: bool = False
+    behind: int = 0
+    state_dtype: torch.dtype | None = None
+    _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def mover(self) -> UpdateRule:
+        """What is stepped: the rule, with a clock around it where it reads the horizon."""
+        return self.rule.within(self.num_steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this theta of this rule from others."""
+        return fingerprint(self.rule, self.theta)
+
+    def theta_on(self, device: torch.device) -> Theta:
+        """Return theta on a device."""
+        self.theta = tree.to(self.theta, device, None)
+        return self.theta
+
+    def begun(self, members: list[Member], params: Params | None = None) -> State:
+        """Return the first state for some parameters, whose values may be given."""
+        params = values_of(members, self.gathers(members)) if params is None else params
+        state = begun(self.mover, self.theta_on(common_device(params)), params)[1]
+        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) and self.behind else state
+
+    def gathers(self, members: list[Member]) -> bool:
+        """Return whether some parameters lie in pieces, of which the rule has to see all."""
+        return any(shards.kind_of(m.param) is shards.Kind.SHARDED for m in members) and self.reads_whole(members)
+
+    def reads_whole(self, members: list[Member]) -> bool:
+        """Return whether the rule needs whole tensors: coordinates interact, or it has a start of its own for them."""
+        if not self.rule.coordinatewise:
+            return True
+        # Asked of parameters without coordinates, so that all processes answer alike, whatever lies on them.
+        nothing = {m.name: m.param.new_empty(()).new_empty([0] * m.param.ndim) for m in members}
+        nothing = {name: shards.local(x) for name, x in nothing.items()}
+        try:
+            start, _ = begun(self.mover, self.theta_on(common_device(nothing)), nothing)
+        except ValueError:  # it knows their shapes
+            return True
+        return any(start[name] is not x for name, x in nothing.items())
+
+    def layout(self, state: State, members: list[Member], params: Params, gather: bool) -> Layout:
+        """Return how a state for some parameters lies in their entries."""
+        cut = {m.name: m.param for m in members if shards.kind_of(m.param) is shards.Kind.SHARDED}
+        return Layout(state, params, spread=self.rule.coordinatewise, cut=cut, gather=gather)
+
+    def divides(self, members: list[Member]) -> bool:
+        """Return whether the rule moves each parameter as if it were alone, and can begin with any one of them."""
+        if not self.rule.coordinatewise:
+            return False
+        return all(self._begins_alone(m) for m in members)
+
+    def _begins_alone(self, member: Member) -> bool:
+        key = (member.name, member.param.shape)
+        if key not in self._alone:
+            try:
+                self.begun([member])
+                self._alone[key] = True
+            except ValueError:  # a rule that knows all of them together by name, such as a learned start
+                self._alone[key] = False
+        return self._alone[key]
+
+
+@final
+@dataclass(eq=False)
+class Cohort:
+    """Parameters that are moved by one call of a rule.
+
+    Args:
+        player: the rule.
+        members: the parameters, in order.
+        still: names of those that have no gradient: they and their memory are to stay.
+        layout: of the memory.
+        state: the rule's.
+        count: steps that have been taken with it.
+        fresh: whether the state is the rule's first, which may lie in tensors of others.
+        entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
+        whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
+        ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
+    """
+
+    player: Player
+    members: list[Member]
+    still: frozenset[str]
+    layout: Layout
+    state: State
+    count: int
+    fresh: bool
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    whole: Params | None = None
+    ready: BoundSteps | Literal[False] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the rule sees whole tensors of parameters that lie in pieces."""
+        return self.whole is not None
+
+    def values(self) -> Params:
+        """Return what the rule sees of the parameters."""
+        return values_of(self.members) if self.whole is None else self.whole
+
+    def stands(self, kept: Mapping[Tensor, Any]) -> bool:
+        """Return whether the optimizer's state still holds what this was made of."""
+        return bool(self.entries) and all(
+            kept.get(m.param) is entry for m, entry in zip(self.members, self.entries, strict=True)
+        )
+
+    def made_ready(self) -> BoundSteps | Literal[False]:
+        """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
+        kernel, params = self.player.mover.kernel, values_of(self.members)
+        if kernel is None or self.still or self.layout.cut:
+            return False
+        bound = kernel.bound(self.player.theta_on(common_device(params)), self.state, params)
+        return bound is not None and BoundSteps(
+            bound, [m.param for m in self.members], self.entries, (self.player, self.player.theta)
+        )
+
+    def lies_with_its_parameters(self) -> bool:
+        """Return whether the memory is on the parameters' device: a model may have been moved."""
+        device = self.members[0].param.device
+        return all(x.device == device for x in tree.leaves(self.state)[:1])
+
+
+def formed(player: Player, members: list[Member], kept: Mapping[Tensor, dict[str, Any]]) -> list[Cohort]:
+    """Return the cohorts of a step by a rule.
+
+    Where no gradient is missing and all are of one age, there is one. Else a rule that moves each parameter by itself
+    moves those with gradients, those of one age together; any other moves all, and ``still`` says which are to stay.
+
+    Args:
+        player: the rule.
+        members: all its parameters.
+        kept: the optimizer's state.
+    """
+    active = [m for m in members if m.param.grad is not None]
+    if not active:
+        return []
+    ages = {kept.get(m.param, {}).get(COUNT, 0) for m in members}
+    if (len(active) == len(members) and len(ages) == 1) or not player.divides(members):
+        still = frozenset(m.name for m in members if m.param.grad is None)
+        return [_joined(player, members, still, kept)]
+    groups: dict[Any, list[Member]] = {}
+    layout = Layout(player.begun(members[:1]), values_of(members[:1]), spread=True)
+    for member in active:
+        entry = kept.get(member.param, {})
+        common = tuple((key, tuple(entry[key].flatten().tolist())) for key in layout.common) if COUNT in entry else ()
+        groups.setdefault((entry.get(COUNT, 0), common), []).append(member)
+    return [_joined(player, group, frozenset(), kept) for group in groups.values()]
+
+
+def _joined(player: Player, members: list[Member], still: frozenset[str], kept: Mapping[Tensor, Any]) -> Cohort:
+    gather = player.gathers(members)
+    params = values_of(members, gather)
+    whole = params if gather else None
+    first = player.begun(members, params)
+    layout = player.layout(first, members, params, gather)
+    entries = [kept.get(m.param, {}) for m in members]
+    counts = [entry.get(COUNT) for entry in entries]
+    if all(count is None for count in counts):
+        return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
+    state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
+    device = common_device(params)
+    # What all have in common may lie with parameters of other cohorts too, and is written in place.
+    state = (
+        layout.with_common(tree.to(state, device, None), torch.clone) if layout.spread else tree.to(state, device, None)
+    )
+    count = max(c for c in counts if c is not None)
+    return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:
+    """Return entries with what is kept in bfloat16 in the dtype of the rule's first state."""
+    narrow = {n: [k for k, x in e.items() if getattr(x, "dtype", None) is torch.bfloat16] for n, e in entries.items()}
+    if not any(narrow.values()):
+        return entries
+    wide = layout.entries(first)
+    return {n: unpacked(entry, {k: wide[n][k].dtype for k in narrow[n]}) for n, entry in entries.items()}
