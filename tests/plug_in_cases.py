@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -29,8 +28,13 @@ PACKAGED = learnedopt.packaged()
 ALL = [*HAND_DESIGNED, *PACKAGED]
 NUM_STEPS = 40
 """What rules that read the horizon are told."""
-BARE: dict[str, Any] = {"guard": False} if "guard" in inspect.signature(LearnedOptimizer).parameters else {}
+BARE: dict[str, Any] = {"guard": False}
 """The rule itself is asked, and not what watches over it."""
+
+
+def bare(params: Any, rule: Any, **options: Any) -> LearnedOptimizer:
+    """Make an optimizer that takes the rule's steps, to the bit, and is not watched."""
+    return LearnedOptimizer(params, rule, **{**BARE, **options})
 
 
 def source(name: str) -> Any:

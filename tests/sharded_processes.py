@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from plug_in_cases import bare
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -79,7 +80,7 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_of(model: nn.Module, rule: str) -> LearnedOptimizer:
     """Return the optimizer of a model, whole or sharded."""
-    return LearnedOptimizer(named(model).items(), made(rule), num_steps=NUM_STEPS, adopt_start=rule == "maml")
+    return bare(named(model).items(), made(rule), num_steps=NUM_STEPS, adopt_start=rule == "maml")
 
 
 class Way(NamedTuple):
@@ -184,7 +185,7 @@ def alone(
 
 def late(rule: str, model: nn.Module, parts: Sequence[slice]) -> LearnedOptimizer:
     """Train at half the rate, with decay, and one matrix in the second half of the steps alone."""
-    optimizer = LearnedOptimizer(named(model).items(), made(rule), num_steps=NUM_STEPS, lr=0.5, weight_decay=0.1)
+    optimizer = bare(named(model).items(), made(rule), num_steps=NUM_STEPS, lr=0.5, weight_decay=0.1)
     param = named(model)["2.weight"]
     hook = optimizer.register_step_pre_hook(lambda *_: setattr(param, "grad", None))
     train(model, optimizer, range(HALF), parts)
@@ -206,7 +207,7 @@ def late_and_sharded(rule: str) -> dict[str, Tensor]:
 def with_half_the_memory() -> dict[str, Tensor]:
     """Return where FSDP2 is by Adam with its averages in bfloat16, and a piece of one of them."""
     model = WAYS["FSDP2"].share(net())
-    optimizer = LearnedOptimizer(named(model).items(), made("adam"), state_dtype=torch.bfloat16)
+    optimizer = bare(named(model).items(), made("adam"), state_dtype=torch.bfloat16)
     train(model, optimizer, range(NUM_STEPS), _own("FSDP2"))
     memory = optimizer.state[named(model)["0.weight"]]["memory.mean"]
     return {**whole(model), "mean": memory.to_local(), "shape": torch.tensor(memory.shape)}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
+from plug_in_cases import bare
 from problems import Quadratic, TanhMLP, generic_theta, sample, template
 from test_regret_bound import SHARED, shown_by_hand
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from learnedopt import (
     FinalLoss,
     InnerLoop,
     LastIterate,
-    LearnedOptimizer,
     MetaTrainer,
     MomentMatching,
     PerName,
@@ -286,7 +286,7 @@ def test_what_it_learned_trains_a_model_through_the_plug_in() -> None:
     like = {name: p.detach().clone() for name, p in model.named_parameters()}
     rule = optimizers.make("aruba", template=like, eps=0.3, zeta=1.0)
     theta = {k: v + 0.1 * (k[0] == "i") for k, v in rule.init_theta(torch.Generator()).items()}
-    optimizer = LearnedOptimizer(model.named_parameters(), as_meta_sgd(rule, theta), adopt_start=True)
+    optimizer = bare(model.named_parameters(), as_meta_sgd(rule, theta), adopt_start=True)
     x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
     expected = {k: v + 0.1 for k, v in like.items()}
     for _ in range(3):

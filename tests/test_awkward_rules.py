@@ -6,6 +6,7 @@ from typing import Any, final
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import sample
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from learnedopt import (
     Implicit,
     InnerLoop,
     InnerObjective,
-    LearnedOptimizer,
     MetaTrainer,
     Penalty,
     Proximal,
@@ -123,7 +123,7 @@ def test_the_plug_in_takes_the_engines_step_to_the_bit(dtype: torch.dtype) -> No
     theta = rule.init_theta(torch.Generator())
     loop = InnerLoop(family, rule)
     params = {k: torch.nn.Parameter(p) for k, p in own.items()}
-    plug_in = LearnedOptimizer(params.items(), (rule, theta), adopt_start=True)
+    plug_in = bare(params.items(), (rule, theta), adopt_start=True)
     for step in range(5):
         plug_in.zero_grad()
         family.loss(params, {k: v[0] for k, v in family.batch(tasks, step, "train").items()}).backward()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from test_normalised_kernel import RULES, TOLERANCE, drawn
 from torch import Tensor, nn
 
@@ -143,7 +144,7 @@ def conv_net() -> nn.Module:
 def optimizer_of(model: nn.Module, rule: Any = None, **options: Any) -> LearnedOptimizer:
     rule = General() if rule is None else rule
     theta = rule.init_theta(torch.Generator().manual_seed(0))
-    return LearnedOptimizer(model.named_parameters(), (rule, theta), num_steps=20, **options)
+    return bare(model.named_parameters(), (rule, theta), num_steps=20, **options)
 
 
 def step(model: nn.Module, optimizer: LearnedOptimizer, number: int, **options: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
+from plug_in_cases import bare
 from problems import Sensitive, TanhMLP, generic_theta, sample
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ def test_every_rule_moves_and_is_differentiated_as_unrolled(name: str) -> None:
     theta = generic_theta(InnerLoop(FAMILY, rule, horizon=NUM_STEPS))
     end, grads = unrolled(rule, theta)
     model = model_of(weights())
-    optimizer = LearnedOptimizer(named(model), (rule, theta), num_steps=NUM_STEPS, adopt_start=True)
+    optimizer = bare(named(model), (rule, theta), num_steps=NUM_STEPS, adopt_start=True)
     leaves = {k: x.clone().requires_grad_() for k, x in theta.items()}
     with higher.innerloop_ctx(model, optimizer, override={"theta": [leaves]}) as (fmodel, stepper):
         for step in range(NUM_STEPS):
@@ -83,7 +84,7 @@ def test_first_weights_have_the_gradient_of_a_learned_start(name: str) -> None:
     theta = {**{f"init/{k}": p for k, p in like.items()}, **{f"rule/{k}": x for k, x in own.items()}}
     _, grads = unrolled(started, theta)
     model = model_of(like)
-    optimizer = LearnedOptimizer(named(model), (rule, own), num_steps=NUM_STEPS)
+    optimizer = bare(named(model), (rule, own), num_steps=NUM_STEPS)
     with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, stepper):
         for step in range(NUM_STEPS):
             stepper.step(loss_of(fast(model, fmodel), step))
@@ -98,7 +99,7 @@ def test_a_rule_that_reads_the_loss_is_told_it_with_its_graph() -> None:
     theta = rule.init_theta(torch.Generator())
     _, grads = unrolled(rule, theta)
     model, leaves = model_of(weights()), {k: x.clone().requires_grad_() for k, x in theta.items()}
-    optimizer = LearnedOptimizer(named(model), (rule, theta))
+    optimizer = bare(named(model), (rule, theta))
     with higher.innerloop_ctx(model, optimizer, override={"theta": [leaves]}) as (fmodel, stepper):
         for step in range(NUM_STEPS):
             stepper.step(loss_of(fast(model, fmodel), step))
@@ -115,7 +116,7 @@ def mixed(model: nn.ParameterDict) -> LearnedOptimizer:
         {"params": [("w2", model["w2"])], "rule": (second, second.init_theta(torch.Generator())), "weight_decay": 0.3},
     ]
     rule = optimizers.make("adam", lr=0.05, eps=1e-3)
-    return LearnedOptimizer(groups, (rule, rule.init_theta(torch.Generator())))
+    return bare(groups, (rule, rule.init_theta(torch.Generator())))
 
 
 def without(params: Params, step: int) -> Params:
@@ -150,7 +151,7 @@ def test_rates_and_decays_are_differentiated_where_they_are_overridden() -> None
 
     def value(settings: dict[str, Any]) -> Tensor:
         model = model_of(weights())
-        optimizer = LearnedOptimizer(named(model), (rule, rule.init_theta(torch.Generator())))
+        optimizer = bare(named(model), (rule, rule.init_theta(torch.Generator())))
         options = {"override": {k: [x] for k, x in settings.items()}}
         with higher.innerloop_ctx(model, optimizer, **options) as (fmodel, stepper):
             for step in range(NUM_STEPS):
@@ -167,7 +168,7 @@ def test_rates_and_decays_are_differentiated_where_they_are_overridden() -> None
 def test_nothing_is_recorded_where_nobody_asks_for_it() -> None:
     model = model_of(weights())
     rule = optimizers.make("lstm", hidden_size=3)
-    optimizer = LearnedOptimizer(named(model), (rule, rule.init_theta(torch.Generator().manual_seed(0))))
+    optimizer = bare(named(model), (rule, rule.init_theta(torch.Generator().manual_seed(0))))
     with higher.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, stepper):
         for step in range(2):
             stepper.step(loss_of(fast(model, fmodel), step))
@@ -183,7 +184,7 @@ def sgd_with(override: Any, groups: int = 1) -> Callable[[], Any]:
         model = model_of(weights())
         names = named(model)
         params = [{"params": [pair]} for pair in names] if groups > 1 else names
-        optimizer = LearnedOptimizer(params, (rule, rule.init_theta(torch.Generator())))
+        optimizer = bare(params, (rule, rule.init_theta(torch.Generator())))
         return higher.get_diff_optim(optimizer, list(model.parameters()), override=override)
 
     return enter
@@ -193,7 +194,7 @@ def start_without_model() -> Any:
     rule = optimizers.make("maml", template=weights(), lr=0.1)
     theta = rule.init_theta(torch.Generator())
     model = model_of(weights())
-    optimizer = LearnedOptimizer(named(model), (rule, theta))
+    optimizer = bare(named(model), (rule, theta))
     leaves = {k: x.clone().requires_grad_() for k, x in theta.items()}
     return higher.get_diff_optim(optimizer, list(model.parameters()), override={"theta": [leaves]})
 
@@ -227,6 +228,6 @@ def test_what_cannot_work_is_refused_when_it_is_made(name: str) -> None:
 def test_the_class_is_registered() -> None:
     model = model_of(weights())
     rule = optimizers.make("sgd", lr=0.1)
-    optimizer = LearnedOptimizer(named(model), (rule, rule.init_theta(torch.Generator())))
+    optimizer = bare(named(model), (rule, rule.init_theta(torch.Generator())))
     stepper = higher.get_diff_optim(optimizer, list(model.parameters()))
     assert type(stepper) is bridge.DifferentiableLearnedOptimizer

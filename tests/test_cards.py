@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 
 import learnedopt
 from learnedopt import HorizonWarning, LearnedOptimizer, cards, checkpoint, optimizers
@@ -166,20 +167,20 @@ def stepped(optimizer: LearnedOptimizer, num_steps: int) -> list[warnings.Warnin
 
 def test_a_run_that_leaves_what_is_known_is_warned_of_once() -> None:
     model = torch.nn.Linear(2, 2)
-    optimizer = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6)
+    optimizer = bare(model.parameters(), "lstm-mnist", lr=1e-6)
     assert stepped(optimizer, 100) == []
     saved = optimizer.state_dict()
     (warned,) = stepped(optimizer, 20)
     assert warned.category is HorizonWarning and "this is step 101" in str(warned.message)
     assert warned.filename == __file__
-    again = LearnedOptimizer(model.parameters(), "lstm-mnist", lr=1e-6)
+    again = bare(model.parameters(), "lstm-mnist", lr=1e-6)
     again.load_state_dict(saved)
     assert len(stepped(again, 3)) == 1
 
 
 def test_parameters_that_come_late_are_not_warned_of_again() -> None:
     early, late = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = LearnedOptimizer([early], "lstm-mnist", lr=1e-6)
+    optimizer = bare([early], "lstm-mnist", lr=1e-6)
     assert stepped(optimizer, 50) == []
     optimizer.add_param_group({"params": [late]})
     assert len(stepped(optimizer, 60)) == 1
@@ -190,13 +191,13 @@ def test_parameters_that_come_late_are_not_warned_of_again() -> None:
 def test_a_horizon_beyond_what_is_known_is_warned_of_before_the_first_step() -> None:
     params = list(torch.nn.Linear(2, 2).parameters())
     with pytest.warns(HorizonWarning, match="general was trained or measured on runs of at most 2,000 steps") as warned:
-        LearnedOptimizer(params, "general", num_steps=2001)
+        bare(params, "general", num_steps=2001)
     assert len(warned) == 1 and warned[0].filename == __file__
-    LearnedOptimizer(params, "general", num_steps=2000)
+    bare(params, "general", num_steps=2000)
 
 
 def test_a_theta_without_a_card_is_not_warned_of() -> None:
-    optimizer = LearnedOptimizer(torch.nn.Linear(2, 2).parameters(), learnedopt.load("lstm-mnist"), lr=1e-6)
+    optimizer = bare(torch.nn.Linear(2, 2).parameters(), learnedopt.load("lstm-mnist"), lr=1e-6)
     assert stepped(optimizer, 102) == []
 
 

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import TanhMLP, sample, template
 from torch import Tensor
 
 import learnedopt
-from learnedopt import Execution, FinalLoss, InnerLoop, LearnedOptimizer, Tape, Unrolled
+from learnedopt import Execution, FinalLoss, InnerLoop, Tape, Unrolled
 from learnedopt.optimizers.registry import RULES
 
 REFERENCE = Path(__file__).parent / "data" / "celo_reference.json"
@@ -182,7 +183,7 @@ def test_a_model_is_trained_as_the_inner_loop_does_and_the_loss_is_asked_for(
     family, theta = TanhMLP(), {k: x.double() for k, x in theta.items()}
     task = sample(family, 1)
     params = {k: torch.nn.Parameter(p[0].clone()) for k, p in family.init_params(task).items()}
-    optimizer = LearnedOptimizer(params.items(), (rule, theta), num_steps=4)
+    optimizer = bare(params.items(), (rule, theta), num_steps=4)
     with pytest.raises(ValueError, match="step\\(loss=loss\\)"):
         for p in params.values():
             p.grad = torch.zeros_like(p)
@@ -198,7 +199,7 @@ def test_a_model_is_trained_as_the_inner_loop_does_and_the_loss_is_asked_for(
     for key, p in params.items():
         torch.testing.assert_close(p.detach(), end[key][0], rtol=1e-12, atol=1e-13)
     with pytest.raises(ValueError, match="num_steps"):
-        LearnedOptimizer(params.items(), (rule, theta))
+        bare(params.items(), (rule, theta))
 
 
 def test_it_stands_beside_the_baselines_of_the_command(

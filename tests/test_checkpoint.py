@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_rules import RULES, template
 
 import learnedopt
 from benchmarks.package_theta import package
-from learnedopt import LearnedOptimizer, cards, checkpoint, inner_objectives
+from learnedopt import cards, checkpoint, inner_objectives
 from learnedopt.core import files
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.rule import UpdateRule
@@ -136,7 +137,7 @@ def test_packaged_optimizers_load_by_name(name: str, monkeypatch: pytest.MonkeyP
     assert isinstance(rule, UpdateRule) and all(v.isfinite().all() for v in theta.values())
     model = torch.nn.Linear(4, 3)
     before = model.weight.detach().clone()
-    optimizer = LearnedOptimizer(model.named_parameters(), name, num_steps=10)
+    optimizer = bare(model.named_parameters(), name, num_steps=10)
     loss = model(torch.ones(2, 4)).square().sum()
     loss.backward()
     optimizer.step(loss=loss)
@@ -170,7 +171,7 @@ def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(FileNotFoundError, match=r"'lstm-minst' is neither a checkpoint file.*packaged optimizers \["):
         learnedopt.load("lstm-minst")
     with pytest.raises(FileNotFoundError, match="did you mean 'tensor-gru-quadratic'"):
-        LearnedOptimizer(torch.nn.Linear(2, 1).parameters(), "tensor_gru_quadratic")
+        bare(torch.nn.Linear(2, 1).parameters(), "tensor_gru_quadratic")
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 
 import learnedopt
 from learnedopt import (
@@ -118,7 +119,7 @@ def test_without_a_horizon_it_is_refused(name: str) -> None:
         loop(rule, horizon=None)
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     with pytest.raises(ValueError, match="Ramp reads how far a run is"):
-        LearnedOptimizer([weight], (rule, rule.init_theta(GENERATOR)))
+        bare([weight], (rule, rule.init_theta(GENERATOR)))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own forward mode
@@ -171,7 +172,7 @@ def test_the_plug_in_moves_as_the_engine() -> None:
     theta = at.init_theta(GENERATOR)
     carry = at.start(at.family.sample(1, torch.Generator().manual_seed(1)))
     params = {k: torch.nn.Parameter(p[0].clone()) for k, p in carry.params.items()}
-    optimizer = LearnedOptimizer(params.items(), (Ramp(), theta), num_steps=4)
+    optimizer = bare(params.items(), (Ramp(), theta), num_steps=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(4):
@@ -189,7 +190,7 @@ def test_the_plug_in_moves_as_the_engine() -> None:
 def test_bad_numbers_of_steps_are_refused(num_steps: Any) -> None:
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     with pytest.raises((TypeError, ValueError), match="num_steps"):
-        LearnedOptimizer([weight], (Ramp(), Ramp().init_theta(GENERATOR)), num_steps=num_steps)
+        bare([weight], (Ramp(), Ramp().init_theta(GENERATOR)), num_steps=num_steps)
 
 
 @pytest.mark.parametrize("rule", [Ramp(), Averaged(Ramp()), Partition({"all": ("*", Ramp())})], ids=["it", "in", "of"])
@@ -198,7 +199,7 @@ def test_the_plug_in_goes_on_with_the_number_of_steps_that_it_had(rule: UpdateRu
     theta = rule.init_theta(GENERATOR)
 
     def made(num_steps: int) -> LearnedOptimizer:
-        return LearnedOptimizer([weight], (rule, theta), num_steps=num_steps)
+        return bare([weight], (rule, theta), num_steps=num_steps)
 
     begun = made(5)
     made(7).load_state_dict(begun.state_dict())  # nothing has been told yet

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import FLOAT, Sensitive, TanhMLP, sample
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from learnedopt import (
     InnerLoop,
     KLDivergence,
     LastIterate,
-    LearnedOptimizer,
     MeanLogLoss,
     MetaTrainer,
     PresentGradient,
@@ -700,7 +700,7 @@ def test_state_dicts_of_others_are_refused_and_change_nothing() -> None:
     optimizer = SETTINGS["bootstrap"](params)
     advance(optimizer, params, range(3))
     kept = optimizer.state_dict()
-    frozen = LearnedOptimizer([*params.items()], start(RULES["momentum"]))
+    frozen = bare([*params.items()], start(RULES["momentum"]))
     backward(params, 0)
     frozen.step()
     with pytest.raises(ValueError, match="this state holds no theta"):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from torch import Tensor
 
 from learnedopt import (
     Execution,
     HyperOptimizer,
     InnerLoop,
-    LearnedOptimizer,
     Params,
     Tape,
     UpdateRule,
@@ -288,6 +288,6 @@ def test_the_plug_ins_refuse_a_start_that_the_rule_cannot_move_from() -> None:
     rule = MirrorDescent(Entropic(), learn=("radius",))
     theta = rule.init_theta(torch.Generator())
     with pytest.raises(ValueError, match="MirrorDescent cannot start from these parameters"):
-        LearnedOptimizer(model.named_parameters(), (rule, theta))
+        bare(model.named_parameters(), (rule, theta))
     with pytest.raises(ValueError, match="MirrorDescent cannot start from these parameters"):
         HyperOptimizer(model.named_parameters(), (rule, theta))

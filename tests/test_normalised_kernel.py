@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import FLOAT, Quadratic, generic_theta, sample
 from torch import Tensor, nn
 
@@ -363,7 +364,7 @@ def test_the_plug_in_steps_in_place_and_leaves_what_it_gave_away(kind: str) -> N
     def trained(in_place: bool) -> tuple[nn.Module, LearnedOptimizer, list[Any]]:
         torch.manual_seed(0)
         model, given = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)), []
-        optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta), num_steps=6)
+        optimizer = bare(model.named_parameters(), (rule, theta), num_steps=6)
         for step in range(6):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape)

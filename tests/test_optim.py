@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import Anchored, Quadratic
 from test_rules import RULES
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ def test_a_step_is_the_engines_bit_by_bit(kind: str, dtype: torch.dtype) -> None
     tasks = {"seed": torch.tensor([5])}
     model = Net()
     model.load_state_dict(tree.squeeze(loop.family.init_params(tasks)))
-    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta), num_steps=length, adopt_start=True)
+    optimizer = bare(model.named_parameters(), (rule, theta), num_steps=length, adopt_start=True)
     start = values(model)
     for step in range(5):
         optimizer.step(loss=back_propagate(model, step, seed=5))
@@ -171,7 +172,7 @@ def test_memory_in_another_dtype_than_the_parameters() -> None:
     for theta_dtype, param_dtype in ((torch.float64, torch.float32), (torch.float32, torch.bfloat16)):
         model = net(dtype=param_dtype)
         start = values(model)
-        optimizer = LearnedOptimizer(model.parameters(), (rule, {k: v.to(theta_dtype) for k, v in theta.items()}))
+        optimizer = bare(model.parameters(), (rule, {k: v.to(theta_dtype) for k, v in theta.items()}))
         train(model, optimizer, range(3))
         assert {x.dtype for x in memory(optimizer)} == {theta_dtype}
         assert {p.dtype for p in values(model).values()} == {param_dtype}
@@ -188,7 +189,7 @@ def test_parameters_of_mixed_dtypes() -> None:
     adam = Adam(lr=0.1, beta2=0.9)
     for rule, theta in (lstm(), (adam, adam.init_theta(generator))):
         half.data, full.data = before["0"].clone(), before["1"].clone()
-        LearnedOptimizer([half, full], (rule, theta)).step()
+        bare([half, full], (rule, theta)).step()
         deltas, _ = rule.update(theta, grads, rule.init(theta, before)[1], before, torch.tensor(0.0))
         assert equal([half, full], [before["0"] + deltas["0"], before["1"] + deltas["1"]])
         assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
@@ -219,7 +220,7 @@ def test_groups_have_a_rate_each_and_schedulers_change_it(as_tensor: bool) -> No
     layers = [p for k, p in model.named_parameters() if k != "scale"]
     lr = torch.tensor(0.5) if as_tensor else 0.5
     groups = [{"params": layers, "lr": lr}, {"params": [model.scale]}]
-    optimizer = LearnedOptimizer(groups, (rule, theta))
+    optimizer = bare(groups, (rule, theta))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1 / (1 + step), lambda step: 1.0])
     for step in range(4):
         train(model, optimizer, range(step, step + 1))
@@ -245,7 +246,7 @@ class Explosive(UpdateRule):
 def test_a_rate_of_zero_moves_nothing() -> None:
     model = net()
     start = values(model)
-    optimizer = LearnedOptimizer(model.parameters(), (Explosive(), {"unused": torch.tensor(0.0)}), lr=0.0)
+    optimizer = bare(model.parameters(), (Explosive(), {"unused": torch.tensor(0.0)}), lr=0.0)
     train(model, optimizer, range(2))
     assert equal(values(model), start)
     assert equal(memory(optimizer), [torch.tensor(2)])
@@ -257,30 +258,30 @@ def test_a_rate_of_zero_moves_nothing() -> None:
 @pytest.mark.parametrize("lr", [-0.1, float("nan")])
 def test_rates_that_are_none(lr: float) -> None:
     with pytest.raises(ValueError, match=r"lr=.* must not be negative"):
-        LearnedOptimizer(net().parameters(), lstm(), lr=lr)
+        bare(net().parameters(), lstm(), lr=lr)
 
 
 @pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "momentum", "betas"])
 def test_options_of_other_optimizers_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* adopt_start and state_dtype"):
-        LearnedOptimizer(net().parameters(), lstm(), **{option: True})
+    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* state_dtype and guard"):
+        bare(net().parameters(), lstm(), **{option: True})
     with pytest.raises(TypeError, match=rf"group sets \['{option}'\]"):
-        LearnedOptimizer([{"params": net().parameters(), option: True}], lstm())
+        bare([{"params": net().parameters(), option: True}], lstm())
 
 
 def test_group_options_that_are_switched_off_or_labels_pass() -> None:
     group = {"params": net().parameters(), "weight_decay": 0.0, "foreach": None, "label": "all"}
-    assert LearnedOptimizer([group], lstm()).param_groups[0]["label"] == "all"
+    assert bare([group], lstm()).param_groups[0]["label"] == "all"
 
 
 def test_groups_are_added_later_where_the_rule_moves_each_parameter_by_itself() -> None:
     rule, theta = lstm()
     model, whole = net(), net()
     rest = [p for k, p in model.named_parameters() if k != "scale"]
-    optimizer = LearnedOptimizer([model.scale], (rule, theta))
+    optimizer = bare([model.scale], (rule, theta))
     optimizer.add_param_group({"params": rest})
     train(model, optimizer, range(3))
-    train(whole, LearnedOptimizer(whole.parameters(), (rule, theta)), range(3))
+    train(whole, bare(whole.parameters(), (rule, theta)), range(3))
     assert equal(values(model), values(whole))
     more = torch.ones(2, requires_grad=True)
     optimizer.add_param_group({"params": [more]})
@@ -288,7 +289,7 @@ def test_groups_are_added_later_where_the_rule_moves_each_parameter_by_itself() 
     alone = more.detach().clone().requires_grad_()
     alone.grad = more.grad.clone()
     train(model, optimizer, range(3, 4))
-    train(whole, LearnedOptimizer([alone], (rule, theta)), range(3, 4))
+    train(whole, bare([alone], (rule, theta)), range(3, 4))
     assert torch.equal(more, alone)
     assert [optimizer.state[p]["step"] for p in (model.scale, more)] == [4, 1]
 
@@ -296,7 +297,7 @@ def test_groups_are_added_later_where_the_rule_moves_each_parameter_by_itself() 
 def test_groups_are_added_before_the_first_step_only_where_the_rule_ties_parameters() -> None:
     rule = Clip(LSTM(hidden_size=4), max_norm=0.1)
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), (rule, moved_theta(rule)))
+    optimizer = bare(model.parameters(), (rule, moved_theta(rule)))
     train(model, optimizer, range(1))
     more = {"params": [torch.ones(2, requires_grad=True)]}
     with pytest.raises(ValueError, match=r"Clip ties parameters together.*before the first step only"):
@@ -308,7 +309,7 @@ def test_groups_are_added_before_the_first_step_only_where_the_rule_ties_paramet
 
 def test_a_group_that_is_refused_leaves_no_trace() -> None:
     model = net()
-    optimizer = LearnedOptimizer([model.scale], lstm())
+    optimizer = bare([model.scale], lstm())
     for wrong in ({"params": [torch.ones(2, dtype=torch.cfloat, requires_grad=True)]}, {"params": [], "lr": -1.0}):
         with pytest.raises(ValueError, match=r"view_as_real|must not be negative"):
             optimizer.add_param_group(wrong)
@@ -316,7 +317,7 @@ def test_a_group_that_is_refused_leaves_no_trace() -> None:
     train(model, optimizer, range(1))
     rule = LearnedInit(SGD(lr=0.1), {"scale": torch.tensor(2.0)})
     groups = [{"params": [(k, p)]} for k, p in model.named_parameters()]
-    optimizer = LearnedOptimizer(groups[:1], (rule, rule.init_theta(torch.Generator())), adopt_start=True)
+    optimizer = bare(groups[:1], (rule, rule.init_theta(torch.Generator())), adopt_start=True)
     assert model.scale == 2
     with pytest.raises(ValueError, match="the learned start is one of parameters"):
         optimizer.add_param_group(groups[1])
@@ -332,12 +333,12 @@ def test_names_choose_the_rule_of_a_partition() -> None:
     theta = rule.init_theta(torch.Generator())
     model = net()
     start = values(model)
-    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta))
+    optimizer = bare(model.named_parameters(), (rule, theta))
     train(model, optimizer, range(2))
     moved = {k for k, p in values(model).items() if not torch.equal(p, start[k])}
     assert moved == {"layer.bias", "layer2.bias"}
     with pytest.raises(ValueError, match="no parameter joins the groups"):
-        LearnedOptimizer(model.parameters(), (rule, theta))
+        bare(model.parameters(), (rule, theta))
 
 
 def test_names_that_the_rule_does_not_know() -> None:
@@ -346,16 +347,16 @@ def test_names_that_the_rule_does_not_know() -> None:
     model = net()
     with pytest.raises(ValueError, match=r"named_parameters\(\)"):
         back_propagate(model, 0)
-        LearnedOptimizer(model.parameters(), (rule, theta)).step()
+        bare(model.parameters(), (rule, theta)).step()
     lstms = per_tensor(LSTM(hidden_size=2), template())
     with pytest.raises(ValueError, match=r"parameter '0' matches none"):
-        LearnedOptimizer(model.parameters(), (lstms, moved_theta(lstms)))
+        bare(model.parameters(), (lstms, moved_theta(lstms)))
 
 
 def test_names_must_be_unique() -> None:
     groups = [{"params": list(part.named_parameters())} for part in (nn.Linear(2, 2), nn.Linear(2, 2))]
     with pytest.raises(ValueError, match=r"names \['bias', 'weight'\] occur more than once"):
-        LearnedOptimizer(groups, lstm())
+        bare(groups, lstm())
 
 
 # The loss.
@@ -365,7 +366,7 @@ def test_names_must_be_unique() -> None:
 def test_a_closure_is_a_step_with_its_loss() -> None:
     theta = Greedy().init_theta(torch.Generator())
     model, reference = net(), net()
-    optimizer, other = (LearnedOptimizer(m.parameters(), (Greedy(), theta)) for m in (model, reference))
+    optimizer, other = (bare(m.parameters(), (Greedy(), theta)) for m in (model, reference))
     with torch.no_grad():  # the closure needs gradients nevertheless
         losses = [optimizer.step(lambda step=step: back_propagate(model, step)) for step in range(3)]
     for step, loss in enumerate(losses):
@@ -378,7 +379,7 @@ def test_a_closure_is_a_step_with_its_loss() -> None:
 def test_a_rule_that_reads_the_loss_must_get_it() -> None:
     model = net()
     start = values(model)
-    optimizer = LearnedOptimizer(model.parameters(), (Greedy(), Greedy().init_theta(torch.Generator())))
+    optimizer = bare(model.parameters(), (Greedy(), Greedy().init_theta(torch.Generator())))
     loss = back_propagate(model, 0)
     with pytest.raises(ValueError, match=r"Greedy\.update failed without the loss .*step\(loss=loss\)"):
         optimizer.step()
@@ -397,7 +398,7 @@ def test_other_errors_of_a_rule_are_its_own() -> None:
             raise TypeError("of the rule's own")
 
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), (Broken(), Greedy().init_theta(torch.Generator())))
+    optimizer = bare(model.parameters(), (Broken(), Greedy().init_theta(torch.Generator())))
     with pytest.raises(TypeError, match="of the rule's own"):
         optimizer.step(loss=back_propagate(model, 0))
 
@@ -411,7 +412,7 @@ def test_a_parameter_without_a_gradient_stays_and_its_memory_too(kind: str) -> N
     """A frozen layer in the middle, which then thaws: its own memory is as it was."""
     rule = KINDS[kind](template())
     model = net()
-    optimizer = LearnedOptimizer(
+    optimizer = bare(
         model.named_parameters(),
         (rule, moved_theta(rule)),
         num_steps=9 if rule.reads_horizon else None,
@@ -450,7 +451,7 @@ def test_experts_that_take_turns_are_moved_as_torch_moves_them(name: str) -> Non
     rule = make({"SGD": "momentum"}.get(name, name.lower()), **options)
     model, reference = net(), net()
     other = getattr(torch.optim, name)(reference.parameters(), **options)
-    optimizer = LearnedOptimizer(model.parameters(), (rule, rule.init_theta(torch.Generator())))
+    optimizer = bare(model.parameters(), (rule, rule.init_theta(torch.Generator())))
     for step in range(8):
         for m, o in ((model, optimizer), (reference, other)):
             back_propagate(m, step)
@@ -463,7 +464,7 @@ def test_experts_that_take_turns_are_moved_as_torch_moves_them(name: str) -> Non
 
 def test_without_any_gradient_nothing_happens() -> None:
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), lstm())
+    optimizer = bare(model.parameters(), lstm())
     train(model, optimizer, range(1))
     optimizer.zero_grad()
     before, kept = values(model), memory(optimizer)
@@ -473,7 +474,7 @@ def test_without_any_gradient_nothing_happens() -> None:
 
 def test_sparse_gradients_are_refused() -> None:
     table = nn.Embedding(4, 3, sparse=True)
-    optimizer = LearnedOptimizer(table.parameters(), lstm())
+    optimizer = bare(table.parameters(), lstm())
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"gradient of '0' is sparse .*sparse=False"):
         optimizer.step()
@@ -482,7 +483,7 @@ def test_sparse_gradients_are_refused() -> None:
 def test_parameters_on_several_devices_are_refused() -> None:
     here, there = torch.ones(2, requires_grad=True), torch.ones(2, device="meta", requires_grad=True)
     with pytest.raises(ValueError, match=r"lie on \['cpu', 'meta'\]"):
-        LearnedOptimizer([here, there], lstm())
+        bare([here, there], lstm())
 
 
 # Theta and learned starts.
@@ -492,12 +493,12 @@ def test_theta_is_copied() -> None:
     rule, theta = lstm()
     leaves = {k: v.clone().requires_grad_() for k, v in theta.items()}
     model, reference = net(), net()
-    optimizer = LearnedOptimizer(model.parameters(), (rule, leaves))
+    optimizer = bare(model.parameters(), (rule, leaves))
     with torch.no_grad():
         for v in leaves.values():
             v.zero_()
     train(model, optimizer, range(2))
-    train(reference, LearnedOptimizer(reference.parameters(), (rule, theta)), range(2))
+    train(reference, bare(reference.parameters(), (rule, theta)), range(2))
     assert equal(values(model), values(reference))
 
 
@@ -516,7 +517,7 @@ def test_theta_is_copied() -> None:
 )
 def test_rules_that_cannot_be_used(wrong: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        LearnedOptimizer(net().parameters(), wrong())
+        bare(net().parameters(), wrong())
 
 
 def test_a_checkpoint_is_the_rule_and_theta_that_were_saved(tmp_path: Path) -> None:
@@ -525,7 +526,7 @@ def test_a_checkpoint_is_the_rule_and_theta_that_were_saved(tmp_path: Path) -> N
     trained = []
     for source in (path, str(path), (rule, theta)):
         model = net()
-        train(model, LearnedOptimizer(model.parameters(), source), range(3))
+        train(model, bare(model.parameters(), source), range(3))
         trained.append(values(model))
     assert equal(trained[0], trained[2]) and equal(trained[1], trained[2])
 
@@ -536,11 +537,11 @@ def test_a_learned_start_is_adopted_only_if_allowed() -> None:
     model = net()
     start = values(model)
     with pytest.raises(ValueError, match=r"overwrite the parameters \['layer.weight', .*adopt_start=True"):
-        LearnedOptimizer(model.named_parameters(), (rule, theta))
+        bare(model.named_parameters(), (rule, theta))
     assert equal(values(model), start)
-    LearnedOptimizer(model.named_parameters(), (rule, theta), adopt_start=True)
+    bare(model.named_parameters(), (rule, theta), adopt_start=True)
     assert equal(values(model), {k: theta[f"init/{k}"] for k in start})
-    LearnedOptimizer(model.named_parameters(), (rule, theta))  # already there: nothing would change
+    bare(model.named_parameters(), (rule, theta))  # already there: nothing would change
 
 
 def test_a_learned_start_is_adopted_once() -> None:
@@ -548,7 +549,7 @@ def test_a_learned_start_is_adopted_once() -> None:
     rule = LearnedInit(SGD(lr=0.1), template())
     model, reference = net(), net()
     start = values(model)
-    optimizer = LearnedOptimizer(model.named_parameters(), (rule, rule.init_theta(torch.Generator())), adopt_start=True)
+    optimizer = bare(model.named_parameters(), (rule, rule.init_theta(torch.Generator())), adopt_start=True)
     model.load_state_dict(start)
     train(model, optimizer, range(2))
     train(reference, torch.optim.SGD(reference.parameters(), 0.1), range(2))
@@ -560,10 +561,10 @@ def test_a_learned_start_of_another_model_is_refused() -> None:
     theta = moved_theta(rule)
     for parameters in (net().parameters(), nn.Linear(5, 6).named_parameters()):
         with pytest.raises(ValueError, match="the learned start is one of parameters"):
-            LearnedOptimizer(parameters, (rule, theta), adopt_start=True)
+            bare(parameters, (rule, theta), adopt_start=True)
     anchored = Anchored()
     with pytest.raises(ValueError, match=r"starts from parameters \{'w': \(2, 2\), 'b': \(1,\)\}"):
-        LearnedOptimizer(net().parameters(), (anchored, anchored.init_theta(torch.Generator())), adopt_start=True)
+        bare(net().parameters(), (anchored, anchored.init_theta(torch.Generator())), adopt_start=True)
 
 
 @pytest.mark.usefixtures("float64")
@@ -572,7 +573,7 @@ def test_a_state_with_flags_counts_and_a_start_that_it_pulls_to() -> None:
     theta = loop.rule.init_theta(torch.Generator())
     tasks = loop.family.sample(1, torch.Generator().manual_seed(2))
     params = {k: p[0].clone().requires_grad_() for k, p in loop.family.init_params(tasks).items()}
-    optimizer = LearnedOptimizer(params.items(), (loop.rule, theta), adopt_start=True)
+    optimizer = bare(params.items(), (loop.rule, theta), adopt_start=True)
     for step in range(4):
         optimizer.zero_grad()
         loop.family.loss(params, tree.squeeze(loop.family.batch(tasks, step, "train"))).backward()
@@ -605,7 +606,7 @@ class Wrong(Greedy):
 )
 def test_rules_that_break_the_contract(deltas: Any, state: Any, message: str) -> None:
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), (Wrong(deltas, state), Greedy().init_theta(torch.Generator())))
+    optimizer = bare(model.parameters(), (Wrong(deltas, state), Greedy().init_theta(torch.Generator())))
     start = values(model)
     back_propagate(model, 0)
     with pytest.raises(ValueError, match=message):
@@ -630,7 +631,7 @@ def test_training_goes_on_from_a_state_dict_as_if_it_had_not_stopped(kind: str, 
     theta = moved_theta(rule)
 
     def make(model: Net) -> LearnedOptimizer:
-        return LearnedOptimizer(model.named_parameters(), (rule, theta), lr=0.7, adopt_start=True)
+        return bare(model.named_parameters(), (rule, theta), lr=0.7, adopt_start=True)
 
     model = net(dtype=param_dtype)
     optimizer = make(model)
@@ -650,7 +651,7 @@ def test_training_goes_on_from_a_state_dict_as_if_it_had_not_stopped(kind: str, 
 
 def test_a_state_dict_keeps_what_it_held() -> None:
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), lstm())
+    optimizer = bare(model.parameters(), lstm())
     train(model, optimizer, range(2))
     saved = optimizer.state_dict()
     kept = copy.deepcopy(saved)
@@ -665,26 +666,26 @@ def test_a_state_dict_keeps_what_it_held() -> None:
 def test_a_state_dict_before_the_first_step() -> None:
     rule, theta = lstm()
     model, reference = net(), net()
-    optimizer = LearnedOptimizer(model.parameters(), (rule, theta))
+    optimizer = bare(model.parameters(), (rule, theta))
     assert optimizer.state[model.scale] == {}  # somebody looks, which makes an empty entry
     optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
     train(model, optimizer, range(2))
-    train(reference, LearnedOptimizer(reference.parameters(), (rule, theta)), range(2))
+    train(reference, bare(reference.parameters(), (rule, theta)), range(2))
     assert equal(values(model), values(reference))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        lambda m: LearnedOptimizer(m.parameters(), (Adam(lr=0.1), Adam(lr=0.1).init_theta(torch.Generator()))),
-        lambda m: LearnedOptimizer(m.parameters(), lstm(num_layers=1)),
+        lambda m: bare(m.parameters(), (Adam(lr=0.1), Adam(lr=0.1).init_theta(torch.Generator()))),
+        lambda m: bare(m.parameters(), lstm(num_layers=1)),
         lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
         lambda m: torch.optim.Adam(m.parameters()),
     ],
 )
 def test_a_state_dict_of_another_optimizer_is_refused(other: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     model = net()
-    optimizer = LearnedOptimizer(model.parameters(), lstm())
+    optimizer = bare(model.parameters(), lstm())
     train(model, optimizer, range(2))
     kept = memory(optimizer)
     stranger = other(model)
@@ -696,7 +697,7 @@ def test_a_state_dict_of_another_optimizer_is_refused(other: Callable[[nn.Module
 
 def test_a_state_dict_of_another_model_is_refused() -> None:
     model, small = net(), nn.Linear(2, 2)
-    optimizer, other = LearnedOptimizer(model.parameters(), lstm()), LearnedOptimizer(small.parameters(), lstm())
+    optimizer, other = bare(model.parameters(), lstm()), bare(small.parameters(), lstm())
     train(model, optimizer, range(1))
     with pytest.raises(ValueError, match="doesn't match the size"):
         other.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -708,7 +709,7 @@ def test_a_state_dict_of_another_model_is_refused() -> None:
 
 def test_hooks_of_the_users_change_what_is_loaded() -> None:
     model = net(dtype=torch.bfloat16)
-    optimizer = LearnedOptimizer(model.parameters(), lstm())
+    optimizer = bare(model.parameters(), lstm())
     train(model, optimizer, range(2))
     seen = []
 
@@ -729,7 +730,7 @@ def test_hooks_of_the_users_change_what_is_loaded() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
     model = net()
-    optimizer = LearnedOptimizer(model.named_parameters(), lstm(), lr=0.5)
+    optimizer = bare(model.named_parameters(), lstm(), lr=0.5)
     train(model, optimizer, range(2))
     before = values(model)
     again, other = copied((model, optimizer))
@@ -746,7 +747,7 @@ def test_distributed_checkpoints_find_an_entry_for_every_parameter() -> None:
 
     model, again = net(dtype=torch.bfloat16), net(dtype=torch.bfloat16)
     source = lstm()
-    optimizer, other = (LearnedOptimizer(m.parameters(), source) for m in (model, again))
+    optimizer, other = (bare(m.parameters(), source) for m in (model, again))
     train(model, optimizer, range(2))
     again.load_state_dict(model.state_dict())
     # It initialises a fresh optimizer by a step at rate 0, which must not move anything.
@@ -760,7 +761,7 @@ def test_distributed_checkpoints_find_an_entry_for_every_parameter() -> None:
 def test_gradient_scaling_and_hooks_of_torch() -> None:
     model, reference = net(), net()
     source, calls = lstm(), []
-    optimizer, other = (LearnedOptimizer(m.parameters(), source) for m in (model, reference))
+    optimizer, other = (bare(m.parameters(), source) for m in (model, reference))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(3):
@@ -782,7 +783,7 @@ def test_memory_that_is_kept_in_bfloat16(kind: str) -> None:
     runs = {}
     for dtype in (None, torch.bfloat16):
         model = net()
-        optimizer = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=dtype)
+        optimizer = bare(model.parameters(), (rule, theta), num_steps=30, state_dtype=dtype)
         start = values(model)
         train(model, optimizer, range(10))
         runs[dtype] = values(model), optimizer
@@ -793,11 +794,11 @@ def test_memory_that_is_kept_in_bfloat16(kind: str) -> None:
     kept = narrow.state[model.layer.weight]
     assert all(x.dtype is torch.bfloat16 for x in kept.values() if isinstance(x, Tensor) and x.ndim >= 2)
     saved = through_a_file(narrow.state_dict())
-    wide = LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30)
+    wide = bare(model.parameters(), (rule, theta), num_steps=30)
     wide.load_state_dict(saved)
     train(model, wide, range(10, 12))
     assert all(x.dtype is not torch.bfloat16 for x in memory(wide)) and all(
         p.isfinite().all() for p in model.parameters()
     )
     with pytest.raises(ValueError, match=r"state_dtype=torch\.float16"):
-        LearnedOptimizer(model.parameters(), (rule, theta), num_steps=30, state_dtype=torch.float16)
+        bare(model.parameters(), (rule, theta), num_steps=30, state_dtype=torch.float16)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from plug_in_cases import bare
 from test_rules import HORIZON, RULES, every_rule, loss_of, random_like, template, updates
 from torch import Tensor
 
-from learnedopt import Execution, InnerLoop, Kernel, LearnedOptimizer, SumOfLosses, Tape, Truncated, UpdateRule
+from learnedopt import Execution, InnerLoop, Kernel, SumOfLosses, Tape, Truncated, UpdateRule
 from learnedopt import optimizers as rules
 from learnedopt import tasks as families
 from learnedopt.core import tree
@@ -137,7 +138,7 @@ def plugged_in(kind: str, dtype: torch.dtype) -> tuple[float, float, Params]:
     """Return what ``trained`` does, of the rule as an optimizer of a model's parameters."""
     rule, generator = RULES[kind](template(torch.float32)), torch.Generator().manual_seed(3)
     params = {k: torch.nn.Parameter(p) for k, p in template(dtype, seed=2).items()}
-    optimizer = LearnedOptimizer(
+    optimizer = bare(
         params.items(), (rule, rule.init_theta(torch.Generator().manual_seed(7))), num_steps=40, adopt_start=True
     )
     batch = (torch.randn(8, 3, generator=generator).to(dtype), torch.randn(8, 2, generator=generator).to(dtype))
@@ -184,7 +185,7 @@ def test_bfloat16_parameters_take_torchs_own_steps_rounded(name: str) -> None:
     generator = torch.Generator().manual_seed(5)
     param = torch.nn.Parameter(torch.randn(300, generator=generator).bfloat16())
     copy = param.detach().float().requires_grad_()
-    ours, theirs = LearnedOptimizer([param], (rule, rule.init_theta(torch.Generator()))), make([copy])
+    ours, theirs = bare([param], (rule, rule.init_theta(torch.Generator()))), make([copy])
     for _ in range(30):
         param.grad = torch.randn(300, generator=generator).bfloat16()
         before, copy.grad = param.detach().clone(), param.grad.float()
@@ -202,7 +203,7 @@ def test_bfloat16_parameters_take_torchs_own_steps_rounded(name: str) -> None:
 def test_the_first_steps_of_adam_on_bfloat16_are_those_of_torch() -> None:
     param, other = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
     rule = Adam(lr=0.01)
-    both = LearnedOptimizer([param], (rule, rule.init_theta(torch.Generator()))), torch.optim.Adam([other], lr=0.01)
+    both = bare([param], (rule, rule.init_theta(torch.Generator()))), torch.optim.Adam([other], lr=0.01)
     for _ in range(3):
         param.grad, other.grad = (torch.full_like(p, 0.5) for p in (param, other))
         for optimizer in both:

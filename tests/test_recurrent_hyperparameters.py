@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import Quadratic, generic_theta, sample
 from test_rules import RULES, data, loss_of, random_like, template
 from torch import Tensor, nn
@@ -191,7 +192,7 @@ def test_a_tensor_that_never_had_a_gradient_stays_where_it_is() -> None:
 
 def plugged_in(rule: RecurrentHyperparameters) -> tuple[nn.Linear, LearnedOptimizer, Tensor]:
     model = nn.Linear(3, 2)
-    optimizer = LearnedOptimizer(model.parameters(), (rule, drawn(rule)))
+    optimizer = bare(model.parameters(), (rule, drawn(rule)))
     loss = model(torch.ones(4, 3)).square().mean()
     loss.backward()
     return model, optimizer, loss

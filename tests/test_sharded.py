@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from plug_in_cases import bare
 from sharded_processes import (
     HALF,
     NUM_STEPS,
@@ -163,7 +164,7 @@ def test_a_name_of_its_own_makes_no_other_tensor_of_a_parameter() -> None:
         pass
 
     rule, param = Momentum(lr=0.5), Tagged(torch.ones(3))
-    optimizer = LearnedOptimizer(with_odd(param), (rule, rule.init_theta(torch.Generator())))
+    optimizer = bare(with_odd(param), (rule, rule.init_theta(torch.Generator())))
     param.grad = torch.ones(3)
     optimizer.step()
     assert param.detach().eq(0.5).all()

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from problems import FLOAT, Quadratic, sample
 from torch import Tensor, nn
 
-from learnedopt import Execution, FinalLoss, InnerLoop, LearnedOptimizer, MetaTrainer, Tape, Unrolled, optimizers
+from learnedopt import Execution, FinalLoss, InnerLoop, MetaTrainer, Tape, Unrolled, optimizers
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import SmallMLP
 from learnedopt.optimizers.kernels import small_mlp_kernel
@@ -139,7 +140,7 @@ def test_plugged_into_torch_it_moves_by_the_compiled_step(monkeypatch: pytest.Mo
     rule = SmallMLP()
     monkeypatch.setattr(small_mlp_kernel, "_run", lambda *args, run=small_mlp_kernel._run: calls.append(run(*args)))
     theta = rule.init_theta(torch.Generator().manual_seed(0))
-    optimizer = LearnedOptimizer(model.named_parameters(), (rule, theta))
+    optimizer = bare(model.named_parameters(), (rule, theta))
     params = {k: p.detach().clone() for k, p in model.named_parameters()}
     _, state = rule.init(theta, params)
     for _ in range(3):

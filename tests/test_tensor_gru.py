@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from plug_in_cases import bare
 from test_rules import RULES, data, loss_of, random_like, template
 from torch import Tensor, nn
 
-from learnedopt import Execution, InnerLoop, LearnedOptimizer, Tape, load, tasks
+from learnedopt import Execution, InnerLoop, Tape, load, tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import Momentum, TensorGRU
 
@@ -248,7 +249,7 @@ def test_a_loss_that_is_not_positive_is_the_smallest(loss: float) -> None:
 
 def test_it_needs_the_loss_in_a_users_own_loop() -> None:
     rule, model = TensorGRU(), nn.Linear(3, 2)
-    optimizer = LearnedOptimizer(model.parameters(), (rule, drawn(rule)))
+    optimizer = bare(model.parameters(), (rule, drawn(rule)))
     loss = model(torch.ones(4, 3)).square().mean()
     loss.backward()
     before = model.weight.detach().clone()
