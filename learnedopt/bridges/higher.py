@@ -159,9 +159,9 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
 
     def _start(self, reference: list[Tensor]) -> None:
         """Put the learned start of an override's theta into the model."""
-        model: Any = self._fmodel
-        patched = model is not None and model.fast_params is not None
-        fast = list(model.fast_params if patched else reference)
+        model = self._fmodel
+        patched = None if model is None else model.fast_params
+        fast: list[Any] = list(reference if patched is None else patched)
         index = {(g, i): j for g, own in enumerate(self._group_to_param_list) for i, j in enumerate(own)}
         for player, places in self._places:
             theta = self._theta(player, places)
@@ -177,14 +177,14 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
                         "given; make the optimizer of that model's parameters, or override theta"
                     )
                 continue
-            if not patched:
+            if model is None or patched is None:
                 raise ValueError(
                     f"{name_of(player.rule)} starts from theta, and there is no model to put its start into: pass "
                     "fmodel, as higher.innerloop_ctx does, or begin at the start yourself and override theta later"
                 )
             for place in places:
                 fast[index[place.group, place.index]] = start[place.name]
-            model.update_params(fast)
+            model.update_params(fast)  # pyright: ignore[reportCallIssue] - modules have any attribute
 
 
 def _signed(grad: Tensor, group: dict[str, Any]) -> Tensor:
