@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from learnedopt import Guard, LearnedOptimizer, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import make
-from learnedopt.plug_in.watch import Action, Phase, Reason, Watch, level, packed, unpacked
+from learnedopt.plug_in.guard_state import packed, unpacked
+from learnedopt.plug_in.levels import level
+from learnedopt.plug_in.watch import Action, Phase, Reason, Watch
 
 WINDOW = 8
 
