@@ -45,8 +45,9 @@ class Guard:
     """How a learned optimizer is watched.
 
     Guarantee: with the loss passed, parameters are finite after every step of the learned rule; one that stalls,
-    climbs, explodes or does worse than the fallback from the same point gives way to it, and the run then goes on as the
-    fallback's, a few percent of its steps late. Trials are short and losses noisy: docs/guard.md has what was measured.
+    climbs, explodes or does worse than the fallback from the same point gives way to it, and the run then goes on as
+    the fallback's, a few percent of its steps late. Trials are short and losses noisy: docs/guard.md has what was
+    measured.
     Without the loss, only what is not finite and what explodes is replaced: whether the loss falls is not seen, and the
     report says so. The fallback itself is trusted.
 
