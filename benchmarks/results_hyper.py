@@ -69,7 +69,7 @@ METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer | None]] = {
     "the gradient alone": lambda model: None,
     "torch's Adam": lambda model: torch.optim.Adam(model.parameters(), 1e-3),
     "fixed rates": lambda model: LearnedOptimizer(
-        model.named_parameters(), (rule(model), rule(model).init_theta(torch.Generator()))
+        model.named_parameters(), (rule(model), rule(model).init_theta(torch.Generator())), guard=False
     ),
     "plain": lambda model: HyperOptimizer(
         model.named_parameters(), rule(model), 1, FinalLoss(), meta_optimizer=meta_adam

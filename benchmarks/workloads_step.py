@@ -84,7 +84,7 @@ def jax_step(size: Size) -> Call:
 
 
 def _learned(parameter: nn.Parameter, size: Size) -> torch.optim.Optimizer:
-    return LearnedOptimizer([parameter], (rules.make("lstm"), trained(size)))
+    return LearnedOptimizer([parameter], (rules.make("lstm"), trained(size)), guard=False)
 
 
 def frame_step(rule: UpdateRule) -> Callable[[Size], Call]:
@@ -93,7 +93,7 @@ def frame_step(rule: UpdateRule) -> Callable[[Size], Call]:
     def build(size: Size) -> Call:
         theta = rule.init_theta(torch.Generator().manual_seed(0))
         theta = {name: value.to(size.torch_dtype) for name, value in theta.items()}
-        return _on_matrix(lambda named: LearnedOptimizer(named, (rule, theta), num_steps=10_000), size)
+        return _on_matrix(lambda named: LearnedOptimizer(named, (rule, theta), num_steps=10_000, guard=False), size)
 
     return build
 
