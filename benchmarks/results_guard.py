@@ -10,6 +10,7 @@ LEARNEDOPT_DATA holds the images.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -125,31 +126,25 @@ def maker(how: str, rule: str, told: int) -> Callable[[nn.Module], torch.optim.O
 
 
 def runs(folder: Path, names: list[str]) -> None:
-    """Make the runs that are missing."""
+    """Make the runs that are missing, those without a guard last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in SEEDS:
-        for name in names:
-            case, problem = CASES[name], None
-            jobs = [
-                ("adam", ""),
-                ("fallback", ""),
-                ("shifted", ""),
-                *((how, r) for r in case.rules for how in ("guarded", "bare")),
-            ]
-            for how, rule in jobs:
-                path = folder / f"{name} {how} {rule} {seed}.json".replace("/", "")
-                if path.exists():
-                    continue
-                problem = problem or case.problem()
-                found = run(
-                    problem,
-                    seed,
-                    maker(how, rule, case.told or problem.num_steps),
-                    SHIFT * (how == "shifted"),
-                    how == "guarded",
-                )
-                path.write_text(json.dumps(found))
-                print(path.stem, f"{last(found):.4f}", found.get("handed", ""), flush=True)
+    kinds = ("adam", "fallback", "shifted", "guarded"), ("bare",)
+    for hows, seed, name in itertools.product(kinds, SEEDS, names):
+        case, problem = CASES[name], None
+        for how, rule in itertools.product(hows, case.rules):
+            path = path_of(folder, name, how, rule, seed)
+            if path.exists():
+                continue
+            problem = problem or case.problem()
+            make = maker(how, rule, case.told or problem.num_steps)
+            found = run(problem, seed, make, SHIFT * (how == "shifted"), how == "guarded")
+            path.write_text(json.dumps(found))
+            print(path.stem, f"{last(found):.4f}", found.get("handed", ""), flush=True)
+
+
+def path_of(folder: Path, name: str, how: str, rule: str, seed: int) -> Path:
+    """Return where a run is kept; those without a rule of ours are a problem's, whatever the rule beside them."""
+    return folder / f"{name} {how} {rule if how in ('bare', 'guarded') else ''} {seed}.json"
 
 
 def last(found: dict[str, Any]) -> float:
@@ -173,23 +168,19 @@ def table(folder: Path) -> str:
     reach = ["| problem | Adam's steps | guarded `general`, mean | share |", "|---|---|---|---|"]
     for name, case in CASES.items():
         for rule in case.rules:
-            sets: dict[str, list[dict[str, Any]]] = {
-                how: [] for how in ("fallback", "shifted", "bare", "guarded", "adam")
-            }
-            for seed in SEEDS:
-                found = {
-                    how: folder / f"{name} {how} {rule if how in ('bare', 'guarded') else ''} {seed}.json"
-                    for how in sets
-                }
-                if all(path.exists() for path in found.values()):
-                    for how, path in found.items():
-                        sets[how].append(json.loads(path.read_text()))
-            if not sets["bare"]:
+            sets = {how: kept(folder, name, how, rule) for how in ("fallback", "shifted", "guarded", "adam", "bare")}
+            shared = set.intersection(*({*each} for how, each in sets.items() if how != "bare"))
+            if not shared or not sets["bare"]:
                 continue
-            ends = {how: [last(x) for x in each] for how, each in sets.items()}
+            seeds = sorted(shared)
+            ends = {
+                how: [last(x) for seed, x in each.items() if how == "bare" or seed in shared]
+                for how, each in sets.items()
+            }
             ratios = [a / b for a, b in zip(ends["guarded"], ends["fallback"], strict=True)]
             mean_ratio = statistics.fmean(ends["guarded"]) / statistics.fmean(ends["fallback"])
-            steps, handed = len(sets["bare"][0]["losses"]), statistics.fmean(len(x["handed"]) for x in sets["guarded"])
+            guarded = [sets["guarded"][seed] for seed in seeds]
+            steps, handed = len(guarded[0]["losses"]), statistics.fmean(len(x["handed"]) for x in guarded)
             means = " | ".join(
                 f"{statistics.fmean(ends[how]):.3f}" for how in ("fallback", "shifted", "bare", "guarded")
             )
@@ -197,10 +188,16 @@ def table(folder: Path) -> str:
                 f"| {name}, {steps} | `{rule}` | {means} | {mean_ratio:.3f}, {max(ratios):.3f} | {handed:.1f} |"
             )
             if rule == "general" and case.told is None:
-                needed = [steps_to(x, end) for x, end in zip(sets["guarded"], ends["adam"], strict=True)]
+                needed = [steps_to(x, end) for x, end in zip(guarded, ends["adam"], strict=True)]
                 mean = statistics.fmean(needed)
                 reach.append(f"| {name} | {steps} | {mean:.0f} | {mean / steps:.2f} |")
     return "\n".join([*lines, "", *reach])
+
+
+def kept(folder: Path, name: str, how: str, rule: str) -> dict[int, dict[str, Any]]:
+    """Return the runs that are there, by seed."""
+    paths = {seed: path_of(folder, name, how, rule, seed) for seed in SEEDS}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
 def main() -> None:

@@ -8,16 +8,19 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from learnedopt import Guard, LearnedOptimizer, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import make
-from learnedopt.plug_in.watch import Action, Phase, Reason, Watch, level, packed, unpacked
+from learnedopt.plug_in.guard_state import packed, unpacked
+from learnedopt.plug_in.levels import level
+from learnedopt.plug_in.watch import Action, Phase, Reason, Watch
 
 WINDOW = 8
 
@@ -410,3 +413,31 @@ def test_a_state_saved_under_the_fallback_is_refused_without_a_guard() -> None:
     train(net, optimizer, range(5))
     with pytest.raises(ValueError, match="guard=True"):
         ruled(model(), Line(0.1), guard=False).load_state_dict(optimizer.state_dict())
+
+
+def one_of_two(rank: int, file: str) -> None:
+    """Train on this process's own batches, with gradients averaged; say where that ends, and what the guard did."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    net = model()
+    optimizer = ruled(net, Line(0.1, 30, -2.0), guard=Guard(sgd, window=WINDOW))
+    for step in range(100):
+        loss = loss_of(net, 2 * step + rank)
+        optimizer.zero_grad()
+        loss.backward()
+        for p in net.parameters():
+            distributed.all_reduce(p.grad)
+            p.grad /= 2  # pyright: ignore
+        optimizer.step(loss=loss)
+    report = optimizer.guard_report()
+    ends = [p.detach() for p in net.parameters()]
+    torch.save([ends, [tuple(h) for h in report.history], report.trials], f"{file}.{rank}")
+    distributed.destroy_process_group()
+
+
+def test_processes_with_losses_of_their_own_decide_alike(tmp_path: Path) -> None:
+    multiprocessing.spawn(one_of_two, (str(tmp_path / "meet"),), nprocs=2)  # pyright: ignore
+    first, second = (torch.load(tmp_path / f"meet.{rank}", weights_only=False) for rank in range(2))
+    assert first[1:] == second[1:]
+    assert first[1]
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))

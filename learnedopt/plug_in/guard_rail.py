@@ -44,6 +44,16 @@ SIGHTED = "the loss on other data than the steps', and who would be ahead in the
 class Guard:
     """How a learned optimizer is watched.
 
+    Guarantee: with the loss passed, parameters are finite after every step of the learned rule; one that stalls,
+    climbs, explodes or does worse than the fallback from the same point gives way to it, and the run then goes on as
+    the fallback's, a few percent of its steps late. Trials are short and losses noisy: docs/guard.md has what was
+    measured.
+    Without the loss, only what is not finite and what explodes is replaced: whether the loss falls is not seen, and the
+    report says so. The fallback itself is trusted.
+
+    The state machine is ``Watch``. On top of the rule's memory it needs one number a parameter, and while the fallback
+    moves in a trial the fallback's moments.
+
     Args:
         fallback: makes the safe optimizer from parameter groups, ``lambda params: torch.optim.SGD(params, lr=0.1)``;
             None is AdamW of rate 1e-3, without weight decay. An optimizer with a lambda in it cannot be pickled.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, MutableMapping
+import math
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnedopt.plug_in.guard_rail import Rail
-from learnedopt.plug_in.watch import Phase, Watch, packed, unpacked
+from learnedopt.plug_in.levels import Level
+from learnedopt.plug_in.watch import KEPT, HandOver, Phase, Reason, Watch
 
 KEY = "guard."
 FALLBACK, SNAPSHOT, WATCH, HISTORY = f"{KEY}fallback.", f"{KEY}snapshot", f"{KEY}watch", f"{KEY}history"
@@ -113,3 +116,31 @@ def _split(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     entries = {k: x for k, x in entries.items() if not isinstance(x, dict) or x}
     own = {k: x for k, x in entries.items() if str(k).startswith(KEY)}
     return {k: x for k, x in entries.items() if k not in own}, own
+
+
+SCALARS = tuple(f.name for f in fields(Watch) if f.type in ("int", "bool", "float", "Phase"))
+LEVELS = ("best", "last", "mark")
+ABSENT = Level(math.nan, math.nan, math.nan)
+
+
+def packed(watch: Watch) -> tuple[list[float], list[list[float]]]:
+    """Return a watch as numbers, as many for every watch of this window; and its hand-overs, ``KEPT`` rows of three."""
+    scalars = [float(getattr(watch, name)) for name in SCALARS]
+    levels = [x for name in LEVELS for x in getattr(watch, name) or ABSENT]
+    losses = [*watch.losses, *[math.nan] * (watch.window - len(watch.losses))]
+    rows = [[float(x) for x in each] for each in watch.handed]
+    return [*scalars, *levels, *losses], [*rows, *[[math.nan] * 3] * (KEPT - len(rows))]
+
+
+def unpacked(numbers: Sequence[float], rows: Sequence[Sequence[float]]) -> Watch:
+    """Return the watch that ``packed`` took apart."""
+    found = dict(zip(SCALARS, numbers, strict=False))
+    kinds = {"float": float, "int": int, "bool": bool, "Phase": lambda x: Phase(int(x))}
+    scalars = {f.name: kinds[str(f.type)](found[f.name]) for f in fields(Watch) if f.name in found}
+    rest = numbers[len(SCALARS) :]
+    levels = {name: Level(*rest[3 * i : 3 * i + 3]) for i, name in enumerate(LEVELS)}
+    watch = Watch(**scalars)
+    watch.best, watch.last, watch.mark = (None if math.isnan(x.mean) else x for x in levels.values())
+    watch.losses = [x for x in rest[3 * len(LEVELS) :] if not math.isnan(x)]
+    watch.handed = [HandOver(int(a), bool(b), Reason(int(c))) for a, b, c in rows if not math.isnan(a)]
+    return watch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NamedTuple
+
+from learnedopt.plug_in.levels import Level, error, level
 
 MOST_LEGS = 5
 """Legs of a trial of the fallback, at most."""
@@ -69,37 +69,6 @@ class HandOver(NamedTuple):
     step: int
     to_learned: bool
     reason: Reason
-
-
-class Level(NamedTuple):
-    """What losses in a row say: their mean, its variance, their slope a step."""
-
-    mean: float
-    variance: float
-    slope: float
-
-    def ahead(self, steps: float) -> float:
-        """Return the mean so many steps later, were the losses to go on falling; where they rise, the mean."""
-        return self.mean + min(self.slope, 0.0) * steps
-
-
-def level(losses: Sequence[float]) -> Level:
-    """Return the level of two losses or more.
-
-    The variance is that of differences of neighbours, halved: they see the noise of minibatches, and hardly the trend.
-    A millionth of the mean is noise in any case.
-    """
-    n = len(losses)
-    mean, middle = sum(losses) / n, (n - 1) / 2
-    spread = sum((i - middle) ** 2 for i in range(n))
-    slope = sum((i - middle) * x for i, x in enumerate(losses)) / spread
-    noise = sum((b - a) ** 2 for a, b in itertools.pairwise(losses)) / (2 * (n - 1)) + (1e-6 * mean) ** 2
-    return Level(mean, noise / n, slope)
-
-
-def error(a: Level, b: Level) -> float:
-    """Return the standard error of the difference of two means."""
-    return math.sqrt(a.variance + b.variance)
 
 
 @dataclass
@@ -350,31 +319,3 @@ class Watch:
 
     def _go_on(self) -> None:
         self.stalled, self.sum_means, self.sum_variances = 0, 0.0, 0.0
-
-
-SCALARS = tuple(f.name for f in fields(Watch) if f.type in ("int", "bool", "float", "Phase"))
-LEVELS = ("best", "last", "mark")
-ABSENT = Level(math.nan, math.nan, math.nan)
-
-
-def packed(watch: Watch) -> tuple[list[float], list[list[float]]]:
-    """Return a watch as numbers, as many for every watch of this window; and its hand-overs, ``KEPT`` rows of three."""
-    scalars = [float(getattr(watch, name)) for name in SCALARS]
-    levels = [x for name in LEVELS for x in getattr(watch, name) or ABSENT]
-    losses = [*watch.losses, *[math.nan] * (watch.window - len(watch.losses))]
-    rows = [[float(x) for x in each] for each in watch.handed]
-    return [*scalars, *levels, *losses], [*rows, *[[math.nan] * 3] * (KEPT - len(rows))]
-
-
-def unpacked(numbers: Sequence[float], rows: Sequence[Sequence[float]]) -> Watch:
-    """Return the watch that ``packed`` took apart."""
-    found = dict(zip(SCALARS, numbers, strict=False))
-    kinds = {"float": float, "int": int, "bool": bool, "Phase": lambda x: Phase(int(x))}
-    scalars = {f.name: kinds[str(f.type)](found[f.name]) for f in fields(Watch) if f.name in found}
-    rest = numbers[len(SCALARS) :]
-    levels = {name: Level(*rest[3 * i : 3 * i + 3]) for i, name in enumerate(LEVELS)}
-    watch = Watch(**scalars)
-    watch.best, watch.last, watch.mark = (None if math.isnan(x.mean) else x for x in levels.values())
-    watch.losses = [x for x in rest[3 * len(LEVELS) :] if not math.isnan(x)]
-    watch.handed = [HandOver(int(a), bool(b), Reason(int(c))) for a, b, c in rows if not math.isnan(a)]
-    return watch
