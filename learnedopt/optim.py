@@ -175,7 +175,7 @@ class LearnedOptimizer(MovedByRules):
         loss = self._evaluated(closure, loss)
         if self._rail is None or all(float(group["lr"]) == 0 for group in self.param_groups):
             self._step_learned(loss)
-        elif any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        else:
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
             learned = Learned(lambda: self._step_learned(loss), self._forget, self._set_clock)
             with torch.no_grad():

@@ -228,6 +228,18 @@ def guarded_and_shared(way: str) -> dict[str, Tensor]:
     return {**whole(model), "hand-overs": torch.tensor([report.hand_overs, report.trials])}
 
 
+def one_has_nothing() -> dict[str, Tensor]:
+    """Return the only parameter of a net that ``ZeroRedundancyOptimizer`` gives to one process, under a guard."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Linear(6, 1, bias=False))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=LearnedOptimizer, rule=made("adam"))
+    train(model, optimizer, range(3), _own("ZeRO"), with_loss=True)
+    optimizer.optim.state_dict()
+    return whole(model)
+
+
 def with_half_the_memory() -> dict[str, Tensor]:
     """Return where FSDP2 is by Adam with its averages in bfloat16, and a piece of one of them."""
     model = WAYS["FSDP2"].share(net())
