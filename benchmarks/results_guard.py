@@ -2,8 +2,9 @@
 
 Run ``python benchmarks/results_guard.py --folder runs/guard``; every run is kept in the folder as it ends, and is not
 made again. ``--table`` prints the tables of what is there. Losses are means over a run's last 20 steps, on minibatches
-that are the same for all; ratios are of the means over seeds, and the worst of a seed's two runs. "Shifted" is the fallback alone again, from the same
-start, with the minibatches of 16 steps later: what chance does to it. LEARNEDOPT_DATA holds the images.
+that are the same for all; ratios are of the means over seeds, and the worst of a seed's two runs. "Shifted" is the
+fallback alone again, from the same start, with the minibatches of 16 steps later: what chance does to it.
+LEARNEDOPT_DATA holds the images.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ CASES = {
 }
 
 
-def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], skip: int) -> dict[str, Any]:
+def run(
+    problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], skip: int, guarded: bool
+) -> dict[str, Any]:
     """Train once, ``skip`` minibatches later; the loss before every step, and what the guard reports."""
     model, batches = problem.start(seed)
     for _ in range(skip):
@@ -94,7 +97,7 @@ def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Opt
         optimizer.zero_grad()
         loss = loss_on(model, next(batches))
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if isinstance(optimizer, LearnedOptimizer):
             optimizer.step(loss=loss)
             continue
@@ -102,7 +105,7 @@ def run(problem: Problem, seed: int, make: Callable[[nn.Module], torch.optim.Opt
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / WARM_UP)
         optimizer.step()
     found: dict[str, Any] = {"losses": losses}
-    if isinstance(optimizer, LearnedOptimizer) and optimizer.guarded:
+    if isinstance(optimizer, LearnedOptimizer) and guarded:
         report = optimizer.guard_report()
         found |= {
             "control": report.in_control,
@@ -138,7 +141,13 @@ def runs(folder: Path, names: list[str]) -> None:
                 if path.exists():
                     continue
                 problem = problem or case.problem()
-                found = run(problem, seed, maker(how, rule, case.told or problem.num_steps), SHIFT * (how == "shifted"))
+                found = run(
+                    problem,
+                    seed,
+                    maker(how, rule, case.told or problem.num_steps),
+                    SHIFT * (how == "shifted"),
+                    how == "guarded",
+                )
                 path.write_text(json.dumps(found))
                 print(path.stem, f"{last(found):.4f}", found.get("handed", ""), flush=True)
 
@@ -158,7 +167,7 @@ def steps_to(found: dict[str, Any], goal: float) -> float:
 def table(folder: Path) -> str:
     """Return the tables, in Markdown."""
     lines = [
-        "| problem, steps | rule | fallback alone | shifted | bare | guarded | guarded / fallback, worst seed | hand-overs |",
+        "| problem, steps | rule | fallback | shifted | bare | guarded | guarded / fallback, worst | hand-overs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     reach = ["| problem | Adam's steps | guarded `general`, mean | share |", "|---|---|---|---|"]

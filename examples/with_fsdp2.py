@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from learnedopt import LearnedOptimizer
@@ -47,4 +48,4 @@ def train(rank: int, folder: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train, (folder,), nprocs=WORLD_SIZE)
+        spawn(train, (folder,), nprocs=WORLD_SIZE)

@@ -51,8 +51,8 @@ __version__ = "0.2.0"
 # The edge is imported at first use: it brings files, plots and the registries along, which the engine does not need.
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
-    "Card": "learnedopt.cards",
     "Guard": "learnedopt.plug_in.guard_rail",
+    "Card": "learnedopt.cards",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
     "MetaTrainer": "learnedopt.training.trainer",

@@ -20,7 +20,8 @@ from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.cohorts import Cohort, Player
-from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail, split
+from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail
+from learnedopt.plug_in.guard_state import held, recall, without
 from learnedopt.plug_in.members import (
     common_device,
     name_of,
@@ -35,8 +36,8 @@ from learnedopt.plug_in.stepping import begun
 
 THETA = "theta"
 """What a group says of its theta: the fingerprint."""
-CLOCK = ("memory.step", "memory.horizon")
-"""Keys of what a rule that reads the horizon is told it by."""
+CLOCK = "memory.step"
+"""Where the clock of a rule that reads the horizon lies in the entries."""
 
 
 @final
@@ -65,8 +66,8 @@ class LearnedOptimizer(MovedByRules):
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
         state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
-        guard: whether a safe optimizer stands by: the ``Guard`` watches the losses that ``step`` is told, and the
-            parameters, and hands over where the rule does worse, climbs, stalls or explodes. False: the bare rule.
+        guard: whether the rule is watched beside a safe fallback, and gives way where that does better: see ``Guard``,
+            and ``guard_report()``. False is the bare rule, to the bit.
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
@@ -102,7 +103,8 @@ class LearnedOptimizer(MovedByRules):
         if foreign:
             raise TypeError(
                 f"LearnedOptimizer has no option {', '.join(map(repr, foreign))}: what a step does is learned, and in "
-                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start, state_dtype and guard"
+                "theta; its options are lr, weight_decay, maximize, num_steps, adopt_start, state_dtype "
+                "and guard"
             )
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
@@ -116,8 +118,9 @@ class LearnedOptimizer(MovedByRules):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self._settle()
         if guard:
-            horizon = num_steps if self.rule.reads_horizon else None
-            self._rail = Rail(Guard() if guard is True else guard, self.param_groups, horizon, num_steps)
+            reads = any(player.rule.reads_horizon for player in self._players)
+            options = Guard() if guard is True else guard
+            self._rail = Rail(options, self.param_groups, num_steps if reads else None, num_steps)
 
     @property
     def rule(self) -> UpdateRule:
@@ -173,19 +176,16 @@ class LearnedOptimizer(MovedByRules):
                 scalar; the parameters lie on several devices; the rule does not know them by name.
         """
         loss = self._evaluated(closure, loss)
-        if self._rail is None or all(float(group["lr"]) == 0 for group in self.param_groups):
+        rail, groups = self._rail, self.param_groups
+        if rail is None:
             self._step_learned(loss)
+        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves: there is nothing to watch
+            if rail.watch.learned_moves:
+                self._step_learned(loss)
         else:
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
-            learned = Learned(lambda: self._step_learned(loss), self._forget, self._set_clock)
-            with torch.no_grad():
-                self._rail.step(self.param_groups, told, learned)
+            rail.step(groups, told, Learned(lambda: self._step_watched(loss), self._forget, self._set_clock))
         return loss
-
-    @property
-    def guarded(self) -> bool:
-        """Whether there is a guard."""
-        return self._rail is not None
 
     def guard_report(self) -> GuardReport:
         """Return who is in control, every hand-over, and what the guard cannot see.
@@ -197,18 +197,22 @@ class LearnedOptimizer(MovedByRules):
             raise ValueError("this optimizer was made with guard=False, so there is nothing to report")
         return self._rail.report()
 
+    def _step_watched(self, loss: Any) -> None:
+        if self._rail is not None and not self._begun():
+            for player in self._players:  # a rule that comes back late is told how late it is
+                player.behind = self._rail.watch.step
+        self._step_learned(loss)
+
     def _forget(self) -> None:
         self.state.clear()
-        for player in self._players:
-            player.behind = 0 if self._rail is None else self._rail.watch.step
+        self._together = []
 
     def _set_clock(self, step: int) -> None:
-        """Tell a rule that reads the horizon how many steps are behind, its own and others'."""
-        for player in self._players:
-            player.behind = step
-        for param, entry in self.state.items():
-            if set(CLOCK) <= entry.keys():
-                self.state[param] = {**entry, "memory.step": torch.full_like(entry["memory.step"], step)}
+        for player, members in self._parts():
+            for _, param, _ in members if player.rule.reads_horizon else ():
+                entry = self.state.get(param, {})
+                if CLOCK in entry:
+                    self.state[param] = {**entry, CLOCK: torch.full_like(entry[CLOCK], step)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory, the guard's, the step counts and the groups.
@@ -216,18 +220,8 @@ class LearnedOptimizer(MovedByRules):
         Later steps leave what was returned as it is.
         """
         self._owned = False
-        if self._rail is None or not self._rail.watch.step:
+        with held(self.state, self._rail, [p for group in self.param_groups for p in group["params"]]):
             return super().state_dict()
-        params = [m.param for m in self._members()]
-        kept = {p: self.state[p] for p in params if p in self.state}
-        # In the state while torch's own method runs, so that its hooks see all of it.
-        for param, own in zip(params, self._rail.entries(params), strict=True):
-            self.state[param] = {**kept.get(param, {}), **own}
-        try:
-            return super().state_dict()
-        finally:
-            self.state.clear()
-            self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the rule's memory keeps the dtype it was saved with.
@@ -312,13 +306,7 @@ class LearnedOptimizer(MovedByRules):
             warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        halves = {i: split(entry) for i, entry in state_dict["state"].items()}
-        state_dict = {**state_dict, "state": {i: kept for i, (kept, _) in halves.items()}}
-        if self._rail is None and any(own for _, own in halves.values()) and not any(state_dict["state"].values()):
-            raise ValueError(
-                "this state was saved while the guard's fallback moved the parameters, so it holds no memory of the "
-                "rule's; make the optimizer with guard=True"
-            )
+        state_dict = without(state_dict, guarded=self._rail is not None)
         indices = saved_indices(state_dict, self.param_groups)
         for player, members in self._parts():
             gather = player.gathers(members)
@@ -337,19 +325,8 @@ class LearnedOptimizer(MovedByRules):
                 )
 
     def _loaded(self) -> None:
+        recall(self.state, self._rail, [p for group in self.param_groups for p in group["params"]])
         self._fill_groups()
-        params, found = [m.param for m in self._members()], []
-        for param in params:
-            kept, own = split(self.state.get(param, {}))
-            found.append(own)
-            if kept:
-                self.state[param] = kept
-            else:
-                self.state.pop(param, None)
-        if self._rail is not None and (self._begun() or any(found)):
-            self._rail.recall(params, found)
-            for player in self._players:
-                player.behind = self._rail.watch.step
 
     def _fill_groups(self) -> None:
         """Give groups what those of earlier versions did not have."""

@@ -180,6 +180,20 @@ def test_rates_and_decays_are_differentiated_where_they_are_overridden() -> None
         assert abs(float(slope)) > 1e-4
 
 
+def test_a_guard_plays_no_part() -> None:
+    rule = optimizers.make("sgd", lr=0.1)
+    theta, ends = rule.init_theta(torch.Generator()), []
+    for guard in (True, False):
+        model = model_of(weights())
+        optimizer = LearnedOptimizer(named(model), (rule, theta), guard=guard)
+        with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
+            for step in range(NUM_STEPS):
+                stepper.step(loss_of(fast(model, fmodel), step))
+            ends.append(torch.cat([p.detach().reshape(-1) for p in fmodel.parameters()]))
+        assert not guard or optimizer.guard_report()
+    assert torch.equal(*ends)
+
+
 def test_nothing_is_recorded_where_nobody_asks_for_it() -> None:
     model = model_of(weights())
     rule = optimizers.make("lstm", hidden_size=3)

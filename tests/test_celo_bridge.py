@@ -25,7 +25,7 @@ from problems import TanhMLP, sample, template
 from torch import Tensor
 
 import learnedopt
-from learnedopt import Execution, FinalLoss, InnerLoop, Tape, Unrolled
+from learnedopt import Execution, FinalLoss, InnerLoop, Tape, Unrolled, cli
 from learnedopt.optimizers.registry import RULES
 
 REFERENCE = Path(__file__).parent / "data" / "celo_reference.json"
@@ -225,6 +225,11 @@ def test_it_stands_beside_the_baselines_of_the_command(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "celo" in json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["optimizers"]
+
+
+def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "lstm-mnist", "--import", "no.such.module", "--family", "quadratic"]) == 2
+    assert "--import no.such.module: No module named 'no'" in capsys.readouterr().err
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:

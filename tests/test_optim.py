@@ -263,7 +263,7 @@ def test_rates_that_are_none(lr: float) -> None:
 
 @pytest.mark.parametrize("option", ["fused", "capturable", "differentiable", "foreach", "momentum", "betas"])
 def test_options_of_other_optimizers_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* adopt_start and state_dtype"):
+    with pytest.raises(TypeError, match=rf"no option '{option}'.*lr, .* state_dtype and guard"):
         bare(net().parameters(), lstm(), **{option: True})
     with pytest.raises(TypeError, match=rf"group sets \['{option}'\]"):
         bare([{"params": net().parameters(), option: True}], lstm())

@@ -14,6 +14,7 @@ The way back, higher's own optimizers as update rules, is ``HigherRule``.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import torch
@@ -52,10 +53,11 @@ class Place(NamedTuple):
 class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
     """What ``higher`` makes of a ``LearnedOptimizer``: the same steps with a graph, as ``Unrolled`` takes them.
 
-    The bare rule moves the parameters: a guard is not differentiable and plays no part. So do groups, ``lr``,
-    ``weight_decay``, ``maximize``, a rule of a group's own, and parameters that the loss does not reach, as in
-    ``LearnedOptimizer``; its memory so far is copied, and kept in the rule's own dtype (a ``state_dtype`` rounds at
-    random, which has no derivative). Where ``track_higher_grads`` is False nothing is recorded.
+    The bare rule moves the parameters: a guard decides by comparing numbers, which has no derivative, and plays no
+    part. Groups, ``lr``, ``weight_decay``, ``maximize``, a rule of a group's own, and parameters that the loss does not
+    reach, are as in ``LearnedOptimizer``; its memory so far is copied, and kept in the rule's own dtype (a
+    ``state_dtype`` rounds at random, which has no derivative). Where ``track_higher_grads`` is False nothing is
+    recorded.
 
     ``override`` takes ``lr`` and ``weight_decay`` as tensors, and ``theta``: a dict like the rule's, whose tensors may
     require gradients. A rule with a learned start then starts from this theta's, in the place of the model's weights;
@@ -95,7 +97,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
     def _update(self, grouped_grads: list[list[Tensor | None]], **_: Any) -> None:
         with torch.set_grad_enabled(self._track_higher_grads):
             for player, places in self._places:
-                player = Player(player.rule, self._theta(player, places), player.num_steps)
+                theta = self._theta(player, places)
+                player = player if theta is player.theta else replace(player, theta=theta)
                 params = {p.name: self.param_groups[p.group]["params"][p.index] for p in places}
                 grads = {p.name: grouped_grads[p.group][p.index] for p in places}
                 at = {p.name: p for p in places}
@@ -122,9 +125,11 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         found = {k: grads[k] for k in groups}
         signed = {k: torch.zeros_like(params[k]) if g is None else _signed(g, groups[k]) for k, g in found.items()}
         climbs = all(group["maximize"] for group in groups.values())
-        loss = None if self._loss is None else (-self._loss if climbs else self._loss).reshape(())
+        loss: Any = None if self._loss is None else (-self._loss if climbs else self._loss).reshape(())
         theta = player.theta_on(common_device(params))
-        state = begun(player.mover, theta, params, graph=torch.is_grad_enabled())[1] if cohort.fresh else cohort.state
+        state = cohort.state
+        if cohort.fresh:
+            state = player.begun(cohort.members, params, graph=torch.is_grad_enabled())
         deltas, state = player.mover.update(theta, signed, state, params, loss)
         entries, before = cohort.layout.entries(state), cohort.layout.entries(cohort.state)
         for name, group in groups.items():
@@ -154,8 +159,9 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
 
     def _start(self, reference: list[Tensor]) -> None:
         """Put the learned start of an override's theta into the model."""
-        patched = self._fmodel is not None and self._fmodel.fast_params is not None
-        fast = list(self._fmodel.fast_params) if patched else list(reference)
+        model = self._fmodel
+        patched = None if model is None else model.fast_params
+        fast: list[Any] = list(reference if patched is None else patched)
         index = {(g, i): j for g, own in enumerate(self._group_to_param_list) for i, j in enumerate(own)}
         for player, places in self._places:
             theta = self._theta(player, places)
@@ -171,14 +177,14 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
                         "given; make the optimizer of that model's parameters, or override theta"
                     )
                 continue
-            if not patched:
+            if model is None or patched is None:
                 raise ValueError(
                     f"{name_of(player.rule)} starts from theta, and there is no model to put its start into: pass "
                     "fmodel, as higher.innerloop_ctx does, or begin at the start yourself and override theta later"
                 )
             for place in places:
                 fast[index[place.group, place.index]] = start[place.name]
-            self._fmodel.update_params(fast)
+            model.update_params(fast)  # pyright: ignore[reportCallIssue] - modules have any attribute
 
 
 def _signed(grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -195,4 +201,4 @@ def _moved(param: Tensor, delta: Tensor, group: dict[str, Any]) -> Tensor:
     return kept + tree.in_dtype_of(param, step)
 
 
-register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)
+register_optim(LearnedOptimizer, DifferentiableLearnedOptimizer)  # pyright: ignore[reportArgumentType] - the class

@@ -32,9 +32,10 @@ _DETACHED = (torch.optim.ASGD, torch.optim.Rprop)
 class HigherRule(UpdateRule):
     """Any optimizer that ``higher`` has a differentiable version of, its own or one that was registered with it.
 
-    Values and derivatives are higher's: at a coordinate that never had a gradient, those of Adam and Adagrad are 0, and
-    those of RMSprop NaN. Its counts and scalars are Python's numbers, so that tasks are run one by one, with
-    ``Execution(chunk_size=1)``, and never compiled.
+    Values and derivatives are higher's, which are finite at a coordinate that never had a gradient, but for a centred
+    RMSprop. Its Adam adds ``eps`` before it corrects the root for the start, where torch does so after. Its counts and
+    scalars are Python's numbers, so that tasks are run one by one, with ``Execution(chunk_size=1)``, and never
+    compiled.
 
     Args:
         optimizer: a class such as ``torch.optim.Adagrad``.
@@ -60,7 +61,7 @@ class HigherRule(UpdateRule):
 
     def __init__(self, optimizer: type[torch.optim.Optimizer], *, learn: tuple[str, ...] = (), **options: Any) -> None:
         if not isinstance(optimizer, type) or optimizer not in _opt_mapping:
-            known = ", ".join(kind.__name__ for kind in _opt_mapping)
+            known = ", ".join(getattr(kind, "__name__", str(kind)) for kind in _opt_mapping)
             raise TypeError(
                 f"higher has no differentiable version of {getattr(optimizer, '__name__', optimizer)!r}, only of "
                 f"{known}; register one with higher.register_optim, or use learnedopt.bridges.torch_optim.TorchOptim"

@@ -52,10 +52,10 @@ class TorchOptim(UpdateRule):
         delta = lr * (what torch adds at lr = 1)      where lr is learned
         delta = what torch adds at lr                 elsewhere
 
-    Values are torch's, to rounding, and so are the derivatives: where it divides by a root, as Adam does, they are NaN
-    at a coordinate that never had a gradient; the rules of ``learnedopt.optimizers`` are not. One exception: the
-    momentum buffer of "sgd" starts at zero, which moves as torch does and keeps the first gradient's derivative, that
-    torch drops.
+    Values are torch's, to rounding, and so are the derivatives: where it divides by a root, as the Adams, RMSprop and
+    Adagrad do, they are NaN at a coordinate that never had a gradient; the rules of ``learnedopt.optimizers`` are not.
+    One exception: the momentum buffer of "sgd" starts at zero, which moves as torch does and keeps the derivative of
+    the first gradient, which torch drops.
 
     Args:
         name: "sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "asgd" or "rprop".

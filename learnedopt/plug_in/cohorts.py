@@ -35,7 +35,7 @@ class Player:
         card: what is known of theta, if it came with a card.
         known_steps: of the longest run that theta was trained or measured on, as the card says.
         warned: whether a run has been said to go past it.
-        behind: steps of the training that somebody else took before the rule begins.
+        behind: steps of the run before its memory begins, which its clock counts if it reads the horizon.
     """
 
     rule: UpdateRule
@@ -62,11 +62,11 @@ class Player:
         self.theta = tree.to(self.theta, device, None)
         return self.theta
 
-    def begun(self, members: list[Member], params: Params | None = None) -> State:
-        """Return the first state for some parameters, whose values may be given."""
+    def begun(self, members: list[Member], params: Params | None = None, *, graph: bool = False) -> State:
+        """Return the first state for some parameters, whose values may be given; with a graph to theta or without."""
         params = values_of(members, self.gathers(members)) if params is None else params
-        state = begun(self.mover, self.theta_on(common_device(params)), params)[1]
-        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) else state
+        state = begun(self.mover, self.theta_on(common_device(params)), params, graph=graph)[1]
+        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) and self.behind else state
 
     def gathers(self, members: list[Member]) -> bool:
         """Return whether some parameters lie in pieces, of which the rule has to see all."""

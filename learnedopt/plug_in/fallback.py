@@ -19,7 +19,8 @@ def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
 class Fallback:
     """Any ``torch.optim`` optimizer over the groups of another one, whose ``lr`` are factors on its own rates.
 
-    Step n after a cold start, from 0, has the factor (n + 1) / warm_up until that is 1.
+    Step n after a cold start, from 0, has the factor (n + 1) / warm_up until that is 1. The groups' ``weight_decay``
+    takes off the share that it takes off beside the learned rule: it is not the optimizer's own.
 
     Args:
         make: gets a list of groups, each ``{"params": [...]}``, and makes the optimizer.
@@ -62,6 +63,10 @@ class Fallback:
             own["lr"] = rate * float(group["lr"]) * share
             if "maximize" in own:
                 own["maximize"] = bool(group.get("maximize", False))
+            share_off = float(group["lr"]) * float(group.get("weight_decay", 0.0))
+            for p in group["params"] if share_off else ():
+                if p.grad is not None:
+                    p.mul_(1 - share_off)
         self.optimizer.step()
 
     def cool(self) -> None:

@@ -11,18 +11,17 @@ from typing import Any, NamedTuple, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import get_total_norm
 
 from learnedopt.core.counts import require_count
-from learnedopt.plug_in import shards
 from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
-from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch, packed, unpacked
+from learnedopt.plug_in.shards import local
+from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch
 
 LOGGER = logging.getLogger("learnedopt")
 EXPLODED, SMALL = 30.0, 0.1
 """Parameters that have grown to so many times their norm, or that of ``SMALL`` a coordinate, have exploded."""
-KEY = "guard."
-"""What the keys of the guard's entries in a state dict begin with."""
 
 WHY: dict[Reason, str] = {
     Reason.WORSE: "the fallback does at least as well from the same point",
@@ -141,8 +140,9 @@ class Rail:
         """Take over a group that was added."""
         self.fallback.add(group)
         if self.snapshot is not None:
-            self.snapshot += [p.detach().clone() for p in group["params"]]
+            self.snapshot += [p.detach().clone() for p in self.movable(group["params"])]
 
+    @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
         """Take one step, where any process has a gradient; one that has none, or no parameters, is asked as well.
 
@@ -151,7 +151,7 @@ class Rail:
             loss: the loss before the step, or None.
             learned: the learned rule.
         """
-        params, watch = _params(groups), self.watch
+        params, watch = self.movable([p for group in groups for p in group["params"]]), self.watch
         before, moved = watch.count, watch.learned_moves
         seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
         seen, size, count = self._agreed(seen, params)
@@ -212,16 +212,16 @@ class Rail:
     def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float, float]:
         """Return the loss, the gradients' norm and how many there are, for all processes the same."""
         grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
-        square, given = float(get_total_norm(_local(grads))) ** 2, 0.0 if loss is None else loss
+        square, given = float(get_total_norm([local(g) for g in grads])) ** 2, 0.0 if loss is None else loss
         count = float(sum(p.grad is not None for p in params))
         given, square, share, count = self._sums([given, square, 1.0, count], params)
         return None if loss is None else given / share, math.sqrt(square), count
 
     def _norm(self, params: list[Tensor]) -> tuple[float, float]:
         """Return the parameters' norm, and above which one they have exploded."""
-        local = _local(params)
-        square = float(get_total_norm(local)) ** 2
-        square, size = self._sums([square, float(sum(x.numel() for x in local))], params)
+        here = [local(p.detach()) for p in params]
+        square = float(get_total_norm(here)) ** 2
+        square, size = self._sums([square, float(sum(x.numel() for x in here))], params)
         norm = math.sqrt(square)
         return norm, EXPLODED * max(self.base, SMALL * math.sqrt(size))
 
@@ -231,6 +231,11 @@ class Rail:
         found = torch.tensor(numbers, dtype=torch.float32, device=_device(params))
         dist.all_reduce(found)
         return found.tolist()
+
+    @staticmethod
+    def movable(params: list[Tensor]) -> list[Tensor]:
+        """Return the parameters that can be moved, as the snapshot has them."""
+        return [p for p in params if not is_lazy(p) and p.is_floating_point()]
 
     def report(self) -> GuardReport:
         """Return what happened so far."""
@@ -247,50 +252,8 @@ class Rail:
             cannot_see=BLIND if watch.blind else SIGHTED,
         )
 
-    def entries(self, params: list[Tensor]) -> list[dict[str, Any]]:
-        """Return what a state dict holds of the guard, by parameter; numbers of the whole with the first."""
-        found = []
-        for i, param in enumerate(params):
-            one = {f"{KEY}fallback.{k}": x for k, x in self.fallback.entries(param).items()}
-            if self.snapshot is not None:
-                one[f"{KEY}snapshot"] = self.snapshot[i].clone()
-            found.append(one)
-        if not params:
-            return found
-        numbers, rows = packed(self.watch)
-        own = torch.tensor([*numbers, self.fallback.taken, self.base], dtype=torch.float64)
-        found[0] |= {f"{KEY}watch": own, f"{KEY}history": torch.tensor(rows, dtype=torch.float64)}
-        return found
-
-    def recall(self, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
-        """Be what ``entries`` was taken from; where it holds nothing of a guard, watch a run that is on its way."""
-        self.snapshot, self.norm = None, None
-        self.fallback.cool()
-        own = entries[0].get(f"{KEY}watch") if entries else None
-        if own is None:
-            self.watch = Watch(self.watch.window, self.watch.anneals, Phase.LEARNED)
-            return
-        *numbers, taken, self.base = own.tolist()
-        self.watch = unpacked(numbers, entries[0][f"{KEY}history"].tolist())
-        self.fallback.taken = int(taken)
-        head = f"{KEY}fallback."
-        for param, one in zip(params, entries, strict=True):
-            self.fallback.recall(param, {k.removeprefix(head): x for k, x in one.items() if k.startswith(head)})
-        if all(f"{KEY}snapshot" in one for one in entries):
-            self.snapshot = [one[f"{KEY}snapshot"].clone() for one in entries]
-
 
 _NAMES = {True: "learned rule", False: "fallback"}
-
-
-def split(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a parameter's entries hold of the rule, and of the guard."""
-    own = {k: x for k, x in entries.items() if str(k).startswith(KEY)}
-    return {k: x for k, x in entries.items() if k not in own}, own
-
-
-def _params(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]
 
 
 def _sign(groups: list[dict[str, Any]]) -> float:
@@ -306,11 +269,6 @@ def _device(params: list[Tensor]) -> torch.device:
     if params:
         return params[0].device
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return this process's parts of tensors."""
-    return [shards.local(x.detach()) for x in tensors]
 
 
 def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:

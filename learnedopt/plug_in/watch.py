@@ -219,6 +219,13 @@ class Watch:
         self._hand_over(False, Reason.HORIZON)
         return Action.FORGET
 
+    def cut_short(self) -> None:
+        """Take note that the snapshot is lost: who is in control goes on from here, and no end of a trial is known."""
+        self.probation = False
+        if self.phase in (Phase.FIRST_TRY, Phase.TRIAL, Phase.RETURN_TRY):
+            self._enter(Phase.LEARNED if self.learned_controls else Phase.FALLBACK)
+            self.due = LATER * self.step
+
     def _tried_first(self, losses: list[float]) -> Action:
         self.mark = level(losses[len(losses) // 2 :])
         self._try_fallback()
