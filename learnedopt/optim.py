@@ -118,9 +118,7 @@ class LearnedOptimizer(MovedByRules):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self._settle()
         if guard:
-            reads = any(player.rule.reads_horizon for player in self._players)
-            options = Guard() if guard is True else guard
-            self._rail = Rail(options, self.param_groups, num_steps if reads else None, num_steps)
+            self._rail = self._guarded_by(Guard() if guard is True else guard)
 
     @property
     def rule(self) -> UpdateRule:
@@ -186,6 +184,15 @@ class LearnedOptimizer(MovedByRules):
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
             rail.step(groups, told, Learned(lambda: self._step_watched(loss), self._forget, self._set_clock))
         return loss
+
+    def _guarded_by(self, guard: Guard) -> Rail:
+        readers = [player for player in self._players if player.rule.reads_horizon]
+        # A schedule is trusted to gain at its end where its theta is known to, in runs as long as this one.
+        told = self.num_steps or 0
+        trusted = bool(readers) and all(
+            player.known_steps is not None and told <= player.known_steps for player in readers
+        )
+        return Rail(guard, self.param_groups, told if readers else None, self.num_steps, trusted=trusted)
 
     def guard_report(self) -> GuardReport:
         """Return who is in control, every hand-over, and what the guard cannot see.

@@ -124,12 +124,21 @@ class Rail:
         groups: the optimizer's groups, as they are at present.
         horizon: the steps that the rule was told, where it reads them.
         num_steps: steps of the training, where they are known.
+        trusted: whether the rule is known to gain at the end of such a horizon, so that it may stall before.
     """
 
-    def __init__(self, guard: Guard, groups: list[dict[str, Any]], horizon: int | None, num_steps: int | None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        groups: list[dict[str, Any]],
+        horizon: int | None,
+        num_steps: int | None,
+        *,
+        trusted: bool = False,
+    ) -> None:
         self.collective, self.horizon = guard.collective, horizon
         self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
-        self.watch = Watch(guard.window_for(num_steps), horizon is not None)
+        self.watch = Watch(guard.window_for(num_steps), trusted)
         self.snapshot: list[Tensor] | None = None
         self.norm: float | None = None
         """The parameters' norm after the last step of the learned rule."""

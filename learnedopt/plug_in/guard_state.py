@@ -106,6 +106,11 @@ def _entries(rail: Rail, params: list[Tensor]) -> list[dict[str, Any]]:
 
 
 def _split(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a parameter's entries hold of the rule, and of the guard."""
+    """Return what a parameter's entries hold of the rule, and of the guard.
+
+    A flattened state dict of ``torch.distributed.checkpoint`` comes back with the keys of a fresh optimizer alone, and
+    nothing, {}, under those that were not saved.
+    """
+    entries = {k: x for k, x in entries.items() if not isinstance(x, dict) or x}
     own = {k: x for k, x in entries.items() if str(k).startswith(KEY)}
     return {k: x for k, x in entries.items() if k not in own}, own

@@ -16,7 +16,7 @@ REACH = 3
 LATER = 4
 """After a trial at step t, the next one is due at this many times t."""
 PATIENT = 14
-"""Windows without a gain that are suffered of a rule that reads the horizon: a third of it."""
+"""Windows without a gain that are suffered of a rule that gains at the end of its horizon: a third of it."""
 NEVER = 2**52
 STRIKES = 2
 """Times that the learned rule loses control, or a trial that was to bring it back, before it stays away."""
@@ -112,7 +112,7 @@ class Watch:
 
     window: int
     anneals: bool = False
-    """Whether the learned rule reads the horizon: long steps first, and the gain at the end."""
+    """Whether the learned rule is known to take long steps first, and to gain at the end of its horizon."""
     phase: Phase = Phase.FIRST_TRY
     step: int = 0
     """Steps taken, by whom and to what end ever."""
