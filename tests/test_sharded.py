@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from plug_in_cases import bare
+from sharded_pieces import pieces
 from sharded_processes import (
     HALF,
     NUM_STEPS,
@@ -23,7 +24,6 @@ from sharded_processes import (
     net,
     one_has_nothing,
     optimizer_of,
-    pieces,
     resumed,
     saved,
     shared,
