@@ -76,7 +76,8 @@ def train(
             loss = (model(inputs) - targets).square().mean() / len(parts)
             loss.backward()
             total += loss.detach()
-        optimizer.step(**({"loss": total} if with_loss else {}))
+        told: dict[str, Any] = {"loss": total} if with_loss else {}
+        optimizer.step(**told)
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
