@@ -180,7 +180,7 @@ class LearnedOptimizer(MovedByRules):
         elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves: there is nothing to watch
             if rail.watch.learned_moves:
                 self._step_learned(loss)
-        elif any(p.grad is not None for group in groups for p in group["params"]):
+        else:
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
             rail.step(groups, told, Learned(lambda: self._step_watched(loss), self._forget, self._set_clock))
         return loss

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,6 @@ from learnedopt import Guard, LearnedOptimizer, UpdateRule
 from learnedopt.core import tree
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers import Adam, Momentum, Muon, make
-from learnedopt.plug_in import shards
 
 NUM_STEPS = 20
 HALF = NUM_STEPS // 2
@@ -77,7 +76,8 @@ def train(
             loss = (model(inputs) - targets).square().mean() / len(parts)
             loss.backward()
             total += loss.detach()
-        optimizer.step(**({"loss": total} if with_loss else {}))
+        told: dict[str, Any] = {"loss": total} if with_loss else {}
+        optimizer.step(**told)
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
@@ -228,6 +228,18 @@ def guarded_and_shared(way: str) -> dict[str, Tensor]:
     return {**whole(model), "hand-overs": torch.tensor([report.hand_overs, report.trials])}
 
 
+def one_has_nothing() -> dict[str, Tensor]:
+    """Return the only parameter of a net that ``ZeroRedundancyOptimizer`` gives to one process, under a guard."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Linear(6, 1, bias=False))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=LearnedOptimizer, rule=made("adam"))
+    train(model, optimizer, range(3), _own("ZeRO"), with_loss=True)
+    optimizer.optim.state_dict()
+    return whole(model)
+
+
 def with_half_the_memory() -> dict[str, Tensor]:
     """Return where FSDP2 is by Adam with its averages in bfloat16, and a piece of one of them."""
     model = WAYS["FSDP2"].share(net())
@@ -275,40 +287,6 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> No
 
 def _own(way: str) -> list[slice]:
     return [WAYS[way].parts[dist.get_rank()]]
-
-
-def pieces() -> dict[str, Tensor]:
-    """Return of each way to cut a tensor whether its pieces, and those of its memory, are what they should be."""
-    right: dict[str, Tensor] = {}
-    line, grid = init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (1, WORLD))
-    cuts: list[tuple[Any, list[Any]]] = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()])]
-    cuts += [(grid, [Shard(1), Shard(0)]), (grid, [Replicate(), Shard(1)]), (grid, [Shard(0), Shard(0)])]
-    for mesh, placements in cuts:
-        for shape in ((4, 6), (3, 5), (1, 1), (2, 3, 2)):
-            values = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-            param = distribute_tensor(values, mesh, placements)
-            here = shards.local(param)
-            memory = torch.stack([values, -values])
-            name = f"{placements} of {shape}"
-            for gather, seen in ((True, memory), (False, torch.stack([here, -here]))):
-                kept = shards.kept(seen, param, gather)
-                again = shards.recalled(kept, param, gather)
-                same = shards.gathered(kept).equal(memory) and again.equal(seen)
-                cut = shards.local(kept).equal(torch.stack([here, -here])) and kept.shape == memory.shape
-                loaded = shards.recalled(memory, param, gather).equal(seen)
-                right[f"{name}, {gather}"] = torch.tensor(same and cut and loaded)
-            summed = DTensor.from_local(values, mesh, [Partial()] * mesh.ndim, run_check=False)
-            gradient = shards.local(summed, param).equal(WORLD * here)
-            right[f"{name}, gradient"] = torch.tensor(gradient and shards.own_piece(values, param, True).equal(here))
-            odd = distribute_tensor((values == values.numel() - 1).float(), mesh, placements)
-            right[f"{name}, zero"] = torch.tensor(
-                shards.all_zero([0 * param]) and not shards.all_zero([0 * param, odd])
-            )
-    try:
-        shards.require_known([("w", summed)])
-    except ValueError as error:
-        right["partial"] = torch.tensor("'w' is a DTensor with placements (Partial" in str(error))
-    return right
 
 
 class Job(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 from plug_in_cases import bare
+from sharded_pieces import pieces
 from sharded_processes import (
     HALF,
     NUM_STEPS,
@@ -21,8 +22,8 @@ from sharded_processes import (
     late,
     late_and_sharded,
     net,
+    one_has_nothing,
     optimizer_of,
-    pieces,
     resumed,
     saved,
     shared,
@@ -70,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         if not found.is_dir():
             found.mkdir()
             jobs = [Job("pieces", pieces, ()), Job("half the memory", with_half_the_memory, ())]
+            jobs += [Job("one has nothing", one_has_nothing, ())]
             jobs += [Job(f"guarded, {way}", guarded_and_shared, (way,)) for way in GUARDED]
             jobs += [Job(f"late, {rule}", late_and_sharded, (rule,)) for rule in LATE]
             jobs += [Job(f"{way}, {rule}", shared, (way, rule)) for way in WAYS for rule in RULES]
@@ -141,6 +143,12 @@ def test_a_guard_says_the_same_on_all_processes(folder: Path, way: str) -> None:
         assert not isinstance(found, str), found
         assert found.pop("hand-overs").tolist() == [report.hand_overs, report.trials]
         assert_there(found, whole(model))
+
+
+def test_a_process_may_have_no_parameters(folder: Path) -> None:
+    one, other = answers(folder, "one has nothing")
+    assert not isinstance(one, str), one
+    assert one["weight"].equal(other["weight"])
 
 
 def test_a_piece_of_the_memory_may_be_kept_in_bfloat16(folder: Path) -> None:

@@ -163,7 +163,7 @@ class Rail:
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
-        """Take one step.
+        """Take one step, where any process has a gradient; one that has none, or no parameters, is asked as well.
 
         Args:
             groups: the optimizer's groups.
@@ -172,10 +172,12 @@ class Rail:
         """
         params, watch = self.movable([p for group in groups for p in group["params"]]), self.watch
         before, moved = watch.count, watch.learned_moves
+        seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
+        seen, size, count = self._agreed(seen, params)
+        if not count:
+            return
         if self.horizon is not None and watch.step >= self.horizon:
             self._act(watch.past_horizon(), params)
-        seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
-        seen, size = self._agreed(seen, params)
         if not (math.isfinite(size) and (seen is None or math.isfinite(seen))):
             action = watch.skip()
         elif watch.learned_moves:
@@ -226,12 +228,13 @@ class Rail:
         if action in (Action.RESTORE, Action.FORGET) and self.watch.phase is Phase.FALLBACK:
             self.snapshot = None
 
-    def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float]:
-        """Return the loss and the gradients' norm, for all processes the same."""
+    def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float, float]:
+        """Return the loss, the gradients' norm and how many there are, for all processes the same."""
         grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
         square, given = float(get_total_norm([local(g) for g in grads])) ** 2, 0.0 if loss is None else loss
-        given, square, share = self._sums([given, square, 1.0], params)
-        return None if loss is None else given / share, math.sqrt(square)
+        count = float(sum(p.grad is not None for p in params))
+        given, square, share, count = self._sums([given, square, 1.0, count], params)
+        return None if loss is None else given / share, math.sqrt(square), count
 
     def _norm(self, params: list[Tensor]) -> tuple[float, float]:
         """Return the parameters' norm, and above which one they have exploded."""
@@ -244,7 +247,7 @@ class Rail:
     def _sums(self, numbers: list[float], params: list[Tensor]) -> list[float]:
         if not self.collective or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return numbers
-        found = torch.tensor(numbers, dtype=torch.float32, device=params[0].device)
+        found = torch.tensor(numbers, dtype=torch.float32, device=_device(params))
         dist.all_reduce(found)
         return found.tolist()
 
@@ -278,6 +281,13 @@ def _sign(groups: list[dict[str, Any]]) -> float:
 
 def _opposed(groups: list[dict[str, Any]]) -> bool:
     return len({bool(group.get("maximize")) for group in groups}) > 1
+
+
+def _device(params: list[Tensor]) -> torch.device:
+    """Return where processes can sum numbers; one of ``ZeroRedundancyOptimizer`` may have no parameters."""
+    if params:
+        return params[0].device
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -103,7 +103,8 @@ def _entries(rail: Rail, params: list[Tensor]) -> list[dict[str, Any]]:
             one[SNAPSHOT] = snapshots[id(param)].clone()
     numbers, rows = packed(rail.watch)
     own = torch.tensor([*numbers, rail.fallback.taken, rail.base], dtype=torch.float64)
-    found[0] |= {WATCH: own, HISTORY: torch.tensor(rows, dtype=torch.float64)}
+    if found:  # a process of ZeroRedundancyOptimizer may have no parameters
+        found[0] |= {WATCH: own, HISTORY: torch.tensor(rows, dtype=torch.float64)}
     return found
 
 
