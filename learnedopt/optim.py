@@ -61,8 +61,8 @@ class LearnedOptimizer(MovedByRules):
         lr: factor on the whole update. 1 is what the rule was trained with, 0 moves nothing; schedulers may change it.
         weight_decay: share of a parameter that a step takes off beside the rule's update, times ``lr``.
         maximize: climb: the rule is told the negative gradient, and the negative loss where all its groups climb.
-        num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it its schedule
-            stays at its end, with one warning.
+        num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it a guarded
+            rule gives way, and the schedule of a bare one stays at its end, with one warning.
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
         state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
