@@ -42,7 +42,7 @@ CLOCK = "memory.step"
 
 @final
 class LearnedOptimizer(MovedByRules):
-    """Moves a model's parameters by a learned update rule, as the engine's inner step does, to the same bits.
+    """Moves a model's parameters by a learned update rule, each of its steps as the engine's inner one, to the same bits.
 
         deltas, state = rule.update(theta, grads, state, params, loss)
         param <- param - lr weight_decay param + lr delta
@@ -81,7 +81,7 @@ class LearnedOptimizer(MovedByRules):
         >>> loss = loss_fn(model(x), y)
         >>> optimizer.zero_grad()
         >>> loss.backward()
-        >>> optimizer.step()
+        >>> optimizer.step(loss=loss)  # without the loss, the guard cannot see whether it falls
     """
 
     _options = ("lr", "weight_decay", "maximize", "rule")
