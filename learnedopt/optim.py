@@ -42,7 +42,7 @@ CLOCK = "memory.step"
 
 @final
 class LearnedOptimizer(MovedByRules):
-    """Moves a model's parameters by a learned update rule, each of its steps as the engine's inner one, to the same bits.
+    """Moves a model's parameters by a learned update rule, each of its steps to the bit as the engine's inner one is.
 
         deltas, state = rule.update(theta, grads, state, params, loss)
         param <- param - lr weight_decay param + lr delta
