@@ -1,8 +1,8 @@
 """The guard's promise, measured: fallback alone, the bare rule and the guarded one, on small real problems.
 
-Run ``python benchmarks/results_guard.py --folder runs/guard``; every run is kept in the folder as it ends, and is not
-made again. ``--table`` prints the tables of what is there. Losses are means over a run's last 20 steps, on minibatches
-that are the same for all; ratios are of the means over seeds, and the worst of a seed's two runs. "Shifted" is the
+Run ``python benchmarks/results_guard.py``; every run is kept in ``--folder`` as it ends, and is not made again.
+``--table`` prints the tables of what is there. Losses are means over a run's last 20 steps, on minibatches that are
+the same for all; ratios are of the means over seeds, and that of the worst seed. "Shifted" is the
 fallback alone again, from the same start, with the minibatches of 16 steps later: what chance does to it.
 LEARNEDOPT_DATA holds the images.
 """
@@ -203,7 +203,7 @@ def kept(folder: Path, name: str, how: str, rule: str) -> dict[int, dict[str, An
 def main() -> None:
     """Make the runs, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("runs/guard"), help="default runs/guard")
     parser.add_argument("--cases", nargs="*", default=[*CASES], choices=[*CASES])
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()

@@ -112,17 +112,17 @@ def trained_horizon(card: Card) -> int | None:
 
 
 def past_horizon(card: Card, num_steps: int) -> str | None:
-    """Return what to warn of in a run of ``num_steps`` steps; None where runs as long were tried, or nothing is known.
+    """Return what to warn of in a run of ``num_steps`` steps; None where it is known to hold in them, or nothing is.
 
     A rule that reads the horizon is told ``num_steps`` before the first step; another one is in its last.
     """
     limit = trained_horizon(card)
     if limit is None or num_steps <= limit:
         return None
-    known = f"{card.name} was trained or measured on runs of at most {limit:,} steps"
+    known = f"{card.name} was trained on, or holds in, runs of at most {limit:,} steps"
     if card.reads_horizon:
-        return f"{known}, and is told num_steps={num_steps:,}: nobody knows how it does there. Watch the loss"
-    return f"{known}, and this is step {num_steps:,}: nobody knows how it goes on from here. Watch the loss"
+        return f"{known}, and is told num_steps={num_steps:,}: it may fall behind there. Watch the loss"
+    return f"{known}, and this is step {num_steps:,}: it may fall behind or climb from here. Watch the loss"
 
 
 def check_card(written: Any) -> dict[str, Any]:

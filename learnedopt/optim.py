@@ -42,7 +42,7 @@ CLOCK = "memory.step"
 
 @final
 class LearnedOptimizer(MovedByRules):
-    """Moves a model's parameters by a learned update rule, as the engine's inner step does, to the same bits.
+    """Moves a model's parameters by a learned update rule, each of its steps to the bit as the engine's inner one is.
 
         deltas, state = rule.update(theta, grads, state, params, loss)
         param <- param - lr weight_decay param + lr delta
@@ -61,8 +61,8 @@ class LearnedOptimizer(MovedByRules):
         lr: factor on the whole update. 1 is what the rule was trained with, 0 moves nothing; schedulers may change it.
         weight_decay: share of a parameter that a step takes off beside the rule's update, times ``lr``.
         maximize: climb: the rule is told the negative gradient, and the negative loss where all its groups climb.
-        num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it its schedule
-            stays at its end, with one warning.
+        num_steps: steps of the whole training, which a rule that reads the horizon must be told. Past it a guarded
+            rule gives way, and the schedule of a bare one stays at its end, with one warning.
         adopt_start: let a rule with a learned start overwrite the parameters with it, now. Weights that are to be kept,
             as when training is resumed, are loaded after this.
         state_dtype: ``torch.bfloat16`` keeps memory in half the bytes between steps, rounded at random.
@@ -81,7 +81,7 @@ class LearnedOptimizer(MovedByRules):
         >>> loss = loss_fn(model(x), y)
         >>> optimizer.zero_grad()
         >>> loss.backward()
-        >>> optimizer.step()
+        >>> optimizer.step(loss=loss)  # without the loss, the guard cannot see whether it falls
     """
 
     _options = ("lr", "weight_decay", "maximize", "rule")

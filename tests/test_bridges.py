@@ -13,7 +13,7 @@ from plug_in_cases import bare
 from problems import Sensitive, TanhMLP, generic_theta, sample
 from torch import Tensor, nn
 
-from learnedopt import FinalLoss, InnerLoop, LearnedOptimizer, Unrolled, UpdateRule, optimizers
+from learnedopt import FinalLoss, Guard, InnerLoop, LearnedOptimizer, Unrolled, UpdateRule, optimizers
 from learnedopt.core.tree import Params, Theta
 
 higher = pytest.importorskip("higher", reason="the package higher is not installed")
@@ -183,11 +183,11 @@ def test_rates_and_decays_are_differentiated_where_they_are_overridden() -> None
 def test_a_guard_plays_no_part() -> None:
     rule = optimizers.make("sgd", lr=0.1)
     theta, ends = rule.init_theta(torch.Generator()), []
-    for guard in (True, False):
+    for guard in (Guard(window=6), False):
         model = model_of(weights())
         optimizer = LearnedOptimizer(named(model), (rule, theta), guard=guard)
         with higher.innerloop_ctx(model, optimizer) as (fmodel, stepper):
-            for step in range(NUM_STEPS):
+            for step in range(9):  # past the window, where the guard would try its fallback
                 stepper.step(loss_of(fast(model, fmodel), step))
             ends.append(torch.cat([p.detach().reshape(-1) for p in fmodel.parameters()]))
         assert not guard or optimizer.guard_report()

@@ -141,7 +141,7 @@ def test_steps_of_a_meta_training(estimator: dict[str, Any], steps: int | None, 
             "lstm-mnist",
             100,
             101,
-            "lstm-mnist was trained or measured on runs of at most 100 steps, and this is step 101",
+            "lstm-mnist was trained on, or holds in, runs of at most 100 steps, and this is step 101",
         ),
         ("general", 2000, 5000, "at most 2,000 steps, and is told num_steps=5,000"),
     ],
@@ -189,7 +189,9 @@ def test_parameters_that_come_late_are_not_warned_of_again() -> None:
 
 def test_a_horizon_beyond_what_is_known_is_warned_of_before_the_first_step() -> None:
     params = list(torch.nn.Linear(2, 2).parameters())
-    with pytest.warns(HorizonWarning, match="general was trained or measured on runs of at most 2,000 steps") as warned:
+    with pytest.warns(
+        HorizonWarning, match="general was trained on, or holds in, runs of at most 2,000 steps"
+    ) as warned:
         LearnedOptimizer(params, "general", num_steps=2001)
     assert len(warned) == 1 and warned[0].filename == __file__
     LearnedOptimizer(params, "general", num_steps=2000)

@@ -33,7 +33,7 @@ class Player:
         theta: its meta-parameters.
         num_steps: of the whole training, where the rule reads that.
         card: what is known of theta, if it came with a card.
-        known_steps: of the longest run that theta was trained or measured on, as the card says.
+        known_steps: of the longest run that theta was trained on or holds in, as the card says.
         warned: whether a run has been said to go past it.
         behind: steps of the run before its memory begins, which its clock counts if it reads the horizon.
     """

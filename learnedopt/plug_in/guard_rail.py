@@ -56,7 +56,7 @@ class Guard:
 
     Args:
         fallback: makes the safe optimizer from parameter groups, ``lambda params: torch.optim.SGD(params, lr=0.1)``;
-            None is AdamW of rate 1e-3, without weight decay. An optimizer with a lambda in it cannot be pickled.
+            None is AdamW of rate 1e-3, without weight decay.
         warm_up: steps in which the fallback's rate grows to its own, whenever it starts.
         window: steps of a trial, and over which losses are averaged. None is 1/40 of ``num_steps``, from 8 to 32, and
             16 where that is not given.

@@ -279,12 +279,11 @@ class Watch:
 
     def _rises(self) -> bool:
         """Whether the last four losses of a leg are clearly above what it began with, so that it need not go on."""
-        tail, began = self.losses[-4:], self.losses[:1]
         if len(self.losses) < 5:
             return False
         spread = math.sqrt(level(self.losses).variance * len(self.losses))
-        start = began[0] if self.phase is Phase.FIRST_TRY else self._marked().mean
-        return sum(tail) / 4 > start + 3 * spread
+        start = self.losses[0] if self.phase is Phase.FIRST_TRY else self._marked().mean
+        return sum(self.losses[-4:]) / 4 > start + 3 * spread
 
     def _marked(self) -> Level:
         assert self.mark is not None  # a trial began
