@@ -121,6 +121,7 @@ class Cohort:
         count: steps that have been taken with it.
         fresh: whether the state is the rule's first, which may lie in tensors of others.
         entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
+        held: what was in them after the last step.
         whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
         ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
     """
@@ -133,6 +134,7 @@ class Cohort:
     count: int
     fresh: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
     whole: Params | None = None
     ready: BoundSteps | Literal[False] | None = None
 
@@ -148,8 +150,13 @@ class Cohort:
     def stands(self, kept: Mapping[Tensor, Any]) -> bool:
         """Return whether the optimizer's state still holds what this was made of."""
         return bool(self.entries) and all(
-            kept.get(m.param) is entry for m, entry in zip(self.members, self.entries, strict=True)
+            kept.get(m.param) is entry and _same_tensors(entry, held)
+            for m, entry, held in zip(self.members, self.entries, self.held, strict=True)
         )
+
+    def keep(self, entries: list[dict[str, Any]]) -> None:
+        """Note what the optimizer's state holds now."""
+        self.entries, self.held = entries, [dict(entry) for entry in entries]
 
     def made_ready(self) -> BoundSteps | Literal[False]:
         """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
@@ -212,6 +219,11 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     )
     count = max(c for c in counts if c is not None)
     return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _same_tensors(entry: dict[str, Any], held: dict[str, Any]) -> bool:
+    # Many move an optimizer's memory to another device and back, entry by entry.
+    return entry.keys() == held.keys() and all(x is held[key] for key, x in entry.items() if key != COUNT)
 
 
 def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:

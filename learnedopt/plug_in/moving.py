@@ -39,12 +39,15 @@ class MovedByRules(RuleOptimizer):
             return
         members = self._members()
         if any(m.param.grad is not None for m in members) and not self._only_looked_at(members):
-            for cohort in self._cohorts():
+            cohorts = self._cohorts()
+            for cohort in cohorts:
                 self._require_end(cohort)
                 self._move(cohort, loss)
             # What was gathered for this step goes; it is gathered anew for the next.
             self._together = [cohort for cohort in self._together if not cohort.gathers]
-            self._owned = True
+            # Memory that was given away is nobody else's again once the step has made new one of all of it.
+            renewed = {m.param for cohort in cohorts for m in cohort.members if m.name not in cohort.still}
+            self._owned = self._owned or renewed >= set(self.state)
 
     def _step_ready(self, loss: Any) -> bool:
         """Take the step as it was made ready; return whether it was done.
@@ -146,13 +149,14 @@ class MovedByRules(RuleOptimizer):
             for name in cohort.still:
                 entries[name].update({k: x for k, x in before[name].items() if k not in layout.common})
             state = layout.state(entries)
-        entries, cohort.entries = layout.entries(state), []
+        entries, kept = layout.entries(state), []
         for name, param, _ in cohort.members:
             # New dicts, so that an earlier state_dict() keeps what it held.
             count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
             memory = packed(entries[name], param, self._state_dtype, seed=count)
             self.state[param] = {COUNT: count, **memory}
-            cohort.entries.append(self.state[param])
+            kept.append(self.state[param])
+        cohort.keep(kept)
         if self._state_dtype is not None:
             self._together = []  # what was computed with is not kept beside what is kept of it
         cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
