@@ -21,7 +21,7 @@ from learnedopt.core.tree import Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.cohorts import Cohort, Player
 from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail
-from learnedopt.plug_in.guard_state import held, recall, without
+from learnedopt.plug_in.guard_state import held, recall, require, without
 from learnedopt.plug_in.members import (
     common_device,
     name_of,
@@ -36,8 +36,6 @@ from learnedopt.plug_in.stepping import begun
 
 THETA = "theta"
 """What a group says of its theta: the fingerprint."""
-CLOCK = "memory.step"
-"""Where the clock of a rule that reads the horizon lies in the entries."""
 
 
 @final
@@ -71,7 +69,8 @@ class LearnedOptimizer(MovedByRules):
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
-        TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three.
+        TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three;
+            ``guard`` is none, or its fallback cannot be one.
         ValueError: theta belongs to another rule or shape; ``lr`` or ``weight_decay`` is negative; a parameter is
             complex; a name occurs twice; the rule does not know the parameters, or would change them without
             ``adopt_start``.
@@ -109,6 +108,8 @@ class LearnedOptimizer(MovedByRules):
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
         require_state_dtype(state_dtype)
+        if not isinstance(guard, bool | Guard):
+            raise TypeError(f"guard={guard!r} is no guard; pass True, False, or learnedopt.Guard(...) with its options")
         self.adopt_start, self.num_steps, self._state_dtype = adopt_start, num_steps, state_dtype
         self._player = self._resolved(rule)
         self._players: list[Player] = []  # of each group
@@ -147,6 +148,7 @@ class LearnedOptimizer(MovedByRules):
                 'them, or give the group a rule of its own: {"params": ..., "rule": ...}'
             )
         self._players.append(player)
+        count = len(self.param_groups)
         try:
             super().add_param_group(param_group)
             self.param_groups[-1][THETA] = player.fingerprint
@@ -154,6 +156,7 @@ class LearnedOptimizer(MovedByRules):
                 self._rail.add(self.param_groups[-1])
         except BaseException:
             self._players.pop()
+            del self.param_groups[count:]
             raise
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
@@ -218,8 +221,9 @@ class LearnedOptimizer(MovedByRules):
         for player, members in self._parts():
             for _, param, _ in members if player.rule.reads_horizon else ():
                 entry = self.state.get(param, {})
-                if CLOCK in entry:
-                    self.state[param] = {**entry, CLOCK: torch.full_like(entry[CLOCK], step)}
+                clocks = [key.removesuffix("horizon") + "step" for key in entry if key.endswith(".horizon")]
+                if clocks:
+                    self.state[param] = {**entry, **{key: torch.full_like(entry[key], step) for key in clocks}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory, the guard's, the step counts and the groups.
@@ -313,6 +317,8 @@ class LearnedOptimizer(MovedByRules):
             warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
+        if self._rail is not None:
+            require(state_dict, self._rail, [p for group in self.param_groups for p in group["params"]])
         state_dict = without(state_dict, guarded=self._rail is not None)
         indices = saved_indices(state_dict, self.param_groups)
         for player, members in self._parts():

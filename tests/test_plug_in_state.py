@@ -299,6 +299,23 @@ def test_parameters_that_are_not_there_yet(name: str) -> None:
     assert equal(values(again), values(model))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_parameters_that_come_after_the_first_step() -> None:
+    for name in ("general", "lstm-mnist"):
+        model = nn.ModuleDict({"early": Net(), "late": Lazy()})
+        optimizer = made(name, model.named_parameters())
+        train(model["early"], optimizer, range(2))
+        loss_of(model["late"], 2)
+        before = values(model)
+        if rule_of(name).coordinatewise:
+            optimizer.step()
+            assert not equal(values(model), before)
+        else:
+            with pytest.raises(ValueError, match=r"ties parameters together, and began without .*late.layer.weight"):
+                optimizer.step()
+            assert equal(values(model), before)
+
+
 @every
 def test_parameters_of_no_numbers_and_empty_groups(name: str) -> None:
     model, optimizer = pair(name, plain)

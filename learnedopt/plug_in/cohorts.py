@@ -12,12 +12,12 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.fingerprint import fingerprint
-from learnedopt.core.horizon import Clock
+from learnedopt.core.horizon import later
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
-from learnedopt.plug_in.members import Member, common_device, values_of
+from learnedopt.plug_in.members import Member, common_device, name_of, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
@@ -66,7 +66,7 @@ class Player:
         """Return the first state for some parameters, whose values may be given; with a graph to theta or without."""
         params = values_of(members, self.gathers(members)) if params is None else params
         state = begun(self.mover, self.theta_on(common_device(params)), params, graph=graph)[1]
-        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) and self.behind else state
+        return later(state, self.behind) if self.behind else state
 
     def gathers(self, members: list[Member]) -> bool:
         """Return whether some parameters lie in pieces, of which the rule has to see all."""
@@ -211,6 +211,12 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
         return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
+    late = [m.name for m, count in zip(members, counts, strict=True) if count is None]
+    if late:
+        raise ValueError(
+            f"{name_of(player.rule)} ties parameters together, and began without {late}: lazy parameters must have "
+            "their shapes before the first step (run the model once on an example), or take a coordinatewise rule"
+        )
     state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
     device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -149,7 +149,7 @@ class Rail:
         self.collective, self.horizon = guard.collective, horizon
         self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
         self.watch = Watch(guard.window_for(num_steps), trusted)
-        self.snapshot: list[Tensor] | None = None
+        self.snapshot: dict[Tensor, Tensor] | None = None
         self.norm: float | None = None
         """The parameters' norm after the last step of the learned rule."""
         self.base = 0.0
@@ -158,8 +158,7 @@ class Rail:
     def add(self, group: dict[str, Any]) -> None:
         """Take over a group that was added."""
         self.fallback.add(group)
-        if self.snapshot is not None:
-            self.snapshot += [p.detach().clone() for p in self.movable(group["params"])]
+        self._take_in(self.movable(group["params"]))
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
@@ -171,6 +170,7 @@ class Rail:
             learned: the learned rule.
         """
         params, watch = self.movable([p for group in groups for p in group["params"]]), self.watch
+        self._take_in(params)
         before, moved = watch.count, watch.learned_moves
         if self.horizon is not None and watch.step >= self.horizon:
             self._act(watch.past_horizon(), params)
@@ -209,20 +209,25 @@ class Rail:
         self.watch.step += 1
         return self.watch.failed(reason)
 
+    def _take_in(self, params: list[Tensor]) -> None:
+        """Put into the snapshot what is new, such as lazy parameters that have got their shapes, as it begins."""
+        if self.snapshot is not None:
+            self.snapshot |= {p: p.detach().clone() for p in params if p not in self.snapshot}
+
     def _act(self, action: Action, params: list[Tensor]) -> None:
         """Do with parameters and snapshot what the watch says."""
-        values = [p.detach() for p in params]
         if action is Action.SAVE:
             if self.snapshot is None:
-                self.snapshot = [x.clone() for x in values]
-            else:
-                _copy(self.snapshot, values)
+                self.snapshot = {p: p.detach().clone() for p in params}
+            for param, saved in self.snapshot.items():
+                saved.copy_(param)
             self.base = self._norm(params)[0] if self.norm is None else self.norm
-        elif action in (Action.SWAP, Action.RESTORE):
-            assert self.snapshot is not None  # it was saved before the learned rule's first step
-            left = [x.clone() for x in values] if action is Action.SWAP else None
-            _copy(values, self.snapshot)
-            self.snapshot, self.norm = left if left is not None else self.snapshot, None
+        elif action in (Action.SWAP, Action.RESTORE) and self.snapshot is not None:
+            # Before the learned rule's first step there is none, and nothing to bring back.
+            left = {p: p.detach().clone() for p in params} if action is Action.SWAP else self.snapshot
+            for param, saved in self.snapshot.items():
+                param.copy_(saved)
+            self.snapshot, self.norm = left, None
         if action in (Action.RESTORE, Action.FORGET) and self.watch.phase is Phase.FALLBACK:
             self.snapshot = None
 
@@ -278,8 +283,3 @@ def _sign(groups: list[dict[str, Any]]) -> float:
 
 def _opposed(groups: list[dict[str, Any]]) -> bool:
     return len({bool(group.get("maximize")) for group in groups}) > 1
-
-
-def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for one, value in zip(to, values, strict=True):
-        one.copy_(value)
