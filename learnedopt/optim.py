@@ -180,10 +180,12 @@ class LearnedOptimizer(MovedByRules):
         rail, groups = self._rail, self.param_groups
         if rail is None:
             self._step_learned(loss)
-        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves: there is nothing to watch
-            if rail.watch.learned_moves:
+        elif not any(p.grad is not None for group in groups for p in group["params"]):
+            pass
+        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves but memory: there is nothing to watch
+            if rail.watch.learned_moves and rail.finite(groups):
                 self._step_learned(loss)
-        elif any(p.grad is not None for group in groups for p in group["params"]):
+        else:
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
             rail.step(groups, told, Learned(lambda: self._step_watched(loss), self._forget, self._set_clock))
         return loss

@@ -380,6 +380,31 @@ def test_groups_can_be_added_and_parameters_without_a_gradient_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.values(), second.state_dict().values(), strict=True))
 
 
+def test_a_rate_of_zero_does_not_let_what_is_not_finite_into_the_memory() -> None:
+    net = model()
+    optimizer = ruled(net, make("adam"), lr=0.0, guard=Guard(window=WINDOW))  # as a warm-up begins
+    loss = loss_of(net, 0)
+    (loss * math.inf).backward()
+    optimizer.step(loss=loss)
+    assert not optimizer.state
+    optimizer.param_groups[0]["lr"] = 1.0
+    train(net, optimizer, range(1, 4))
+    assert optimizer.guard_report().hand_overs == 0
+
+
+@pytest.mark.parametrize("huge", ["gradient", "parameter", "loss"])
+def test_doubles_whose_squares_are_none_are_infinite(huge: str) -> None:
+    param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    rule = Line(1e199 if huge == "parameter" else 0.1)
+    optimizer = LearnedOptimizer([param], (rule, {"rate": torch.tensor(rule.rate, dtype=torch.float64)}))
+    loss = torch.tensor(1e200 if huge == "loss" else 1.0, dtype=torch.float64)
+    for _ in range(6):
+        param.grad = torch.full_like(param, 1e200 if huge == "gradient" else 10.0)
+        optimizer.step(loss=loss)
+    assert optimizer.guard_report().history[0].reason is Reason.NOT_FINITE
+    assert float(param.detach()) < 2
+
+
 def test_lazy_parameters_may_get_their_shapes_in_the_midst_of_a_trial() -> None:
     net = nn.ModuleDict({"first": model(), "late": nn.LazyLinear(1)})
     optimizer = ruled(net, make("adam", lr=0.3), guard=Guard(sgd, window=WINDOW))

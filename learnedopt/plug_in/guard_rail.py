@@ -22,6 +22,8 @@ from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch
 LOGGER = logging.getLogger("learnedopt")
 EXPLODED, SMALL = 30.0, 0.1
 """Parameters that have grown to so many times their norm, or that of ``SMALL`` a coordinate, have exploded."""
+INFINITE = 1e100
+"""What is no less is as good as infinite: its square, which the watch takes of losses, is near the end of floats."""
 
 WHY: dict[Reason, str] = {
     Reason.WORSE: "the fallback does at least as well from the same point",
@@ -176,7 +178,7 @@ class Rail:
             self._act(watch.past_horizon(), params)
         seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
         seen, size = self._agreed(seen, params)
-        if not (math.isfinite(size) and (seen is None or math.isfinite(seen))):
+        if not (size < INFINITE and (seen is None or abs(seen) < INFINITE)):
             action = watch.skip()
         elif watch.learned_moves:
             action = self._learned_step(params, seen, size, learned)
@@ -194,6 +196,10 @@ class Rail:
             LOGGER.warning(
                 "after step %d the %s moves the parameters: %s", each.step, _NAMES[each.to_learned], WHY[each.reason]
             )
+
+    def finite(self, groups: list[dict[str, Any]]) -> bool:
+        """Return whether the gradients are, for all processes the same."""
+        return self._agreed(None, self.movable([p for group in groups for p in group["params"]]))[1] < INFINITE
 
     def _learned_step(self, params: list[Tensor], loss: float | None, size: float, learned: Learned) -> Action:
         if self.snapshot is None:
@@ -219,8 +225,9 @@ class Rail:
         if action is Action.SAVE:
             if self.snapshot is None:
                 self.snapshot = {p: p.detach().clone() for p in params}
-            for param, saved in self.snapshot.items():
-                saved.copy_(param)
+            else:
+                for param, saved in self.snapshot.items():
+                    saved.copy_(param)
             self.base = self._norm(params)[0] if self.norm is None else self.norm
         elif action in (Action.SWAP, Action.RESTORE) and self.snapshot is not None:
             # Before the learned rule's first step there is none, and nothing to bring back.
@@ -234,15 +241,16 @@ class Rail:
     def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float]:
         """Return the loss and the gradients' norm, for all processes the same."""
         grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
-        square, given = float(get_total_norm([local(g) for g in grads])) ** 2, 0.0 if loss is None else loss
+        size, given = float(get_total_norm([local(g) for g in grads])), 0.0 if loss is None else loss
+        square = size * size  # infinite where ** would raise
         given, square, share = self._sums([given, square, 1.0], params)
         return None if loss is None else given / share, math.sqrt(square)
 
     def _norm(self, params: list[Tensor]) -> tuple[float, float]:
         """Return the parameters' norm, and above which one they have exploded."""
         here = [local(p.detach()) for p in params]
-        square = float(get_total_norm(here)) ** 2
-        square, size = self._sums([square, float(sum(x.numel() for x in here))], params)
+        here_norm = float(get_total_norm(here))
+        square, size = self._sums([here_norm * here_norm, float(sum(x.numel() for x in here))], params)
         norm = math.sqrt(square)
         return norm, EXPLODED * max(self.base, SMALL * math.sqrt(size))
 
