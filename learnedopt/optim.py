@@ -9,7 +9,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from learnedopt.cards import card, past_horizon, trained_horizon
@@ -18,26 +17,15 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
-from learnedopt.plug_in import shards
 from learnedopt.plug_in.cohorts import Cohort, Player
 from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail
-from learnedopt.plug_in.guard_state import held, recall, without
+from learnedopt.plug_in.guard_state import held, recall, require, without
 from learnedopt.plug_in.members import (
-    common_device,
     name_of,
-    require_start,
-    saved_indices,
     scalar_loss,
-    values_of,
 )
-from learnedopt.plug_in.moving import MovedByRules
+from learnedopt.plug_in.moving import THETA, MovedByRules
 from learnedopt.plug_in.state_dtype import require_state_dtype
-from learnedopt.plug_in.stepping import begun
-
-THETA = "theta"
-"""What a group says of its theta: the fingerprint."""
-CLOCK = "memory.step"
-"""Where the clock of a rule that reads the horizon lies in the entries."""
 
 
 @final
@@ -71,7 +59,8 @@ class LearnedOptimizer(MovedByRules):
 
     Raises:
         FileNotFoundError: there is no such checkpoint and no such packaged name.
-        TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three.
+        TypeError: an option is one that a learned rule does not have, such as ``fused``; ``rule`` is none of the three;
+            ``guard`` is none, or its fallback cannot be one.
         ValueError: theta belongs to another rule or shape; ``lr`` or ``weight_decay`` is negative; a parameter is
             complex; a name occurs twice; the rule does not know the parameters, or would change them without
             ``adopt_start``.
@@ -109,6 +98,8 @@ class LearnedOptimizer(MovedByRules):
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
         require_state_dtype(state_dtype)
+        if not isinstance(guard, bool | Guard):
+            raise TypeError(f"guard={guard!r} is no guard; pass True, False, or learnedopt.Guard(...) with its options")
         self.adopt_start, self.num_steps, self._state_dtype = adopt_start, num_steps, state_dtype
         self._player = self._resolved(rule)
         self._players: list[Player] = []  # of each group
@@ -147,6 +138,7 @@ class LearnedOptimizer(MovedByRules):
                 'them, or give the group a rule of its own: {"params": ..., "rule": ...}'
             )
         self._players.append(player)
+        count = len(self.param_groups)
         try:
             super().add_param_group(param_group)
             self.param_groups[-1][THETA] = player.fingerprint
@@ -154,6 +146,7 @@ class LearnedOptimizer(MovedByRules):
                 self._rail.add(self.param_groups[-1])
         except BaseException:
             self._players.pop()
+            del self.param_groups[count:]
             raise
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - one signature instead of torch's two overloads
@@ -177,8 +170,8 @@ class LearnedOptimizer(MovedByRules):
         rail, groups = self._rail, self.param_groups
         if rail is None:
             self._step_learned(loss)
-        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves: there is nothing to watch
-            if rail.watch.learned_moves:
+        elif all(float(group["lr"]) == 0 for group in groups):  # nothing moves but memory: there is nothing to watch
+            if rail.watch.learned_moves and rail.finite(groups):
                 self._step_learned(loss)
         else:
             told = None if loss is None else scalar_loss(loss, torch.device("cpu"))
@@ -218,8 +211,9 @@ class LearnedOptimizer(MovedByRules):
         for player, members in self._parts():
             for _, param, _ in members if player.rule.reads_horizon else ():
                 entry = self.state.get(param, {})
-                if CLOCK in entry:
-                    self.state[param] = {**entry, CLOCK: torch.full_like(entry[CLOCK], step)}
+                clocks = [key.removesuffix("horizon") + "step" for key in entry if key.endswith(".horizon")]
+                if clocks:
+                    self.state[param] = {**entry, **{key: torch.full_like(entry[key], step) for key in clocks}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory, the guard's, the step counts and the groups.
@@ -269,31 +263,6 @@ class LearnedOptimizer(MovedByRules):
                 warnings.warn(unknown, HorizonWarning, stacklevel=3)
         return found
 
-    def _settle(self) -> None:
-        """See that the rules take their parameters, and put a start into them if that was allowed."""
-        self._settled = True
-        if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
-            return  # they have no shapes; what is wrong with them is found in the first step
-        shards.require_known((m.name, m.param) for m in self._members())
-        for player, members in self._parts():
-            named = [(m.name, m.param) for m in members]
-            if shards.what_is_missing(named) is not None and player.reads_whole(members):
-                shards.require_whole_tensors(named, name_of(player.rule))
-            gather = player.gathers(members)
-            params = values_of(members, gather)
-            start, _ = begun(player.mover, player.theta_on(common_device(params)), params)
-            changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
-            if changed and not self.adopt_start:
-                raise ValueError(
-                    f"{name_of(player.rule)} has a start of its own, which would overwrite the parameters {changed}; "
-                    "pass adopt_start=True to let it, or use a rule without a learned start to train on from the "
-                    "present values"
-                )
-            require_start(player.rule, start)
-            for name, param, _ in members:
-                if name in changed:
-                    shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
-
     def _require_end(self, cohort: Cohort) -> None:
         """Warn at the first step past the horizon that the rule reads, or past what is known of its theta."""
         player, step = cohort.player, cohort.count + 1
@@ -313,43 +282,10 @@ class LearnedOptimizer(MovedByRules):
             warnings.warn(text, HorizonWarning, stacklevel=6)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        state_dict = without(state_dict, guarded=self._rail is not None)
-        indices = saved_indices(state_dict, self.param_groups)
-        for player, members in self._parts():
-            gather = player.gathers(members)
-            params = values_of(members, gather)
-            state = player.begun(members, params)
-            layout = player.layout(state, members, params, gather)
-            own = [(indices.get(m.param), m) for m in members]
-            self._require_memory(layout, state, state_dict, own, player.rule)
-            self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
-        for player, saved in zip(self._players, state_dict["param_groups"], strict=False):
-            if saved.get(THETA, player.fingerprint) != player.fingerprint:
-                raise ValueError(
-                    f"this state is of another theta ({saved[THETA]}) than the optimizer's {name_of(player.rule)} has "
-                    f"({player.fingerprint}): a rule goes on from its own memory only; make the optimizer with the "
-                    "theta that it was saved with"
-                )
+        if self._rail is not None:
+            require(state_dict, self._rail, [p for group in self.param_groups for p in group["params"]])
+        super()._check_state(without(state_dict, guarded=self._rail is not None))
 
     def _loaded(self) -> None:
         recall(self.state, self._rail, [p for group in self.param_groups for p in group["params"]])
         self._fill_groups()
-
-    def _fill_groups(self) -> None:
-        """Give groups what those of earlier versions did not have."""
-        for group, player in zip(self.param_groups, self._players, strict=True):
-            group.setdefault("weight_decay", 0.0)
-            group.setdefault("maximize", False)
-            group[THETA] = player.fingerprint
-
-    def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
-        if self.num_steps is None or not player.rule.reads_horizon:
-            return
-        told = {float(x) for entry in entries for k, x in entry.items() if k.endswith(".horizon")}
-        other = sorted(told - {float(self.num_steps)})
-        if other:
-            raise ValueError(
-                f"this state is of a training of {other[0]:g} steps, and the optimizer was made with num_steps="
-                f"{self.num_steps}: {name_of(player.rule)} is on its way along the first; make it with num_steps="
-                f"{other[0]:g} to go on there"
-            )

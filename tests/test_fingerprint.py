@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +103,33 @@ def test_options_count_as_numbers_and_templates_by_their_shapes() -> None:
     theta = drawn(LearnedInit(Adam(lr=0.1), TEMPLATE))
     one, other = (fingerprint(LearnedInit(Adam(lr=0.1), template), theta) for template in (TEMPLATE, ones))
     assert one == other
+
+
+@dataclass(frozen=True)
+class Odd(Adam):
+    """A rule with an option of any kind."""
+
+    option: Any = None
+
+
+class Word(enum.Enum):
+    """An option that is one of two."""
+
+    ONE = 1
+    TWO = 2
+
+
+ODD = {
+    "enumerations": (Word.ONE, Word.TWO),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "functions": (torch.tanh, torch.relu),
+    "own functions": (drawn, fingerprint),
+    "classes": (Adam, Odd),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_options_of_rare_kinds_count(kind: str) -> None:
+    one, two = (fingerprint(Odd(option=option), {}) for option in ODD[kind])
+    assert one != two
+    assert one == fingerprint(Odd(option=ODD[kind][0]), {})

@@ -17,7 +17,8 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from learnedopt import Guard, LearnedOptimizer, UpdateRule
 from learnedopt.core.tree import Params, Theta
-from learnedopt.optimizers import make
+from learnedopt.optimizers import Clip, Partition, make
+from learnedopt.plug_in.fallback import Fallback, adamw
 from learnedopt.plug_in.guard_state import packed, unpacked
 from learnedopt.plug_in.levels import level
 from learnedopt.plug_in.watch import Action, Phase, Reason, Watch
@@ -40,6 +41,15 @@ class Line(UpdateRule):
     def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
         rate = torch.where(state["step"] >= self.turns, self.later * theta["rate"], theta["rate"])
         return {k: -rate.to(g.dtype) * g for k, g in grads.items()}, {"step": state["step"] + 1}
+
+
+class Told(Line):
+    """The same, told how far the run is."""
+
+    reads_horizon = True
+
+    def update(self, *arguments: Any, progress: Tensor) -> tuple[Params, Any]:
+        return super().update(*arguments)
 
 
 def model() -> nn.Module:
@@ -287,6 +297,21 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_gradients_that_are_never_finite_move_nothing_and_raise_nothing() -> None:
+    net = model()
+    optimizer = ruled(net, make("adam"), guard=Guard(window=WINDOW))
+    before = copy.deepcopy(net.state_dict())
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = loss_of(net, step)
+        (loss * math.nan).backward()
+        optimizer.step(loss=loss)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    report = optimizer.guard_report()
+    assert (report.in_control, report.skipped) == ("the fallback", 5)
+    assert report.history[0].reason is Reason.NOT_FINITE
+
+
 PHASES = {"first try": 3, "first trial": 11, "probation": 19, "later": 120}
 
 
@@ -355,6 +380,77 @@ def test_groups_can_be_added_and_parameters_without_a_gradient_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.values(), second.state_dict().values(), strict=True))
 
 
+def test_a_rate_of_zero_does_not_let_what_is_not_finite_into_the_memory() -> None:
+    net = model()
+    optimizer = ruled(net, make("adam"), lr=0.0, guard=Guard(window=WINDOW))  # as a warm-up begins
+    loss = loss_of(net, 0)
+    (loss * math.inf).backward()
+    optimizer.step(loss=loss)
+    assert not optimizer.state
+    optimizer.param_groups[0]["lr"] = 1.0
+    train(net, optimizer, range(1, 4))
+    assert optimizer.guard_report().hand_overs == 0
+
+
+@pytest.mark.parametrize("huge", ["gradient", "parameter", "loss"])
+def test_doubles_whose_squares_are_none_are_infinite(huge: str) -> None:
+    param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    rule = Line(1e199 if huge == "parameter" else 0.1)
+    optimizer = LearnedOptimizer([param], (rule, {"rate": torch.tensor(rule.rate, dtype=torch.float64)}))
+    loss = torch.tensor(1e200 if huge == "loss" else 1.0, dtype=torch.float64)
+    for _ in range(6):
+        param.grad = torch.full_like(param, 1e200 if huge == "gradient" else 10.0)
+        optimizer.step(loss=loss)
+    assert optimizer.guard_report().history[0].reason is Reason.NOT_FINITE
+    assert float(param.detach()) < 2
+
+
+def test_lazy_parameters_may_get_their_shapes_in_the_midst_of_a_trial() -> None:
+    net = nn.ModuleDict({"first": model(), "late": nn.LazyLinear(1)})
+    optimizer = ruled(net, make("adam", lr=0.3), guard=Guard(sgd, window=WINDOW))
+    for step in range(4 * WINDOW):
+        optimizer.zero_grad()
+        loss = loss_of(net["first"], step) + (loss_of(net["late"], step) if step >= 3 else 0)
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert optimizer.guard_report().trials >= 1
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_group_that_the_fallback_refuses_leaves_no_trace() -> None:
+    net = model()
+    optimizer = ruled(net, Line(0.1), guard=Guard(lambda groups: torch.optim.Rprop(groups), window=WINDOW))
+    optimizer._rail.fallback.optimizer.param_groups[0].pop("maximize")  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(ValueError, match="which the guard's fallback cannot do"):
+        optimizer.add_param_group({"params": [("more", nn.Parameter(torch.zeros(2)))], "maximize": True})
+    assert len(optimizer.param_groups) == 1
+    train(net, optimizer, range(3))
+
+
+def test_a_rule_that_had_no_guard_goes_on_under_one_from_the_step_that_it_is_at() -> None:
+    first, net = model(), model()
+    bare = LearnedOptimizer(first.named_parameters(), "normalised-mlp-mnist", num_steps=60, guard=False)
+    train(first, bare, range(40))
+    optimizer = LearnedOptimizer(net.named_parameters(), "normalised-mlp-mnist", num_steps=60)
+    optimizer.load_state_dict(bare.state_dict())
+    train(net, optimizer, range(1))
+    assert optimizer.guard_report().steps == 41
+    train(net, optimizer, range(41, 62))
+    assert optimizer.guard_report().in_control == "the fallback"  # past the horizon
+
+
+@pytest.mark.parametrize("around", ["clip", "partition"])
+def test_clocks_inside_other_rules_count_the_steps_of_the_fallback_too(around: str) -> None:
+    net = model()
+    rule = Clip(Told(0.1), 100.0) if around == "clip" else Partition({"all": ("*", Told(0.1))})
+    hardly = Guard(lambda groups: torch.optim.SGD(groups, lr=1e-6), window=WINDOW)
+    optimizer = ruled(net, rule, num_steps=400, guard=hardly)
+    train(net, optimizer, range(2 * WINDOW + 1))
+    assert optimizer.guard_report().in_control == "the learned rule"
+    horizons = [(entry, key) for entry in optimizer.state.values() for key in entry if key.endswith(".horizon")]
+    assert [int(entry[key.removesuffix("horizon") + "step"]) for entry, key in horizons] == [2 * WINDOW + 1]
+
+
 def test_a_closure_is_called_once_and_its_loss_is_seen() -> None:
     net, calls = model(), []
     optimizer = ruled(net, Line(-0.05), guard=Guard(sgd, window=WINDOW))
@@ -386,8 +482,9 @@ def test_past_its_horizon_a_rule_that_reads_it_gives_way() -> None:
     [
         (lambda groups: "adam", TypeError, "no torch.optim.Optimizer"),
         (lambda groups: torch.optim.SGD(model().parameters(), lr=0.1), ValueError, "moves other parameters"),
+        (torch.optim.LBFGS, TypeError, "must have a closure"),
     ],
-    ids=["no optimizer", "other parameters"],
+    ids=["no optimizer", "other parameters", "closure"],
 )
 def test_a_fallback_that_cannot_be_one_is_refused(fallback: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -402,6 +499,12 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
         Guard(**options)
 
 
+@pytest.mark.parametrize("guard", [None, 5, "yes", Guard], ids=["none", "number", "text", "class"])
+def test_what_is_no_guard_is_refused(guard: Any) -> None:
+    with pytest.raises(TypeError, match="is no guard; pass True, False, or"):
+        ruled(model(), Line(0.1), guard=guard)
+
+
 def test_there_is_no_report_without_a_guard() -> None:
     with pytest.raises(ValueError, match="guard=False"):
         ruled(model(), Line(0.1), guard=False).guard_report()
@@ -413,6 +516,41 @@ def test_a_state_saved_under_the_fallback_is_refused_without_a_guard() -> None:
     train(net, optimizer, range(5))
     with pytest.raises(ValueError, match="guard=True"):
         ruled(model(), Line(0.1), guard=False).load_state_dict(optimizer.state_dict())
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "watch": lambda entry: entry.update({"guard.watch": entry["guard.watch"][1:]}),
+    "history": lambda entry: entry.pop("guard.history"),
+    "snapshot": lambda entry: entry.update({"guard.snapshot": torch.zeros(2)}),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_state_is_refused_and_nothing_is_changed(what: str) -> None:
+    net = model()
+    optimizer = ruled(net, Line(0.1), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, range(WINDOW + 2))
+    before, damaged = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    DAMAGE[what](damaged["state"][0])
+    with pytest.raises(ValueError, match=r"damaged|snapshot in this state"):
+        optimizer.load_state_dict(damaged)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_moments_of_another_fallback_are_refused() -> None:
+    net = model()
+    optimizer = ruled(net, Line(math.nan), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, range(5))
+    with pytest.raises(ValueError, match="another fallback than the guard's AdamW"):
+        ruled(model(), Line(0.1)).load_state_dict(optimizer.state_dict())
+
+
+def test_moments_are_taken_to_where_the_parameters_are() -> None:
+    param = nn.Parameter(torch.zeros(3, device="meta"))
+    fallback = Fallback(adamw, [{"params": [param]}], 1)
+    fallback.recall(param, {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)})
+    found = fallback.optimizer.state[param]
+    assert {k: x.device.type for k, x in found.items()} == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def one_of_two(rank: int, file: str) -> None:

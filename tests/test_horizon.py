@@ -24,7 +24,7 @@ from learnedopt import (
     Unrolled,
     UpdateRule,
 )
-from learnedopt.core.horizon import HorizonWarning
+from learnedopt.core.horizon import Clock, HorizonWarning, later
 from learnedopt.optimizers import Averaged, Clip, Momentum, Partition
 
 GENERATOR = torch.Generator()
@@ -215,3 +215,13 @@ def test_windows_of_a_run_do_not_say_how_far_it_is() -> None:
     for rule in (Ramp(), (Ramp(), Ramp().init_theta(GENERATOR))):
         with pytest.raises(ValueError, match="Ramp reads how far a run is, which windows"):
             HyperOptimizer([weight], rule)
+
+
+def test_every_clock_of_a_state_is_moved_wherever_it_lies() -> None:
+    def state(count: int) -> object:
+        step, horizon, own = torch.tensor(count), torch.tensor(9.0), {"step": torch.tensor(2)}
+        inner = Clock(step, horizon, own)
+        return {"a": Clock(step, horizon, (inner, torch.ones(2))), "b": (), "c": own}
+
+    assert str(later(state(2), 3)) == str(state(5))
+    assert later((), 3) == ()

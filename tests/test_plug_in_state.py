@@ -111,6 +111,33 @@ def test_what_was_saved_does_not_move_with_later_steps(name: str) -> None:
 
 
 @every
+def test_what_was_saved_stays_where_a_parameter_rests_before_it_goes_on(name: str) -> None:
+    model = Net()
+    optimizer = made(name, list(model.named_parameters()))  # of rate 1: steps are taken in place
+    train(model, optimizer, range(3))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    loss = loss_of(model, 3)
+    model.head.weight.grad = None
+    take(optimizer, loss)
+    train(model, optimizer, range(4, 7))
+    assert equal(saved, kept)
+
+
+@every
+def test_memory_that_was_put_there_by_hand_is_what_counts(name: str) -> None:
+    model, twin = Net(), Net()
+    optimizer, other = (made(name, list(net.named_parameters())) for net in (model, twin))
+    train(model, optimizer, range(3))
+    train(twin, other, range(3))
+    for entry in optimizer.state.values():  # as those do who keep it elsewhere between steps
+        entry.update({k: x.clone() for k, x in entry.items() if isinstance(x, torch.Tensor)})
+    train(model, optimizer, range(3, 6))
+    train(twin, other, range(3, 6))
+    assert equal(values(model), values(twin)) and equal(memory(optimizer), memory(other))
+
+
+@every
 def test_a_rate_and_other_options_of_groups_are_loaded(name: str) -> None:
     model, optimizer = pair(name)
     optimizer.param_groups[0].update(lr=0.25, weight_decay=0.5, label="all")
@@ -270,6 +297,23 @@ def test_parameters_that_are_not_there_yet(name: str) -> None:
     train(model, optimizer, range(3))
     train(again, other, range(3))
     assert equal(values(again), values(model))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_parameters_that_come_after_the_first_step() -> None:
+    for name in ("general", "lstm-mnist"):
+        model = nn.ModuleDict({"early": Net(), "late": Lazy()})
+        optimizer = made(name, model.named_parameters())
+        train(model["early"], optimizer, range(2))
+        loss_of(model["late"], 2)
+        before = values(model)
+        if rule_of(name).coordinatewise:
+            optimizer.step()
+            assert not equal(values(model), before)
+        else:
+            with pytest.raises(ValueError, match=r"ties parameters together, and began without .*late.layer.weight"):
+                optimizer.step()
+            assert equal(values(model), before)
 
 
 @every

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def fingerprint(rule: UpdateRule, theta: Theta) -> str:
     They are of SHA-256 over the rule's class and options, and over the names, shapes and values of ``theta``. Values
     are read as float64, so that a theta has one fingerprint on every device and in every type that holds it exactly. Of
     tensors among the options, such as a template, only shapes count: what was learned of them is in ``theta``. A rule
-    that is no dataclass has no options that could be known, and counts with its class.
+    that is no dataclass has no options that could be known, and counts with its class; a function counts with its name.
 
     Example:
         >>> fingerprint(*learnedopt.load("lstm-mnist")) == fingerprint(*learnedopt.load("lstm-quadratic"))
@@ -42,6 +44,10 @@ def _words(option: Any) -> Iterator[str]:
     """Say an option as a list of words, each structure with the number of its parts."""
     if isinstance(option, Tensor):
         yield f"tensor {tuple(option.shape)}"
+    elif isinstance(option, Enum):
+        yield f"{type(option).__name__}.{option.name}"
+    elif isinstance(option, type | FunctionType | BuiltinFunctionType):
+        yield f"{option.__module__}.{option.__qualname__}"
     elif dataclasses.is_dataclass(option):
         parts = {field.name: getattr(option, field.name) for field in dataclasses.fields(option) if field.init}
         yield type(option).__name__
@@ -55,7 +61,7 @@ def _words(option: Any) -> Iterator[str]:
         yield f"sequence {len(option)}"
         for part in option:
             yield from _words(part)
-    elif option is None or isinstance(option, bool | str):
+    elif option is None or isinstance(option, bool | str | torch.dtype):
         yield repr(option)
     elif isinstance(option, int | float):
         yield repr(float(option))  # 1 is 1.0

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
 from learnedopt.core.tree import Params, Theta
@@ -161,6 +162,17 @@ class TimedBound(Bound):
             self._taken += 1
             self._clock.step.add_(1)
         return done
+
+
+def later(state: State, steps: int) -> State:
+    """Return a state whose clocks, wherever rules around rules have them, are so many steps further."""
+
+    def moved(found: Any) -> Any:
+        if not isinstance(found, Clock):
+            return found
+        return Clock(found.step + steps, found.horizon, later(found.rule, steps))
+
+    return pytree.tree_map(moved, state, is_leaf=lambda x: isinstance(x, Clock))
 
 
 def _dtype(params: Params) -> torch.dtype:

@@ -29,6 +29,7 @@ class BoundSteps:
         self._leaves = [(own, key, x) for own in memory for key, x in own.items() if isinstance(x, Tensor)]
         self._tensors = [*params, *(x for *_, x in self._leaves)]
         self._addresses = [x.data_ptr() for x in self._tensors]
+        self._strides = [p.stride() for p in params]
 
     def hold(
         self, params: Sequence[Tensor], memory: Sequence[dict[str, Any] | None], constants: tuple[Any, ...]
@@ -40,6 +41,7 @@ class BoundSteps:
             and _same(constants, self._constants)
             and all(own.get(key) is x for own, key, x in self._leaves)
             and [x.data_ptr() for x in self._tensors] == self._addresses
+            and [p.stride() for p in params] == self._strides
         )
 
     def step(self) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.fingerprint import fingerprint
-from learnedopt.core.horizon import Clock
+from learnedopt.core.horizon import later
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
-from learnedopt.plug_in.members import Member, common_device, values_of
+from learnedopt.plug_in.members import Member, common_device, name_of, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
 from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
@@ -66,7 +66,7 @@ class Player:
         """Return the first state for some parameters, whose values may be given; with a graph to theta or without."""
         params = values_of(members, self.gathers(members)) if params is None else params
         state = begun(self.mover, self.theta_on(common_device(params)), params, graph=graph)[1]
-        return state._replace(step=state.step + self.behind) if isinstance(state, Clock) and self.behind else state
+        return later(state, self.behind) if self.behind else state
 
     def gathers(self, members: list[Member]) -> bool:
         """Return whether some parameters lie in pieces, of which the rule has to see all."""
@@ -121,6 +121,7 @@ class Cohort:
         count: steps that have been taken with it.
         fresh: whether the state is the rule's first, which may lie in tensors of others.
         entries: what the optimizer's state holds of each member, the very dicts; empty before the first step.
+        held: what was in them after the last step.
         whole: all of the parameters, gathered for the present step; None where the rule sees what lies here.
         ready: further steps, made ready for this memory; None before it was asked for, False where there are none.
     """
@@ -133,6 +134,7 @@ class Cohort:
     count: int
     fresh: bool
     entries: list[dict[str, Any]] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
     whole: Params | None = None
     ready: BoundSteps | Literal[False] | None = None
 
@@ -148,8 +150,13 @@ class Cohort:
     def stands(self, kept: Mapping[Tensor, Any]) -> bool:
         """Return whether the optimizer's state still holds what this was made of."""
         return bool(self.entries) and all(
-            kept.get(m.param) is entry for m, entry in zip(self.members, self.entries, strict=True)
+            kept.get(m.param) is entry and _same_tensors(entry, held)
+            for m, entry, held in zip(self.members, self.entries, self.held, strict=True)
         )
+
+    def keep(self, entries: list[dict[str, Any]]) -> None:
+        """Note what the optimizer's state holds now."""
+        self.entries, self.held = entries, [dict(entry) for entry in entries]
 
     def made_ready(self) -> BoundSteps | Literal[False]:
         """Return further steps of these tensors, made ready; False where the rule has no such steps for them."""
@@ -204,6 +211,12 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
         return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
+    late = [m.name for m, count in zip(members, counts, strict=True) if count is None]
+    if late:
+        raise ValueError(
+            f"{name_of(player.rule)} ties parameters together, and began without {late}: lazy parameters must have "
+            "their shapes before the first step (run the model once on an example), or take a coordinatewise rule"
+        )
     state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
     device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
@@ -212,6 +225,11 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     )
     count = max(c for c in counts if c is not None)
     return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
+
+
+def _same_tensors(entry: dict[str, Any], held: dict[str, Any]) -> bool:
+    # Many move an optimizer's memory to another device and back, entry by entry.
+    return entry.keys() == held.keys() and all(x is held[key] for key, x in entry.items() if key != COUNT)
 
 
 def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ class Fallback:
         warm_up: steps until the rate is whole.
 
     Raises:
-        TypeError: ``make`` made no optimizer.
+        TypeError: ``make`` made no optimizer, or one that cannot step without a closure.
         ValueError: what it made moves other parameters; or a group is to be maximized, and the optimizer cannot.
     """
 
@@ -38,6 +39,12 @@ class Fallback:
             raise TypeError(
                 f"the guard's fallback made a {type(made).__name__}, which is no torch.optim.Optimizer; pass a "
                 "function of parameter groups, such as lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(
+                f"the guard's fallback is {type(made).__name__}, whose step must have a closure; pass one that steps "
+                "from the gradients that are there, such as torch.optim.SGD"
             )
         self.optimizer, self.warm_up, self.taken = made, warm_up, 0
         self.rates = [float(group["lr"]) for group in made.param_groups]
@@ -80,9 +87,14 @@ class Fallback:
         return {k: x.clone() if isinstance(x, Tensor) else x for k, x in kept.items() if x is not None}
 
     def recall(self, param: Tensor, entries: dict[str, Any]) -> None:
-        """Remember of a parameter what ``entries`` returned."""
+        """Remember of a parameter what ``entries`` returned, on the device where torch would have it."""
+        group = self.optimizer.param_groups[0]
+        here = () if group.get("capturable") or group.get("fused") else ("step",)
         if entries:
-            self.optimizer.state[param] = {k: x.clone() if isinstance(x, Tensor) else x for k, x in entries.items()}
+            self.optimizer.state[param] = {
+                k: x.to(x.device if k in here else param.device, copy=True) if isinstance(x, Tensor) else x
+                for k, x in entries.items()
+            }
 
 
 def _require_maximize(own: dict[str, Any], group: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -22,6 +22,8 @@ from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch
 LOGGER = logging.getLogger("learnedopt")
 EXPLODED, SMALL = 30.0, 0.1
 """Parameters that have grown to so many times their norm, or that of ``SMALL`` a coordinate, have exploded."""
+INFINITE = 1e100
+"""What is no less is as good as infinite: its square, which the watch takes of losses, is near the end of floats."""
 
 WHY: dict[Reason, str] = {
     Reason.WORSE: "the fallback does at least as well from the same point",
@@ -149,7 +151,7 @@ class Rail:
         self.collective, self.horizon = guard.collective, horizon
         self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
         self.watch = Watch(guard.window_for(num_steps), trusted)
-        self.snapshot: list[Tensor] | None = None
+        self.snapshot: dict[Tensor, Tensor] | None = None
         self.norm: float | None = None
         """The parameters' norm after the last step of the learned rule."""
         self.base = 0.0
@@ -158,8 +160,7 @@ class Rail:
     def add(self, group: dict[str, Any]) -> None:
         """Take over a group that was added."""
         self.fallback.add(group)
-        if self.snapshot is not None:
-            self.snapshot += [p.detach().clone() for p in self.movable(group["params"])]
+        self._take_in(self.movable(group["params"]))
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
@@ -171,6 +172,7 @@ class Rail:
             learned: the learned rule.
         """
         params, watch = self.movable([p for group in groups for p in group["params"]]), self.watch
+        self._take_in(params)
         before, moved = watch.count, watch.learned_moves
         seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
         seen, size, count = self._agreed(seen, params)
@@ -178,7 +180,7 @@ class Rail:
             return
         if self.horizon is not None and watch.step >= self.horizon:
             self._act(watch.past_horizon(), params)
-        if not (math.isfinite(size) and (seen is None or math.isfinite(seen))):
+        if not (size < INFINITE and (seen is None or abs(seen) < INFINITE)):
             action = watch.skip()
         elif watch.learned_moves:
             action = self._learned_step(params, seen, size, learned)
@@ -197,6 +199,10 @@ class Rail:
                 "after step %d the %s moves the parameters: %s", each.step, _NAMES[each.to_learned], WHY[each.reason]
             )
 
+    def finite(self, groups: list[dict[str, Any]]) -> bool:
+        """Return whether the gradients are, for all processes the same."""
+        return self._agreed(None, self.movable([p for group in groups for p in group["params"]]))[1] < INFINITE
+
     def _learned_step(self, params: list[Tensor], loss: float | None, size: float, learned: Learned) -> Action:
         if self.snapshot is None:
             self._act(Action.SAVE, params)
@@ -211,36 +217,42 @@ class Rail:
         self.watch.step += 1
         return self.watch.failed(reason)
 
+    def _take_in(self, params: list[Tensor]) -> None:
+        """Put into the snapshot what is new, such as lazy parameters that have got their shapes, as it begins."""
+        if self.snapshot is not None:
+            self.snapshot |= {p: p.detach().clone() for p in params if p not in self.snapshot}
+
     def _act(self, action: Action, params: list[Tensor]) -> None:
         """Do with parameters and snapshot what the watch says."""
-        values = [p.detach() for p in params]
         if action is Action.SAVE:
             if self.snapshot is None:
-                self.snapshot = [x.clone() for x in values]
+                self.snapshot = {p: p.detach().clone() for p in params}
             else:
-                _copy(self.snapshot, values)
+                for param, saved in self.snapshot.items():
+                    saved.copy_(param)
             self.base = self._norm(params)[0] if self.norm is None else self.norm
-        elif action in (Action.SWAP, Action.RESTORE):
-            assert self.snapshot is not None  # it was saved before the learned rule's first step
-            left = [x.clone() for x in values] if action is Action.SWAP else None
-            _copy(values, self.snapshot)
-            self.snapshot, self.norm = left if left is not None else self.snapshot, None
+        elif action in (Action.SWAP, Action.RESTORE) and self.snapshot is not None:
+            # Before the learned rule's first step there is none, and nothing to bring back.
+            left = {p: p.detach().clone() for p in params} if action is Action.SWAP else self.snapshot
+            for param, saved in self.snapshot.items():
+                param.copy_(saved)
+            self.snapshot, self.norm = left, None
         if action in (Action.RESTORE, Action.FORGET) and self.watch.phase is Phase.FALLBACK:
             self.snapshot = None
 
     def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float, float]:
         """Return the loss, the gradients' norm and how many there are, for all processes the same."""
         grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
-        square, given = float(get_total_norm([local(g) for g in grads])) ** 2, 0.0 if loss is None else loss
-        count = float(sum(p.grad is not None for p in params))
+        size, given = float(get_total_norm([local(g) for g in grads])), 0.0 if loss is None else loss
+        square, count = size * size, float(sum(p.grad is not None for p in params))  # infinite where ** would raise
         given, square, share, count = self._sums([given, square, 1.0, count], params)
         return None if loss is None else given / share, math.sqrt(square), count
 
     def _norm(self, params: list[Tensor]) -> tuple[float, float]:
         """Return the parameters' norm, and above which one they have exploded."""
         here = [local(p.detach()) for p in params]
-        square = float(get_total_norm(here)) ** 2
-        square, size = self._sums([square, float(sum(x.numel() for x in here))], params)
+        here_norm = float(get_total_norm(here))
+        square, size = self._sums([here_norm * here_norm, float(sum(x.numel() for x in here))], params)
         norm = math.sqrt(square)
         return norm, EXPLODED * max(self.base, SMALL * math.sqrt(size))
 
@@ -288,8 +300,3 @@ def _device(params: list[Tensor]) -> torch.device:
     if params:
         return params[0].device
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for one, value in zip(to, values, strict=True):
-        one.copy_(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import zlib
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from learnedopt.plug_in.guard_rail import Rail
 from learnedopt.plug_in.levels import Level
+from learnedopt.plug_in.memory import COUNT
 from learnedopt.plug_in.watch import KEPT, HandOver, Phase, Reason, Watch
 
 KEY = "guard."
@@ -58,7 +60,8 @@ def without(state_dict: dict[str, Any], *, guarded: bool) -> dict[str, Any]:
 def recall(state: MutableMapping[Tensor, Any], rail: Rail | None, params: list[Tensor]) -> None:
     """Take the guard's entries out of an optimizer's state, and have the guard be as they say.
 
-    Where there are none and the rule has a memory, the guard watches a run that is on its way, without a first trial.
+    Where there are none and the rule has a memory, the guard watches a run that is on its way, without a first trial,
+    from the step on that the memory is at.
     """
     found: list[dict[str, Any]] = []
     for param in params:
@@ -74,20 +77,17 @@ def recall(state: MutableMapping[Tensor, Any], rail: Rail | None, params: list[T
     rail.fallback.cool()
     numbers = next((one for one in found if WATCH in one), None)
     if numbers is None:
-        on_its_way = bool(state)
-        rail.watch = Watch(rail.watch.window, rail.watch.anneals, Phase.LEARNED if on_its_way else Phase.FIRST_TRY)
+        phase, taken = Phase.LEARNED if state else Phase.FIRST_TRY, [one.get(COUNT, 0) for one in state.values()]
+        rail.watch = Watch(rail.watch.window, rail.watch.anneals, phase, step=max(taken, default=0))
         return
-    *own, taken, rail.base = numbers[WATCH].tolist()
+    *own, taken, rail.base, _ = numbers[WATCH].tolist()
     rail.watch = unpacked(own, numbers[HISTORY].tolist())
     rail.fallback.taken = int(taken)
     for param, one in zip(params, found, strict=True):
         rail.fallback.recall(param, {k.removeprefix(FALLBACK): x for k, x in one.items() if k.startswith(FALLBACK)})
-    movable = rail.movable(params)
-    snapshots = [
-        one.get(SNAPSHOT) for param, one in zip(params, found, strict=True) if any(param is p for p in movable)
-    ]
-    if all(x is not None for x in snapshots):
-        rail.snapshot = [x.clone() for x in snapshots if x is not None]
+    snapshot = {p: one[SNAPSHOT].clone() for p, one in zip(params, found, strict=True) if SNAPSHOT in one}
+    if all(p in snapshot for p in rail.movable(params)):
+        rail.snapshot = snapshot
     elif rail.watch.phase in NEEDS_SNAPSHOT or rail.watch.probation:
         logging.getLogger("learnedopt").warning(
             "the state that was loaded lacks the guard's snapshot: a trial that was under way ends where it is"
@@ -95,14 +95,49 @@ def recall(state: MutableMapping[Tensor, Any], rail: Rail | None, params: list[T
         rail.watch.cut_short()
 
 
+def require(state_dict: dict[str, Any], rail: Rail, params: list[Tensor]) -> None:
+    """Raise ValueError where a state dict holds of a guard what the guard of these parameters cannot take."""
+    indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+    found = [(p, _split(state_dict["state"].get(i, {}))[1]) for i, p in zip(indices, params, strict=True)]
+    for param, own in found:
+        numbers, rows, snapshot = own.get(WATCH), own.get(HISTORY), own.get(SNAPSHOT)
+        if numbers is not None and _damaged(numbers, rows):
+            raise ValueError(
+                "what this state holds of the guard is damaged, or of another version; load what state_dict() "
+                f"returned, as it was, or drop the keys that begin with {KEY!r}: the guard then watches from here on"
+            )
+        if snapshot is not None and snapshot.shape != param.shape:
+            raise ValueError(
+                f"the guard's snapshot in this state is of parameters of other shapes: {tuple(snapshot.shape)} where "
+                f"the optimizer has {tuple(param.shape)}; make it with the parameters that it was saved with"
+            )
+        hot = any(key.startswith(FALLBACK) for _, one in found for key in one)
+        if numbers is not None and hot and float(numbers[-1]) != _kind(rail):
+            raise ValueError(
+                "this state holds the moments of another fallback than the guard's "
+                f"{type(rail.fallback.optimizer).__name__}; make the guard with the fallback that it was saved with"
+            )
+
+
+def _damaged(numbers: Any, rows: Any) -> bool:
+    if not isinstance(numbers, Tensor) or numbers.ndim != 1 or not numbers.numel() or not bool(numbers[0].isfinite()):
+        return True
+    size = len(SCALARS) + 3 * len(LEVELS) + int(numbers[0]) + 3  # the window; taken, base and kind
+    return numbers.numel() != size or getattr(rows, "shape", None) != (KEPT, 3)
+
+
+def _kind(rail: Rail) -> float:
+    """Return a number for the class of the fallback."""
+    return float(zlib.crc32(type(rail.fallback.optimizer).__qualname__.encode()))
+
+
 def _entries(rail: Rail, params: list[Tensor]) -> list[dict[str, Any]]:
     found = [{f"{FALLBACK}{k}": x for k, x in rail.fallback.entries(param).items()} for param in params]
-    snapshots = {} if rail.snapshot is None else dict(zip(map(id, rail.movable(params)), rail.snapshot, strict=True))
     for param, one in zip(params, found, strict=True):
-        if id(param) in snapshots:
-            one[SNAPSHOT] = snapshots[id(param)].clone()
+        if rail.snapshot is not None and param in rail.snapshot:
+            one[SNAPSHOT] = rail.snapshot[param].clone()
     numbers, rows = packed(rail.watch)
-    own = torch.tensor([*numbers, rail.fallback.taken, rail.base], dtype=torch.float64)
+    own = torch.tensor([*numbers, rail.fallback.taken, rail.base, _kind(rail)], dtype=torch.float64)
     if found:  # a process of ZeroRedundancyOptimizer may have no parameters
         found[0] |= {WATCH: own, HISTORY: torch.tensor(rows, dtype=torch.float64)}
     return found

@@ -7,15 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from learnedopt.core import tree
 from learnedopt.plug_in import shards
 from learnedopt.plug_in.base import RuleOptimizer, moved, require_structure, unshared
 from learnedopt.plug_in.cohorts import Cohort, Player, formed
-from learnedopt.plug_in.members import Member, common_device, factors_of, gradients_of, scalar_loss
+from learnedopt.plug_in.members import (
+    Member,
+    common_device,
+    factors_of,
+    gradients_of,
+    name_of,
+    require_start,
+    saved_indices,
+    scalar_loss,
+    values_of,
+)
 from learnedopt.plug_in.memory import COUNT
 from learnedopt.plug_in.state_dtype import packed
-from learnedopt.plug_in.stepping import updated
+from learnedopt.plug_in.stepping import begun, updated
+
+THETA = "theta"
+"""What a group says of its theta: the fingerprint."""
 
 
 class MovedByRules(RuleOptimizer):
@@ -23,6 +37,8 @@ class MovedByRules(RuleOptimizer):
 
     _players: list[Player]
     """Of each group."""
+    adopt_start: bool
+    num_steps: int | None
     _state_dtype: torch.dtype | None = None
     _owned: bool = False
     """Whether nobody else can hold the memory, so that it may be overwritten."""
@@ -39,12 +55,15 @@ class MovedByRules(RuleOptimizer):
             return
         members = self._members()
         if any(m.param.grad is not None for m in members) and not self._only_looked_at(members):
-            for cohort in self._cohorts():
+            cohorts = self._cohorts()
+            for cohort in cohorts:
                 self._require_end(cohort)
                 self._move(cohort, loss)
             # What was gathered for this step goes; it is gathered anew for the next.
             self._together = [cohort for cohort in self._together if not cohort.gathers]
-            self._owned = True
+            # Memory that was given away is nobody else's again once the step has made new one of all of it.
+            renewed = {m.param for cohort in cohorts for m in cohort.members if m.name not in cohort.still}
+            self._owned = self._owned or renewed >= set(self.state)
 
     def _step_ready(self, loss: Any) -> bool:
         """Take the step as it was made ready; return whether it was done.
@@ -146,13 +165,76 @@ class MovedByRules(RuleOptimizer):
             for name in cohort.still:
                 entries[name].update({k: x for k, x in before[name].items() if k not in layout.common})
             state = layout.state(entries)
-        entries, cohort.entries = layout.entries(state), []
+        entries, kept = layout.entries(state), []
         for name, param, _ in cohort.members:
             # New dicts, so that an earlier state_dict() keeps what it held.
             count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)
             memory = packed(entries[name], param, self._state_dtype, seed=count)
             self.state[param] = {COUNT: count, **memory}
-            cohort.entries.append(self.state[param])
+            kept.append(self.state[param])
+        cohort.keep(kept)
         if self._state_dtype is not None:
             self._together = []  # what was computed with is not kept beside what is kept of it
         cohort.state, cohort.count, cohort.fresh, cohort.ready = state, cohort.count + 1, False, None
+
+    def _settle(self) -> None:
+        """See that the rules take their parameters, and put a start into them if that was allowed."""
+        self._settled = True
+        if any(is_lazy(p) for group in self.param_groups for p in group["params"]):
+            return  # they have no shapes; what is wrong with them is found in the first step
+        shards.require_known((m.name, m.param) for m in self._members())
+        for player, members in self._parts():
+            named = [(m.name, m.param) for m in members]
+            if shards.what_is_missing(named) is not None and player.reads_whole(members):
+                shards.require_whole_tensors(named, name_of(player.rule))
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            start, _ = begun(player.mover, player.theta_on(common_device(params)), params)
+            changed = [k for k, p in params.items() if start[k] is not p and not torch.equal(start[k].to(p), p)]
+            if changed and not self.adopt_start:
+                raise ValueError(
+                    f"{name_of(player.rule)} has a start of its own, which would overwrite the parameters {changed}; "
+                    "pass adopt_start=True to let it, or use a rule without a learned start to train on from the "
+                    "present values"
+                )
+            require_start(player.rule, start)
+            for name, param, _ in members:
+                if name in changed:
+                    shards.local(param.detach()).copy_(shards.own_piece(start[name], param, gather))
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        indices = saved_indices(state_dict, self.param_groups)
+        for player, members in self._parts():
+            gather = player.gathers(members)
+            params = values_of(members, gather)
+            state = player.begun(members, params)
+            layout = player.layout(state, members, params, gather)
+            own = [(indices.get(m.param), m) for m in members]
+            self._require_memory(layout, state, state_dict, own, player.rule)
+            self._require_length(player, [state_dict["state"].get(i, {}) for i, _ in own])
+        for player, saved in zip(self._players, state_dict["param_groups"], strict=False):
+            if saved.get(THETA, player.fingerprint) != player.fingerprint:
+                raise ValueError(
+                    f"this state is of another theta ({saved[THETA]}) than the optimizer's {name_of(player.rule)} has "
+                    f"({player.fingerprint}): a rule goes on from its own memory only; make the optimizer with the "
+                    "theta that it was saved with"
+                )
+
+    def _require_length(self, player: Player, entries: list[dict[str, Any]]) -> None:
+        if self.num_steps is None or not player.rule.reads_horizon:
+            return
+        told = {float(x) for entry in entries for k, x in entry.items() if k.endswith(".horizon")}
+        other = sorted(told - {float(self.num_steps)})
+        if other:
+            raise ValueError(
+                f"this state is of a training of {other[0]:g} steps, and the optimizer was made with num_steps="
+                f"{self.num_steps}: {name_of(player.rule)} is on its way along the first; make it with num_steps="
+                f"{other[0]:g} to go on there"
+            )
+
+    def _fill_groups(self) -> None:
+        """Give groups what those of earlier versions did not have."""
+        for group, player in zip(self.param_groups, self._players, strict=True):
+            group.setdefault("weight_decay", 0.0)
+            group.setdefault("maximize", False)
+            group[THETA] = player.fingerprint
