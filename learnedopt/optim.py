@@ -211,7 +211,7 @@ class LearnedOptimizer(MovedByRules):
         for player, members in self._parts():
             for _, param, _ in members if player.rule.reads_horizon else ():
                 entry = self.state.get(param, {})
-                clocks = [key.removesuffix("horizon") + "step" for key in entry if key.endswith(".horizon")]
+                clocks = {key.removesuffix("horizon") + "step" for key in entry if key.endswith(".horizon")} & {*entry}
                 if clocks:
                     self.state[param] = {**entry, **{key: torch.full_like(entry[key], step) for key in clocks}}
 

@@ -60,8 +60,7 @@ def test_bound_steps_are_those_in_place_to_the_bit_and_the_updates(kind: str, dt
         deltas, after = rule.update(theta, named, updated[1], updated[0], torch.zeros(()))
         updated = ({k: p + deltas[k] for k, p in updated[0].items()}, after)
     assert int(own[1].step) == HORIZON + 2
-    bounds = {"rtol": 10 * TOLERANCE[dtype], "atol": 10 * TOLERANCE[dtype]}
-    torch.testing.assert_close(own, updated, **bounds)
+    torch.testing.assert_close(own, updated, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 @torch.no_grad()

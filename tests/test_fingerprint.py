@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import learnedopt
 from learnedopt import optimizers
 from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import UpdateRule
-from learnedopt.core.tree import Theta
+from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers import LSTM, Adam, Clip, LearnedInit, RMSprop
 
 TEMPLATE = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
@@ -106,10 +107,19 @@ def test_options_count_as_numbers_and_templates_by_their_shapes() -> None:
 
 
 @dataclass(frozen=True)
-class Odd(Adam):
+class Odd(UpdateRule):
     """A rule with an option of any kind."""
 
     option: Any = None
+
+    def init_theta(self, generator: torch.Generator) -> Theta:
+        return {}
+
+    def init(self, theta: Theta, params: Params) -> tuple[Params, Any]:
+        return params, ()
+
+    def update(self, theta: Theta, grads: Params, state: Any, params: Params, loss: Tensor) -> tuple[Params, Any]:
+        return grads, state
 
 
 class Word(enum.Enum):
