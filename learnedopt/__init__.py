@@ -52,6 +52,7 @@ __version__ = "0.2.0"
 _LAZY = {
     "AcceptIfBetter": "learnedopt.plug_in.guard",
     "Guard": "learnedopt.plug_in.guard_rail",
+    "GuardReport": "learnedopt.plug_in.guard_rail",
     "Card": "learnedopt.cards",
     "HyperOptimizer": "learnedopt.plug_in.hyper",
     "LearnedOptimizer": "learnedopt.optim",
@@ -118,7 +119,7 @@ if TYPE_CHECKING:
     from learnedopt.optim import LearnedOptimizer
     from learnedopt.optimizers import Averaged, Entropic, Euclidean, Iterate, MirrorDescent
     from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
-    from learnedopt.plug_in.guard_rail import Guard
+    from learnedopt.plug_in.guard_rail import Guard, GuardReport
     from learnedopt.plug_in.hyper import HyperOptimizer
     from learnedopt.plug_in.learner import RunDiverged
     from learnedopt.tasks.module_family import ModuleFamily
@@ -168,6 +169,7 @@ __all__ = [
     "Found",
     "GradientEstimator",
     "Guard",
+    "GuardReport",
     "GuessAndGrow",
     "HessianFree",
     "HorizonWarning",
