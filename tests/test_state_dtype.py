@@ -19,7 +19,7 @@ def test_only_leaves_with_a_number_for_every_coordinate_are_packed() -> None:
     assert {k for k, x in found.items() if k != "step" and x.dtype == torch.bfloat16} == {"mean", "averages", "h1"}
     assert all(found[k] is memory[k] for k in ("step", "count", "tensor", "index"))
     assert all(memory[k].dtype == torch.float32 for k in ("mean", "averages", "h1"))
-    wide = unpacked(found, dict.fromkeys(("mean", "averages", "h1", "count"), torch.float32))
+    wide = {k: unpacked(x, torch.float32) for k, x in found.items()}
     assert {k for k, x in wide.items() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16} == set()
     assert wide["mean"].equal(found["mean"].float())
 
@@ -65,7 +65,7 @@ def test_adam_forgets_a_large_gradient_although_its_memory_has_eight_bits() -> N
             grad = torch.full_like(param, 10.0 if step == 0 else 0.1)
             _, state = rule.update(theta, {"p": grad}, state, {"p": param}, torch.tensor(0.0))
             memory = {"mean": state["mean"]["p"], "square": state["square"]["p"]}
-            memory = unpacked(packed(memory, param, dtype, seed=step), dict.fromkeys(memory, torch.float32))
+            memory = {k: unpacked(x, torch.float32) for k, x in packed(memory, param, dtype, seed=step).items()}
             state = {"mean": {"p": memory["mean"]}, "square": {"p": memory["square"]}, "step": state["step"]}
         return state["square"]["p"]
 

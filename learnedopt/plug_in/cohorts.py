@@ -19,8 +19,10 @@ from learnedopt.plug_in import shards
 from learnedopt.plug_in.bound import BoundSteps
 from learnedopt.plug_in.members import Member, common_device, name_of, values_of
 from learnedopt.plug_in.memory import COUNT, Layout
-from learnedopt.plug_in.state_dtype import unpacked
 from learnedopt.plug_in.stepping import begun
+
+MOST_LAYOUTS = 64
+"""That a rule remembers: experts that take turns are other parameters at every step."""
 
 
 @final
@@ -46,6 +48,7 @@ class Player:
     warned: bool = False
     behind: int = 0
     _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
+    _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False)
 
     @cached_property
     def mover(self) -> UpdateRule:
@@ -56,6 +59,10 @@ class Player:
     def fingerprint(self) -> str:
         """What tells this theta of this rule from others."""
         return fingerprint(self.rule, self.theta)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found again: layouts hold functions, which cannot be pickled."""
+        return {**self.__dict__, "_layouts": {}}
 
     def theta_on(self, device: torch.device) -> Theta:
         """Return theta on a device."""
@@ -87,8 +94,16 @@ class Player:
 
     def layout(self, state: State, members: list[Member], params: Params, gather: bool) -> Layout:
         """Return how a state for some parameters lies in their entries."""
-        cut = {m.name: m.param for m in members if shards.kind_of(m.param) is shards.Kind.SHARDED}
-        return Layout(state, params, spread=self.rule.coordinatewise, cut=cut, gather=gather)
+        return Layout(state, params, spread=self.rule.coordinatewise, cut=_cut(members), gather=gather)
+
+    def known_layout(self, members: list[Member], params: Params, gather: bool) -> Layout:
+        """Return the same, of parameters that have begun: their first state, which says it, is made once."""
+        key = (gather, tuple((name, p.shape, p.dtype) for name, p in params.items()))
+        if key not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self.layout(self.begun(members, params), members, params, gather)
+        return self._layouts[key].of(_cut(members))
 
     def divides(self, members: list[Member]) -> bool:
         """Return whether the rule moves each parameter as if it were alone, and can begin with any one of them."""
@@ -205,11 +220,11 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     gather = player.gathers(members)
     params = values_of(members, gather)
     whole = params if gather else None
-    first = player.begun(members, params)
-    layout = player.layout(first, members, params, gather)
     entries = [kept.get(m.param, {}) for m in members]
     counts = [entry.get(COUNT) for entry in entries]
     if all(count is None for count in counts):
+        first = player.begun(members, params)
+        layout = player.layout(first, members, params, gather)
         return Cohort(player, members, still, layout, first, 0, fresh=True, whole=whole)
     late = [m.name for m, count in zip(members, counts, strict=True) if count is None]
     if late:
@@ -217,7 +232,8 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
             f"{name_of(player.rule)} ties parameters together, and began without {late}: lazy parameters must have "
             "their shapes before the first step (run the model once on an example), or take a coordinatewise rule"
         )
-    state = layout.state(_as_computed(dict(zip(layout.names, entries, strict=True)), layout, first))
+    layout = player.known_layout(members, params, gather)
+    state = layout.state(dict(zip(layout.names, entries, strict=True)))
     device = common_device(params)
     # What all have in common may lie with parameters of other cohorts too, and is written in place.
     state = (
@@ -227,15 +243,10 @@ def _joined(player: Player, members: list[Member], still: frozenset[str], kept: 
     return Cohort(player, members, still, layout, state, count, fresh=False, whole=whole)
 
 
+def _cut(members: list[Member]) -> Params:
+    return {m.name: m.param for m in members if shards.kind_of(m.param) is shards.Kind.SHARDED}
+
+
 def _same_tensors(entry: dict[str, Any], held: dict[str, Any]) -> bool:
     # Many move an optimizer's memory to another device and back, entry by entry.
     return entry.keys() == held.keys() and all(x is held[key] for key, x in entry.items() if key != COUNT)
-
-
-def _as_computed(entries: dict[str, Any], layout: Layout, first: State) -> dict[str, Any]:
-    """Return entries with what is kept in bfloat16 in the dtype of the rule's first state."""
-    narrow = {n: [k for k, x in e.items() if getattr(x, "dtype", None) is torch.bfloat16] for n, e in entries.items()}
-    if not any(narrow.values()):
-        return entries
-    wide = layout.entries(first)
-    return {n: unpacked(entry, {k: wide[n][k].dtype for k in narrow[n]}) for n, entry in entries.items()}

@@ -111,6 +111,7 @@ class HyperOptimizer(RuleOptimizer):
         self.num_steps, self.objective, self.guard, self.hint = num_steps, objective, guard, hint
         self._loop = windows.recorded_loop(self.rule)
         self._window: Window | None = None
+        self._laid_out: Layout | None = None
         self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
         theta = tree.to(theta, common_device(values_of(self._members())), None)
@@ -188,7 +189,7 @@ class HyperOptimizer(RuleOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._loop, self._traced = windows.recorded_loop(self.rule), None
+        self._loop, self._traced, self._laid_out = windows.recorded_loop(self.rule), None, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group before the first step; the rule's memory and its window cannot grow afterwards.
@@ -202,6 +203,7 @@ class HyperOptimizer(RuleOptimizer):
                 "a parameter group can be added before the first step only: the window and the rule's memory belong to "
                 "the parameters that they began with; make a new optimizer with all of them"
             )
+        self._laid_out = None
         super().add_param_group(param_group)
 
     def _settle(self) -> None:
@@ -214,8 +216,11 @@ class HyperOptimizer(RuleOptimizer):
         settings.require_learnable(self._loop, self.theta, params, state, self.num_steps, self.objective)
 
     def _layout(self) -> Layout:
-        params = values_of(self._members())
-        return Layout(begun(self.rule, self._theta_on(common_device(params)), params)[1], params, spread=False)
+        if self._laid_out is None:  # once: it takes the rule's first state
+            params = values_of(self._members())
+            state = begun(self.rule, self._theta_on(common_device(params)), params)[1]
+            self._laid_out = Layout(state, params, spread=False)
+        return self._laid_out
 
     def _recall(self, members: list[Member], params: Params) -> tuple[State, int]:
         """Return the rule's memory, or a new one, and the number of steps so far."""
@@ -290,7 +295,7 @@ class HyperOptimizer(RuleOptimizer):
         else:
             found = self._updated(self.theta, now, state, values_of(members))
         # What is written in place from here on, or by the next backward(), must not be part of the memory.
-        layout = Layout(state, now.grads, spread=False)
+        layout = self._layout()
         require_structure(layout, found.state, self.rule)
         kept = tree.detach(unshared(found.state, (*(m.param for m in members), *now.grads.values())))
         moved(members, found.found, now.factors, added=found.added)
@@ -348,7 +353,7 @@ class HyperOptimizer(RuleOptimizer):
                 p.copy_(window.params[k])
             kept = unshared(state, tuple(params.values()))
             window = self._begin(params, state, window.entries)
-            self._remember(members, Layout(kept, params, spread=False).entries(kept), count + 1)
+            self._remember(members, self._layout().entries(kept), count + 1)
         self._learn(grads, window)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, final
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from learnedopt.core import tree
 from learnedopt.core.rule import State
 from learnedopt.plug_in import shards
+from learnedopt.plug_in.state_dtype import unpacked
 
 Entries: TypeAlias = dict[str, dict[str, Tensor]]
 """Parameter -> key -> what its entry of ``Optimizer.state`` holds of the rule's memory."""
@@ -69,7 +71,9 @@ class Layout:
         self.shapes = {name: p.shape for name, p in params.items()}
         self.names, self.spread = tuple(params), spread
         self._sizes = [shape.numel() for shape in self.shapes.values()]
-        self.places = tuple(place for place, _ in self._placed(state))
+        placed = self._placed(state)
+        self.places = tuple(place for place, _ in placed)
+        self._dtypes = {place: x.dtype for place, x in placed if isinstance(x, Tensor)}
         self._rebuild = tree.flatten(state)[1]
 
     def fits(self, state: State) -> bool:
@@ -91,9 +95,15 @@ class Layout:
                 found[name][key] = leaf if owner is None else self._kept(leaf, owner)
         return found
 
+    def of(self, cut: Mapping[str, Tensor]) -> Layout:
+        """Return the same layout for these parameters in pieces."""
+        found = copy.copy(self)
+        found.cut = cut
+        return found
+
     def state(self, entries: Mapping[str, Mapping[str, Any]]) -> State:
-        """Return the state that entries hold; what is joined is copied."""
-        return self._rebuild([self._leaf(place, entries) for place in self.places])
+        """Return the state that entries hold; what is joined is copied, what is kept in bfloat16 is widened."""
+        return self._rebuild([unpacked(self._leaf(place, entries), self._dtypes.get(place)) for place in self.places])
 
     @property
     def common(self) -> list[str]:

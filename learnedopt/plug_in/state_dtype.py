@@ -47,9 +47,10 @@ def packed(memory: Mapping[str, Any], param: Tensor, dtype: torch.dtype | None, 
     return {k: _rounded_here(x, param, generator) if _per_coordinate(x, param) else x for k, x in memory.items()}
 
 
-def unpacked(memory: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """Return the memory as the rule computes with it: every leaf that ``dtypes`` names in the dtype said there."""
-    return {k: x.to(dtypes[k]) if k in dtypes else x for k, x in memory.items()}
+def unpacked(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """Return a leaf of the memory as a rule computes with it: what was rounded in the ``dtype`` that it had."""
+    narrow = isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16 and dtype is not None
+    return leaf.to(dtype) if narrow else leaf
 
 
 def _per_coordinate(leaf: Any, param: Tensor) -> bool:
