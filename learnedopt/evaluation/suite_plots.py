@@ -46,7 +46,7 @@ def plot_matrix(path: str | Path, suite: Suite) -> Path:
     bar = figure.colorbar(image, ax=axes, ticks=[0.5, 0.7, 1, 1.4, 2], shrink=0.8)
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
     bar.ax.minorticks_off()
-    bar.set_label("last 20 losses / best tuned baseline's")
+    bar.set_label("last 20 losses /\nbest tuned baseline's", fontsize=8)
     return write_figure(figure, path)
 
 
