@@ -27,7 +27,8 @@ class CompileWarning(UserWarning):
 def inspected(tensors: tree.Tree) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Return the leaves, and all that a program takes for granted about them."""
     flat, spec = pytree.tree_flatten(tensors)
-    return flat, (spec, *((x.shape, x.stride(), x.dtype, x.device) for x in flat))
+    # As text: in older torch a structure has no hash.
+    return flat, (repr(spec), *((x.shape, x.stride(), x.dtype, x.device) for x in flat))
 
 
 def build_once(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
