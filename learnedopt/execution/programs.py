@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.core import tree
 from learnedopt.core.inner import InnerLoop
+from learnedopt.execution.compiler_cache import keep_compiler_cache_private
 
 logger = logging.getLogger("learnedopt")
 
@@ -79,6 +80,7 @@ def backend(record: torch.fx.GraphModule, example: list[Tensor]) -> Callable[...
 
     Not by ``torch.compile``, which traces the record once more and looks at every input in every call.
     """
+    keep_compiler_cache_private()
     import torch._inductor
 
     # On a CPU the many small kernels are called from C++ too: it is faster, and sooner ready when found on disk.
