@@ -1,8 +1,8 @@
 """A file's SHA-256 in the file itself, so that it survives a copy of the file alone.
 
 The statement ``"sha256": "<64 hexadecimal digits>"`` stands in a place that the format of the file leaves for it,
-before any other text of that form. Its digits are the SHA-256 of the whole file with 64 zeros in their place: every bit of the
-file is under it, its own too. It tells damage, not malice: who can write the file can write the statement as well.
+before any other text of that form. Its digits are the SHA-256 of the whole file with 64 zeros in their place: every
+bit of the file is under it, its own too. It tells damage, not malice: who can write the file can write the statement.
 """
 
 from __future__ import annotations
