@@ -92,16 +92,16 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
-def require_name(name: str, what: str) -> None:
-    """Raise ValueError unless ``name`` can name one folder inside another: no path, nothing that leads elsewhere."""
+def require_name(name: str, what: str, of: str = "folder") -> None:
+    """Raise ValueError unless ``name`` can name a folder, or a file, inside one: nothing that leads elsewhere."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
         size = None  # bytes of the command line that are no text
     if size is None or not 0 < size <= MAX_NAME or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
         raise ValueError(
-            f"{what} {name!a} is not the name of a folder; pass 1 to {MAX_NAME} characters without slashes, "
-            "which are not '.' or '..'"
+            f"{what} {name!a} is not the name of a {of}; pass 1 to {MAX_NAME} characters without slashes, which "
+            "are not '.' or '..'"
         )
 
 
