@@ -23,6 +23,7 @@ END = f'\n{{"sha256": "{BLANK}"}}\n'.encode()
 RECORD = "learnedopt-record-1"
 """What says that a JSON file has a statement, so that one that lost it is told from one of before."""
 _PLACE = re.compile(rb'\\?"sha256\\?": ?\\?"([0-9a-f]{64})\\?"')  # also in JSON text inside JSON text
+_OWN = ("format", "sha256")
 _PIECE = 1 << 20
 MAX_RECORD = 1 << 28
 """Bytes of a JSON file that are read."""
@@ -75,26 +76,32 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Return what ``write_record`` wrote, or the JSON object that an earlier version wrote without a statement.
+def read_record(path: Path, of_before: tuple[type, ...] = (dict,)) -> Any:
+    """Return what ``write_record`` wrote, or the JSON that an earlier version wrote, without a statement.
+
+    Args:
+        path: the file.
+        of_before: what an earlier version wrote.
 
     Raises:
-        ValueError: it is damaged, no JSON object, nested too deeply, or larger than any that is written.
+        ValueError: it is damaged, nested too deeply, or larger than any that is written; it holds something else.
     """
     try:
         if path.stat().st_size > MAX_RECORD:
             raise ValueError(f"it is larger than {MAX_RECORD} bytes")
-        value = parse_json(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it is a {type(value).__name__}, not an object")
-        due = [key for key in ("format", "sha256") if key in value]
-        if (due or _PLACE.search(path.read_bytes())) and (len(due) < 2 or not is_sealed(path)):
-            raise ValueError("its SHA-256 is not in its place")
-        if due and value["format"] != RECORD:
-            raise ValueError(f"its format {value['format']!r} is not {RECORD!r}")
+        text = path.read_bytes()
+        value = parse_json(text)
+        # One of the three is still there where a bit of another was turned.
+        due = [key for key in _OWN if isinstance(value, dict) and key in value]
+        if due or _PLACE.search(text):
+            if len(due) < len(_OWN) or value["format"] != RECORD or not is_sealed(path):
+                raise ValueError("its SHA-256 is not in its place")
+            return {key: item for key, item in value.items() if key not in _OWN}
+        if not isinstance(value, of_before):
+            raise ValueError(f"it is a {type(value).__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or not what this library wrote: {error}") from error
-    return {key: item for key, item in value.items() if key not in due}
+    return value
 
 
 def _place(file: BinaryIO, start: int, stop: int | None) -> int | None:
