@@ -17,8 +17,8 @@ _FLOOR = 1e-3  # of the true gradient's length, below which a bias is drawn at t
 def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     """Draw those estimators that have numbers, the smallest error on top and the recommended one in the signal colour.
 
-    Bias (full circles; at the left end where it is not told from none) and noise at the budget (hollow diamonds) are
-    the roots of the two terms of the error (bars). Shapes and fills tell them apart without colours.
+    Bias (circles, hollow where it is not told from none) and noise at the budget (hollow diamonds) are the roots of the
+    two terms of the error (bars); what is below the axis is drawn at its end. No two differ by colour alone.
 
     Raises:
         ValueError: no estimator has numbers.
@@ -36,6 +36,7 @@ def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     colours = [EMPHASIS if row.label == found.recommendation.chosen else "#999999" for row in rows]
     for axes, name in zip(panels, names, strict=True):
         plain_axes(axes)
+        axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.tick_params(labelleft=axes is first, axis="y", length=0)
     _draw_errors(first, rows, colours)
@@ -47,18 +48,21 @@ def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     first.set_yticks(places, [row.label for row in rows], fontsize=8)
     for tick, row in zip(first.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.label == found.recommendation.chosen else "normal")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return write_figure(figure, path, dpi=110)
 
 
 def _draw_errors(axes: Any, rows: list[Row], colours: list[str]) -> None:
     places = range(len(rows))
     noises = [math.sqrt(max(_error(row) - row.bias**2, 0.0)) for row in rows]
-    biases = [row.bias if row.biased else 0.0 for row in rows]
+    biases = [row.bias for row in rows]
     totals = [math.sqrt(_error(row)) for row in rows]
     floor = max(_FLOOR, min([x for x in (*noises, *biases) if x > _FLOOR], default=_FLOOR) / 2)
     axes.barh(places, totals, color=colours, height=0.6, alpha=0.5, label="root of the expected squared error")
-    axes.plot([max(x, floor) for x in biases], places, "o", color="#000000", markersize=5, label="bias")
+    for told, fill, label in ((True, "#000000", "bias"), (False, "#ffffff", "bias, not told from none")):
+        kept = [place for place in places if rows[place].biased is told]
+        at = [max(biases[place], floor) for place in kept]
+        axes.plot(at, kept, "o", color="#000000", markerfacecolor=fill, markersize=5, label=label)
     axes.plot(
         [max(x, floor) for x in noises], places, "D", color=COLOURS[0], markersize=5, markerfacecolor="#ffffff",
         label="noise at the budget",

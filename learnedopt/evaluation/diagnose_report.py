@@ -100,6 +100,12 @@ def distrust(truth: Truth) -> str | None:
             "does not go back through them (evolution strategies, persistent ones), or TaskByTask, which leaves such "
             "tasks out."
         )
+    if truth.mean_length >= _HEAVY * truth.median_length:
+        return (
+            f"A few batches decide the true gradient: their lengths have a mean of {truth.mean_length:.3g} and a "
+            f"median of {truth.median_length:.3g}, as where inner loops are chaotic. Its mean is no direction to "
+            "follow: clip each task's (TaskByTask with max_task_grad_norm), take evolution strategies, or fewer steps."
+        )
     if not truth.uncertainty < _UNCERTAIN:
         needed = "many more"
         if math.isfinite(truth.uncertainty):
@@ -108,12 +114,6 @@ def distrust(truth: Truth) -> str | None:
             f"The true gradient is not known: the standard error of its mean over {truth.num_batches} batches is "
             f"{truth.uncertainty:.2g} of its length, and {_UNCERTAIN} is asked for. Take {needed} batches of truth, or "
             "more tasks. Close to an optimum there is no gradient to compare with: bias matters little there."
-        )
-    if truth.mean_length >= _HEAVY * truth.median_length:
-        return (
-            f"A few batches decide the true gradient: their lengths have a mean of {truth.mean_length:.3g} and a "
-            f"median of {truth.median_length:.3g}, as where inner loops are chaotic. Its mean is no direction to "
-            "follow: clip each task's (TaskByTask with max_task_grad_norm), take evolution strategies, or fewer steps."
         )
     return None
 
@@ -212,13 +212,15 @@ class Diagnosis:
         return [*cells, f"{found.cosine_of_mean:.3f}", *cost, f"{found.error:.3g}", verdict]
 
     def save(self, folder: str | Path) -> dict[str, Path]:
-        """Write diagnosis.json, .md and .png into ``folder``; return the paths by suffix."""
+        """Write diagnosis.json, .md and, where any estimator has numbers, .png into ``folder``; return the paths."""
         from learnedopt.evaluation.diagnose_plot import plot_diagnosis
 
-        paths = {suffix: Path(folder) / f"diagnosis.{suffix}" for suffix in ("json", "md", "png")}
+        drawn = any(row.accuracy is not None for row in self.rows)
+        paths = {end: Path(folder) / f"diagnosis.{end}" for end in ("json", "md", *(["png"] if drawn else []))}
         write_json(paths["json"], self.to_json())
         write_text(paths["md"], self.to_markdown())
-        plot_diagnosis(paths["png"], self)
+        if drawn:
+            plot_diagnosis(paths["png"], self)
         return paths
 
 
@@ -227,7 +229,7 @@ def _listed(title: str, told: Sequence[tuple[str, str]]) -> str:
     whose: dict[str, list[str]] = {}
     for text, label in told:
         whose.setdefault(text, []).append(label)
-    lines = "".join(f"- {', '.join(labels)}: {text}.\n" for text, labels in whose.items())
+    lines = "".join(f"- {'; '.join(labels)}: {text}.\n" for text, labels in whose.items())
     return f"\n{title}:\n\n{lines}" if lines else ""
 
 
