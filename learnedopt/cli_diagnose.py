@@ -40,6 +40,9 @@ def add_parser(commands: Any) -> None:
         "--budget", type=float, metavar="SECONDS", help="errors are compared at (default: one exact gradient's)"
     )
     parser.add_argument("--memory-limit", type=float, metavar="MB", help="above which nothing is recommended")
+    parser.add_argument(
+        "--truth-dtype", choices=("float64", "own"), default="float64", help="own: the recipe's (default float64)"
+    )
     parser.add_argument("--compile", action="store_true", help="as the recipe says; by default nothing is compiled")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default runs/diagnose-RECIPE")
 
@@ -74,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_tasks=recipe.num_tasks if arguments.tasks is None else arguments.tasks, num_batches=arguments.batches,
         num_truth_batches=arguments.truth_batches, seed=recipe.seed, also=_more(recipe.estimator, horizon),
         budget=arguments.budget, memory_limit=None if limit is None else int(limit * 1e6),
+        truth_dtype=torch.float64 if arguments.truth_dtype == "float64" else None,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     about = {

@@ -35,6 +35,7 @@ from learnedopt import (
     optimizers,
 )
 from learnedopt.config import INTERCHANGEABLE
+from learnedopt.estimators import perturbations
 from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.evaluation.diagnose import diagnose, first_sentence
 from learnedopt.evaluation.diagnose_numbers import Accuracy, Truth, accuracy_of, truth_of
@@ -157,6 +158,22 @@ def test_identical_estimators_have_no_bias_and_the_same_row() -> None:
         assert found(row).cosine == pytest.approx(first.cosine)
         assert row.seconds > 0 and row.peak_bytes > 0
     assert diagnosis.row("segments").peak_bytes != diagnosis.row("whole").peak_bytes
+
+
+def test_lengths_are_of_gradients_with_respect_to_theta_over_its_scale() -> None:
+    loop = InnerLoop(Quadratic(), optimizers.make("adam"), Execution(chunk_size=8))
+    theta = loop.init_theta(torch.Generator())
+    scale = loop.theta_scale(theta)
+    assert len({float(x) for x in scale.values()}) > 1
+    lengths = []
+    for batch in range(3):
+        tasks = loop.family.sample(2, perturbations.generator(5, 1, batch))
+        grads = Unrolled(3).estimate(loop, theta, FinalLoss(), loop.start(tasks)).grads
+        lengths.append(float(torch.stack([(g * scale[k]).square().sum() for k, g in grads.items()]).sum().sqrt()))
+    given: dict[str, Any] = {"num_tasks": 2, "num_batches": 3, "num_truth_batches": 3, "seed": 5}
+    truth = diagnose(loop, FinalLoss(), theta, horizon=3, estimators={"whole": Unrolled(3)}, **given).truth
+    assert truth.median_length == pytest.approx(sorted(lengths)[1], rel=1e-9)
+    assert truth.mean_length == pytest.approx(sum(lengths) / 3, rel=1e-9)
 
 
 def test_noise_is_not_called_bias() -> None:

@@ -102,12 +102,12 @@ def diagnose(
     require_count("num_truth_batches", num_truth, least=num_batches)
     if budget is not None and not 0 < budget < math.inf:
         raise ValueError(f"budget={budget!r} are seconds of compute: pass a positive, finite number")
-    theta = loop.init_theta(perturbations.generator(seed, 0)) if theta is None else tree.detach(theta)
-    loop.require_theta(theta)
-    bench = _Bench(loop, objective, theta, num_tasks, num_batches, horizon, seed)
-    exact, seconds = _exact(bench, num_truth, truth_dtype, report)
+    at: Theta = loop.init_theta(perturbations.generator(seed, 0)) if theta is None else tree.detach(theta)
+    loop.require_theta(at)
+    bench = _Bench(loop, objective, at, num_tasks, num_batches, horizon, seed, truth_dtype)
+    exact, seconds = _exact(bench, num_truth, report)
     truth = truth_of(exact, seconds)
-    facts = Facts(horizon, sum(x.numel() for x in theta.values()), truth.median_length)
+    facts = Facts(horizon, sum(x.numel() for x in at.values()), truth.median_length)
     also = also or {}
     tried = suggested(facts) if estimators is None else estimators
     tried = {**{label: x for label, x in tried.items() if x not in also.values()}, **also}
@@ -138,6 +138,7 @@ class _Bench:
     num_batches: int
     horizon: int
     seed: int
+    truth_dtype: torch.dtype | None
 
     def tasks(self, batch: int) -> Tasks:
         return self.loop.family.sample(self.num_tasks, perturbations.generator(self.seed, 1, batch))
@@ -172,10 +173,10 @@ class _Episode(NamedTuple):
     dropped: int
 
 
-def _exact(bench: _Bench, count: int, dtype: torch.dtype | None, report: Callable[[str], None]) -> tuple[Tensor, float]:
+def _exact(bench: _Bench, count: int, report: Callable[[str], None]) -> tuple[Tensor, float]:
     """Return the exact gradients of so many batches (count, num_entries), and the median of their seconds."""
     report(f"exact gradients of {count} batches")
-    bench = bench.in_dtype(dtype, eager=True)
+    bench = bench.in_dtype(bench.truth_dtype, eager=True)
     estimator: GradientEstimator = Unrolled(bench.horizon, segment=max(1, math.isqrt(bench.horizon)))
     if len(bench.loop.family.families) > 1:  # of several shapes: one task at a time
         estimator = TaskByTask(estimator)
@@ -194,7 +195,7 @@ def _row(bench: _Bench, label: str, tried: Tried, exact: Tensor, truth: Truth, b
         warnings.simplefilter("always", UserWarning)
         try:
             windows = windows_of(tried, bench.horizon)
-            joined = _joined(bench.in_dtype(torch.float64, eager=True), windows)
+            joined = _joined(bench.in_dtype(bench.truth_dtype, eager=True), windows)
             found: list[_Episode] = []
             for batch in range(bench.num_batches):
                 last = found[-1].last if found else None

@@ -94,7 +94,7 @@ def accuracy_of(found: Tensor, exact: Tensor, norm: float, cost: float) -> Accur
         _trace(noise),
         error(everyone),
         _without_each(error, count),
-        (float(cosines.mean()), *(_quantile(cosines, q) for q in (0.25, 0.5, 0.75))),
+        (float(cosines.mean()), _quantile(cosines, 0.25), _quantile(cosines, 0.5), _quantile(cosines, 0.75)),
         float(torch.nn.functional.cosine_similarity(found.mean(0), own.mean(0), dim=0, eps=0.0)),
     )
 
