@@ -128,11 +128,11 @@ def horizon_of(recipe: Recipe, asked: int | None) -> int:
 def _more(own: GradientEstimator, horizon: int) -> dict[str, Tried]:
     """Return the recipe's own estimator, where it is of this horizon, and the kinds that nobody has a hint for."""
     from learnedopt.config import INTERCHANGEABLE
-    from learnedopt.evaluation.diagnose_plans import HINTS, NO_HINT, spelled, windows_of
+    from learnedopt.evaluation.diagnose_plans import HINTS, NO_HINT, windows_of
 
     found: dict[str, Tried] = {kind.__name__: NO_HINT for kind in INTERCHANGEABLE[0] if kind not in HINTS}
     try:
         windows_of(own, horizon)
     except ValueError as error:
-        return {**found, f"the recipe's {spelled(own)}": str(error)}
+        return {**found, "the recipe's": str(error)}
     return {**found, "the recipe's": own}

@@ -295,6 +295,18 @@ def test_where_the_exact_gradient_explodes_all_is_said_and_nothing_chosen(tmp_pa
     assert {*diagnosis.save(tmp_path)} == {"json", "md"} and "explodes" in (tmp_path / "diagnosis.md").read_text()
 
 
+def test_where_the_truth_is_not_known_numbers_are_over_a_batch_s_length(tmp_path: Path) -> None:
+    # From a learned start in the middle of the targets: their gradients add up to nothing.
+    start = optimizers.make("maml", template={"x": torch.zeros(1, dtype=FLOAT)}, lr=RATE)
+    given: dict[str, Any] = {"num_tasks": 1, "num_batches": 4, "estimators": {"whole": Unrolled(2)}}
+    diagnosis = diagnose(InnerLoop(Distance(), start), FinalLoss(), horizon=2, **given)
+    truth = diagnosis.truth
+    assert not truth.known and truth.unit == truth.median_length > 0
+    assert "is not known" in diagnosis.to_markdown() and diagnosis.recommendation.chosen is None
+    assert truth.unit == pytest.approx((1 - RATE) ** 4)
+    assert found(diagnosis.rows[0]).variance > 0.5 and "png" in diagnosis.save(tmp_path)
+
+
 def test_the_truth_counts_what_is_not_finite_and_sees_heavy_tails() -> None:
     assert distrust(truth_of(torch.ones(6, 2, dtype=FLOAT), 1.0)) is None
     exact = torch.ones(6, 2, dtype=FLOAT)

@@ -229,10 +229,10 @@ def _accuracy(found: Tensor, finite: Tensor, exact: Tensor, truth: Truth, cost: 
     """Return what finite estimates say; None where these are too few, or the truth is not there."""
     whole = exact.isfinite().all(1)
     paired = finite & whole[: len(found)]
-    if int(paired.sum()) < LEAST or not truth.norm > 0:
+    if int(paired.sum()) < LEAST or not truth.unit > 0:
         return None
     rest = exact[len(found) :][whole[len(found) :]]
-    return accuracy_of(found[paired], torch.cat([exact[: len(found)][paired], rest]), truth.norm, cost)
+    return accuracy_of(found[paired], torch.cat([exact[: len(found)][paired], rest]), truth.unit, cost)
 
 
 def _episode(

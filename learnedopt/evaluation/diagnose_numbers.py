@@ -26,9 +26,19 @@ class Truth(NamedTuple):
     num_not_finite: int
     seconds: float
 
+    @property
+    def known(self) -> bool:
+        """Whether the mean is told from nothing: its standard error is below half its length."""
+        return self.uncertainty < UNCERTAIN
+
+    @property
+    def unit(self) -> float:
+        """What errors are shown in: the true length or, where that is not known, the median one of a batch."""
+        return self.norm if self.known else self.median_length
+
 
 class Accuracy(NamedTuple):
-    """What batches of estimates tell, squares relative to the square of the truth's length.
+    """What batches of estimates tell, squares relative to the square of ``Truth.unit``.
 
     ``bias_squared`` is unbiased, so that it may be below 0, and ``bias_error`` its standard error. ``variance`` is that
     of one estimate, its trace. ``error = max(bias_squared, 0) + variance * cost``; ``left_out`` are the errors without
@@ -46,6 +56,7 @@ class Accuracy(NamedTuple):
     cosine_of_mean: float
 
 
+UNCERTAIN = 0.5
 LEAST = 3  # batches: a standard error by leaving one out needs two others
 
 
@@ -63,7 +74,7 @@ def truth_of(exact: Tensor, seconds: float) -> Truth:
     return Truth(norm, uncertainty, float(lengths.mean()), _quantile(lengths, 0.5), len(exact), lost, seconds)
 
 
-def accuracy_of(found: Tensor, exact: Tensor, norm: float, cost: float) -> Accuracy:
+def accuracy_of(found: Tensor, exact: Tensor, unit: float, cost: float) -> Accuracy:
     """Compare estimates (num_batches, num_entries) with exact gradients, of which the first are of the same batches.
 
     What the two differ by on the same tasks is bias and the estimator's own noise alone, so that chance in the tasks is
@@ -73,13 +84,13 @@ def accuracy_of(found: Tensor, exact: Tensor, norm: float, cost: float) -> Accur
     Args:
         found: all finite, at least three.
         exact: all finite, (at least num_batches, num_entries).
-        norm: the truth's length, positive.
+        unit: a length, positive, whose square squares are taken relative to.
         cost: of one estimate, in units of the compute that is spent.
     """
-    count, unit = len(found), norm * norm
+    count, square = len(found), unit * unit
     own = exact[:count]
     differences = found - own
-    bias, noise = differences @ differences.T / unit, found @ found.T / unit
+    bias, noise = differences @ differences.T / square, found @ found.T / square
 
     def error(kept: Tensor) -> float:
         b, n = bias[kept][:, kept], noise[kept][:, kept]

@@ -174,15 +174,15 @@ def windows_of(estimator: GradientEstimator, horizon: int) -> int:
         counts = {windows_of(part, horizon) for part in (estimator.back_propagated, estimator.perturbed)}
         if len(counts) > 1:
             raise ValueError(
-                f"the parts of {estimator!r} cut an episode into different numbers of windows, so that they have "
-                "gradients of two different things; diagnose each by itself"
+                f"the parts of {spelled(estimator)} cut an episode into different numbers of windows, so that they "
+                "have gradients of two different things; diagnose each by itself"
             )
         return counts.pop()
     if isinstance(estimator, TaskByTask):
         if estimator.horizons is not None:
             raise ValueError(
-                f"{estimator!r} draws a horizon for each task, and the diagnosis is of {horizon} steps for all; leave "
-                "its horizons out"
+                f"{spelled(estimator)} draws a horizon for each task, and the diagnosis is of {horizon} steps for all; "
+                "leave its horizons out"
             )
         return windows_of(estimator.estimator, horizon)
     whole = isinstance(estimator, Unrolled | TruncatedBackprop | Implicit | ForwardMode | EvolutionStrategies)
@@ -196,4 +196,6 @@ def _no_windows(facts: Facts) -> str:
 
 
 def _other_length(estimator: GradientEstimator, steps: int, horizon: int) -> str:
-    return f"{estimator!r} is for episodes of {steps} steps, and the diagnosis is of {horizon}; give both the same"
+    return (
+        f"{spelled(estimator)} is for episodes of {steps} steps, and the diagnosis is of {horizon}; give both the same"
+    )

@@ -32,7 +32,8 @@ def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     grid = figure.add_gridspec(1, 4, width_ratios=(2.2, 1.2, 1, 1))
     first = figure.add_subplot(grid[0])
     panels = [first, *(figure.add_subplot(grid[i], sharey=first) for i in (1, 2, 3))]
-    names = ("error, of the true gradient's length", "cosine of one estimate", "seconds an episode", "peak MB")
+    unit = "the true gradient's length" if found.truth.known else "a batch's median length"
+    names = (f"error, of {unit}", "cosine of one estimate", "seconds an episode", "peak MB")
     colours = [EMPHASIS if row.label == found.recommendation.chosen else "#999999" for row in rows]
     for axes, name in zip(panels, names, strict=True):
         plain_axes(axes)

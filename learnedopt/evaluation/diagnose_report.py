@@ -10,7 +10,7 @@ from typing import Any
 
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.evaluation.comparison import align, write_text
-from learnedopt.evaluation.diagnose_numbers import Accuracy, Truth, spread
+from learnedopt.evaluation.diagnose_numbers import UNCERTAIN, Accuracy, Truth, spread
 
 RULE = (
     "The estimator with the smallest expected squared error of the mean gradient for one budget of compute, bias² + "
@@ -19,7 +19,6 @@ RULE = (
 )
 OWN = "recipe's estimator"
 """Under which key of the settings that is, where a recipe was diagnosed."""
-_UNCERTAIN = 0.5  # standard error of the true gradient over its length, from which on it is not known
 _HEAVY = 3.0  # mean over median of batches' gradient lengths, from which on a few decide
 _SURE = 2.0  # standard errors
 _CLOSE = 1.1  # ratio of errors up to which the measured times decide nothing
@@ -51,7 +50,7 @@ class Row:
 
     @property
     def bias(self) -> float:
-        """The bias over the true gradient's length; 0 where noise explains all of it."""
+        """The bias over ``Truth.unit``; 0 where noise explains all of it."""
         return math.nan if self.accuracy is None else math.sqrt(max(self.accuracy.bias_squared, 0.0))
 
 
@@ -106,14 +105,14 @@ def distrust(truth: Truth) -> str | None:
             f"median of {truth.median_length:.3g}, as where inner loops are chaotic. Its mean is no direction to "
             "follow: clip each task's (TaskByTask with max_task_grad_norm), take evolution strategies, or fewer steps."
         )
-    if not truth.uncertainty < _UNCERTAIN:
+    if not truth.known:
         needed = "many more"
         if math.isfinite(truth.uncertainty):
-            needed = f"about {math.ceil(truth.num_batches * (truth.uncertainty / _UNCERTAIN) ** 2)}"
+            needed = f"about {math.ceil(truth.num_batches * (truth.uncertainty / UNCERTAIN) ** 2)}"
         return (
             f"The true gradient is not known: the standard error of its mean over {truth.num_batches} batches is "
-            f"{truth.uncertainty:.2g} of its length, and {_UNCERTAIN} is asked for. Take {needed} batches of truth, or "
-            "more tasks. Close to an optimum there is no gradient to compare with: bias matters little there."
+            f"{truth.uncertainty:.2g} of its length, and below {UNCERTAIN} is asked for. Take {needed} batches of "
+            "truth, or more tasks. Close to an optimum there is no gradient to compare with: bias matters little there."
         )
     return None
 
@@ -186,14 +185,15 @@ class Diagnosis:
         table = [[*head, "verdict"]]
         table += [self._cells(row) for row in sorted(self.rows, key=_order) if row.refused is None]
         own = f" The recipe's estimator is {about[OWN]}." if OWN in about else ""
+        unit = "the true gradient's length" if truth.known else "the median length of a batch's exact gradient"
+        length = f"has the length {truth.norm:.4g}, known up to {100 * truth.uncertainty:.2g} %"
         text = (
             f"Episodes of {about['horizon']} steps, {about['num_batches']} batches of {about['num_tasks']} tasks; the "
-            f"exact gradient over {truth.num_batches} batches has the length {truth.norm:.4g}, known up to "
-            f"{100 * truth.uncertainty:.2g} %. Lengths of single batches: median {truth.median_length:.4g}, mean "
-            f"{truth.mean_length:.4g}. Bias, variance and error are over the true gradient's length, or its square; "
-            f"variance is that of one estimate of {about['num_tasks']} tasks, and so many times as large of one; "
-            f"seconds are of one episode, the budget is {about['budget']:.3g} s; MB are the peak of tensors.{own}\n\n"
-            f"**{self.recommendation.text}**\n\nThe rule: {RULE}\n\n{align(table)}"
+            f"exact gradient over {truth.num_batches} batches {length if truth.known else 'is not known'}. Lengths of "
+            f"single batches: median {truth.median_length:.4g}, mean {truth.mean_length:.4g}. Bias, variance and error "
+            f"are over {unit}, or its square; variance is that of one estimate of {about['num_tasks']} tasks, and so "
+            f"many times as large of one; seconds are of one episode, the budget is {about['budget']:.3g} s; MB are "
+            f"the peak of tensors.{own}\n\n**{self.recommendation.text}**\n\nThe rule: {RULE}\n\n{align(table)}"
         )
         refused = [(row.refused, row.label) for row in self.rows if row.refused is not None]
         notes = [(note, row.label) for row in self.rows for note in row.notes]
