@@ -6,6 +6,11 @@ again with the same configuration it goes on where it stopped, exactly.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import json
+import math
+>>>>>>> tasks
 import signal
 import uuid
 from pathlib import Path
@@ -218,6 +223,8 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
     try:
         return trainer.run(recipe.num_meta_steps)
     except TrainingDiverged as error:
+        if error.result.best_value == math.inf:  # no theta was seen to be any good
+            raise
         raise error.naming(save_theta(recipe, folder, loop, error.result)) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,5 @@ class TrainingDiverged(RuntimeError):
 
     def naming(self, path: Path) -> TrainingDiverged:
         """Return the error with a message that says where the best theta so far is."""
-        value = self.result.best_value
-        how = f"validation {value:.6g}" if math.isfinite(value) else "no validation was finite"
-        return TrainingDiverged(f"{self}. The best theta so far ({how}) is in {path}", self.result)
+        best = f"The best theta so far (validation {self.result.best_value:.6g}) is in {path}"
+        return TrainingDiverged(f"{self}. {best}", self.result)
