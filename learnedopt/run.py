@@ -6,11 +6,7 @@ again with the same configuration it goes on where it stopped, exactly.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import json
 import math
->>>>>>> tasks
 import signal
 import uuid
 from pathlib import Path
