@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import random
 import resource
@@ -52,6 +53,12 @@ class Watch:
 
 
 WATCH = Watch()
+
+
+@functools.cache
+def listen() -> None:
+    """Let ``WATCH`` hear: once and for all, because the interpreter forgets no hook."""
+    sys.addaudithook(WATCH.hear)
 
 
 @dataclasses.dataclass
@@ -154,7 +161,7 @@ def fuzz(num_inputs: int, every_bit: int, seed: int = 0) -> dict[str, Found]:
         every_bit: of the bits of files with a SHA-256, one of so many is turned alone; 1 turns all.
         seed: of the changes.
     """
-    sys.addaudithook(WATCH.hear)
+    listen()
     kinds, result = targets(), {}
     each = -(-2 * num_inputs // (3 * len(kinds)))
     for name, target in kinds.items():

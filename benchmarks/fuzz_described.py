@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.fuzz_targets import Target
-from learnedopt import checkpoint, cli_evaluate, optimizers, tasks
+from learnedopt import cards, checkpoint, cli_evaluate, optimizers, tasks
 from learnedopt.core import sealed
+from learnedopt.optimizers.registry import RULES
 from learnedopt.training import training_file
 
 _WORDS = [
@@ -102,9 +104,16 @@ def _reader(target: Target, path: Path, fill: Any, found: Any, read: Read) -> Ca
             fill(path, value)
         except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
             return  # no file can hold it
-        read(target, path, None, found, f"described {str(value)[:300]}")
+        read(target, path, None, found, f"described {_shown(value)}")
 
     return one
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)[:300]
+    except RuntimeError:  # a Counter sorts its values, and tensors have no order
+        return f"a {type(value).__name__}"
 
 
 def _run(strategy: st.SearchStrategy[Any], one: Callable[[Any], None], num_inputs: int) -> None:
@@ -124,10 +133,26 @@ def _theta(path: Path) -> tuple[Any, Any]:
     strategy = st.one_of(
         st.builds(lambda place, new: put(config, place, new), st.sampled_from(places(config)), JSON),
         st.builds(lambda rule, metadata: {**config, "rule": rule, "metadata": metadata}, JSON, JSON),
-        st.builds(lambda card: {**config, "metadata": {"card": card}}, JSON),
+        st.builds(lambda rule: {**config, "rule": rule}, _rules()),
+        st.builds(lambda card: {**config, "metadata": {"card": card}}, _cards()),
+        st.builds(lambda estimator: {**config, "metadata": {"estimator": estimator}}, JSON),
         st.builds(lambda inner: {**config, "inner_objective": inner}, JSON),
     )
     return strategy, lambda path, value: save_file(theta, path, metadata={"learnedopt": json.dumps(value)})
+
+
+@st.composite
+def _rules(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a rule that there is, with options that it has."""
+    name = draw(st.sampled_from(list(RULES.table)))
+    known = list(inspect.signature(RULES._factory(name)).parameters)
+    template = {"w": {"shape": draw(st.lists(st.integers(0, 10**6), max_size=3)), "dtype": "float32"}}
+    options = draw(st.dictionaries(st.sampled_from([*known, "lr"]), st.one_of(NUMBERS, JSON), max_size=3))
+    return {"name": name, "options": options | ({"template": template} if draw(st.booleans()) else {})}
+
+
+def _cards() -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({k: st.one_of(st.text(max_size=5), JSON) for k in (*cards.FIELDS, cards.HOLDS_UP_TO)})
 
 
 def _state(path: Path) -> tuple[Any, Any]:
