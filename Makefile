@@ -13,11 +13,11 @@ LOWEST_STAMP := .venv-lowest/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 # The contract, the engines and what else leans on torch, numpy, matplotlib, Pillow, wandb and safetensors.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-    checkpoint compiled_step evaluate evolution execution few_shot_tasks forward implicit inner kept_libraries \
+    checkpoint compiled_step compiler_cache evaluate evolution execution few_shot_tasks forward implicit inner kept_libraries \
     layout lstm_kernel optim persistent resume tracker train_meta trainer unrolled wandb_tracker))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long test-lowest lint results bench bench-scaling wheel-check clean
+.PHONY: help install demo test test-long install-lowest test-lowest lint results bench bench-scaling wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,8 @@ test-long: $(STAMP)  ## run the tests that take longer
 
 test-lowest: $(LOWEST_STAMP)  ## run the core tests on the lowest versions that pyproject.toml admits
 	OMP_NUM_THREADS=1 $(LOWEST_BIN)/pytest -q -n 2 -m 'not long' $(CORE_TESTS)
+
+install-lowest: $(LOWEST_STAMP)  ## create .venv-lowest with those versions (several GB where torch comes with CUDA)
 
 lint: $(STAMP)  ## check style (ruff) and types (pyright)
 	$(BIN)/ruff check --quiet

@@ -48,7 +48,7 @@ def _is_torchs(folder: Path) -> bool:
 
 def _own() -> Path:
     try:
-        folder = cache_folder() / "inductor"
+        folder = cache_folder().resolve() / "inductor"
         os.close(open_private(folder))
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         logger.warning("what torch compiles is kept for this process alone, in a temporary folder, because %s", error)

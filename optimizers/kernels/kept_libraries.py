@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from learnedopt.core.private_folder import not_ours
@@ -60,7 +61,8 @@ def keep(folder: int, key: str, product: Path) -> None:
         raise
     for other in _names(folder, key):
         if other != name:
-            os.unlink(other, dir_fd=folder)
+            with suppress(FileNotFoundError):  # another process has been quicker
+                os.unlink(other, dir_fd=folder)
     os.fsync(folder)
 
 
@@ -75,13 +77,14 @@ def _fault(folder: int, name: str) -> str | None:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
-    with open(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status, digest = os.fstat(descriptor), hashlib.sha256()
         if not stat.S_ISREG(status.st_mode):
             return "is no plain file"
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
+        while piece := os.read(descriptor, 1 << 20):
             digest.update(piece)
+    finally:
+        os.close(descriptor)
     if not_ours(status) is not None:
         return not_ours(status)
     whole = name.endswith(f"-{digest.hexdigest()}.so")
