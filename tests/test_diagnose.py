@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FLOAT, Quadratic
+from problems import FLOAT, Mix, Quadratic
 from torch import Tensor
 
 import learnedopt
@@ -158,6 +158,15 @@ def test_identical_estimators_have_no_bias_and_the_same_row() -> None:
         assert found(row).cosine == pytest.approx(first.cosine)
         assert row.seconds > 0 and row.peak_bytes > 0
     assert diagnosis.row("segments").peak_bytes != diagnosis.row("whole").peak_bytes
+
+
+def test_of_families_of_several_shapes_only_tasks_by_themselves_are_estimated() -> None:
+    loop = InnerLoop(Mix(Quadratic(), Distance()), optimizers.make("sgd", lr=0.1))
+    diagnosis = diagnose(loop, FinalLoss(), horizon=2, num_tasks=3, num_batches=3)
+    told = [row.label for row in diagnosis.rows if row.refused is None]
+    assert told == ["task by task", "task by task, clipped"]
+    assert diagnosis.row("task by task").bias < 1e-12
+    assert "cannot be run together" in str(diagnosis.row("unrolled").refused)
 
 
 def test_lengths_are_of_gradients_with_respect_to_theta_over_its_scale() -> None:
