@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
+import safetensors.torch
 import torch
 
+from learnedopt import cli
 from learnedopt.training.json_tracker import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300.0
 """Seconds after which a process that should have ended, or come somewhere, is taken to hang."""
+_IMPORTED = (
+    "torch._dynamo", "jsonargparse", "matplotlib.figure", "matplotlib.backends.backend_agg", "learnedopt.run",
+    "learnedopt.tasks.registry", "learnedopt.optimizers.registry", "learnedopt.inner_objectives.registry",
+    "learnedopt.evaluation.plots", "learnedopt.execution.memory", "learnedopt.recipes.recipe",
+)  # fmt: skip
 # What the process is given before it becomes the training: how SIGHUP is handled (whoever starts the soak may ignore
 # it), the largest file that it may write, and which user it is.
 _LAUNCH = """
 import os, resource, signal, sys
-limit, user = int(sys.argv[1]), int(sys.argv[2])
+limit, user, terminal = map(int, sys.argv[1:4])
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if terminal:
+    import fcntl, termios
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 if user:
     os.setgroups([]); os.setgid(user); os.setuid(user)
-os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[4:]])
 """
 
 
 class Training(NamedTuple):
-    """A recipe with the settings that make it small; ``data`` says whether it reads LEARNEDOPT_DATA."""
+    """A recipe with the settings that make it small; ``data``: it reads LEARNEDOPT_DATA."""
 
     recipe: str
     settings: tuple[str, ...]
     data: bool = False
+    compiled: bool = False
 
 
 _TINY = ("num_meta_steps=60", "num_tasks=2", "checkpoint_every=2", "meta.lr=0.01")
@@ -79,8 +94,67 @@ TRAININGS = {
         (*_TINY, *_HELD_OUT, *_IMAGES, "estimator.num_steps=2", "estimator.horizon=6", "rule.hidden_size=3"),
         data=True,
     ),
-    "MAML, compiled": Training("maml-sine", (*_TINY, *_HELD_OUT, "estimator.num_steps=2", "execution.compile=true")),
+    "MAML, compiled": Training(
+        "maml-sine", (*_TINY, *_HELD_OUT, "estimator.num_steps=2", "execution.compile=true"), compiled=True
+    ),
 }  # fmt: skip
+
+
+class Process(Protocol):
+    """What is asked of a training: of ``subprocess.Popen`` and of a ``Forked`` alike."""
+
+    pid: int
+    returncode: int | Any
+
+    def poll(self) -> int | None:
+        """Return its exit code, minus a signal's number where that ended it; None while it runs."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+        ...
+
+
+class Forked:
+    """The command line ``train_meta.py *arguments`` in a fork of this process, whose imports it need not repeat."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], output: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.environ.clear()
+            os.environ.update(environment)
+            for handle in (1, 2):
+                os.dup2(output, handle)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            code = cli.main(["train", *arguments])
+        except BaseException:  # noqa: BLE001 - the end of a process, which says so as any other would
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)  # what is open here is the parent's to close
+
+    def poll(self) -> int | None:
+        """See ``Process``."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        """See ``Process``."""
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+
+def import_all() -> None:
+    """Import what a training imports, for those that are forked: it takes most of the time of a short one."""
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()  # objects that a child need not look through
 
 
 @contextmanager
@@ -92,35 +166,45 @@ def started(
     environment: Mapping[str, str] | None = None,
     file_limit: int = 0,
     user: int = 0,
-    name: str = "run",
-) -> Iterator[subprocess.Popen[str]]:
+    terminal: int | None = None,
+    fork: bool = False,
+) -> Iterator[Process]:
     """Start the training in a process of its own; what is left of it and its children at the end is killed.
 
     Args:
-        training: which one; its run's folder is ``runs/name``.
-        runs: the folder of runs, beside which its home, its output ``runs/said.txt`` and compiled code are kept.
+        training: which one; its run's folder is ``runs/run``, and what it says goes to ``runs/said.txt``.
+        runs: the folder of runs, and by default its home.
         wandb: the mode.
         environment: variables beside those of this process.
         file_limit: bytes that a file may have, 0 for no limit.
         user: the number of a user to be instead, 0 for oneself.
-        name: the run's.
+        terminal: the handle of a terminal to be started in, and to write to.
+        fork: fork this process, without any of the three before, instead of starting Python anew.
     """
     runs.mkdir(parents=True, exist_ok=True)
     sets = [word for setting in training.settings for word in ("--set", setting)]
-    script = [str(ROOT / "train_meta.py"), training.recipe, "--runs", str(runs), "--name", name, "--wandb", wandb]
+    arguments = [training.recipe, "--runs", str(runs), "--name", "run", "--wandb", wandb, *sets]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     own = {"HOME": str(runs), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
-    call = [sys.executable, "-c", _LAUNCH, str(file_limit), str(user), *script, *sets]
+    given = map(str, (file_limit, user, int(terminal is not None)))
+    call = [sys.executable, "-c", _LAUNCH, *given, str(ROOT / "train_meta.py"), *arguments]
     # A file, not a pipe: a stopped service of W&B would keep a pipe open.
-    with (
-        open(runs / "said.txt", "a", encoding="utf-8") as said,
-        subprocess.Popen(call, cwd=ROOT, env={**kept, **own}, stdout=said, stderr=said, text=True) as process,
-    ):
-        try:
-            yield process
-        finally:
-            for child in (*family(process.pid), *([process] if process.poll() is None else [])):
-                child.kill()
+    with open(runs / "said.txt", "a", encoding="utf-8") as file:
+        output = terminal or file.fileno()
+        if fork:
+            process = Forked(arguments, {**kept, **own}, output)
+        else:
+            process = subprocess.Popen(
+                call, cwd=ROOT, env={**kept, **own}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=terminal is not None,
+            )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for child in family(process.pid):
+            child.kill()
+        process.send_signal(signal.SIGKILL)
+        wait_until(process, lambda: False)
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -143,7 +227,7 @@ def last_step(folder: Path) -> int:
     return int(steps[-1]) if steps else -1
 
 
-def wait_until(process: subprocess.Popen[str], come: Any, every: float = 0.002) -> bool:
+def wait_until(process: Process, come: Callable[[], bool], every: float = 0.002) -> bool:
     """Wait until ``come()`` is true; return False where the process ended before.
 
     Raises:
@@ -173,17 +257,10 @@ def torn(folder: Path) -> list[str]:
             elif path.suffix == ".jsonl":
                 read_metrics(path)
             elif path.suffix == ".safetensors":
-                safetensors_torch().load_file(path)
+                safetensors.torch.load_file(path)
         except Exception as error:  # noqa: BLE001 - whatever it is, the file is torn
             found.append(f"{path.name} ({type(error).__name__}: {error})")
     return found
-
-
-def safetensors_torch() -> Any:
-    """Return the module that reads theta."""
-    import safetensors.torch
-
-    return safetensors.torch
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
