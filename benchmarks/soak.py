@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import soak_memory, soak_table
-from benchmarks.soak_faults import KILL, NEED_DATA, OTHERS, Round, kill
+from benchmarks.soak_faults import KILL, NEED_DATA, OTHERS
+from benchmarks.soak_round import Round
 from benchmarks.soak_runs import TRAININGS, import_all
+from benchmarks.soak_signals import kill
 
 
 def plan(only: list[str]) -> list[tuple[str, str]]:

@@ -33,18 +33,16 @@ _IMPORTED = (
     "learnedopt.evaluation.plots", "learnedopt.execution.memory", "learnedopt.recipes.recipe",
 )  # fmt: skip
 # What the process is given before it becomes the training: how SIGHUP is handled (whoever starts the soak may ignore
-# it), the largest file that it may write, and which user it is.
+# it), the largest file that it may write, and its terminal.
 _LAUNCH = """
 import os, resource, signal, sys
-limit, user, terminal = map(int, sys.argv[1:4])
+limit, terminal = map(int, sys.argv[1:3])
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if terminal:
     import fcntl, termios
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-if user:
-    os.setgroups([]); os.setgid(user); os.setuid(user)
-os.execv(sys.executable, [sys.executable, *sys.argv[4:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
@@ -165,7 +163,6 @@ def started(
     wandb: str = "disabled",
     environment: Mapping[str, str] | None = None,
     file_limit: int = 0,
-    user: int = 0,
     terminal: int | None = None,
     fork: bool = False,
 ) -> Iterator[Process]:
@@ -177,16 +174,15 @@ def started(
         wandb: the mode.
         environment: variables beside those of this process.
         file_limit: bytes that a file may have, 0 for no limit.
-        user: the number of a user to be instead, 0 for oneself.
         terminal: the handle of a terminal to be started in, and to write to.
-        fork: fork this process, without any of the three before, instead of starting Python anew.
+        fork: fork this process, without either of the two before, instead of starting Python anew.
     """
     runs.mkdir(parents=True, exist_ok=True)
     sets = [word for setting in training.settings for word in ("--set", setting)]
     arguments = [training.recipe, "--runs", str(runs), "--name", "run", "--wandb", wandb, *sets]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     own = {"HOME": str(runs), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
-    given = map(str, (file_limit, user, int(terminal is not None)))
+    given = map(str, (file_limit, int(terminal is not None)))
     call = [sys.executable, "-c", _LAUNCH, *given, str(ROOT / "train_meta.py"), *arguments]
     # A file, not a pipe: a stopped service of W&B would keep a pipe open.
     with open(runs / "said.txt", "a", encoding="utf-8") as file:
@@ -204,7 +200,7 @@ def started(
         for child in family(process.pid):
             child.kill()
         process.send_signal(signal.SIGKILL)
-        wait_until(process, lambda: False)
+        wait_for_end(process)
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -241,6 +237,11 @@ def wait_until(process: Process, come: Callable[[], bool], every: float = 0.002)
             raise TimeoutError(f"process {process.pid} neither came on nor ended within {PATIENCE:g} seconds")
         time.sleep(every)
     return True
+
+
+def wait_for_end(process: Process) -> None:
+    """Wait until the process has ended; raise TimeoutError where it does not."""
+    wait_until(process, lambda: False, every=0.01)
 
 
 def torn(folder: Path) -> list[str]:

@@ -16,10 +16,15 @@ class Interrupts:
     SIGTERM and SIGHUP. A SIGHUP that the process was told to ignore, as ``nohup`` does, stays ignored.
 
     Only the main thread may do so: elsewhere nothing changes.
+
+    Args:
+        patient: wait even after a second Ctrl-C. Of several processes each gets a terminal's Ctrl-C twice: from the
+            terminal and from what launched them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.number: int | None = None
+        self._patient = patient
         self._waiting = True
         self._before: dict[int, Any] = {}
 
@@ -43,7 +48,7 @@ class Interrupts:
 
     def _note(self, number: int, frame: Any) -> None:
         again = self.number is not None
-        if again and number != signal.SIGINT:
+        if again and (self._patient or number != signal.SIGINT):
             return
         self.number = int(number)
         if again or not self._waiting:
