@@ -11,7 +11,7 @@ BENCH_STAMP := .venv-bench/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint results bench bench-scaling wheel-check clean
+.PHONY: help install demo test test-long lint results bench bench-scaling soak wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into do
 
 bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)
 	$(BENCH_BIN)/python benchmarks/bench.py --scaling
+
+soak: $(STAMP)  ## kill real trainings and disturb them in other ways (20 minutes; runs/soak, docs/reliability.md)
+	$(BIN)/python benchmarks/soak.py --minutes 20
 
 # The C in learn2learn's source archive was generated for Python 3.10 and older; build_ext has it generated anew. What it
 # requires itself (data sets, environments of gym) is not needed for what is measured. An environment of its own: what it

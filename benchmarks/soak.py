@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,8 @@ def plan(only: list[str]) -> list[tuple[str, str]]:
 
 def carry_out(fault: str, name: str, number: int, folder: Path) -> dict[str, Any]:
     """Return the row of one round."""
-    runs = folder / "rounds" / f"{number:04d}"
-    shutil.rmtree(runs, ignore_errors=True)  # a round that was cut off begins anew
+    (folder / "rounds").mkdir(exist_ok=True)
+    runs = Path(tempfile.mkdtemp(prefix=f"{number:04d}-", dir=folder / "rounds"))  # one that was cut off begins anew
     training, home, began = TRAININGS[name], folder / "home", time.monotonic()
     row: dict[str, Any] = {"round": number, "fault": fault, "training": name}
     try:

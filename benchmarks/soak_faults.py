@@ -20,9 +20,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks.soak_round import BAD_INPUT, LAST, Round, Wrong
+from benchmarks.soak_round import LAST, Round, Wrong
 from benchmarks.soak_runs import ROOT, family
 from benchmarks.soak_signals import STOPPED, close_terminal, stop
+from learnedopt.cli import BAD_INPUT, DISK_FULL
 
 
 def fill_disk(round: Round) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def fill_disk(round: Round) -> dict[str, Any]:
     try:
         limit = 0 if mounted else int(share * (round.whole / "checkpoint.pt").stat().st_size)
         with round.start(file_limit=limit) as process:
-            message = round.ends(process, BAD_INPUT, "(?i)^learnedopt train: .*(no space|too large|full)")
+            message = round.ends(process, DISK_FULL, "^learnedopt train: the disk is full")
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=100m", str(round.folder)], check=True)
         round.finish()
@@ -42,7 +43,7 @@ def fill_disk(round: Round) -> dict[str, Any]:
         if mounted:
             subprocess.run(["umount", "--lazy", str(round.folder)], check=True)
     how = "a small disk" if mounted else "a limit of file sizes"
-    return {"outcome": "stopped", "message": message, "code": BAD_INPUT, "how": how}
+    return {"outcome": "stopped", "message": message, "code": DISK_FULL, "how": how}
 
 
 def _mount(folder: Path, options: str) -> bool:

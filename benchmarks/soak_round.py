@@ -14,8 +14,6 @@ from benchmarks.soak_runs import Process, Training, differences, last_step, said
 
 LAST = 60
 """The meta-steps of every training here."""
-BAD_INPUT = 2
-"""The exit code of what cannot work as it was given."""
 
 
 class Wrong(Exception):

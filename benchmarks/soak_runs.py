@@ -271,7 +271,9 @@ def differences(folder: Path, whole: Path) -> list[str]:
     ]
     if missing:
         return missing
-    found = [*torn(folder)]
+    found = torn(folder)
+    if found:
+        return found
     if (folder / "theta.safetensors").read_bytes() != (whole / "theta.safetensors").read_bytes():
         found.append("theta differs")
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, whole)]

@@ -62,6 +62,7 @@ def list_recipes() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130, 143 or 129 after a signal."""
+    from learnedopt.core.files import require_name
     from learnedopt.run import train
     from learnedopt.training.trainer import TrainingDiverged
 
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
-    folder = arguments.runs / (arguments.name or arguments.recipe)
+    name = arguments.recipe if arguments.name is None else arguments.name
+    require_name(name, "--name")
+    folder = arguments.runs / name
     try:
         result = train(recipe, folder, arguments.wandb)
     except (KeyboardInterrupt, SystemExit) as stop:

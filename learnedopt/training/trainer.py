@@ -76,7 +76,8 @@ class MetaTrainer:
             stopped (same machine and execution).
         checkpoint_every: meta-steps between two checkpoints.
         max_skips_in_a_row: after so many non-finite meta-gradients in a row ``TrainingDiverged`` is raised.
-        config: what the tracker is told about the run at its start, beside the number of meta-steps.
+        config: what the tracker is told about the run at its start, beside the number of meta-steps; a checkpoint holds
+            it.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
 
@@ -281,7 +282,8 @@ class MetaTrainer:
 
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-        return describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+        own = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+        return own._replace(config=self.config)
 
     def _require_settings(self) -> None:
         if not isinstance(self.estimator, GradientEstimator):
