@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def list_recipes() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130 or 143 after a signal."""
+    """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130, 143 or 129 after a signal."""
     from learnedopt.core.files import require_name
     from learnedopt.run import train
     from learnedopt.training.trainer import TrainingDiverged
@@ -75,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = train(recipe, folder, arguments.wandb)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone: that is why it stopped
+            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
