@@ -11,10 +11,15 @@ class Interrupts:
     """Notes Ctrl-C and SIGTERM in ``number`` instead of tearing a meta-step; a second one is raised at once.
 
     Only the main thread may do so: elsewhere nothing changes.
+
+    Args:
+        patient: wait even after a second one. Of several processes each gets a terminal's Ctrl-C twice: from the
+            terminal and from what launched them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.number: int | None = None
+        self._patient = patient
         self._waiting = True
         self._before: dict[int, Any] = {}
 
@@ -35,7 +40,7 @@ class Interrupts:
             raise KeyboardInterrupt if self.number == signal.SIGINT else SystemExit(128 + self.number)
 
     def _note(self, number: int, frame: Any) -> None:
-        at_once = not self._waiting or self.number is not None
+        at_once = not self._waiting or (self.number is not None and not self._patient)
         self.number = int(number)
         if at_once:
             self.deliver()

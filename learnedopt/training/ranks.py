@@ -23,6 +23,7 @@ T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that ranks wait for each other by default: more than anything takes that only one of them does."""
 _BAD_INPUT = (ValueError, TypeError, NotImplementedError, OSError)
+_SIGNALS = 65  # numbers of signals are below
 _GRACE = 5.0
 """Seconds that a rank which has lost another gives the rest to say what they know."""
 
@@ -85,6 +86,15 @@ class Ranks:
             dist.all_reduce(sent, group=self.group if self.gpu is None else None)
         return sent.to(numbers.device)
 
+    def agree(self, signal: int | None, what: str) -> int | None:
+        """Return the number of a signal that any rank has got: the same on all."""
+        if self.alone:
+            return signal
+        got = torch.zeros(_SIGNALS, dtype=torch.float64)
+        got[signal or 0] = 1
+        found = self.sum(got, what)[1:].nonzero()
+        return int(found[0]) + 1 if len(found) else None
+
     def follow(self, tensors: Sequence[Tensor], what: str) -> None:
         """Write rank 0's values into the tensors of all: machines of other kinds may round differently."""
         if self.alone:
@@ -143,7 +153,8 @@ class Ranks:
             if self.group is not None and dist.is_initialized():
                 if not isinstance(error, RankFailed):
                     _Notes(self.group).write("failed", self.rank, f"{type(error).__name__}: {_one_line(error)}")
-                dist.destroy_process_group(self.group)  # and its connections: whoever waits at one of them is told
+                with suppress(ValueError):  # of an inner block
+                    dist.destroy_process_group(self.group)
             raise
 
     @contextmanager

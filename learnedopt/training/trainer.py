@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,11 @@ from learnedopt.training import carries
 from learnedopt.training.description import describe
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.meta_update import MetaUpdate
-from learnedopt.training.progress import Progress, Training, load_progress, require_loadable, save_progress
+from learnedopt.training.progress import Progress, Training, require_loadable, save_progress
+from learnedopt.training.rank_carries import own_share, resume, whole_carry
+from learnedopt.training.rank_checks import require_same
+from learnedopt.training.rank_estimates import Share, Summing, Whole
+from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.steadying import Steadying
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
 from learnedopt.training.validation import Validation, require_seed, task_generator
@@ -79,6 +84,8 @@ class MetaTrainer:
         config: what the tracker is told about the run at its start, beside the number of meta-steps.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
+        ranks: the processes that share each meta-batch; by default those of the process group of ``torch.distributed``
+            that is initialised (docs/many_processes.md). Rank 0 alone has the tracker and the checkpoint, and reports.
 
     Raises:
         TypeError, ValueError: an option is out of its range; there are no meta-parameters; the meta-optimizer or the
@@ -112,6 +119,7 @@ class MetaTrainer:
         max_skips_in_a_row: int = 10,
         config: dict[str, Any] | None = None,
         report: Callable[[TrainingResult, Tracker], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
@@ -120,7 +128,8 @@ class MetaTrainer:
         self.config, self.report = dict(config or {}), report
         self.steadying = Steadying(average, rollback_above)
         self._require_settings()
-        self.tracker = _sinks(tracker)
+        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.tracker = _sinks(tracker if self.ranks.leads else None)
         if theta is None:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
@@ -131,6 +140,7 @@ class MetaTrainer:
             require_loadable(self.meta_optimizer, self.scheduler)
         self.progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
+        self._sum, self._goes_on = Summing(self.ranks), False
 
     def run(self, num_meta_steps: int) -> TrainingResult:
         """Train until meta-step ``num_meta_steps`` of the run, counted from its very beginning.
@@ -144,24 +154,31 @@ class MetaTrainer:
             ValueError: bad input, before the first inner step; or a checkpoint of another run.
         """
         require_count("num_meta_steps", num_meta_steps)
-        if self.validation is not None:
-            self.validation.require_measurable(self.theta)  # before anything is written
-        self._check_loop()
-        self._resume()
+        with self.ranks.failing_together():
+            self._require_same(num_meta_steps)
+            if self.validation is not None:
+                self.validation.require_measurable(self.theta)  # before anything is written
+            self._check_loop()
+            self._resume()
+            return self._run(num_meta_steps)
+
+    def _run(self, num_meta_steps: int) -> TrainingResult:
         exit_code = 1
-        with Interrupts() as interrupts:
+        with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self._at_start:
                     self._log({}, validate=True)
-                while interrupts.number is None and self.progress.meta_step < num_meta_steps:
-                    self._meta_step(num_meta_steps)
+                stop = self.ranks.agree(interrupts.number, "the start")
+                while stop is None and self.progress.meta_step < num_meta_steps:
+                    stop = self._meta_step(num_meta_steps, interrupts)
                     if self.progress.meta_step % self.checkpoint_every == 0:
                         self._save()
                 self._save()
+                interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
                 result = self._result()
-                if self.report is not None:
+                if self.report is not None and self.ranks.leads:
                     self.report(result, self.tracker)
                 exit_code = 0
             except (KeyboardInterrupt, SystemExit):
@@ -178,25 +195,26 @@ class MetaTrainer:
             carry = loop.start(family.sample(min(2, self.num_tasks), task_generator(self.seed, 0)))
             check_loop(loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
 
-    def _meta_step(self, num_meta_steps: int) -> None:
+    def _meta_step(self, num_meta_steps: int, interrupts: Interrupts) -> int | None:
+        """Take one; return the number of a signal that says to stop."""
         progress, began = self.progress, time.perf_counter()
-        carry = progress.carry if progress.carry is not None else self._fresh_carry()
+        # Where only this rank's tasks have come to their end, it waits for the others'.
+        carry = progress.carry if progress.carry is not None or self._goes_on else self._fresh_carry()
         # From here on the episode counts as begun, and its carry comes back only with a finite meta-gradient.
-        progress.carry = None
-        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
-        estimate = self.estimator.estimate(self.loop, theta, self.objective, carry)
-        self._require_carry(estimate.carry)
-        require_grads(self.estimator, estimate.grads, self.theta)
+        progress.carry, self._goes_on = None, False
+        whole = self._estimate(carry, interrupts)
+        estimate = whole.estimate
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
         finite = math.isfinite(norm.mantissa) and math.isfinite(loss)
         if finite and not self.steadying.too_high(loss, progress.steadied):
             self._update.apply(grads, norm, self.max_grad_norm)
             self.steadying.moved(self.theta, loss, progress.steadied)
-            progress.carry, progress.skips_in_a_row = estimate.carry, 0
+            progress.carry, self._goes_on, progress.skips_in_a_row = estimate.carry, whole.goes_on, 0
         else:
             self.steadying.go_back(self.theta, self.meta_optimizer, progress.steadied)
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
+        self.ranks.follow([*self.theta.values()], f"theta after meta-step {progress.meta_step}")
         metrics = {
             "meta_loss": loss,
             "grad_norm": norm.value,
@@ -210,6 +228,21 @@ class MetaTrainer:
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
+        return interrupts.number if self.ranks.alone else whole.stop
+
+    def _estimate(self, carry: Any, interrupts: Interrupts) -> Whole:
+        """Estimate this rank's share of the tasks, and return the estimate of all ranks'."""
+        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
+        found = None
+        if carry is not None:
+            found = self.estimator.estimate(self.loop, theta, self.objective, carry)
+            self._require_carry(found.carry)
+            require_grads(self.estimator, found.grads, self.theta)
+        if self.ranks.alone and found is not None:
+            return Whole(found, 1.0, found.carry is not None, None)
+        weight = 0 if carry is None else self.estimator.count_tasks(carry)
+        share = Share(found, float(weight), interrupts.number)
+        return self._sum(share, self.theta, f"the sum of meta-gradients of meta-step {self.progress.meta_step + 1}")
 
     def _fresh_carry(self) -> Any:
         # Every episode has a generator of its own, so that a resumed run needs no random state but this count.
@@ -219,7 +252,7 @@ class MetaTrainer:
         theta = {k: v.detach().clone() for k, v in self.theta.items()}
         carry = self.estimator.start(self.loop, theta, tasks, generator)
         self._require_carry(carry)
-        return carry
+        return own_share(self.ranks, self.estimator, carry)
 
     def _require_carry(self, carry: Any) -> None:
         whose = type(self.estimator).__name__
@@ -266,14 +299,20 @@ class MetaTrainer:
         return self.progress.meta_step == 0 and self.progress.best_theta is None
 
     def _save(self) -> None:
-        if self.checkpoint is not None and self._training is not None:
-            save_progress(self.checkpoint, self.progress, self._training)
+        if self.checkpoint is None or self._training is None:
+            return
+        home = next(iter(self.theta.values())).device
+        carry = whole_carry(self.ranks, self.estimator, self.progress.carry, self._training.classes, home)
+        if self.ranks.leads:
+            save_progress(self.checkpoint, replace(self.progress, carry=carry), self._training)
 
     def _resume(self) -> None:
         if self.checkpoint is not None:
             self._training = self._training or self._describe()
-            if self.checkpoint.exists():
-                self.progress = load_progress(self.checkpoint, self._training)
+            resumed = resume(self.ranks, self.checkpoint, self._training)
+            if resumed is not None:
+                self.progress, self._goes_on = resumed, resumed.carry is not None
+                self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry)
         if self.progress.meta_step == 0 and self.progress.carry is None:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
@@ -282,6 +321,17 @@ class MetaTrainer:
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
         return describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+
+    def _require_same(self, num_meta_steps: int) -> None:
+        """Raise ValueError where the ranks are not to do the same, or are more than the tasks."""
+        if self.ranks.size > self.num_tasks:
+            raise ValueError(
+                f"num_tasks={self.num_tasks} tasks a meta-batch cannot be shared by {self.ranks.size} processes: each "
+                "needs one at least; take more tasks, or start fewer processes"
+            )
+        things = {name: getattr(self, name) for name in _TOLD}
+        require_same(self.ranks, {**things, "num_meta_steps": num_meta_steps, "theta": _shapes(self.theta)})
+        self.ranks.follow([*self.theta.values()], "the theta to start from")
 
     def _require_settings(self) -> None:
         if not isinstance(self.estimator, GradientEstimator):
@@ -296,6 +346,17 @@ class MetaTrainer:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm!r} must be positive; None leaves gradients as they are"
             )
+
+
+_TOLD = (
+    "num_tasks", "seed", "estimator", "objective", "steadying", "max_grad_norm", "checkpoint_every",
+    "max_skips_in_a_row", "validation", "config",
+)  # fmt: skip
+"""What all ranks must have alike."""
+
+
+def _shapes(theta: Theta) -> dict[str, str]:
+    return {k: f"{x.dtype} {tuple(x.shape)}" for k, x in theta.items()}
 
 
 def _sinks(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
