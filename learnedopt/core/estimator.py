@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt.core import checks, tree
+from learnedopt.core import checks, shares, tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop, InnerSolver
@@ -79,6 +79,23 @@ class GradientEstimator(ABC):
         A ``Carry`` by default. ``generator`` is for an estimator that draws numbers of its own, into its carry.
         """
         return loop.start(tasks)
+
+    def count_tasks(self, carry: Any) -> int:
+        """Return of how many tasks a carry is."""
+        return shares.count(carry, type(self).__name__)
+
+    def narrow(self, carry: Any, start: int, stop: int) -> Any:
+        """Return the carry of tasks ``start`` to ``stop - 1`` alone; ``join`` puts such shares together again.
+
+        The mean of the shares' estimates, weighted by their numbers of tasks, must be the estimate of all: what is
+        drawn for a task must not depend on which share it lies in. By default ``Carry``s are cut, and numbers are taken
+        to be of all tasks; ValueError where the carry holds anything else, or the estimate is not such a mean.
+        """
+        return shares.take(carry, start, stop, type(self).__name__)
+
+    def join(self, carries: Sequence[Any]) -> Any:
+        """Return the carry of all tasks of these shares, in this order; some of the tasks may be missing."""
+        return shares.put_together(carries, type(self).__name__)
 
 
 def as_leaves(theta: Theta) -> Theta:

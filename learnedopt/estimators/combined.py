@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import torch
 from torch import Tensor
@@ -127,6 +127,17 @@ class Combined(GradientEstimator):
         seed = perturbations.draw_seed(generator)
         first, second = (part.start(loop, theta, tasks, generator) for part in (self.back_propagated, self.perturbed))
         return CombinedCarry(first, second, (_no_moments(theta), _no_moments(theta)), seed, 0, size(tasks))
+
+    def count_tasks(self, carry: CombinedCarry) -> int:
+        """Return of how many tasks each episode is."""
+        return carry.num_tasks
+
+    def narrow(self, carry: CombinedCarry, start: int, stop: int) -> NoReturn:
+        """Raise ValueError: the weights are of the variances of whole meta-batches."""
+        raise ValueError(
+            "a meta-batch of Combined cannot be estimated in shares: each entry is weighted by the variances of both "
+            "gradients of the whole meta-batch; use one of its parts, or estimate all tasks at once, in one process"
+        )
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: CombinedCarry) -> Estimate:

@@ -88,6 +88,11 @@ class EvolutionStrategies(GradientEstimator):
         """Return a fresh episode with a seed of its own."""
         return EvolutionCarry(loop.start(tasks), perturbations.draw_seed(generator), 0)
 
+    def narrow(self, carry: EvolutionCarry, start: int, stop: int) -> EvolutionCarry:
+        """Return a share of the tasks, which sees the same perturbations."""
+        perturbations.require_unranked(self)
+        return super().narrow(carry, start, stop)
+
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: EvolutionCarry) -> Estimate:
         """Run every particle through the episode, or one window of it."""

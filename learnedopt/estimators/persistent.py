@@ -15,6 +15,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.rule import State
+from learnedopt.core.shares import Places, all_places, join_places, narrow_places, require_same
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators import perturbations
@@ -41,13 +42,15 @@ class Cohort(NamedTuple):
 
 
 class PersistentCarry(NamedTuple):
-    """The cohorts, the seed of all draws, the number of the next window, and what the drifts were made with."""
+    """The cohorts, the seed of all draws, the number of the next window, what the drifts were made with, and the places
+    of the cohorts' tasks in their meta-batches."""
 
     cohorts: tuple[Cohort, ...]
     seed: int
     window: int
     sigma: float
     reuse_noise: bool
+    places: Places | None = None  # None in files of before: all
 
 
 @final
@@ -120,7 +123,25 @@ class PersistentES(GradientEstimator):
             moved = self._advance(loop, theta, [cohorts[i] for i in running], running, seed, number, still)
             for i, each in zip(running, moved, strict=True):
                 cohorts[i] = each.cohort
-        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise)
+        places = all_places(tree.size(tasks))
+        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise, places)
+
+    def count_tasks(self, carry: PersistentCarry) -> int:
+        """Return of how many tasks each cohort is."""
+        return tree.size(carry.cohorts[0].params)
+
+    def narrow(self, carry: PersistentCarry, start: int, stop: int) -> PersistentCarry:
+        """Return a share of each cohort's tasks, which sees the same perturbations, and draws its own fresh tasks."""
+        perturbations.require_unranked(self)
+        places = narrow_places(_places(carry), start, stop)
+        return carry._replace(cohorts=tuple(_narrow(cohort, start, stop) for cohort in carry.cohorts), places=places)
+
+    def join(self, carries: Sequence[PersistentCarry]) -> PersistentCarry:
+        """Return the carry of all tasks of these shares."""
+        require_same("seed or window", [(x.seed, x.window) for x in carries], "PersistentES")
+        cohorts = tuple(map(_join, zip(*(x.cohorts for x in carries), strict=True)))
+        places = join_places([_places(x) for x in carries], "PersistentES")
+        return carries[0]._replace(cohorts=cohorts, places=places)
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
@@ -147,7 +168,8 @@ class PersistentES(GradientEstimator):
         }
         grads = {k: _mean([perturbations.mean_of(p)[k] for _, _, p in seen], theta[k]) for k in theta}
         loss = _mean([f[p.finite.repeat(2)].mean() for f, _, p in seen], found[0][0])
-        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed) for i, each in enumerate(moved))
+        places = _places(carry)
+        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed, places) for i, each in enumerate(moved))
         return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
 
     def _advance(
@@ -188,12 +210,14 @@ class PersistentES(GradientEstimator):
         zeros = {k: x.new_zeros(num_pairs, *x.shape) for k, x in theta.items()}
         return Cohort(begun.tasks, begun.params, None, 0, zeros, episode)
 
-    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int) -> Cohort:
+    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int, places: Places) -> Cohort:
         """Return the cohort itself or, once its episode is over, one on fresh tasks."""
         if cohort.step < self.horizon:
             return cohort
-        episode, num_tasks = cohort.episode + 1, tree.size(cohort.params)
-        tasks = loop.family.sample(num_tasks, perturbations.generator(seed, 1, episode, i))
+        episode = cohort.episode + 1
+        tasks = loop.family.sample(places.num_tasks, perturbations.generator(seed, 1, episode, i))
+        if not places.all:
+            tasks = tree.tree_map(lambda x: x[list(places.positions)], tasks)
         return self._fresh(loop, theta, tasks, tree.size(cohort.drift), episode)
 
     def _require_carry(self, carry: Any, theta: Theta) -> None:
@@ -228,6 +252,23 @@ class PersistentES(GradientEstimator):
                 f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
                 "theta that it came from, or begin anew with estimator.start(...)"
             )
+
+
+def _places(carry: PersistentCarry) -> Places:
+    return carry.places or all_places(tree.size(carry.cohorts[0].params))
+
+
+def _narrow(cohort: Cohort, start: int, stop: int) -> Cohort:
+    tasks, params = tree.narrow((cohort.tasks, cohort.params), start, stop)
+    state = None if cohort.state is None else tree.narrow(cohort.state, start, stop)
+    return cohort._replace(tasks=tasks, params=params, state=state)
+
+
+def _join(shares: tuple[Cohort, ...]) -> Cohort:
+    require_same("phase", [(x.step, x.episode, x.state is None) for x in shares], "PersistentES")
+    tasks, params = tree.concatenate([(x.tasks, x.params) for x in shares])
+    state = None if shares[0].state is None else tree.concatenate([x.state for x in shares])
+    return shares[0]._replace(tasks=tasks, params=params, state=state)
 
 
 class _Moved(NamedTuple):

@@ -36,6 +36,15 @@ def require_pairs(num_pairs: int, sigma: float) -> None:
         )
 
 
+def require_unranked(estimator: Any) -> None:
+    """Raise ValueError where a meta-batch cannot be estimated in shares: ranks of its means are no means of ranks."""
+    if estimator.ranked:
+        raise ValueError(
+            f"a meta-batch of {type(estimator).__name__}(ranked=True) cannot be estimated in shares: pairs are ranked "
+            "by the mean of their objective over all tasks; leave ranked out, or estimate all tasks in one process"
+        )
+
+
 def generator(seed: int, *numbers: int) -> torch.Generator:
     """Return a generator that the numbers alone decide; others' draws are independent of its own."""
     # Torch's CPU generator reads the low 32 bits of a seed only: all numbers must be mixed into these.

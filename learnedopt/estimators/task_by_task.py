@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -17,6 +18,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.parts import loop_of, parts_of
+from learnedopt.core.shares import Places, all_places, join_places, narrow_places, require_same
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
@@ -24,10 +26,11 @@ from learnedopt.estimators.whole_episodes import over, pairs_of, require_whole, 
 
 
 class TaskByTaskCarry(NamedTuple):
-    """The tasks of one meta-batch, and the seed of their horizons and perturbations."""
+    """The tasks of one meta-batch or a share of it, the seed of their horizons and perturbations, and their places."""
 
     tasks: Tasks
     seed: int
+    places: Places | None = None  # None in files of before: all
 
 
 class _Task(NamedTuple):
@@ -151,7 +154,22 @@ class TaskByTask(GradientEstimator):
     def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> TaskByTaskCarry:
         """Return these tasks, and a seed."""
         self._require_members(loop)
-        return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator))
+        return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator), all_places(tree.size(tasks)))
+
+    def count_tasks(self, carry: TaskByTaskCarry) -> int:
+        """Return how many tasks there are."""
+        return tree.size(carry.tasks)
+
+    def narrow(self, carry: TaskByTaskCarry, start: int, stop: int) -> TaskByTaskCarry:
+        """Return a share of the tasks: horizons and perturbations are drawn for a task's place in the meta-batch."""
+        places = narrow_places(_places(carry), start, stop)
+        return TaskByTaskCarry(tree.narrow(carry.tasks, start, stop), carry.seed, places)
+
+    def join(self, carries: Sequence[TaskByTaskCarry]) -> TaskByTaskCarry:
+        """Return the carry of all tasks of these shares."""
+        require_same("seed", [x.seed for x in carries], "TaskByTask")
+        places = join_places([_places(x) for x in carries], "TaskByTask")
+        return TaskByTaskCarry(tree.concatenate([x.tasks for x in carries]), carries[0].seed, places)
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: TaskByTaskCarry) -> Estimate:
@@ -173,12 +191,11 @@ class TaskByTask(GradientEstimator):
 
     def _tasks(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[_Task]:
         """Return the tasks one by one, in the order of the batch."""
-        found = []
-        parts = parts_of(loop, carry.tasks)
-        drawn = self._drawn(carry.seed, sum(len(part.positions) for part in parts))
-        for part in parts:
-            for i, position in enumerate(part.positions):
-                task = tree.narrow(part.tasks, i, i + 1)
+        found, places = [], _places(carry)
+        drawn = self._drawn(carry.seed, places.num_tasks)
+        for part in parts_of(loop, carry.tasks):
+            for i, place in enumerate(part.positions):
+                position, task = places.positions[place], tree.narrow(part.tasks, i, i + 1)
                 if drawn is None:
                     steps = steps_of(self.estimator)
                     found.append(_Task(part.loop, task, position, part.member, steps))
@@ -262,6 +279,10 @@ def _average(values: list[Tensor]) -> Tensor:
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"TaskByTask: {name}={value!r} must be a positive, finite number")
+
+
+def _places(carry: TaskByTaskCarry) -> Places:
+    return carry.places or all_places(tree.size(carry.tasks))
 
 
 def _require_carry(carry: Any) -> None:
