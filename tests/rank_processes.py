@@ -138,15 +138,24 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def work(process: int, cases: list[Case], folder: Path) -> None:
+def side_by_side(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
+    """Let as many processes as are needed do all cases; return what each process found, by the name of the case."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    num = max(case.size for case in cases)
+    torch.multiprocessing.spawn(work, (cases, folder, store.port), nprocs=num)  # pyright: ignore[reportPrivateImportUsage]
+    return [torch.load(folder / f"answers{process}.pt") for process in range(num)]
+
+
+def work(process: int, cases: list[Case], folder: Path, port: int) -> None:
     """Do every case of this process; write what each returned, or the error that it raised, to a file of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     answers: dict[str, Any] = {}
     for number, case in enumerate(cases):
         if process < case.size:
             dist.init_process_group(
-                "gloo", rank=process, world_size=case.size, init_method=f"file://{folder / f'store{number}'}",
+                "gloo", rank=process, world_size=case.size, store=dist.PrefixStore(f"case {number}", store),
                 timeout=timedelta(seconds=60),
             )  # fmt: skip
             answers[case.name] = _answer(case)
