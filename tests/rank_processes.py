@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import signal
+import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -12,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from problems import Quadratic
+from problems import Quadratic, join
 from torch import Tensor
 
 from learnedopt import (
+    Combined,
     ConjugateGradient,
     EvolutionStrategies,
     Execution,
@@ -31,16 +37,28 @@ from learnedopt import (
     Validation,
 )
 from learnedopt import optimizers as rules
-from learnedopt.core.estimator import GradientEstimator
+from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.tree import Params, Theta
+from learnedopt.training import launch
+from learnedopt.training.ranks import present
 from learnedopt.training.tracker import Metrics, NullTracker
-from learnedopt.training.trainer import TrainingResult
+from learnedopt.training.trainer import TrainingDiverged, TrainingResult
 
 NUM_TASKS = 5
 """No multiple of 2, 3 or 4: shares differ."""
 NUM_META_STEPS = 7
 SIZES = (1, 2, 3, 4)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Bowl(Quadratic):
+    """``(x - c)'H(x - c)/2``: small where it is low, so that differences of it mean something in float32 too."""
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        """Return one task's."""
+        away = join(params) - batch["c"]
+        return 0.5 * away @ (batch["hessian"] @ away)
 
 
 class Kind(NamedTuple):
@@ -55,8 +73,8 @@ KINDS: dict[str, Kind] = {
     "unrolled": Kind(Unrolled(4), SumOfLosses()),
     "truncated": Kind(Truncated(3, horizon=9), SumOfLosses()),
     "implicit": Kind(Implicit(60, ConjugateGradient(5)), FinalLoss(), starts=True),
-    "es": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.1), FinalLoss()),
-    "pes": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.1), FinalLoss()),
+    "es": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), FinalLoss()),
+    "pes": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss()),
 }
 
 
@@ -86,7 +104,7 @@ class Remembering(torch.optim.SGD):
 
 def loop_of(kind: str, dtype: torch.dtype) -> InnerLoop:
     """Return the inner loop of a kind of training."""
-    family, execution = Quadratic(0.0 if KINDS[kind].starts else 0.3), Execution(dtype=dtype)
+    family, execution = Bowl(0.0 if KINDS[kind].starts else 0.3), Execution(dtype=dtype)
     if not KINDS[kind].starts:
         return InnerLoop(family, rules.make("lstm", hidden_size=3, num_layers=1), execution)
     params = family.init_params(family.sample(1, torch.Generator().manual_seed(0)))
@@ -129,6 +147,122 @@ def outcome(trainer: MetaTrainer, result: TrainingResult) -> dict[str, Any]:
     }
 
 
+def stopped(folder: Path, number: int) -> dict[str, Any]:
+    """Return where a training ends of which one rank alone is asked to stop, and how."""
+    trainer = trainer_of("truncated", "float64", checkpoint=folder / "stopped.pt")
+    trainer.estimator = _At(trainer.estimator, 3, lambda: os.kill(os.getpid(), number))
+    try:
+        trainer.run(NUM_META_STEPS)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return {"how": repr(stop), "step": trainer.progress.meta_step, "saved": (folder / "stopped.pt").exists()}
+    return {}
+
+
+def goes_on(kind: str, path: Path, num_meta_steps: int, **options: Any) -> dict[str, Any]:
+    """Return where a training comes to that goes on from a checkpoint, or begins one."""
+    trainer = trainer_of(kind, "float64", checkpoint=path, checkpoint_every=2, **options)
+    return outcome(trainer, trainer.run(num_meta_steps))
+
+
+def one_fails() -> None:
+    """Train where one rank's third estimate raises an error."""
+    _train_with(lambda: _raise(ValueError("its data are gone")))
+
+
+def one_sleeps() -> None:
+    """Train where one rank's third estimate takes longer than the others wait."""
+    _train_with(lambda: time.sleep(5), timeout=1.0)
+
+
+def one_dies() -> None:
+    """Train where one rank's third estimate ends its process."""
+    _train_with(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _train_with(act: Callable[[], Any], **options: Any) -> None:
+    trainer = trainer_of("truncated", "float64", ranks=present(**options))
+    trainer.estimator = _At(trainer.estimator, 3, act)
+    trainer.run(NUM_META_STEPS)
+
+
+class _At(GradientEstimator):
+    """An estimator which lets the last rank act before one of its estimates."""
+
+    def __init__(self, inner: GradientEstimator, number: int, act: Callable[[], Any]) -> None:
+        self._inner, self._left, self._act = inner, number, act
+
+    def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Any) -> Estimate:
+        """Act, where it is time, and estimate."""
+        self._left -= 1
+        if self._left == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            self._act()
+        return self._inner.estimate(loop, theta, objective, carry)
+
+
+def differing(how: str) -> None:
+    """Train where the last rank is another one."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if how == "torch" and last:
+        torch.__version__ = "1.0"  # pyright: ignore[reportAttributeAccessIssue]
+    kind = "unrolled" if how == "estimator" and last else "truncated"
+    options = {"seed": 5} if how == "seed" and last else {}
+    if how == "recipe":
+        options = {"config": {"meta": {"lr": 0.1 if last else 0.2}}}
+    trainer_of(kind, "float64", **options).run(NUM_META_STEPS)
+
+
+def more_than_tasks() -> None:
+    """Train on fewer tasks than there are ranks."""
+    trainer_of("truncated", "float64", num_tasks=dist.get_world_size() - 1).run(1)
+
+
+def of_no_shares(path: Path | None = None) -> None:
+    """Train by an estimator that knows no shares, maybe from one process's checkpoint."""
+    combined = Combined(Unrolled(4), EvolutionStrategies(4, num_pairs=2, sigma=0.1))
+    loop = loop_of("unrolled", torch.float64)
+    theta = {k: v.double() for k, v in loop.init_theta(torch.Generator().manual_seed(1)).items()}
+    MetaTrainer(loop, combined, FinalLoss(), tracker=None, theta=theta, num_tasks=5, checkpoint=path).run(
+        1 if dist.get_world_size() == 1 else 2
+    )
+
+
+def diverging() -> int:
+    """Return after how many meta-steps a training ends whose theta is not finite."""
+    trainer = trainer_of("truncated", "float64", max_skips_in_a_row=2)
+    with torch.no_grad():
+        next(iter(trainer.theta.values())).fill_(torch.inf)
+    try:
+        trainer.run(NUM_META_STEPS)
+    except TrainingDiverged:
+        return trainer.progress.meta_step
+    return -1
+
+
+def joins(backend: str | None, device: str | None, timeout: float = 30.0, late: bool = False) -> int:
+    """Return how many processes a launcher's group has; the last one may never come to it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            store.set("port", str(free.getsockname()[1]))
+    told = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.get("port").decode()}
+    dist.destroy_process_group()
+    os.environ.update({k: str(v) for k, v in told.items()})
+    try:
+        if late and rank == size - 1:
+            return 0
+        with launch.process_group(device, backend, timeout):
+            return present(timeout=timeout).size
+    finally:
+        for key in told:
+            del os.environ[key]
+
+
 class Case(NamedTuple):
     """Something for the first ``size`` processes to do together."""
 
@@ -141,8 +275,12 @@ class Case(NamedTuple):
 def side_by_side(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """Let as many processes as are needed do all cases; return what each process found, by the name of the case."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    num = max(case.size for case in cases)
-    torch.multiprocessing.spawn(work, (cases, folder, store.port), nprocs=num)  # pyright: ignore[reportPrivateImportUsage]
+    context, num = multiprocessing.get_context("spawn"), max(case.size for case in cases)
+    started = [context.Process(target=work, args=(process, cases, folder, store.port)) for process in range(num)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
     return [torch.load(folder / f"answers{process}.pt") for process in range(num)]
 
 
@@ -160,7 +298,8 @@ def work(process: int, cases: list[Case], folder: Path, port: int) -> None:
             )  # fmt: skip
             answers[case.name] = _answer(case)
             gc.collect()  # connections end with what holds them
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
             torch.save(answers, folder / f"answers{process}.pt")
 
 

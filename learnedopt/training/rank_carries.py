@@ -41,7 +41,7 @@ def whole_carry(
 
 
 def resume(ranks: Ranks, path: Path, training: Training) -> Progress | None:
-    """Restore a training on all ranks from the file that rank 0 has, see ``load_progress``; None where there is none."""
+    """Restore a training on all ranks from rank 0's file, see ``load_progress``; None where there is none."""
     loaded: list[Progress] = []
 
     def read() -> bytes | None:
