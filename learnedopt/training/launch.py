@@ -98,19 +98,24 @@ def _take_gpu(where: torch.device) -> None:
 
 def _roll_call(timeout: float) -> dist.Store:
     """Return the group's store once all have come to it; name those who have not."""
-    patience = datetime.timedelta(seconds=timeout)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port, patience = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        datetime.timedelta(seconds=timeout),
+    )
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        kept = dist.TCPStore(host, port, size, keeps, patience, wait_for_workers=False, multi_tenant=True)
         # A launcher that starts processes again keeps its store: what those before them wrote there is not theirs.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        names = [f"here/{each}" for each in range(size)]
-        store.set(names[rank], "here")
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
+        store.set(f"here/{rank}", "here")
     except RuntimeError as error:
         raise RankFailed(
-            f"rank {os.environ['RANK']} found nobody at {where} within {timeout:g} s: rank 0, or the launcher, keeps "
-            f"the group's store there ({' '.join(str(error).split())[:200]})"
+            f"rank {rank} of {size} found nobody at {host}:{port} within {timeout:g} s, where rank 0 or the launcher "
+            f"keeps the group's store ({' '.join(str(error).split())[:200]})"
         ) from error
+    names = [f"here/{each}" for each in range(size)]
     try:
         store.wait(names, patience)
     except RuntimeError as error:

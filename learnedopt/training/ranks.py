@@ -179,13 +179,15 @@ class Ranks:
             last = {r: notes.read("came", r).partition(" ")[2] or "nothing" for r in late}
         except RuntimeError:
             return f"the process that keeps the group's store, mostly rank 0 or the launcher, has ended ({why})"
-        told = [f"rank {r} has failed with {text}" for r, text in failed.items()]
-        told += [
+        if failed:
+            return "; ".join(f"rank {r} has failed with {text}" for r, text in failed.items())
+        told = [
             f"rank {r} did not come within {self.timeout:g} s, or its process has ended (it came last to: {what})"
             for r, what in last.items()
         ]
-        told += [f"the process of rank {r} has ended or hangs" for r in silent if r not in late]
-        return "; ".join(told) if told else f"the connection broke ({why})"
+        if not late:  # else they may still be waiting as well
+            told = [f"the process of rank {r} has ended or hangs" for r in silent]
+        return "; ".join(told) if told else f"the others have given up, or the connection broke ({why})"
 
 
 class _Notes:
