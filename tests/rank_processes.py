@@ -294,6 +294,7 @@ def work(process: int, cases: list[Case], folder: Path, port: int) -> None:
     warnings.simplefilter("ignore")
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     answers: dict[str, Any] = {}
+    torch.save(answers, folder / f"answers{process}.pt")
     for number, case in enumerate(cases):
         if process < case.size:
             dist.init_process_group(

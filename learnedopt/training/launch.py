@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from learnedopt.training.ranks import TIMEOUT, RankFailed
+from learnedopt.training.ranks import GRACE, TIMEOUT, RankFailed
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -115,13 +116,20 @@ def _roll_call(timeout: float) -> dist.Store:
             f"rank {rank} of {size} found nobody at {host}:{port} within {timeout:g} s, where rank 0 or the launcher "
             f"keeps the group's store ({' '.join(str(error).split())[:200]})"
         ) from error
-    names = [f"here/{each}" for each in range(size)]
     try:
-        store.wait(names, patience)
+        store.wait([f"here/{each}" for each in range(size)], patience)
     except RuntimeError as error:
-        missing = [str(each) for each, name in enumerate(names) if not store.check([name])]
         raise RankFailed(
-            f"rank {rank} of {size}, at the start: {'rank' if len(missing) == 1 else 'ranks'} {', '.join(missing)} did "
-            f"not come within {timeout:g} s; start {size} processes in all, or raise --timeout"
+            f"rank {rank} of {size}, at the start: {_missing(store, size)} did not come within {timeout:g} s; start "
+            f"{size} processes in all, or raise --timeout"
         ) from error
     return store
+
+
+def _missing(store: dist.Store, size: int) -> str:
+    try:
+        missing = [str(each) for each in range(size) if not store.check([f"here/{each}"])]
+    except RuntimeError:  # who keeps the store has given up before
+        return "some ranks"
+    time.sleep(GRACE)  # if it is kept here, for the others to look as well
+    return f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(missing)}"

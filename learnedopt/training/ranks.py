@@ -24,7 +24,7 @@ TIMEOUT = 600.0
 """Seconds that ranks wait for each other by default: more than anything takes that only one of them does."""
 _BAD_INPUT = (ValueError, TypeError, NotImplementedError, OSError)
 _SIGNALS = 65  # numbers of signals are below
-_GRACE = 5.0
+GRACE = 3.0
 """Seconds that a rank which has lost another gives the rest to say what they know."""
 
 
@@ -173,7 +173,7 @@ class Ranks:
         others, why = [r for r in range(self.size) if r != self.rank], _one_line(error)[:200]
         try:
             notes.write("lost", self.rank, "here")
-            failed = notes.wait_for(others, min(_GRACE, self.timeout))
+            failed = notes.wait_for(others, min(GRACE, self.timeout))
             silent = [r for r in others if r not in failed and not notes.read("lost", r)]
             late = [r for r in silent if notes.came(r) < came]
             last = {r: notes.read("came", r).partition(" ")[2] or "nothing" for r in late}
