@@ -7,6 +7,7 @@ again with the same configuration it goes on where it stopped, exactly.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import uuid
 from contextlib import ExitStack
@@ -34,7 +35,7 @@ from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
-from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
+from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
 from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
 
@@ -228,6 +229,8 @@ def meta_train(
         max_grad_norm=meta.max_grad_norm,
         average=meta.average,
         rollback_above=meta.rollback_above,
+        micro_batch=meta.micro_batch,
+        max_failed_share=meta.max_failed_share,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
         ),
@@ -240,7 +243,18 @@ def meta_train(
     )
     if ranks.leads:
         say_memory(recipe, loop, trainer.theta)
-    return trainer.run(recipe.num_meta_steps)
+    try:
+        return trainer.run(recipe.num_meta_steps)
+    except TrainingDiverged as error:
+        if not ranks.leads:
+            raise
+        path = save_theta(recipe, folder, loop, error.result)
+        how = (
+            "no validation of it was finite"
+            if error.result.best_value == math.inf
+            else (f"validation {error.result.best_value:.6g}")
+        )
+        raise TrainingDiverged(f"{error}. The best theta so far ({how}) is in {path}", error.result) from error
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
@@ -258,17 +272,27 @@ def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
         print(f"One estimate of the meta-gradient{of} takes about {peak / 1e6:.3g} MB.", flush=True)
 
 
+def metadata_of(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
+    """Return what is said of a theta beside it."""
+    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
+    return plain_json({**configuration(recipe), **found})
+
+
+def save_theta(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult) -> Path:
+    """Write the best theta with its description into the run's folder; return where."""
+    metadata, path = metadata_of(recipe, result), folder / "theta.safetensors"
+    return checkpoint.save(path, loop.rule, result.best_theta, metadata, loop.inner_objective)
+
+
 def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:
     """Write the best theta and a figure into the run's folder, and tell the tracker."""
     from learnedopt.evaluation import plots
 
-    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
-    metadata = plain_json({**configuration(recipe), **found})
-    theta = checkpoint.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata, loop.inner_objective)
+    theta = save_theta(recipe, folder, loop, result)
     figure = folder / "training.png"
     plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
     tracker.figure("training", figure)
-    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata)
+    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata_of(recipe, result))
     if recipe.compare:
         compare(recipe, folder, checkpoint.load_checkpoint(theta), tracker)
 

@@ -109,8 +109,8 @@ class InnerLoop:
         """Apply the rule's ``init`` to a fresh carry; a begun one is returned as it is.
 
         Raises:
-            ValueError: theta belongs to another loop or shape; a loss is not scalar, not finite at the start, or does
-                not depend on the parameters; the rule cannot start where it would.
+            ValueError: theta belongs to another loop or shape; a loss is not scalar, on no task finite at the start, or
+                does not depend on the parameters; the rule cannot start where it would.
         """
         self.require_theta(theta, tree.size(carry.params) if theta_per_task else None)
         if carry.state is not None:
@@ -129,7 +129,8 @@ class InnerLoop:
         """Raise what ``begin`` raises on the first two tasks; that costs nothing once the losses have been seen."""
         self.require_theta(theta)
         if "losses" not in self.cache:
-            self.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+            num_tasks = tree.size(carry.params)
+            checks.on_finite_tasks(num_tasks, lambda *two: self.begin(theta, narrow(carry, *two)))
 
     @outside_inference_mode
     def run(

@@ -16,6 +16,10 @@ from learnedopt.core import tree
 from learnedopt.core.carry import Carry, join, narrow
 
 
+class Indivisible(ValueError):
+    """A meta-batch of this estimator cannot be estimated in shares of its tasks."""
+
+
 class Places(NamedTuple):
     """Where the tasks of a share stand in their meta-batch of ``num_tasks``: what is drawn for a task depends on that
     and not on the share."""
@@ -50,15 +54,20 @@ def count(carry: Any, whose: str) -> int:
     """Return how many tasks a nest of ``Carry``s and numbers is of.
 
     Raises:
-        ValueError: there is no ``Carry`` in it, or they are of different numbers of tasks.
+        Indivisible: there is no ``Carry`` in it, or they are of different numbers of tasks.
     """
     found = {tree.size(leaf.params) for leaf in _leaves(carry, whose)[0] if isinstance(leaf, Carry)}
     if len(found) != 1:
-        raise ValueError(
+        raise Indivisible(
             f"the carry of {whose} holds {'no Carry' if not found else f'Carries of {sorted(found)} tasks'}, so that "
             f"nobody knows its tasks: let {whose} say what they are, in count_tasks, narrow and join"
         )
     return found.pop()
+
+
+def carries_in(carry: Any) -> list[Carry]:
+    """Return the ``Carry``s in a nest of anything."""
+    return [x for x in pytree.tree_leaves(carry, is_leaf=lambda x: isinstance(x, Carry)) if isinstance(x, Carry)]
 
 
 def take(carry: Any, start: int, stop: int, whose: str) -> Any:
@@ -116,13 +125,13 @@ def _leaves(carry: Any, whose: str) -> tuple[list[Any], Any]:
     """Return the ``Carry``s and numbers of a nest, and its structure.
 
     Raises:
-        ValueError: it holds something else, of which nobody knows whether it is of one task or of all.
+        Indivisible: it holds something else, of which nobody knows whether it is of one task or of all.
     """
     leaves, spec = pytree.tree_flatten(carry, is_leaf=lambda x: isinstance(x, Carry))
     strange = [x for x in leaves if x is not None and not isinstance(x, Carry | bool | int | float)]
     if strange:
         kinds = sorted({f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in strange})
-        raise ValueError(
+        raise Indivisible(
             f"a meta-batch of {whose} cannot be estimated in shares: its carry holds {', '.join(kinds)} beside its "
             f"Carries, and nobody knows whether that is of one task or of all; let {whose} say so, in count_tasks, "
             "narrow and join"

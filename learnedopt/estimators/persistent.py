@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
@@ -19,6 +20,7 @@ from learnedopt.core.shares import Places, all_places, join_places, narrow_place
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators import perturbations
+from learnedopt.estimators.finite_tasks import finite_values, report
 from learnedopt.estimators.perturbations import PairGradients
 from learnedopt.estimators.windows import require_windows
 from learnedopt.execution import particles
@@ -78,8 +80,9 @@ class PersistentES(GradientEstimator):
             Li et al. 2023): less variance where the windows' gradients agree.
         ranked: take ranks of the objective within a cohort in its place.
 
-    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; one
-    whose parameters are not finite stays out until its episode is over. ``loss`` is the mean over the particles,
+    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; so is a
+    task of a cohort on which no pair is finite, see ``Estimate``. What has parameters that are not finite stays out
+    until its episode is over. ``loss`` is the mean over the particles,
     ``info["losses"]`` the mean curve over phases; ``info["variance"]`` takes pairs of all phases for draws of one kind,
     so that differences between phases count as well. For the rest of ``info`` see ``EvolutionStrategies``.
 
@@ -143,6 +146,10 @@ class PersistentES(GradientEstimator):
         places = join_places([_places(x) for x in carries], "PersistentES")
         return carries[0]._replace(cohorts=cohorts, places=places)
 
+    def standing(self, loop: InnerLoop, carry: PersistentCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return the first particle of each cohort."""
+        return [(loop, _first(cohort), self.num_steps) for cohort in carry.cohorts]
+
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
         """Run every particle through one window of its episode."""
@@ -152,22 +159,25 @@ class PersistentES(GradientEstimator):
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         everyone = list(range(len(carry.cohorts)))
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)
-        found = [perturbations.values(loop, objective, each.before, each.after, each.losses) for each in moved]
+        told = [
+            finite_values(loop, objective, each.before, each.after, each.losses, tree.size(each.cohort.drift))
+            for each in moved
+        ]
+        found = [each.found for each in told]
         pairs = [
             perturbations.pair_gradients(theta, f, each.cohort.drift, lengths, ranked=self.ranked)
             for f, each in zip(found, moved, strict=True)
         ]
-        seen = [(f, each, p) for f, each, p in zip(found, moved, pairs, strict=True) if p.finite.any()]
+        seen = [(v, p) for v, p in zip(told, pairs, strict=True) if p.finite.any()]
         info: dict[str, Any] = {
-            "losses": _mean(
-                [perturbations.curve(each.losses, p.finite) for _, each, p in seen], moved[0].losses[:, 0, 0]
-            ),
+            "losses": _mean([perturbations.curve(v.losses, p.finite) for v, p in seen], moved[0].losses[:, 0, 0]),
             "inner_steps": sum(each.losses.numel() for each in moved),
             "not_finite": sum(int((~p.finite).sum()) for p in pairs),
             **perturbations.variance_of(_all(pairs)),
+            **report(told, self.count_tasks(carry)),
         }
-        grads = {k: _mean([perturbations.mean_of(p)[k] for _, _, p in seen], theta[k]) for k in theta}
-        loss = _mean([f[p.finite.repeat(2)].mean() for f, _, p in seen], found[0][0])
+        grads = {k: _mean([perturbations.mean_of(p)[k] for _, p in seen], theta[k]) for k in theta}
+        loss = _mean([v.found[p.finite.repeat(2)].mean() for v, p in seen], found[0][0])
         places = _places(carry)
         cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed, places) for i, each in enumerate(moved))
         return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
@@ -256,6 +266,13 @@ class PersistentES(GradientEstimator):
 
 def _places(carry: PersistentCarry) -> Places:
     return carry.places or all_places(tree.size(carry.cohorts[0].params))
+
+
+def _first(cohort: Cohort) -> Carry:
+    if cohort.state is None:
+        return Carry(cohort.tasks, cohort.params, None, cohort.step)
+    params, state = tree.tree_map(lambda x: x[:, 0], (cohort.params, cohort.state))
+    return Carry(cohort.tasks, params, state, cohort.step)
 
 
 def _narrow(cohort: Cohort, start: int, stop: int) -> Cohort:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.clipping import Norm, clip, norm_of
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import Estimate, GradientEstimator, Recording
@@ -34,11 +35,12 @@ class TaskByTaskCarry(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """One task of a meta-batch: its loop, its place in the batch, its member of a mixture, and its horizon."""
+    """One task: its loop, its positions in the meta-batch and in the carry, its member of a mixture, its horizon."""
 
     loop: InnerLoop
     task: Tasks
     position: int
+    place: int
     member: int
     horizon: int
 
@@ -80,6 +82,7 @@ class TaskByTask(GradientEstimator):
         task_weights: factors of the objective, one for each member of the mixture; None for 1.
 
     The estimate is the mean over the tasks that are not left out, not finite where none is: ``MetaTrainer`` skips that.
+    Those that are not finite are named, see ``Estimate``: here they need no second estimate.
     The carry is None after it: these are whole episodes, and an objective that names a carry to go on from is not
     followed. ``info`` has ``dropped``, ``clipped`` and ``instead``, how many tasks were; ``inner_steps``, of all, those
     of estimates that were thrown away included; ``losses``, their mean curve, where all have one horizon.
@@ -177,9 +180,11 @@ class TaskByTask(GradientEstimator):
         _require_carry(carry)
         self._require_members(loop)
         scale = loop.theta_scale(theta)
-        kept, counts = [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
+        kept, failed, counts = [], [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
         for task in self._tasks(loop, carry):
             found = self._one(task, theta, objective, scale, carry.seed, counts)
+            if not found.finite:
+                failed.append(task.place)
             if not found.finite or (self.drop_above is not None and found.norm.value > self.drop_above):
                 counts["dropped"] += 1
                 continue
@@ -187,7 +192,14 @@ class TaskByTask(GradientEstimator):
             counts["clipped"] += long
             grads = clip(found.estimate.grads, found.norm, self.max_task_grad_norm)
             kept.append(found._replace(estimate=found.estimate._replace(grads=grads)))
-        return _mean(kept, theta, counts)
+        found = _mean(kept, theta, counts)
+        told = {"num_tasks": len(kept)} if counts["dropped"] else {}
+        told |= {"failed_tasks": len(failed), "failed": failed} if failed else {}
+        return found._replace(info=found.info | told)
+
+    def standing(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return each task at its start."""
+        return [(task.loop, task.loop.start(task.task), task.horizon) for task in self._tasks(loop, carry)]
 
     def _tasks(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[_Task]:
         """Return the tasks one by one, in the order of the batch."""
@@ -198,11 +210,11 @@ class TaskByTask(GradientEstimator):
                 position, task = places.positions[place], tree.narrow(part.tasks, i, i + 1)
                 if drawn is None:
                     steps = steps_of(self.estimator)
-                    found.append(_Task(part.loop, task, position, part.member, steps))
+                    found.append(_Task(part.loop, task, position, place, part.member, steps))
                 else:
                     own = loop_of(loop, part.member, drawn[position])
-                    found.append(_Task(own, task, position, part.member, drawn[position]))
-        return sorted(found, key=lambda task: task.position)
+                    found.append(_Task(own, task, position, place, part.member, drawn[position]))
+        return sorted(found, key=lambda task: task.place)
 
     def _drawn(self, seed: int, num_tasks: int) -> list[int] | None:
         """Return a horizon for each task of the batch."""

@@ -129,12 +129,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _number_or_curve(value: float | list[float]) -> Any:
+def _number_or_curve(value: float | list[float] | str) -> Any:
+    if isinstance(value, str):
+        return value
     return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
 
 
-def _revive(value: int | float | str) -> int | float:
-    return float(value) if isinstance(value, str) else value
+def _revive(value: int | float | str) -> int | float | str:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learnedopt.core.estimator import Estimate, GradientEstimator
 
-COUNTS = ("compile_seconds", "dropped", "clipped", "instead")
+COUNTS = ("compile_seconds", "dropped", "clipped", "instead", "failed_tasks")
 """Of what estimators report beside the mean: what adds up over shares, as every whole number does."""
 WORST = ("residual", "iterations", "stationarity", "not_finite")
 """What is the worst over tasks, or counts what all shares see: pairs."""

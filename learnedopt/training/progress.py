@@ -32,6 +32,8 @@ _ADVICE = "choose another checkpoint path, or remove the file to start anew"
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
 _STEADIED = "steadied"
 """There in files of trainings that average theta."""
+_BEST_FAILED = "best_failed"
+"""There where the best theta fails on held-out tasks."""
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Progress:
     num_skipped: int = 0
     skips_in_a_row: int = 0
     best_value: float = math.inf
+    best_failed: int = 0  # on how many held-out tasks the best theta is not finite
     best_theta: Theta | None = None
     carry: Any = None  # the estimator's own
     steadied: Steadied = field(default_factory=Steadied)
@@ -83,6 +86,8 @@ def save_progress(path: Path, progress: Progress, training: Training) -> None:
     }
     if progress.steadied.average is not None:
         content[_STEADIED] = {**vars(progress.steadied)}
+    if progress.best_failed:
+        content[_BEST_FAILED] = progress.best_failed
     write_atomically(path, lambda partial: torch.save(content, partial))
 
 
@@ -106,7 +111,8 @@ def load_progress(path: Path, training: Training) -> Progress:
     best_theta = content["best_theta"] and _like(content["best_theta"], theta)
     steadied = Steadied(**content.get(_STEADIED, {}))
     steadied.average = steadied.average and _like(steadied.average, theta)
-    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry, steadied=steadied)
+    counts = {k: content[k] for k in _COUNTS} | {_BEST_FAILED: content.get(_BEST_FAILED, 0)}
+    return Progress(**counts, best_theta=best_theta, carry=carry, steadied=steadied)
 
 
 def _like(saved: Theta, theta: Theta) -> Theta:
@@ -173,7 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
     if (
         not isinstance(content, dict)
         or content.get("format") not in (FORMAT, FORMAT_1)
-        or content.keys() - {_STEADIED} != _KEYS
+        or content.keys() - {_STEADIED, _BEST_FAILED} != _KEYS
     ):
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
     return content

@@ -11,33 +11,37 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.training import carries
+from learnedopt.training.isolation import Remaining, opened, remaining
 from learnedopt.training.progress import Progress, Training, load_progress
 from learnedopt.training.ranks import Ranks
 
 
-def own_share(ranks: Ranks, estimator: GradientEstimator, carry: Any) -> Any:
-    """Return this rank's share of a carry of all tasks; None where there are fewer tasks than ranks, and none for it.
+def own_share(ranks: Ranks, estimator: GradientEstimator, kept: Any, num_tasks: int) -> Any:
+    """Return this rank's share of what is kept of a meta-batch; None where there are fewer tasks left than ranks.
 
     Raises:
-        ValueError: the estimator's carry, or its estimate, knows no shares.
+        Indivisible: the estimator's carry, or its estimate, knows no shares.
     """
-    if ranks.alone or carry is None:
-        return carry
-    start, stop = ranks.share(estimator.count_tasks(carry))
-    return None if start == stop else estimator.narrow(carry, start, stop)
+    if ranks.alone or kept is None:
+        return kept
+    carry, places = opened(kept, num_tasks)
+    start, stop = ranks.share(len(places))
+    return None if start == stop else Remaining(estimator.narrow(carry, start, stop), places[start:stop])
 
 
-def whole_carry(
-    ranks: Ranks, estimator: GradientEstimator, carry: Any, classes: carries.Classes, home: torch.device
-) -> Any:
-    """Return the carry of all ranks' shares on rank 0, and None on the others; all ranks must call it."""
+def whole_carry(ranks: Ranks, estimator: GradientEstimator, kept: Any, training: Training, num_tasks: int) -> Any:
+    """Return what all ranks have kept on rank 0, and None on the others; all ranks must call it."""
     if ranks.alone:
-        return carry
-    packed = carries.pack(carry, home)
+        return kept
+    home = next(iter(training.theta.values())).device
+    packed = carries.pack(kept, home)
     sent = pytree.tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, packed)
-    found = [carries.unpack(each, classes, home) for each in ranks.gather(sent, "the gathering of the carry")]
-    found = [each for each in found if each is not None]
-    return estimator.join(found) if found else None
+    found = [carries.unpack(each, training.classes, home) for each in ranks.gather(sent, "the gathering of the carry")]
+    shares = [each for each in found if each is not None]
+    if not shares:
+        return None
+    places = tuple(place for each in shares for place in each.places)
+    return remaining(estimator.join([each.carry for each in shares]), places, num_tasks)
 
 
 def resume(ranks: Ranks, path: Path, training: Training) -> Progress | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from learnedopt.core.fingerprint import words
 from learnedopt.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from learnedopt.training.trainer import MetaTrainer
 
 _SHOWN = 80
 
@@ -42,6 +45,31 @@ def require_same(ranks: Ranks, facts: Mapping[str, Any]) -> None:
             f"the ranks do not train the same: {'; '.join(told)}; start all of them with one command and one "
             "installation"
         )
+
+
+def require_ready(trainer: MetaTrainer, num_meta_steps: int) -> None:
+    """Check that all ranks are to train the same, that each has tasks, and let theta be rank 0's on all.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    ranks = trainer.ranks
+    if ranks.size > trainer.num_tasks:
+        raise ValueError(
+            f"num_tasks={trainer.num_tasks} tasks a meta-batch cannot be shared by {ranks.size} processes: each needs "
+            "one at least; take more tasks, or start fewer processes"
+        )
+    theta = {k: f"{x.dtype} {tuple(x.shape)}" for k, x in trainer.theta.items()}
+    things = {name: getattr(trainer, name) for name in _THINGS}
+    require_same(ranks, {**things, "num_meta_steps": num_meta_steps, "theta": theta})
+    ranks.follow([*trainer.theta.values()], "the theta to start from")
+
+
+_THINGS = (
+    "config", "num_tasks", "seed", "estimator", "objective", "validation", "steadying", "max_grad_norm",
+    "micro_batch", "max_failed_share", "checkpoint_every", "max_skips_in_a_row",
+)  # fmt: skip
+"""What of a trainer must be alike."""
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

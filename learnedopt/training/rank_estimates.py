@@ -12,35 +12,44 @@ from torch import Tensor
 
 from learnedopt.core.estimator import Estimate
 from learnedopt.core.tree import Theta
+from learnedopt.training.isolation import FAILED, Failure, Found
 from learnedopt.training.meta_batch import mean_info
 from learnedopt.training.ranks import Ranks
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-_HEAD = ("weight", "goes_on", "unknown", "loss", *_SIGNALS)
+_HEAD = ("weight", "num_tasks", "failed", "failed_now", "goes_on", "unknown", "loss", *_SIGNALS)
 
 
 class Share(NamedTuple):
     """What this rank brings to a meta-step.
 
     Args:
-        estimate: the mean over its tasks; None where it has none.
-        weight: over how many.
+        found: of its tasks; None where it has none.
+        num_tasks: of how many.
         stop: the number of a signal that asks it to stop; None for none.
     """
 
-    estimate: Estimate | None
-    weight: float
+    found: Found | None
+    num_tasks: int
     stop: int | None = None
 
 
 class Whole(NamedTuple):
-    """What all ranks have brought, the same on all but for the carry, which is the rank's own.
+    """What all ranks have brought, the same on all but for the carry and ``places``, which are the rank's own.
 
-    ``goes_on``: whether any rank's episode does. ``stop``: a signal that reached any of them.
+    Args:
+        estimate: over the tasks of all ranks that are finite.
+        failures: of all ranks.
+        places: of the tasks that the carry is of.
+        num_tasks: of how many the meta-batch still was.
+        goes_on: whether any rank's episode does.
+        stop: a signal that reached any of them.
     """
 
     estimate: Estimate
-    weight: float
+    failures: list[Failure]
+    places: tuple[int, ...]
+    num_tasks: int
     goes_on: bool
     stop: int | None
 
@@ -59,50 +68,64 @@ class Summing:
 
     def __call__(self, share: Share, theta: Theta, what: str) -> Whole:
         """Return the whole of all ranks' shares; ``theta`` is for names, shapes and types."""
-        own = {} if share.estimate is None else _numbers(share.estimate.info)
+        found = share.found
+        if self._ranks.alone and found is not None:
+            goes_on = found.estimate.carry is not None
+            return Whole(found.estimate, found.failures, found.places, share.num_tasks, goes_on, share.stop)
+        own = {} if found is None or not found.weight else _numbers(found.estimate.info)
         total = self._ranks.sum(self._vector(share, own, theta), what)
         if total[_HEAD.index("unknown")]:  # on any rank, and so on all
             for numbers in self._ranks.everyones({k: len(x) for k, x in own.items()}, what):
                 self._reported |= {k: max(size, self._reported.get(k, 0)) for k, size in numbers.items()}
             total = self._ranks.sum(self._vector(share, own, theta), what)
-        return self._whole(share, total, theta)
+        failures: list[Failure] = []
+        if total[_HEAD.index("failed_now")]:  # seldom, and then they are named
+            each = self._ranks.everyones([] if found is None else found.failures, what)
+            failures = [failure for one in each for failure in one]
+        return self._whole(share, total, theta, failures)
 
     def _vector(self, share: Share, own: dict[str, list[float]], theta: Theta) -> Tensor:
         head = dict.fromkeys(_HEAD, 0.0)
         head["unknown"] = float(any(len(x) > self._reported.get(k, 0) for k, x in own.items()))
+        head["num_tasks"] = float(share.num_tasks)
         head |= {share.stop: 1.0} if share.stop in _SIGNALS else {}
-        found, slots = share.estimate, torch.zeros(self._ranks.size, self._slot, dtype=torch.float64)
-        if found is None or not share.weight:  # NaN times 0 is no 0
-            grads = [torch.zeros(x.numel(), dtype=torch.float64) for x in theta.values()]
-        else:
-            head |= {"weight": share.weight, "loss": share.weight * float(found.loss)}
-            grads = [share.weight * found.grads[k].detach().to("cpu", torch.float64).flatten() for k in theta]
-            slots[self._ranks.rank] = torch.tensor(
-                [share.weight, *(x for k, size in self._reported.items() for x in _padded(own.get(k), size))],
-                dtype=torch.float64,
-            )
-        head["goes_on"] = float(found is not None and found.carry is not None)
+        slots = torch.zeros(self._ranks.size, self._slot, dtype=torch.float64)
+        grads = [torch.zeros(x.numel(), dtype=torch.float64) for x in theta.values()]
+        if share.found is not None:
+            found, weight = share.found.estimate, share.found.weight
+            head["goes_on"] = float(bool(share.found.places) and found.carry is not None)
+            head["failed_now"] = float(len(share.found.failures))
+            head["failed"] = float(found.info.get(FAILED, len(share.found.failures)))
+            if weight:
+                head |= {"weight": weight, "loss": weight * float(found.loss)}
+                grads = [weight * found.grads[k].detach().to("cpu", torch.float64).flatten() for k in theta]
+                padded = (x for k, size in self._reported.items() for x in _padded(own.get(k), size))
+                slots[self._ranks.rank] = torch.tensor([weight, *padded], dtype=torch.float64)
+            elif not share.found.failures:  # its tasks could not be told apart, so that none can be left out
+                head["loss"] = math.nan
         return torch.cat([torch.tensor([*head.values()], dtype=torch.float64), slots.flatten(), *grads])
 
     @property
     def _slot(self) -> int:
         return 1 + sum(1 + size for size in self._reported.values())
 
-    def _whole(self, share: Share, total: Tensor, theta: Theta) -> Whole:
+    def _whole(self, share: Share, total: Tensor, theta: Theta, failures: list[Failure]) -> Whole:
         sizes = [len(_HEAD), self._ranks.size * self._slot, *(x.numel() for x in theta.values())]
         numbers, slots, *sums = total.split(sizes)
         head = dict(zip(_HEAD, numbers.tolist(), strict=True))
         weight = head["weight"] or math.nan  # the mean over nothing is not finite
         grads = {k: (g / weight).reshape(x.shape).to(x) for (k, x), g in zip(theta.items(), sums, strict=True)}
         loss = torch.tensor(head["loss"] / weight, dtype=torch.float64)
-        found = [self._read(row) for row in slots.reshape(self._ranks.size, -1).tolist() if row[0]]
-        info = mean_info([each for _, each in found], [w / weight for w, _ in found])
-        own = share.estimate
-        if own is not None:  # names, which are the same for all tasks
-            info |= {k: own.info[k] for k in ("zero_gradient",) if k in own.info}
+        told = [self._read(row) for row in slots.reshape(self._ranks.size, -1).tolist() if row[0]]
+        info = mean_info([each for _, each in told], [each / weight for each, _ in told])
+        info |= {FAILED: int(head["failed"])} if head["failed"] else {}
+        own, carry, places = share.found, None, ()
+        if own is not None and own.places:
+            carry, places = own.estimate.carry, own.places
         stop = next((number for number in _SIGNALS if head[number]), None)
-        carry = None if own is None else own.carry
-        return Whole(Estimate(loss, grads, carry, info), head["weight"], bool(head["goes_on"]), stop)
+        return Whole(
+            Estimate(loss, grads, carry, info), failures, places, int(head["num_tasks"]), bool(head["goes_on"]), stop
+        )
 
     def _read(self, row: Sequence[float]) -> tuple[float, dict[str, Any]]:
         """Return a rank's weight, and what it reported."""

@@ -190,6 +190,10 @@ class Ranks:
         return "; ".join(told) if told else f"the others have given up, or the connection broke ({why})"
 
 
+ALONE = Ranks()
+"""One process."""
+
+
 class _Notes:
     """What ranks tell each other beside what they do together, in the store by which their group was made."""
 
