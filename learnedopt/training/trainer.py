@@ -39,7 +39,7 @@ from learnedopt.training.steadying import Steadying
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
 from learnedopt.training.validation import Judgement, Validation, task_generator
 
-FEW = 16
+FEW = 32
 """Tasks among which one is looked for that does not fail at once, so that the loop can be vetted."""
 
 
