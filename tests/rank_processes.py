@@ -11,16 +11,20 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from bad_tasks import Failing
 from problems import Quadratic, join
 from pytest import MonkeyPatch
 from torch import Tensor
 
+import train_meta
 from learnedopt import (
     Combined,
     ConjugateGradient,
@@ -48,7 +52,7 @@ from learnedopt.training.trainer import TrainingDiverged, TrainingResult
 
 NUM_TASKS = 5
 """No multiple of 2, 3 or 4: shares differ."""
-NUM_META_STEPS = 7
+NUM_META_STEPS = 6
 SIZES = (1, 2, 3, 4)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -63,11 +67,15 @@ class Bowl(Quadratic):
 
 
 class Kind(NamedTuple):
-    """A kind of meta-training: with which estimator and objective, and whether the inner objective has a start."""
+    """A kind of meta-training.
+
+    ``starts``: whether what is learned is a start. ``fails``: whether some tasks do.
+    """
 
     estimator: GradientEstimator
     objective: MetaObjective
     starts: bool = False
+    fails: bool = False
 
 
 KINDS: dict[str, Kind] = {
@@ -76,7 +84,9 @@ KINDS: dict[str, Kind] = {
     "implicit": Kind(Implicit(60, ConjugateGradient(5)), FinalLoss(), starts=True),
     "es": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), FinalLoss()),
     "pes": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss()),
+    "failing": Kind(Truncated(3, horizon=9), SumOfLosses(), fails=True),
 }
+"""The last one is of a meta-batch whose second task fails in the second window: with four ranks, all that one has."""
 
 
 class Recorder(NullTracker):
@@ -106,6 +116,8 @@ class Remembering(torch.optim.SGD):
 def loop_of(kind: str, dtype: torch.dtype) -> InnerLoop:
     """Return the inner loop of a kind of training."""
     family, execution = Bowl(0.0 if KINDS[kind].starts else 0.3), Execution(dtype=dtype)
+    if KINDS[kind].fails:
+        family = Failing(at=4, listed=(2,))
     if not KINDS[kind].starts:
         return InnerLoop(family, rules.make("lstm", hidden_size=3, num_layers=1), execution)
     params = family.init_params(family.sample(1, torch.Generator().manual_seed(0)))
@@ -148,10 +160,10 @@ def outcome(trainer: MetaTrainer, result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def stopped(folder: Path, number: int) -> dict[str, Any]:
-    """Return where a training ends of which one rank alone is asked to stop, and how."""
+def stopped(folder: Path, number: int, at: int) -> dict[str, Any]:
+    """Return where a training ends, or goes on and ends, of which one rank alone is asked to stop, and how."""
     trainer = trainer_of("truncated", "float64", checkpoint=folder / "stopped.pt")
-    trainer.estimator = _At(trainer.estimator, 3, lambda: os.kill(os.getpid(), number))
+    trainer.estimator = At(trainer.estimator, at, lambda: os.kill(os.getpid(), number))
     try:
         trainer.run(NUM_META_STEPS)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -163,7 +175,7 @@ def goes_on(kind: str, path: Path, num_meta_steps: int, **options: Any) -> dict[
     """Return where a training comes to that goes on from a checkpoint, or begins one."""
     trainer = trainer_of(kind, "float64", checkpoint=path, checkpoint_every=2, **options)
     if path.name == "stopped.pt":
-        trainer.estimator = _At(trainer.estimator, 0, lambda: None)
+        trainer.estimator = At(trainer.estimator, 0, lambda: None)
     return outcome(trainer, trainer.run(num_meta_steps))
 
 
@@ -188,11 +200,11 @@ def _raise(error: Exception) -> None:
 
 def _train_with(act: Callable[[], Any], **options: Any) -> None:
     trainer = trainer_of("truncated", "float64", ranks=present(**options))
-    trainer.estimator = _At(trainer.estimator, 3, act)
+    trainer.estimator = At(trainer.estimator, 3, act)
     trainer.run(NUM_META_STEPS)
 
 
-class _At(GradientEstimator):
+class At(GradientEstimator):
     """An estimator which lets the last rank act before one of its estimates."""
 
     def __init__(self, inner: GradientEstimator, number: int, act: Callable[[], Any]) -> None:
@@ -204,6 +216,22 @@ class _At(GradientEstimator):
         if self._left == 0 and dist.get_rank() == dist.get_world_size() - 1:
             self._act()
         return self._inner.estimate(loop, theta, objective, carry)
+
+    def start(self, *arguments: Any) -> Any:
+        """See the estimator."""
+        return self._inner.start(*arguments)
+
+    def count_tasks(self, carry: Any) -> int:
+        """See the estimator."""
+        return self._inner.count_tasks(carry)
+
+    def narrow(self, carry: Any, start: int, stop: int) -> Any:
+        """See the estimator."""
+        return self._inner.narrow(carry, start, stop)
+
+    def join(self, carries: Any) -> Any:
+        """See the estimator."""
+        return self._inner.join(carries)
 
 
 def differing(how: str) -> None:
@@ -265,6 +293,13 @@ def joins(backend: str | None, device: str | None, timeout: float = 30.0, late: 
     finally:
         for key in told:
             del os.environ[key]
+
+
+def commanded(arguments: list[str]) -> tuple[int, str]:
+    """Return what the command that meta-trains returns and prints in this process."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
+        code = train_meta.main(arguments)
+    return code, out.getvalue()
 
 
 class Case(NamedTuple):

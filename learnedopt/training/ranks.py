@@ -163,12 +163,15 @@ class Ranks:
         assert self.group is not None
         notes, came = _Notes(self.group), next(self.calls)
         notes.write("came", self.rank, f"{came} {what}")
+        began = time.monotonic()
         try:
             yield
         except (RuntimeError, ValueError) as error:  # a connection that breaks, or one that was broken before
-            raise RankFailed(f"rank {self.rank} of {self.size}, at {what}: {self._who(notes, came, error)}") from error
+            in_time = time.monotonic() - began < self.timeout
+            who = self._who(notes, came, error, "has ended" if in_time else f"did not come within {self.timeout:g} s")
+            raise RankFailed(f"rank {self.rank} of {self.size}, at {what}: {who}") from error
 
-    def _who(self, notes: _Notes, came: int, error: Exception) -> str:
+    def _who(self, notes: _Notes, came: int, error: Exception, how: str) -> str:
         """Say which ranks have failed, or have not come."""
         others, why = [r for r in range(self.size) if r != self.rank], _one_line(error)[:200]
         try:
@@ -181,10 +184,7 @@ class Ranks:
             return f"the process that keeps the group's store, mostly rank 0 or the launcher, has ended ({why})"
         if failed:
             return "; ".join(f"rank {r} has failed with {text}" for r, text in failed.items())
-        told = [
-            f"rank {r} did not come within {self.timeout:g} s, or its process has ended (it came last to: {what})"
-            for r, what in last.items()
-        ]
+        told = [f"rank {r} {how} (it came last to: {what})" for r, what in last.items()]
         if not late:  # else they may still be waiting as well
             told = [f"the process of rank {r} has ended or hangs" for r in silent]
         return "; ".join(told) if told else f"the others have given up, or the connection broke ({why})"
