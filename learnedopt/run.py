@@ -7,7 +7,6 @@ again with the same configuration it goes on where it stopped, exactly.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import uuid
 from contextlib import ExitStack
@@ -248,13 +247,7 @@ def meta_train(
     except TrainingDiverged as error:
         if not ranks.leads:
             raise
-        path = save_theta(recipe, folder, loop, error.result)
-        how = (
-            "no validation of it was finite"
-            if error.result.best_value == math.inf
-            else (f"validation {error.result.best_value:.6g}")
-        )
-        raise TrainingDiverged(f"{error}. The best theta so far ({how}) is in {path}", error.result) from error
+        raise error.naming(save_theta(recipe, folder, loop, error.result)) from error
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:

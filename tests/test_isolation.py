@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from bad_tasks import Failing, Steep
-from problems import Quadratic
+from problems import Mix, Quadratic, TanhMLP
 
 from learnedopt import (
     Combined,
+    ConjugateGradient,
     EvolutionStrategies,
     Execution,
     FinalLoss,
     ForwardMode,
+    Implicit,
     InnerLoop,
     PersistentES,
+    Proximal,
     SumOfLosses,
     TaskByTask,
     Truncated,
@@ -27,6 +31,7 @@ from learnedopt import (
 from learnedopt.core.carry import Rollout
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.objective import TaskMean
+from learnedopt.estimators.implicit import ConvergenceWarning
 from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Found, estimate_finite, opened, remaining
 
@@ -230,3 +235,44 @@ def test_what_is_left_of_a_meta_batch_is_kept_with_its_places() -> None:
     assert opened(remaining("carry", (0, 1, 2), 3), 3) == ("carry", (0, 1, 2))
     assert opened(remaining("carry", (0, 2), 3), 3) == ("carry", (0, 2))
     assert remaining(None, (0, 2), 3) is None
+
+
+def test_a_failed_solution_of_an_inner_problem_is_left_out_of_an_implicit_gradient() -> None:
+    template = {k: v[0] for k, v in Quadratic().init_params(Quadratic().sample(1, torch.Generator())).items()}
+    rule = optimizers.make("maml", lr=0.25, template=template)
+    loop = InnerLoop(Failing(at=150, listed=BAD), rule, inner_objective=Proximal(template, 1.0))
+    estimator = Implicit(200, ConjugateGradient(30), tolerance=math.inf)  # of a failed one it would warn
+    theta, carry = start(estimator, loop)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = estimate_finite(estimator, loop, theta, FinalLoss(), carry, range(NUM_TASKS))
+    expected = estimator.estimate(loop, theta, FinalLoss(), only(estimator, carry, GOOD))
+    torch.testing.assert_close(found.estimate.grads, expected.grads, rtol=1e-12, atol=1e-12)
+    assert [(x.position, x.fault.tensor, x.fault.step) for x in found.failures] == [(i, "batch['c']", 150) for i in BAD]
+
+
+def test_a_task_of_a_mixture_is_named_with_its_horizon_and_perturbations_as_in_the_whole_batch() -> None:
+    estimator = TaskByTask(Unrolled(3), ((3, 0.5), (5, 0.5)), EvolutionStrategies(3, 2, 0.05), exact_up_to=3)
+    loop = loop_on(Mix(Failing(at=2, listed=(0,)), TanhMLP()))  # of each sample of one, the first
+    theta, carry = start(estimator, loop)
+    bad = tuple(carry.tasks["member"].eq(0).nonzero().flatten().tolist())
+    good = tuple(i for i in range(NUM_TASKS) if i not in bad)
+    assert len(bad) > 1 and len(good) > 1
+    found = estimate_finite(estimator, loop, theta, SumOfLosses(), carry, range(NUM_TASKS), micro_batch=2)
+    expected = estimator.estimate(loop, theta, SumOfLosses(), only(estimator, carry, good))
+    torch.testing.assert_close(found.estimate.grads, expected.grads, rtol=1e-12, atol=1e-12)
+    assert found.weight == len(good) and tuple(x.position for x in found.failures) == bad
+    assert {(x.fault.tensor, x.fault.step) for x in found.failures} == {("batch['c']", 2)}
+
+
+def test_targets_of_the_valid_split_are_named_as_such() -> None:
+    class Unseen(Failing):
+        """Only the objective sees it."""
+
+        def batch(self, tasks: Any, step: int, split: Any) -> Any:
+            return super().batch(tasks, step if split == "valid" else 0, split)
+
+    loop = loop_on(Unseen(at=3, listed=BAD))
+    theta, carry = start(Unrolled(3), loop)
+    found = estimate_finite(Unrolled(3), loop, theta, FinalLoss(), carry, range(NUM_TASKS))
+    assert [(x.fault.tensor, x.fault.step) for x in found.failures] == [("valid_batch['c']", 3)] * 2

@@ -82,6 +82,8 @@ def _along(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Itera
             params, state = loop.move(one, theta, found.grads, state, tree.detach(found.params), found.loss)
         yield step, "state", state
         yield step, "params", params
+    end = begun.step + num_steps
+    yield end, "valid_batch", one.unbatch(loop.batch(begun.tasks, end, "valid"))
 
 
 def _finite(leaf: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 from learnedopt.core.tree import Theta
@@ -26,3 +28,9 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, message: str, result: TrainingResult) -> None:
         super().__init__(message)
         self.result = result
+
+    def naming(self, path: Path) -> TrainingDiverged:
+        """Return the error with a message that says where the best theta so far is."""
+        value = self.result.best_value
+        how = f"validation {value:.6g}" if math.isfinite(value) else "no validation was finite"
+        return TrainingDiverged(f"{self}. The best theta so far ({how}) is in {path}", self.result)

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.core.checks import NotFinite
 from learnedopt.core.clipping import Norm, require_grads
 from learnedopt.core.counts import require_count
-from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
+from learnedopt.core.estimator import GradientEstimator, as_leaves
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
-from learnedopt.core.parts import loop_of
-from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.description import describe
@@ -35,12 +32,10 @@ from learnedopt.training.rank_estimates import Share, Summing, Whole
 from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.result import TrainingDiverged, TrainingResult
 from learnedopt.training.settings import require_settings
+from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
 from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
 from learnedopt.training.validation import Judgement, Validation, task_generator
-
-FEW = 32
-"""Tasks among which one is looked for that does not fail at once, so that the loop can be vetted."""
 
 
 class MetaTrainer:
@@ -165,7 +160,7 @@ class MetaTrainer:
             require_ready(self, num_meta_steps)
             if self.validation is not None:
                 self.validation.require_measurable(self.theta)  # before anything is written
-            self._check_loop()
+            vet_all(self.loop, self.theta, self.estimator, self.num_tasks, self.seed)
             self._resume()
             return self._run(num_meta_steps)
 
@@ -194,20 +189,6 @@ class MetaTrainer:
             finally:
                 self.tracker.finish(exit_code)
         return result
-
-    def _check_loop(self) -> None:
-        """Vet the loop, whatever the estimator itself asks of it."""
-        for member, family in enumerate(self.loop.family.families):
-            loop = loop_of(self.loop, member)
-
-            def look(num_tasks: int, loop: InnerLoop = loop, family: TaskFamily = family) -> None:
-                carry = loop.start(family.sample(num_tasks, task_generator(self.seed, 0)))
-                check_loop(loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
-
-            try:
-                look(min(2, self.num_tasks))
-            except NotFinite:  # two that fail say nothing of the others
-                look(FEW)
 
     def _meta_step(self, num_meta_steps: int, interrupts: Interrupts) -> int | None:
         """Take one; return the number of a signal that says to stop after it."""
