@@ -7,6 +7,7 @@ again with the same configuration it goes on where it stopped, exactly.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import uuid
 from contextlib import ExitStack
@@ -121,7 +122,7 @@ def train(
     """
     torch.set_num_threads(recipe.num_threads)
     ranks = present(recipe.execution.device) if ranks is None else ranks
-    with ranks.failing_together(), ExitStack() as held:
+    with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
         if isinstance(recipe, Study) and not ranks.alone:
             raise ValueError(f"the study {recipe.name} has no meta-batches to share: start it as one process")
         require_same(ranks, {"recipe": configuration(recipe)})
@@ -245,9 +246,11 @@ def meta_train(
     try:
         return trainer.run(recipe.num_meta_steps)
     except TrainingDiverged as error:
-        if not ranks.leads:
+        if error.result.best_value == math.inf:  # no theta was seen to be any good
             raise
-        raise error.naming(save_theta(recipe, folder, loop, error.result)) from error
+        best = error.result
+        path = ranks.lead(lambda: save_theta(recipe, folder, loop, best), "the saving of the best theta")
+        raise error.naming(path) from error
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:

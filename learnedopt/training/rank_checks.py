@@ -61,7 +61,8 @@ def require_ready(trainer: MetaTrainer, num_meta_steps: int) -> None:
         )
     theta = {k: f"{x.dtype} {tuple(x.shape)}" for k, x in trainer.theta.items()}
     things = {name: getattr(trainer, name) for name in _THINGS}
-    require_same(ranks, {**things, "num_meta_steps": num_meta_steps, "theta": theta})
+    own = {"num_meta_steps": num_meta_steps, "theta": theta, "checkpoint": trainer.checkpoint is not None}
+    require_same(ranks, {**things, **own})
     ranks.follow([*trainer.theta.values()], "the theta to start from")
 
 

@@ -145,10 +145,15 @@ class Ranks:
         return told[0]
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """Let the others know what error ended the block on this rank, and do not let them wait for it."""
+    def failing_together(self, agreed: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Let the others know what error ended the block on this rank, and do not let them wait for it.
+
+        ``agreed`` is an error that all ranks raise together, after which they may go on to do things together.
+        """
         try:
             yield
+        except agreed:
+            raise
         except BaseException as error:
             if self.group is not None and dist.is_initialized():
                 if not isinstance(error, RankFailed):

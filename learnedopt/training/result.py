@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,15 @@ class TrainingDiverged(RuntimeError):
 
     def naming(self, path: Path) -> TrainingDiverged:
         """Return the error with a message that says where the best theta so far is."""
-        value = self.result.best_value
-        how = f"validation {value:.6g}" if math.isfinite(value) else "no validation was finite"
-        return TrainingDiverged(f"{self}. The best theta so far ({how}) is in {path}", self.result)
+        best = f"The best theta so far (validation {self.result.best_value:.6g}) is in {path}"
+        return TrainingDiverged(f"{self}. {best}", self.result)
+
+
+def diverged(result: TrainingResult, num_in_a_row: int, why: str, last: str) -> TrainingDiverged:
+    """Return the error of a training of which so many meta-steps in a row were skipped, the last one for ``last``."""
+    return TrainingDiverged(
+        f"{num_in_a_row} meta-gradients in a row were {why} (meta-step {result.meta_step}, {result.num_skipped} "
+        f"skipped in all): theta cannot move. Of the last one, {last}. Lower the meta-learning rate, set "
+        "max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma",
+        result,
+    )

@@ -30,11 +30,11 @@ from learnedopt.training.rank_carries import own_share, resume, whole_carry
 from learnedopt.training.rank_checks import require_ready
 from learnedopt.training.rank_estimates import Share, Summing, Whole
 from learnedopt.training.ranks import Ranks, present
-from learnedopt.training.result import TrainingDiverged, TrainingResult
+from learnedopt.training.result import TrainingDiverged, TrainingResult, diverged
 from learnedopt.training.settings import require_settings
 from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
-from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
+from learnedopt.training.tracker import Tracker, progress_line, sinks_of
 from learnedopt.training.validation import Judgement, Validation, task_generator
 
 
@@ -128,7 +128,7 @@ class MetaTrainer:
         self.steadying = Steadying(average, rollback_above)
         require_settings(self)
         self.ranks = present(loop.execution.device) if ranks is None else ranks
-        self.tracker = _sinks(tracker if self.ranks.leads else None)
+        self.tracker = sinks_of(tracker if self.ranks.leads else None)
         if theta is None:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
@@ -156,7 +156,7 @@ class MetaTrainer:
             RankFailed: another rank has failed, or has not come.
         """
         require_count("num_meta_steps", num_meta_steps)
-        with self.ranks.failing_together():
+        with self.ranks.failing_together(agreed=TrainingDiverged):
             require_ready(self, num_meta_steps)
             if self.validation is not None:
                 self.validation.require_measurable(self.theta)  # before anything is written
@@ -165,7 +165,7 @@ class MetaTrainer:
             return self._run(num_meta_steps)
 
     def _run(self, num_meta_steps: int) -> TrainingResult:
-        exit_code = 1
+        exit_code, agreed = 1, True
         with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
@@ -186,8 +186,13 @@ class MetaTrainer:
             except (KeyboardInterrupt, SystemExit):
                 exit_code = 128 + (interrupts.number or signal.SIGINT)
                 raise
+            except Exception as error:
+                agreed = isinstance(error, TrainingDiverged)
+                raise
             finally:
                 self.tracker.finish(exit_code)
+                if exit_code and agreed:  # a launcher ends the first rank where another one ends before it
+                    self.ranks.agree(None, "the end of the record")
         return result
 
     def _meta_step(self, num_meta_steps: int, interrupts: Interrupts) -> int | None:
@@ -293,13 +298,7 @@ class MetaTrainer:
             return
         self._save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
-        raise TrainingDiverged(
-            f"{self.progress.skips_in_a_row} meta-gradients in a row were {why} (meta-step "
-            f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Of the last "
-            f"one, {self._why}{self._failures.last}. Lower the meta-learning rate, set max_grad_norm, shorten the "
-            "unroll, or, where theta is perturbed, lower sigma",
-            self._result(),
-        )
+        raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
         last, progress = self._learned(), self.progress
@@ -340,8 +339,3 @@ class MetaTrainer:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
         found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
         return found._replace(classes=found.classes | carries.classes_of(Remaining(None, ())))
-
-
-def _sinks(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
-    made = tracker() if callable(tracker) else tracker or NullTracker()
-    return made if isinstance(made, Trackers) else Trackers([made])
