@@ -179,7 +179,7 @@ class MetaTrainer:
                 self._save()
                 interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
-                result = self._result()
+                result, agreed = self._result(), False
                 if self.report is not None and self.ranks.leads:
                     self.report(result, self.tracker)
                 exit_code = 0
