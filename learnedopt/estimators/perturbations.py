@@ -87,7 +87,7 @@ def lengths_of(loop: InnerLoop, theta: Theta, sigma: float) -> Theta:
 
 
 def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: Particles, losses: Tensor) -> Tensor:
-    """Return each particle's objective (num_particles,), the mean over the tasks of the slots.
+    """Return each particle's objective (num_particles,), the mean over the tasks of the slots; of losses in float64.
 
     Args:
         loop: the loop.
@@ -98,7 +98,8 @@ def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: 
     """
     if isinstance(objective, OfLosses):
         end = particles.losses(loop, after, objective.split)
-        return objective.of_losses(losses.flatten(1), end.flatten()).unflatten(0, end.shape).mean(0)
+        found = objective.of_losses(losses.flatten(1), end.flatten()).unflatten(0, end.shape)
+        return found.double().mean(0)  # a mean in float32 would hide differences between particles in its rounding
     found = []
     with torch.no_grad():
         for i in range(losses.shape[2]):

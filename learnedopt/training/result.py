@@ -32,3 +32,13 @@ class TrainingDiverged(RuntimeError):
         """Return the error with a message that says where the best theta so far is."""
         best = f"The best theta so far (validation {self.result.best_value:.6g}) is in {path}"
         return TrainingDiverged(f"{self}. {best}", self.result)
+
+
+def diverged(result: TrainingResult, num_in_a_row: int, why: str, last: str) -> TrainingDiverged:
+    """Return the error of a training of which so many meta-steps in a row were skipped, the last one for ``last``."""
+    return TrainingDiverged(
+        f"{num_in_a_row} meta-gradients in a row were {why} (meta-step {result.meta_step}, {result.num_skipped} "
+        f"skipped in all): theta cannot move. Of the last one, {last}. Lower the meta-learning rate, set "
+        "max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma",
+        result,
+    )

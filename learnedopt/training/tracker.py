@@ -132,6 +132,12 @@ class Trackers:
                     )  # fmt: skip
 
 
+def sinks_of(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
+    """Return a tracker, what a function makes, or nothing, as ``Trackers``."""
+    made = tracker() if callable(tracker) else tracker or NullTracker()
+    return made if isinstance(made, Trackers) else Trackers([made])
+
+
 _WORDS = {
     "meta_loss": "meta-loss {:.4g}",
     "validation": "validation {:.4g}",

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ from learnedopt.training import carries
 from learnedopt.training.description import describe
 from learnedopt.training.failures import Failures
 from learnedopt.training.interrupts import Interrupts
-from learnedopt.training.isolation import FAILED, Found, Remaining, estimate_finite, opened, remaining
+from learnedopt.training.isolation import FAILED, Remaining, estimate_finite, opened, remaining
 from learnedopt.training.meta_update import MetaUpdate
-from learnedopt.training.progress import Progress, Training, load_progress, require_loadable, save_progress
-from learnedopt.training.result import TrainingDiverged, TrainingResult
+from learnedopt.training.progress import Progress, Training, require_loadable, save_progress
+from learnedopt.training.rank_carries import own_share, resume, whole_carry
+from learnedopt.training.rank_checks import require_ready
+from learnedopt.training.rank_estimates import Share, Summing, Whole
+from learnedopt.training.ranks import Ranks, present
+from learnedopt.training.result import TrainingDiverged, TrainingResult, diverged
 from learnedopt.training.settings import require_settings
 from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
-from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
+from learnedopt.training.tracker import Tracker, progress_line, sinks_of
 from learnedopt.training.validation import Judgement, Validation, task_generator
 
 
@@ -76,6 +81,8 @@ class MetaTrainer:
             it.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
+        ranks: the processes that share each meta-batch; by default those of the process group of ``torch.distributed``
+            that is initialised (docs/many_processes.md). Rank 0 alone has the tracker and the checkpoint, and reports.
 
     Raises:
         TypeError, ValueError: an option is out of its range; there are no meta-parameters; the meta-optimizer or the
@@ -111,6 +118,7 @@ class MetaTrainer:
         max_skips_in_a_row: int = 10,
         config: dict[str, Any] | None = None,
         report: Callable[[TrainingResult, Tracker], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
@@ -120,7 +128,8 @@ class MetaTrainer:
         self.config, self.report = dict(config or {}), report
         self.steadying = Steadying(average, rollback_above)
         require_settings(self)
-        self.tracker = _sinks(tracker)
+        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.tracker = sinks_of(tracker if self.ranks.leads else None)
         if theta is None:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
@@ -132,62 +141,80 @@ class MetaTrainer:
         self._why, self._failures = "", Failures()
         self.progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
+        self._sum, self._goes_on = Summing(self.ranks), False
 
     def run(self, num_meta_steps: int) -> TrainingResult:
         """Train until meta-step ``num_meta_steps`` of the run, counted from its very beginning.
 
         Ctrl-C, SIGTERM and SIGHUP end it after the meta-step in progress, with a checkpoint: KeyboardInterrupt or
-        SystemExit (143, 129) is raised then. A second Ctrl-C does not wait.
+        SystemExit (143, 129) is raised then. A second Ctrl-C does not wait. Of several ranks all stop where one is told
+        to, after the same meta-step.
 
         Raises:
             TrainingDiverged: too many skipped meta-steps in a row.
             TypeError: the estimator's carry holds what no checkpoint could keep.
             ValueError: bad input, before the first inner step; or a checkpoint of another run.
+            RankFailed: another rank has failed, or has not come.
         """
         require_count("num_meta_steps", num_meta_steps)
-        if self.validation is not None:
-            self.validation.require_measurable(self.theta)  # before anything is written
-        vet_all(self.loop, self.theta, self.estimator, self.num_tasks, self.seed)
-        self._resume()
-        exit_code = 1
-        with Interrupts() as interrupts:
+        with self.ranks.failing_together(agreed=TrainingDiverged):
+            require_ready(self, num_meta_steps)
+            if self.validation is not None:
+                self.validation.require_measurable(self.theta)  # before anything is written
+            vet_all(self.loop, self.theta, self.estimator, self.num_tasks, self.seed)
+            self._resume()
+            return self._run(num_meta_steps)
+
+    def _run(self, num_meta_steps: int) -> TrainingResult:
+        exit_code, agreed = 1, True
+        with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self._at_start:
                     self._log({}, validate=True)
-                while interrupts.number is None and self.progress.meta_step < num_meta_steps:
-                    self._meta_step(num_meta_steps)
+                stop = self.ranks.agree(interrupts.number, "the start")
+                while stop is None and self.progress.meta_step < num_meta_steps:
+                    stop = self._meta_step(num_meta_steps, interrupts)
                     if self.progress.meta_step % self.checkpoint_every == 0:
                         self._save()
                 self._save()
+                interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
-                result = self._result()
-                if self.report is not None:
+                result, agreed = self._result(), False
+                if self.report is not None and self.ranks.leads:
                     self.report(result, self.tracker)
                 exit_code = 0
             except (KeyboardInterrupt, SystemExit):
                 exit_code = 128 + (interrupts.number or signal.SIGINT)
                 raise
+            except Exception as error:
+                agreed = isinstance(error, TrainingDiverged)
+                raise
             finally:
                 self.tracker.finish(exit_code)
+                if exit_code and agreed:  # a launcher ends the first rank where another one ends before it
+                    self.ranks.agree(None, "the end of the record")
         return result
 
-    def _meta_step(self, num_meta_steps: int) -> None:
+    def _meta_step(self, num_meta_steps: int, interrupts: Interrupts) -> int | None:
+        """Take one; return the number of a signal that says to stop after it."""
         progress, began = self.progress, time.perf_counter()
-        kept = progress.carry if progress.carry is not None else self._fresh_carry()
-        carry, places = opened(kept, self.num_tasks)
+        # A rank whose tasks have all failed waits for the end of the others' episode.
+        kept = progress.carry if progress.carry is not None or self._goes_on else self._fresh_carry()
         # From here on the episode counts as begun, and its carry comes back only with a finite meta-gradient.
-        progress.carry = None
-        found = self._estimate(carry, places)
+        progress.carry, self._goes_on = None, False
+        found = self._estimate(kept, interrupts)
         estimate = found.estimate
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
-        num_failed = self.num_tasks - len(places) + estimate.info.get(FAILED, len(found.failures))
+        num_failed = self.num_tasks - found.num_tasks + estimate.info.get(FAILED, len(found.failures))
         if self._move(grads, norm, loss, num_failed):
             progress.carry, progress.skips_in_a_row = remaining(estimate.carry, found.places, self.num_tasks), 0
+            self._goes_on = found.goes_on
         else:
             self.steadying.go_back(self.theta, self.meta_optimizer, progress.steadied)
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
+        self.ranks.follow([*self.theta.values()], f"theta after meta-step {progress.meta_step}")
         metrics = {
             "meta_loss": loss,
             "grad_norm": norm.value,
@@ -202,8 +229,14 @@ class MetaTrainer:
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
+        return interrupts.number if self.ranks.alone else found.stop
 
-    def _estimate(self, carry: Any, places: tuple[int, ...]) -> Found:
+    def _estimate(self, kept: Any, interrupts: Interrupts) -> Whole:
+        """Estimate this rank's tasks, and return the estimate of all ranks'."""
+        what = f"the sum of meta-gradients of meta-step {self.progress.meta_step + 1}"
+        if kept is None:
+            return self._sum(Share(None, 0, interrupts.number), self.theta, what)
+        carry, places = opened(kept, self.num_tasks)
         theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
         found = estimate_finite(
             self.estimator, self.loop, theta, self.objective, carry, places, micro_batch=self.micro_batch,
@@ -211,7 +244,7 @@ class MetaTrainer:
         )  # fmt: skip
         self._require_carry(found.estimate.carry)
         require_grads(self.estimator, found.estimate.grads, self.theta)
-        return found
+        return self._sum(Share(found, len(places), interrupts.number), self.theta, what)
 
     def _move(self, grads: Theta, norm: Norm, loss: float, num_failed: float) -> bool:
         """Let theta take a meta-step where there is one to take; return whether it has."""
@@ -239,7 +272,7 @@ class MetaTrainer:
         theta = {k: v.detach().clone() for k, v in self.theta.items()}
         carry = self.estimator.start(self.loop, theta, tasks, generator)
         self._require_carry(carry)
-        return carry
+        return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
     def _require_carry(self, carry: Any) -> None:
         whose = type(self.estimator).__name__
@@ -251,7 +284,7 @@ class MetaTrainer:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
         if self.validation is not None and validate:
             progress, learned = self.progress, self._learned()
-            found = self.validation.judge(learned)
+            found = self.validation.judge(learned, self.ranks)
             best = None if progress.best_theta is None else Judgement(progress.best_value, progress.best_failed)
             if found.beats(best):
                 progress.best_value, progress.best_failed = found
@@ -266,13 +299,7 @@ class MetaTrainer:
             return
         self._save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
-        raise TrainingDiverged(
-            f"{self.progress.skips_in_a_row} meta-gradients in a row were {why} (meta-step "
-            f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Of the last "
-            f"one, {self._why}{self._failures.last}. Lower the meta-learning rate, set max_grad_norm, shorten the "
-            "unroll, or, where theta is perturbed, lower sigma",
-            self._result(),
-        )
+        raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
         last, progress = self._learned(), self.progress
@@ -291,15 +318,20 @@ class MetaTrainer:
         return self.progress.meta_step == 0 and self.progress.best_theta is None
 
     def _save(self) -> None:
-        if self.checkpoint is not None and self._training is not None:
-            save_progress(self.checkpoint, self.progress, self._training)
+        if self.checkpoint is None or self._training is None:
+            return
+        carry = whole_carry(self.ranks, self.estimator, self.progress.carry, self._training, self.num_tasks)
+        if self.ranks.leads:
+            save_progress(self.checkpoint, replace(self.progress, carry=carry), self._training)
 
     def _resume(self) -> None:
         if self.checkpoint is not None:
             self._training = self._training or self._describe()
-            if self.checkpoint.exists():
-                self.progress = load_progress(self.checkpoint, self._training)
-        if self.progress.meta_step == 0 and self.progress.carry is None:
+            resumed = resume(self.ranks, self.checkpoint, self._training)
+            if resumed is not None:
+                self.progress, self._goes_on = resumed, resumed.carry is not None
+                self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        if self.progress.meta_step == 0 and self.progress.carry is None and not self._goes_on:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
         self.tracker.rewind(-1 if self._at_start else self.progress.meta_step)
@@ -309,8 +341,3 @@ class MetaTrainer:
         found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
         classes = found.classes | carries.classes_of(Remaining(None, ()))
         return found._replace(classes=classes, config=self.config)
-
-
-def _sinks(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
-    made = tracker() if callable(tracker) else tracker or NullTracker()
-    return made if isinstance(made, Trackers) else Trackers([made])

@@ -19,6 +19,7 @@ from learnedopt.core.objective import MetaObjective
 from learnedopt.core.parts import parts_of
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
+from learnedopt.training.ranks import ALONE, Ranks
 
 VALIDATION = -1
 """The episode that validation tasks count as: none that training ever reaches."""
@@ -96,10 +97,20 @@ class Validation:
         found = self.judge(theta)
         return math.nan if found.num_failed else found.value
 
-    def judge(self, theta: Theta) -> Judgement:
-        """Return the objective on those of the held-out tasks on which it is finite, and on how many it is not."""
+    def judge(self, theta: Theta, ranks: Ranks = ALONE) -> Judgement:
+        """Return the objective on those of the held-out tasks on which it is finite, and on how many it is not.
+
+        Each rank measures a share of them.
+        """
         tasks = self.loop.family.sample(self.num_tasks, task_generator(self.seed, VALIDATION))
-        found = [self._judge(p.loop, theta, p.tasks) for p in parts_of(self.loop, tasks)]
+        start, stop = ranks.share(self.num_tasks)
+        parts = parts_of(self.loop, tree.narrow(tasks, start, stop)) if start < stop else []
+        found = [self._judge(p.loop, theta, p.tasks) for p in parts]
+        if not ranks.alone:
+            sums = [[count, count * value if count else 0.0, num_failed] for count, value, num_failed in found]
+            own = torch.tensor(sums, dtype=torch.float64).reshape(-1, 3).sum(0)
+            count, total, num_failed = ranks.sum(own, "the validation").tolist()
+            return Judgement(total / count if count else math.nan, int(num_failed))
         kept = [(count, value) for count, value, _ in found if count]
         total = sum(count for count, _ in kept)
         mean = (
