@@ -333,6 +333,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "optimizer": lambda c: c.update(optimizer={}),
     "group": lambda c: c["optimizer"]["param_groups"][0].update(lr="fast"),
     "betas": lambda c: c["optimizer"]["param_groups"][0].update(betas=0.9),
+    "one of the betas": lambda c: c["optimizer"]["param_groups"][0].update(betas=(0.9, "x")),
     "more groups": lambda c: c["optimizer"]["param_groups"].append({"params": [1]}),
     "other parameters": lambda c: c["optimizer"]["param_groups"][0].update(params=[3]),
     "state of nothing": lambda c: c["optimizer"]["state"].update({9: {}}),

@@ -65,18 +65,23 @@ def require_state(saved: Any, of_scheduler: Any, optimizer: torch.optim.Optimize
 
 
 def _require_alike(whose: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError where a number of one is none in the other."""
+    """Raise ValueError where there are numbers in one, or so many of them, that are not in the other."""
     for name in own.keys() & saved.keys():
-        if _form(own[name]) == "a number" and _form(saved[name]) != "a number":
-            raise ValueError(f"{whose} {name} is {saved[name]!r} on file, which is no number")
-        if isinstance(own[name], tuple | list) and not isinstance(saved[name], tuple | list):
+        if not _alike(saved[name], own[name]):
             raise ValueError(f"{whose} {name} is {saved[name]!r} on file, and {own[name]!r} here")
 
 
-def _form(value: Any) -> str:
-    if isinstance(value, bool):
-        return "a truth value"
-    return "a number" if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0) else "other"
+def _alike(saved: Any, own: Any) -> bool:
+    if isinstance(own, tuple | list):
+        same = isinstance(saved, tuple | list) and len(saved) == len(own)
+        return same and all(_alike(a, b) for a, b in zip(saved, own, strict=True))
+    return _is_number(saved) or not _is_number(own)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_number(name: str, value: Any) -> None:
