@@ -27,6 +27,8 @@ from learnedopt.training.json_tracker import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300.0
 """Seconds after which a process that should have ended, or come somewhere, is taken to hang."""
+TIMES = ("step_ms", "compile_seconds")
+"""Metrics that no second run repeats."""
 _IMPORTED = (
     "torch._dynamo", "jsonargparse", "matplotlib.figure", "matplotlib.backends.backend_agg", "learnedopt.run",
     "learnedopt.tasks.registry", "learnedopt.optimizers.registry", "learnedopt.inner_objectives.registry",
@@ -287,7 +289,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "step_ms"}
+    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def same(a: Any, b: Any) -> bool:
