@@ -218,6 +218,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         max_grad_norm=0.1,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
     ),
@@ -274,12 +275,21 @@ CASES: dict[str, Make] = {
         SumOfLosses(),
         rule_options={"learn": ("lr", "momentum")},
     ),
-    "two estimators as one, of which either or both may be skipped": trainer(
+    "two estimators as one, of which either may fail": trainer(
         families.make("quadratic", dim=3),
         "momentum",
         Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
+    ),
+    "tasks of which some fail": trainer(
+        step_dependent(),
+        "momentum",
+        Truncated(1, horizon=8),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
+        num_tasks=6,
     ),
     "an average of theta, clipping and a schedule": trainer(
         step_dependent(),
@@ -296,6 +306,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         average=0.3,
         rollback_above=0.5,
     ),

@@ -21,7 +21,11 @@ MAX_NAME = 200
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new file in ``path``'s folder, then replace ``path`` by it; a crash leaves the old file."""
+    """Let ``write`` fill a new file in ``path``'s folder, then replace ``path`` by it; a crash leaves the old file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; it names ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -30,8 +34,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _flush(Path(name), os.O_RDWR)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp's private mode is meant for secrets
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _flush(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
 

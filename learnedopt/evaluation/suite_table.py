@@ -236,7 +236,7 @@ def collect(folder: str | Path, order: Sequence[str] = ()) -> Suite:
         try:
             last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Shown))
             losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
-            net, optimizer = str(record["net"]), str(record["optimizer"])
+            net, optimizer, _ = (str(record[k]) for k in ("net", "optimizer", "kind"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no result of a suite ({error!r}); remove it") from error
         by_net.setdefault(net, {})[optimizer] = Result(record, last, final, losses)
