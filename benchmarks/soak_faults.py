@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.soak_round import LAST, Round, Wrong
 from benchmarks.soak_runs import ROOT, family
-from benchmarks.soak_signals import STOPPED, close_terminal, stop
+from benchmarks.soak_signals import STOPPED, close_terminal, kill_rank, stop
 from learnedopt.cli import BAD_INPUT, DISK_FULL
 
 
@@ -178,6 +178,7 @@ def start_twice(round: Round) -> dict[str, Any]:
 Fault = Callable[[Round], dict[str, Any]]
 KILL = "SIGKILL"
 OTHERS: dict[str, Fault] = {
+    "SIGKILL of one of two ranks": kill_rank,
     "SIGTERM": partial(stop, number=signal.SIGTERM, code=143),
     "Ctrl-C": partial(stop, number=signal.SIGINT, code=130),
     "Ctrl-C twice": partial(stop, number=signal.SIGINT, code=130, times=2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import statistics
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.soak_runs import Training, family, last_step, started
+from benchmarks.soak_runs import Training, family, last_step, started, wait_for_end
 from learnedopt.core.files import write_json
 
 # The LSTM on MNIST as it is trained, only longer, and with more of what is written.
@@ -60,13 +59,14 @@ def soak(folder: Path, minutes: float) -> dict[str, Any]:
                 file.flush()
         children = family(process.pid)
         process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            code = None
+        wait_for_end(process)
         _, left = psutil.wait_procs(children, timeout=30)
-    found = verdict(samples) | {"exit_code": code, "processes_left": len(left), "meta_steps": last_step(runs / "run")}
-    found["passed"] = found["passed"] and code == 128 + signal.SIGTERM and not left
+    found = verdict(samples) | {
+        "exit_code": process.returncode,
+        "processes_left": len(left),
+        "meta_steps": last_step(runs / "run"),
+    }
+    found["passed"] = found["passed"] and process.returncode == 128 + signal.SIGTERM and not left
     write_json(folder / "memory.json", found)
     return found
 

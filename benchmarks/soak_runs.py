@@ -27,11 +27,14 @@ from learnedopt.training.json_tracker import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300.0
 """Seconds after which a process that should have ended, or come somewhere, is taken to hang."""
+TIMES = ("step_ms", "compile_seconds")
+"""Metrics that no second run repeats."""
 _IMPORTED = (
     "torch._dynamo", "jsonargparse", "matplotlib.figure", "matplotlib.backends.backend_agg", "learnedopt.run",
     "learnedopt.tasks.registry", "learnedopt.optimizers.registry", "learnedopt.inner_objectives.registry",
     "learnedopt.evaluation.plots", "learnedopt.execution.memory", "learnedopt.recipes.recipe",
 )  # fmt: skip
+_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node")
 # What the process is given before it becomes the training: how SIGHUP is handled (whoever starts the soak may ignore
 # it), the largest file that it may write, and its terminal.
 _LAUNCH = """
@@ -164,6 +167,7 @@ def started(
     environment: Mapping[str, str] | None = None,
     file_limit: int = 0,
     terminal: int | None = None,
+    ranks: int = 1,
     fork: bool = False,
 ) -> Iterator[Process]:
     """Start the training in a process of its own; what is left of it and its children at the end is killed.
@@ -175,7 +179,8 @@ def started(
         environment: variables beside those of this process.
         file_limit: bytes that a file may have, 0 for no limit.
         terminal: the handle of a terminal to be started in, and to write to.
-        fork: fork this process, without either of the two before, instead of starting Python anew.
+        ranks: more than one are launched by ``torchrun``, which starts all again where one ends.
+        fork: fork this process, without any of the three before, instead of starting Python anew.
     """
     runs.mkdir(parents=True, exist_ok=True)
     sets = [word for setting in training.settings for word in ("--set", setting)]
@@ -183,7 +188,8 @@ def started(
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     own = {"HOME": str(runs), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     given = map(str, (file_limit, int(terminal is not None)))
-    call = [sys.executable, "-c", _LAUNCH, *given, str(ROOT / "train_meta.py"), *arguments]
+    launcher = [*_TORCHRUN, str(ranks)] if ranks > 1 else []
+    call = [sys.executable, "-c", _LAUNCH, *given, *launcher, str(ROOT / "train_meta.py"), *arguments]
     # A file, not a pipe: a stopped service of W&B would keep a pipe open.
     with open(runs / "said.txt", "a", encoding="utf-8") as file:
         output = terminal or file.fileno()
@@ -287,7 +293,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "step_ms"}
+    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def same(a: Any, b: Any) -> bool:

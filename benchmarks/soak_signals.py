@@ -42,6 +42,22 @@ def kill(round: Round) -> dict[str, Any]:
     return {"outcome": "survived", "kills": dict(struck)}
 
 
+def kill_rank(round: Round) -> dict[str, Any]:
+    """SIGKILL of one of two ranks: what launched them starts both again; another pair, undisturbed, says where to."""
+    pair = round._replace(runs=round.runs / "pair")
+    with pair.start(ranks=2) as process:
+        pair.ends(process, 0)
+    with round.start(ranks=2) as process:
+        round.come_to(process, 2 + round.moments.randrange(LAST // 2))
+        both = [child for child in family(process.pid) if any("train_meta.py" in word for word in child.cmdline())]
+        if len(both) != 2:
+            raise Wrong(f"there are {len(both)} ranks")
+        round.moments.choice(both).kill()
+        message = round.ends(process, 0, "rank [01]")
+    round._replace(whole=pair.folder).compare()
+    return {"outcome": "survived", "message": message}
+
+
 def _strike(round: Round, process: Process, first: int) -> bool:
     """Wait for the moment; return whether the process still runs."""
     how = round.moments.choice(("wherever", "meta-step", "save", "save"))
