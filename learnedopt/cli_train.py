@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 when done, 1 when training diverged, 3 when another process of it has failed, 130 or 143 after a signal.
     """
+    from learnedopt.core.files import require_name
     from learnedopt.run import train
     from learnedopt.training import launch, ranks
     from learnedopt.training.trainer import TrainingDiverged
@@ -80,7 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
-    folder = arguments.runs / (arguments.name or arguments.recipe)
+    name = arguments.recipe if arguments.name is None else arguments.name
+    require_name(name, "--name")
+    folder = arguments.runs / name
     timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
     try:
         with launch.process_group(recipe.execution.device, arguments.backend, timeout):

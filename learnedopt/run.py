@@ -6,7 +6,6 @@ again with the same configuration it goes on where it stopped, exactly.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import uuid
@@ -19,10 +18,11 @@ import torch
 from learnedopt import checkpoint
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.execution import Execution
-from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
+from learnedopt.core.files import exclusive, plain_json, remove_partials, require_name
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.parts import loop_of
+from learnedopt.core.sealed import read_record, write_record
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.task_by_task import TaskByTask
@@ -32,6 +32,7 @@ from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
 from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.progress import saved_config
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
@@ -120,6 +121,7 @@ def train(
     Of several processes (``ranks``; by default those of the process group that is initialised) rank 0 alone touches
     the folder and holds it.
     """
+    require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
     ranks = present(recipe.execution.device) if ranks is None else ranks
     with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
@@ -313,18 +315,27 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     """Return the id of the run of this recipe that ``folder`` holds, maybe of an earlier version; None for no run.
 
     A run of another configuration does not count where not one meta-step was taken, and no part of a study finished;
-    otherwise it is refused.
+    otherwise it is refused. Where ``config.json`` is gone, the checkpoint's own record of it is compared.
     """
-    path, record = folder / "config.json", folder / "metrics.jsonl"
-    if not path.exists():
+    path, record, state = (folder / name for name in ("config.json", "metrics.jsonl", "checkpoint.pt"))
+    run_id, saved = None, None
+    if path.exists():
+        try:
+            found = read_record(path)
+            run_id, saved = str(found["run_id"]), dict(found["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
+            ) from error
+    elif state.exists():
+        saved = saved_config(state)
+        if saved is None:
+            raise ValueError(
+                f"{folder} holds a checkpoint, but no config.json, which says of what run: put it back, give this run "
+                "a --name of its own, or remove that folder"
+            )
+    if saved is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        run_id, saved = str(found["run_id"]), dict(found["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
-        ) from error
     config = configuration(recipe)
     saved = up_to_date(saved, recipe)
     rule, descended = split_imaml(saved.get("rule"))
@@ -335,7 +346,7 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     rows = read_metrics(record) if record.exists() else []  # row 0 is the validation of the start
     # A study remembers its parts by files that do not tell all its settings, often before it has told any number.
     parts = (p for p in folder.rglob("*.json") if p != path and p.relative_to(folder).parts[0] != "wandb")
-    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows) or any(parts):
+    if state.exists() or any(row["step"] > 0 for row in rows) or any(parts):
         changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
         raise ValueError(
             f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
@@ -347,5 +358,5 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
 def begin_run(folder: Path, recipe: Recipe | Study) -> str:
     """Write the configuration of a new run into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
-    write_json(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
+    write_record(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
     return run_id

@@ -93,5 +93,6 @@ def _finite(leaf: Any) -> bool:
 def _seed(tasks: Any) -> int | None:
     """Return the seed of the one task, where its family says one."""
     seed = tasks.get("seed") if isinstance(tasks, dict) else None
-    whole = isinstance(seed, Tensor) and seed.numel() == 1 and not seed.is_floating_point()
-    return int(seed) if whole else None
+    if not isinstance(seed, Tensor) or seed.numel() != 1 or seed.is_floating_point():
+        return None
+    return int(seed)

@@ -77,7 +77,8 @@ class MetaTrainer:
         max_failed_share: which share of a meta-batch may fail before its meta-step is skipped, below 1; 0 skips it for
             a single task, and names none.
         max_skips_in_a_row: after so many skipped meta-steps in a row ``TrainingDiverged`` is raised.
-        config: what the tracker is told about the run at its start, beside the number of meta-steps.
+        config: what the tracker is told about the run at its start, beside the number of meta-steps; a checkpoint holds
+            it.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
         ranks: the processes that share each meta-batch; by default those of the process group of ``torch.distributed``
@@ -338,4 +339,5 @@ class MetaTrainer:
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
         found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
-        return found._replace(classes=found.classes | carries.classes_of(Remaining(None, ())))
+        classes = found.classes | carries.classes_of(Remaining(None, ()))
+        return found._replace(classes=classes, config=self.config)
