@@ -17,7 +17,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
     layout lstm_kernel optim persistent resume tracker train_meta trainer unrolled wandb_tracker))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long install-lowest test-lowest lint results bench bench-scaling wheel-check clean
+.PHONY: help install demo test test-long install-lowest test-lowest lint results bench bench-scaling soak wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into do
 
 bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)
 	$(BENCH_BIN)/python benchmarks/bench.py --scaling
+
+soak: $(STAMP)  ## kill real trainings and disturb them in other ways (20 minutes; runs/soak, docs/reliability.md)
+	$(BIN)/python benchmarks/soak.py --minutes 20
 
 # The C in learn2learn's source archive was generated for Python 3.10 and older; build_ext has it generated anew. What it
 # requires itself (data sets, environments of gym) is not needed for what is measured. An environment of its own: what it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Meta-train as the arguments say.
 
     Returns:
-        0 when done, 1 when training diverged, 3 when another process of it has failed, 130 or 143 after a signal.
+        0 when done, 1 when training diverged, 3 when another process of it has failed, 130, 143 or 129 after a signal.
     """
     from learnedopt.core.files import require_name
     from learnedopt.run import train
@@ -90,7 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             own = ranks.present(recipe.execution.device, timeout)
             result = train(recipe, folder, arguments.wandb, own)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone: that is why it stopped
+            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)

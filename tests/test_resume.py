@@ -551,12 +551,14 @@ def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     assert_same_run(folder, whole(case))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_a_finished_wandb_run(
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_a_checkpoint_and_a_finished_wandb_run(
     number: signal.Signals, code: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case, folder = "learned start", tmp_path / "lstm-quadratic"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a child would go on ignoring it
     process = started(arguments(case, tmp_path, "offline"), tmp_path)
+    signal.signal(signal.SIGHUP, before)
     wait_for_step(process, folder / "metrics.jsonl", 5)
     process.send_signal(number)
     said = process.communicate()[1]

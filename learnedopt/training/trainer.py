@@ -146,9 +146,9 @@ class MetaTrainer:
     def run(self, num_meta_steps: int) -> TrainingResult:
         """Train until meta-step ``num_meta_steps`` of the run, counted from its very beginning.
 
-        Ctrl-C and SIGTERM end it after the meta-step in progress, with a checkpoint: KeyboardInterrupt or SystemExit
-        (143) is raised then. A second Ctrl-C does not wait. Of several ranks all stop where one is told to, after the
-        same meta-step.
+        Ctrl-C, SIGTERM and SIGHUP end it after the meta-step in progress, with a checkpoint: KeyboardInterrupt or
+        SystemExit (143, 129) is raised then. A second Ctrl-C does not wait. Of several ranks all stop where one is told
+        to, after the same meta-step.
 
         Raises:
             TrainingDiverged: too many skipped meta-steps in a row.
