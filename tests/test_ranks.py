@@ -15,6 +15,7 @@ from filelock import FileLock
 from rank_processes import (
     KINDS,
     NUM_META_STEPS,
+    PATIENCE,
     SIZES,
     Case,
     commanded,
@@ -60,7 +61,7 @@ def cases(folder: Path) -> list[Case]:
     found += [Case("no shares", 2, of_no_shares, ()), Case("no shares, alone", 1, of_no_shares, (folder / "one.pt",))]
     found += [Case("no shares, from one", 2, of_no_shares, (folder / "one.pt",))]
     found += [Case(f"backend {name}", 2, joins, (name, None)) for name in ("mpi", "nccl", "gloo")]
-    found += [Case("late", 3, joins, (None, None, 1.0, True))]
+    found += [Case("late", 3, joins, (None, None, PATIENCE, True))]
     found += [Case(f"commanded {size}", size, commanded, (command(folder / str(size)),)) for size in (1, 2)]
     found += [Case("commanded, another", 2, commanded, ([*command(folder / "2"), "--set", "seed=3"],))]
     found += [Case("a study", 2, commanded, (["bmg-mnist-permuted", "--runs", str(folder)],))]
@@ -199,7 +200,7 @@ def test_a_backend_that_is_not_there_is_refused(answers: list[dict[str, Any]]) -
 
 
 def test_who_never_comes_is_named(answers: list[dict[str, Any]]) -> None:
-    assert_error(answers, "late", 2, "RankFailed: ", "rank 2 did not come within 1 s")
+    assert_error(answers, "late", 2, "RankFailed: ", "rank 2 did not come within 4 s")
 
 
 def test_an_error_of_one_rank_is_told_by_all(answers: list[dict[str, Any]]) -> None:
@@ -210,7 +211,7 @@ def test_an_error_of_one_rank_is_told_by_all(answers: list[dict[str, Any]]) -> N
 
 
 def test_a_rank_that_hangs_is_named(answers: list[dict[str, Any]]) -> None:
-    assert_error(answers, "one sleeps", 2, "RankFailed: ", "of meta-step 3", "rank 2 did not come within 1 s")
+    assert_error(answers, "one sleeps", 2, "RankFailed: ", "of meta-step 3", "rank 2 did not come within 4 s")
     assert "RankFailed" in answers[2]["one sleeps"]
 
 
