@@ -17,6 +17,7 @@ from typing import Any, TypeVar, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
@@ -206,7 +207,7 @@ class _Notes:
         # A launcher's store outlives the processes that it starts again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"learnedopt/{attempt}/{group.group_name}", store)
+        self._store = PrefixStore(f"learnedopt/{attempt}/{group.group_name}", store)
 
     def write(self, kind: str, rank: int, text: str) -> None:
         """Leave a note; those of one kind replace each other."""
