@@ -7,12 +7,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from learnedopt.training.ranks import GRACE, TIMEOUT, RankFailed
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -100,6 +103,8 @@ def _take_gpu(where: torch.device) -> None:
 
 def _roll_call(timeout: float) -> Store:
     """Return the group's store once all have come to it; name those who have not."""
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - not in every build
+
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port, patience = (
         os.environ["MASTER_ADDR"],

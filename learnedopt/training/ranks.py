@@ -17,7 +17,6 @@ from typing import Any, TypeVar, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
 
@@ -204,6 +203,8 @@ class _Notes:
     """What ranks tell each other beside what they do together, in the store by which their group was made."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] - not in every build
+
         # A launcher's store outlives the processes that it starts again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d._get_default_store()
