@@ -3,7 +3,7 @@
 Run ``python benchmarks/results_guard.py``; every run is kept in ``--folder`` as it ends, and is not made again.
 ``--table`` prints the tables of what is there. Losses are means over a run's last 20 steps, on minibatches that are
 the same for all; ratios are of the means over seeds, and that of the worst seed. "Shifted" is the
-fallback alone again, from the same start, with the minibatches of 16 steps later: what chance does to it.
+fallback alone again, from the same start, with the minibatches of 8, 16, 32 and 48 steps later: what chance does to it.
 LEARNEDOPT_DATA holds the images.
 """
 
@@ -26,7 +26,8 @@ from torch import nn
 
 from learnedopt import HorizonWarning, LearnedOptimizer
 
-LAST, SEEDS, WARM_UP, SHIFT = 20, range(5), 10, 16
+LAST, SEEDS, WARM_UP, SHIFTS = 20, range(5), 10, (8, 16, 32, 48)
+SHIFTED = {f"shifted {n}": n for n in SHIFTS}
 READERS = ("general", "normalised-lstm-mnist", "normalised-mlp-mnist")
 
 
@@ -116,10 +117,10 @@ def run(
 
 
 def maker(how: str, rule: str, told: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Return what makes one of the optimizers: "adam", "fallback", "shifted", "bare", "guarded"."""
+    """Return what makes one of the optimizers: "adam", "fallback", "shifted 8", ..., "bare", "guarded"."""
     if how == "adam":
         return lambda model: torch.optim.Adam(model.parameters())
-    if how in ("fallback", "shifted"):
+    if how.startswith(("fallback", "shifted")):
         return lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
     steps = told if rule in READERS else None
     return lambda model: LearnedOptimizer(model.named_parameters(), rule, num_steps=steps, guard=how == "guarded")
@@ -128,7 +129,7 @@ def maker(how: str, rule: str, told: int) -> Callable[[nn.Module], torch.optim.O
 def runs(folder: Path, names: list[str]) -> None:
     """Make the runs that are missing, those without a guard last."""
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = ("adam", "fallback", "shifted", "guarded"), ("bare",)
+    kinds = ("adam", "fallback", *SHIFTED, "guarded"), ("bare",)
     for hows, seed, name in itertools.product(kinds, SEEDS, names):
         case, problem = CASES[name], None
         for how, rule in itertools.product(hows, case.rules):
@@ -137,7 +138,7 @@ def runs(folder: Path, names: list[str]) -> None:
                 continue
             problem = problem or case.problem()
             make = maker(how, rule, case.told or problem.num_steps)
-            found = run(problem, seed, make, SHIFT * (how == "shifted"), how == "guarded")
+            found = run(problem, seed, make, SHIFTED.get(how, 0), how == "guarded")
             path.write_text(json.dumps(found))
             print(path.stem, f"{last(found):.4f}", found.get("handed", ""), flush=True)
 
@@ -162,13 +163,14 @@ def steps_to(found: dict[str, Any], goal: float) -> float:
 def table(folder: Path) -> str:
     """Return the tables, in Markdown."""
     lines = [
-        "| problem, steps | rule | fallback | shifted | bare | guarded | guarded / fallback, worst | hand-overs |",
+        "| problem, steps | rule | fallback | bare | guarded | guarded / fallback, worst | shifted / fallback, worst "
+        "| hand-overs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     reach = ["| problem | Adam's steps | guarded `general`, mean | share |", "|---|---|---|---|"]
     for name, case in CASES.items():
         for rule in case.rules:
-            sets = {how: kept(folder, name, how, rule) for how in ("fallback", "shifted", "guarded", "adam", "bare")}
+            sets = {how: kept(folder, name, how, rule) for how in ("fallback", *SHIFTED, "guarded", "adam", "bare")}
             shared = set.intersection(*({*each} for how, each in sets.items() if how != "bare"))
             if not shared or not sets["bare"]:
                 continue
@@ -177,21 +179,25 @@ def table(folder: Path) -> str:
                 how: [last(x) for seed, x in each.items() if how == "bare" or seed in shared]
                 for how, each in sets.items()
             }
-            ratios = [a / b for a, b in zip(ends["guarded"], ends["fallback"], strict=True)]
-            mean_ratio = statistics.fmean(ends["guarded"]) / statistics.fmean(ends["fallback"])
             guarded = [sets["guarded"][seed] for seed in seeds]
             steps, handed = len(guarded[0]["losses"]), statistics.fmean(len(x["handed"]) for x in guarded)
-            means = " | ".join(
-                f"{statistics.fmean(ends[how]):.3f}" for how in ("fallback", "shifted", "bare", "guarded")
-            )
+            means = " | ".join(f"{statistics.fmean(ends[how]):.3f}" for how in ("fallback", "bare", "guarded"))
+            late = [x for how in SHIFTED for x in ends[how]]
             lines.append(
-                f"| {name}, {steps} | `{rule}` | {means} | {mean_ratio:.3f}, {max(ratios):.3f} | {handed:.1f} |"
+                f"| {name}, {steps} | `{rule}` | {means} | {ratio(ends['guarded'], ends['fallback'])} | "
+                f"{ratio(late, ends['fallback'] * len(SHIFTED))} | {handed:.1f} |"
             )
             if rule == "general" and case.told is None:
                 needed = [steps_to(x, end) for x, end in zip(guarded, ends["adam"], strict=True)]
                 mean = statistics.fmean(needed)
                 reach.append(f"| {name} | {steps} | {mean:.0f} | {mean / steps:.2f} |")
     return "\n".join([*lines, "", *reach])
+
+
+def ratio(ends: list[float], of: list[float]) -> str:
+    """Return the ratio of the means, and the largest of pairs."""
+    worst = max(a / b for a, b in zip(ends, of, strict=True))
+    return f"{statistics.fmean(ends) / statistics.fmean(of):.3f}, {worst:.3f}"
 
 
 def kept(folder: Path, name: str, how: str, rule: str) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command ``learnedopt``: train and check recipes, evaluate what was learned, and list what there is."""
+"""The command ``learnedopt``: train, check and diagnose recipes, evaluate what was learned, and list what there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from learnedopt import cli_check, cli_evaluate, cli_train
+from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_train
 
 BAD_INPUT = 2
 DISK_FULL = 74  # EX_IOERR of sysexits.h
@@ -106,8 +106,9 @@ def _replace(number: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
-    # One for each command.
-    for add_parser in (cli_train.add_parser, cli_check.add_parser, cli_evaluate.add_parser, _add_list, _add_card):
+    for module in (cli_train, cli_check, cli_diagnose, cli_evaluate):
+        module.add_parser(commands)
+    for add_parser in (_add_list, _add_card):
         add_parser(commands)
     return parser
 

@@ -155,6 +155,39 @@ def test_after_a_stall_the_fallback_goes_on_from_its_own_end_and_wins_if_it_pass
     assert watch.phase is Phase.FALLBACK
 
 
+def test_a_rule_that_has_fallen_as_far_as_it_goes_is_left_after_one_more_window() -> None:
+    watch = Watch(WINDOW)
+    feed(watch, [30.0] * (WINDOW // 2) + zigzag(2.3, 0.01, WINDOW - WINDOW // 2))
+    feed(watch, zigzag(20.0, 0.01))
+    assert watch.phase is Phase.LEARNED
+    assert feed(watch, zigzag(2.3, 0.01))[-1] is Action.SWAP  # its first leg ended there: nothing was gained
+    assert watch.phase is Phase.TRIAL
+
+
+def test_a_return_that_leaps_is_broken_off_however_wild_it_is() -> None:
+    watch = Watch(WINDOW)
+    feed(watch, zigzag(1.0, 0.1, 2 * WINDOW))
+    while watch.phase is Phase.FALLBACK:
+        watch.after(1.0 + 0.01 * (-1) ** watch.step, 1.0)
+    before = watch.step
+    while watch.phase is Phase.RETURN_TRY:
+        action = watch.after(20.0 + 15.0 * (-1) ** watch.step, 1.0)
+    assert watch.phase is Phase.FALLBACK
+    assert action is Action.RESTORE
+    assert watch.step == before + 5
+
+
+def test_the_learned_rule_does_not_come_back_while_the_fallback_gains() -> None:
+    watch = Watch(WINDOW)
+    feed(watch, zigzag(1.0, 0.1, 2 * WINDOW))
+    for i in range(40):
+        feed(watch, zigzag(1.0 - 0.02 * i, 0.001))
+    assert watch.phase is Phase.FALLBACK
+    assert watch.step > watch.due
+    feed(watch, zigzag(0.22, 0.001, 2 * WINDOW))
+    assert watch.phase is Phase.RETURN_TRY
+
+
 def test_a_rule_that_passed_is_not_handed_over_while_it_falls_and_is_where_it_climbs() -> None:
     watch = Watch(WINDOW)
     won(watch)

@@ -218,6 +218,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         max_grad_norm=0.1,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
     ),
@@ -274,12 +275,21 @@ CASES: dict[str, Make] = {
         SumOfLosses(),
         rule_options={"learn": ("lr", "momentum")},
     ),
-    "two estimators as one, of which either or both may be skipped": trainer(
+    "two estimators as one, of which either may fail": trainer(
         families.make("quadratic", dim=3),
         "momentum",
         Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
+    ),
+    "tasks of which some fail": trainer(
+        step_dependent(),
+        "momentum",
+        Truncated(1, horizon=8),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
+        num_tasks=6,
     ),
     "an average of theta, clipping and a schedule": trainer(
         step_dependent(),
@@ -296,6 +306,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         average=0.3,
         rollback_above=0.5,
     ),
@@ -540,12 +551,14 @@ def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     assert_same_run(folder, whole(case))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_a_finished_wandb_run(
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_a_checkpoint_and_a_finished_wandb_run(
     number: signal.Signals, code: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case, folder = "learned start", tmp_path / "lstm-quadratic"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a child would go on ignoring it
     process = started(arguments(case, tmp_path, "offline"), tmp_path)
+    signal.signal(signal.SIGHUP, before)
     wait_for_step(process, folder / "metrics.jsonl", 5)
     process.send_signal(number)
     said = process.communicate()[1]

@@ -50,6 +50,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds it.
+        PermissionError: it cannot be written: said before hours of work, not after.
     """
     lock = FileLock(folder / "lock", timeout=0)
     try:
@@ -59,6 +60,10 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
         ) from error
     except (OSError, NotImplementedError) as error:
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(
+                f"{folder} cannot be written ({error}); make it writable, or train elsewhere"
+            ) from error
         warnings.warn(f"{folder} cannot be locked ({error}): let no other process train there", stacklevel=3)
     try:
         yield

@@ -62,6 +62,7 @@ class Fallback:
         self.optimizer.add_param_group({"params": [*group["params"]]})
         self.rates.append(float(self.optimizer.param_groups[-1]["lr"]))
 
+    @torch.no_grad()
     def step(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters once."""
         self.taken += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -12,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import get_total_norm
 
 from learnedopt.core.counts import require_count
 from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
+from learnedopt.plug_in.norms import norm_of
 from learnedopt.plug_in.shards import local
 from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch
 
@@ -156,13 +157,16 @@ class Rail:
         """The parameters' norm after the last step of the learned rule."""
         self.base = 0.0
         """The snapshot's norm."""
+        self._before: list[Tensor] = []
+        """The groups' parameters in the last step, where all of them can be moved."""
+        self._size = 0
+        """How many numbers they have here."""
 
     def add(self, group: dict[str, Any]) -> None:
         """Take over a group that was added."""
         self.fallback.add(group)
         self._take_in(self.movable(group["params"]))
 
-    @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], loss: Any, learned: Learned) -> None:
         """Take one step, where any process has a gradient; one that has none, or no parameters, is asked as well.
 
@@ -171,8 +175,7 @@ class Rail:
             loss: the loss before the step, or None.
             learned: the learned rule.
         """
-        params, watch = self.movable([p for group in groups for p in group["params"]]), self.watch
-        self._take_in(params)
+        params, watch = self._seen(groups), self.watch
         before, moved = watch.count, watch.learned_moves
         seen = None if loss is None or _opposed(groups) else _sign(groups) * float(loss)
         seen, size, count = self._agreed(seen, params)
@@ -201,7 +204,7 @@ class Rail:
 
     def finite(self, groups: list[dict[str, Any]]) -> bool:
         """Return whether the gradients are, for all processes the same."""
-        return self._agreed(None, self.movable([p for group in groups for p in group["params"]]))[1] < INFINITE
+        return self._agreed(None, self._seen(groups))[1] < INFINITE
 
     def _learned_step(self, params: list[Tensor], loss: float | None, size: float, learned: Learned) -> Action:
         if self.snapshot is None:
@@ -217,6 +220,19 @@ class Rail:
         self.watch.step += 1
         return self.watch.failed(reason)
 
+    def _seen(self, groups: list[dict[str, Any]]) -> list[Tensor]:
+        """Return what can be moved of the groups; what is new is taken in."""
+        params = [p for group in groups for p in group["params"]]
+        taken_in = self.snapshot is None or len(self.snapshot) == len(params)
+        if not taken_in or len(params) != len(self._before) or not all(map(operator.is_, params, self._before)):
+            found = self.movable(params)
+            self._take_in(found)
+            # What is lazy may get its shape at any time, and is the same object then.
+            self._before = params if len(found) == len(params) else []
+            self._size = sum(local(p).numel() for p in found)
+            return found
+        return params
+
     def _take_in(self, params: list[Tensor]) -> None:
         """Put into the snapshot what is new, such as lazy parameters that have got their shapes, as it begins."""
         if self.snapshot is not None:
@@ -224,6 +240,11 @@ class Rail:
 
     def _act(self, action: Action, params: list[Tensor]) -> None:
         """Do with parameters and snapshot what the watch says."""
+        if action is not Action.NONE:
+            with torch.no_grad():
+                self._put(action, params)
+
+    def _put(self, action: Action, params: list[Tensor]) -> None:
         if action is Action.SAVE:
             if self.snapshot is None:
                 self.snapshot = {p: p.detach().clone() for p in params}
@@ -242,19 +263,17 @@ class Rail:
 
     def _agreed(self, loss: float | None, params: list[Tensor]) -> tuple[float | None, float, float]:
         """Return the loss, the gradients' norm and how many there are, for all processes the same."""
-        grads = [p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided]
-        size, given = float(get_total_norm([local(g) for g in grads])), 0.0 if loss is None else loss
-        square, count = size * size, float(sum(p.grad is not None for p in params))  # infinite where ** would raise
+        grads = [grad for p in params if (grad := p.grad) is not None]
+        size, given = norm_of([g for g in grads if g.layout is torch.strided]), 0.0 if loss is None else loss
+        square, count = size * size, float(len(grads))  # infinite where ** would raise
         given, square, share, count = self._sums([given, square, 1.0, count], params)
         return None if loss is None else given / share, math.sqrt(square), count
 
     def _norm(self, params: list[Tensor]) -> tuple[float, float]:
         """Return the parameters' norm, and above which one they have exploded."""
-        here = [local(p.detach()) for p in params]
-        here_norm = float(get_total_norm(here))
-        square, size = self._sums([here_norm * here_norm, float(sum(x.numel() for x in here))], params)
-        norm = math.sqrt(square)
-        return norm, EXPLODED * max(self.base, SMALL * math.sqrt(size))
+        here = norm_of(params)
+        square, size = self._sums([here * here, float(self._size)], params)
+        return math.sqrt(square), EXPLODED * max(self.base, SMALL * math.sqrt(size))
 
     def _sums(self, numbers: list[float], params: list[Tensor]) -> list[float]:
         if not self.collective or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:

@@ -246,9 +246,13 @@ class Watch:
         self.phase, self.legs, self.last = Phase.TRIAL, 0, None
 
     def _fell_back(self, losses: list[float]) -> Action:
-        self.best = level(losses)
-        if self.step < self.due or self.strikes >= STRIKES:
+        now = level(losses)
+        gains = self.best is None or now.mean < self.best.mean - error(now, self.best)
+        self.stalled = 0 if gains else self.stalled + 1
+        self.best = now if gains or self.best is None else self.best
+        if self.stalled < 2 or self.step < self.due or self.strikes >= STRIKES:
             return Action.NONE
+        self.best = now
         self.mark, self.phase = Level(self.best.ahead(self.window), self.best.variance, 0.0), Phase.RETURN_TRY
         return Action.SAVE
 
@@ -281,9 +285,11 @@ class Watch:
         """Whether the last four losses of a leg are clearly above what it began with, so that it need not go on."""
         if len(self.losses) < 5:
             return False
-        spread = math.sqrt(level(self.losses).variance * len(self.losses))
-        start = self.losses[0] if self.phase is Phase.FIRST_TRY else self._marked().mean
-        return sum(self.losses[-4:]) / 4 > start + 3 * spread
+        if self.phase is Phase.FIRST_TRY:
+            start, variance = self.losses[0], level(self.losses).variance * len(self.losses)
+        else:  # what the fallback had: a leap of the loss must not pass for noise
+            start, variance = self._marked().mean, self._marked().variance * self.window
+        return sum(self.losses[-4:]) / 4 > start + 3 * math.sqrt(variance)
 
     def _marked(self) -> Level:
         assert self.mark is not None  # a trial began
@@ -291,7 +297,9 @@ class Watch:
 
     def _learned_stays(self) -> Action:
         first, self.trials = self.best is None, self.trials + 1
-        self.patience = 2 if first else PATIENT if self.anneals else 3 if self.probation else 2 * self.patience
+        if first:
+            self.best = self._marked()  # what the learned rule must gain on, or the fallback goes on from its own end
+        self.patience = 1 if first else PATIENT if self.anneals else 3 if self.probation else 2 * self.patience
         self.due = 2 * self.step if first else NEVER if self.anneals else LATER * self.step
         self.probation = first
         self._enter(Phase.LEARNED)

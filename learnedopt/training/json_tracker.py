@@ -132,12 +132,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} has a metric that is no number ({error}); mend that line") from error
 
 
-def _number_or_curve(value: float | list[float]) -> Any:
+def _number_or_curve(value: float | list[float] | str) -> Any:
+    if isinstance(value, str):
+        return value
     return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
 
 
-def _revive(value: int | float | str) -> int | float:
-    return value if isinstance(value, int | float) else float(value)
+def _revive(value: int | float | str) -> int | float | str:
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"a {type(value).__name__}")
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

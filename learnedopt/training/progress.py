@@ -37,6 +37,8 @@ _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carr
 _CONFIG = "config"
 _STEADIED = "steadied"
 """There in files of trainings that average theta."""
+_BEST_FAILED = "best_failed"
+"""There where the best theta fails on held-out tasks."""
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Progress:
     num_skipped: int = 0
     skips_in_a_row: int = 0
     best_value: float = math.inf
+    best_failed: int = 0  # on how many held-out tasks the best theta is not finite
     best_theta: Theta | None = None
     carry: Any = None  # the estimator's own
     steadied: Steadied = field(default_factory=Steadied)
@@ -95,6 +98,8 @@ def save_progress(path: Path, progress: Progress, training: Training) -> None:
     }
     if progress.steadied.average is not None:
         content[_STEADIED] = {**vars(progress.steadied)}
+    if progress.best_failed:
+        content[_BEST_FAILED] = progress.best_failed
     training_file.write(path, content)
 
 
@@ -142,8 +147,9 @@ def _checked(path: Path, content: dict[str, Any], training: Training) -> Progres
     """Return the progress in a file, all of which was found to fit the training."""
     theta = training.theta
     _require_same_training(path, content, training)
+    counts = {k: content[k] for k in _COUNTS} | {_BEST_FAILED: content.get(_BEST_FAILED, 0)}
     try:
-        require_progress({k: content[k] for k in _COUNTS}, content["best_theta"], theta)
+        require_progress(counts, content["best_theta"], theta)
         require_state(content["optimizer"], content["scheduler"], training.optimizer, training.scheduler)
         steadied = Steadied(**content.get(_STEADIED, {}))
         require_steadied(steadied, theta)
@@ -152,7 +158,7 @@ def _checked(path: Path, content: dict[str, Any], training: Training) -> Progres
     carry = _carry(path, content, training)
     best_theta = content["best_theta"] and _like(content["best_theta"], theta)
     steadied.average = steadied.average and _like(steadied.average, theta)
-    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry, steadied=steadied)
+    return Progress(**counts, best_theta=best_theta, carry=carry, steadied=steadied)
 
 
 def _like(saved: Theta, theta: Theta) -> Theta:
@@ -212,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     written = content.get("format") if isinstance(content, dict) else None
     keys = _KEYS | {_CONFIG} if written == FORMAT else _KEYS
-    if written not in (FORMAT, FORMAT_2, FORMAT_1) or content.keys() - {_STEADIED} != keys:
+    if written not in (FORMAT, FORMAT_2, FORMAT_1) or content.keys() - {_STEADIED, _BEST_FAILED} != keys:
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
     if written == FORMAT and not sealed:
         raise ValueError(f"{path} is corrupt: its SHA-256 is not at its end, where it was written; {_ADVICE}")
