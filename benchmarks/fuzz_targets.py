@@ -7,8 +7,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 
 import learnedopt
+from benchmarks.fuzz_states import State, plain, trainer, trainer_of_before
 from learnedopt import (
-    FinalLoss,
-    InnerLoop,
-    MetaTrainer,
-    SumOfLosses,
-    Truncated,
-    Unrolled,
     cards,
     checkpoint,
     optimizers,
     recipes,
     run,
-    tasks,
 )
 from learnedopt.core import sealed
 from learnedopt.evaluation.suite_table import collect
@@ -63,94 +55,11 @@ class Target:
     errors: tuple[type[Exception], ...] = (ValueError,)
 
 
-def trainer(path: Path) -> MetaTrainer:
-    """Return a small training whose state is in ``path``."""
-    loop = InnerLoop(tasks.make("quadratic", dim=2), optimizers.make("momentum", learn=("lr",)))
-
-    def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
-
-    return MetaTrainer(
-        loop, Unrolled(2), FinalLoss(), tracker=None, num_tasks=2, checkpoint=path, average=0.3, scheduler=halved,
-        config={"meta": {"lr": 0.01}},
-    )  # fmt: skip
-
-
-def trainer_of_before(path: Path) -> MetaTrainer:
-    """Return the training whose states in the first format lie in the tests' data, in float64."""
-    family = tasks.make("quadratic", dim=2)
-    template = {k: p[0] for k, p in family.init_params(family.sample(1, torch.Generator().manual_seed(0))).items()}
-    inner = {"name": "momentum", "options": {"lr": 0.005, "learn": ["lr", "momentum"]}}
-    loop = InnerLoop(family, optimizers.make("learned-init", template=template, rule=inner))
-
-    def momentum(params: list[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, 1e-3, momentum=0.9)
-
-    def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
-
-    return MetaTrainer(
-        loop, Truncated(2, horizon=8), SumOfLosses(), momentum, tracker=None, num_tasks=2, checkpoint=path,
-        scheduler=halved,
-    )  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """Return nested values with tensors as lists, to be compared."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), value.tolist()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(vars(value))
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else repr(value)
-
-
 def read_theta(path: Path) -> Any:
     """Load a checkpoint and make its card."""
     found = checkpoint.load_checkpoint(path)
     str(cards.card_of(found, "fuzzed"))
     return plain(found.theta), plain(found.metadata), optimizers.describe(found.rule)
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class State:
-    """Reads training states into one training, of which nothing may change where one is refused."""
-
-    def __init__(self, make: Callable[[Path], MetaTrainer] = trainer, dtype: torch.dtype = torch.float32) -> None:
-        self._make, self._dtype = make, dtype
-        self._begin()
-
-    def _begin(self) -> None:
-        with _default(self._dtype):
-            self._training = self._make(Path("nowhere"))._describe()
-        self._before = self._state()
-
-    def read(self, path: Path) -> Any:
-        """Load the state, compare what was refused, and forget what was not."""
-        try:
-            with _default(self._dtype):
-                found = progress.load_progress(path, self._training)
-        except ValueError:
-            if self._state() != self._before:
-                raise AssertionError(f"{path} was refused, and a part of it restored") from None
-            raise
-        result = plain(found), self._state()
-        self._begin()
-        return result
-
-    def _state(self) -> Any:
-        made = self._training
-        return plain((made.theta, made.optimizer.state_dict(), made.scheduler.state_dict()))
 
 
 def save_theta(path: Path) -> None:
@@ -302,8 +211,6 @@ def targets() -> dict[str, Target]:
         content, _ = training_file.read(path)
         torch.save({k: v for k, v in content.items() if k != "config"} | {"format": progress.FORMAT_2}, path)
 
-    label = "t10k-labels-idx1-ubyte.gz"
-    published = images._find(os.environ.get("LEARNEDOPT_DATA"), images._SOURCES["mnist"], label)
     found = {
         "theta": Target("theta.safetensors", save_theta, read_theta),
         "theta of before": Target("theta.safetensors", save_theta_of_before, read_theta, hashed=False),
@@ -324,7 +231,14 @@ def targets() -> dict[str, Target]:
         ),
         **{kind: Target("0.png", save_image(kind), read_image, hashed=False) for kind in ("PNG", "JPEG", "GIF", "BMP")},
     }
-    if published is not None:
-        content = published.read_bytes()
-        found["mnist"] = Target(f"MNIST/raw/{label}", lambda p: p.write_bytes(content), read_mnist)
-    return found
+    return found | _published()
+
+
+def _published() -> dict[str, Target]:
+    """Return a file of MNIST, where it is at hand."""
+    label = "t10k-labels-idx1-ubyte.gz"
+    path = images._find(os.environ.get("LEARNEDOPT_DATA"), images._SOURCES["mnist"], label)
+    if path is None:
+        return {}
+    content = path.read_bytes()
+    return {"mnist": Target(f"MNIST/raw/{label}", lambda p: p.write_bytes(content), read_mnist)}

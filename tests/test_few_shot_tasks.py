@@ -561,6 +561,15 @@ def huge(root: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(root / "b" / "9.png")
 
 
+def large(root: Path) -> None:
+    Image.new("1", (10_000, 6_000)).save(root / "b" / "9.png")
+
+
+def program(root: Path) -> None:
+    """Put a program in PostScript there, for which Pillow would start another."""
+    Image.new("RGB", (4, 4)).save(root / "b" / "9.png", "EPS")
+
+
 def broken(root: Path) -> None:
     (root / "b" / "1.png").write_bytes((root / "b" / "1.png").read_bytes()[:60])
 
@@ -592,6 +601,8 @@ def listed(root: Path, **texts: str) -> None:
         (lambda r: None, {"fractions": [1.0, 0.0, 0.0]}, ValueError, r"fractions=\[1.0, 0.0, 0.0\] is not a tuple"),
         (see_through, {}, ValueError, r"b/9\.png is an image of mode P with transparency, but channels=3 reads"),
         (huge, {}, ValueError, r"b/9\.png cannot be read as an image \(Image size \(400000000 pixels\) exceeds"),
+        (large, {}, ValueError, r"b/9\.png cannot be read as an image \(it has 10000 x 6000 pixels, and at most 50,"),
+        (program, {}, ValueError, r"b/9\.png cannot be read as an image"),
         (lambda r: (r / "e").symlink_to(r / "b"), {}, ValueError, r"root/e and .*root/b are the same folder"),
         (lambda r: (r / "a" / "up").symlink_to(r), {}, ValueError, r"a/up and .*root are the same folder"),
         (

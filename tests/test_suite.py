@@ -22,6 +22,7 @@ from learnedopt import Execution, optimizers
 from learnedopt.cli import main
 from learnedopt.core import tree
 from learnedopt.core.rule import UpdateRule
+from learnedopt.core.sealed import read_record
 from learnedopt.evaluation import lanes, suite_table
 from learnedopt.evaluation.evaluate import Candidate, compare, measure, sample_tasks
 from learnedopt.evaluation.grids import FEW, HARD_BASELINES, MAIN_BASELINES, Grid, Point, grid, named, search
@@ -337,7 +338,7 @@ def test_two_folders_of_half_the_nets_are_one_of_all(done: Path, tmp_path: Path)
     names = sorted(path.relative_to(done) for path in done.glob("results/*/*.json"))
     assert names == sorted(path.relative_to(tmp_path) for path in tmp_path.glob("results/*/*.json"))
     for name in names:
-        one, other = (json.loads((folder / name).read_text()) for folder in (done, tmp_path))
+        one, other = (read_record(folder / name) for folder in (done, tmp_path))
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 

@@ -196,6 +196,25 @@ def _about(net: Net, what: Candidate | Grid, protocol: Protocol) -> dict[str, An
     return json.loads(json.dumps(plain_json({**own, **vars(protocol), **whose})))
 
 
+def read_result(path: Path) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor]]:
+    """Return a result, and its numbers: means of the last steps and last losses (num_seeds,), losses (steps, seeds).
+
+    Raises:
+        ValueError: it is damaged, or no result.
+    """
+    record = read_record(path)
+    if not all(isinstance(record.get(key), str) for key in ("net", "optimizer", "kind")):
+        raise ValueError(f"{path} is no result of a suite; remove it")
+    try:
+        last, final = (
+            torch.tensor([float(x) for x in record[key]], dtype=torch.float64) for key in ("last_twenty", "final_loss")
+        )
+        losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no numbers where those of a result are ({error!r}); remove it") from error
+    return record, (last, final, losses)
+
+
 def _is_done(path: Path, about: Mapping[str, Any]) -> bool:
     if not path.exists():
         return False

@@ -6,16 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from learnedopt.core.files import plain_json, write_json
-from learnedopt.core.sealed import read_record
 from learnedopt.evaluation.comparison import align, summarise, write_text
 from learnedopt.evaluation.grids import HARD_BASELINES
-from learnedopt.evaluation.suite import LAST
+from learnedopt.evaluation.suite import LAST, read_result
 
 Shown: TypeAlias = Literal["last_twenty", "final_loss"]
 """What ratios are of: see ``learnedopt.evaluation.suite.Judged``."""
@@ -232,14 +231,8 @@ def collect(folder: str | Path, order: Sequence[str] = ()) -> Suite:
     """
     by_net: dict[str, dict[str, Result]] = {}
     for path in sorted(Path(folder).glob("results/*/*.json")):
-        record = read_record(path)
-        try:
-            last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Shown))
-            losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
-            net, optimizer, _ = (str(record[k]) for k in ("net", "optimizer", "kind"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no result of a suite ({error!r}); remove it") from error
-        by_net.setdefault(net, {})[optimizer] = Result(record, last, final, losses)
+        record, (last, final, losses) = read_result(path)
+        by_net.setdefault(record["net"], {})[record["optimizer"]] = Result(record, last, final, losses)
     if not by_net:
         raise ValueError(f"{folder} holds no results of a suite; run it first")
     first = [net for net in order if net in by_net]

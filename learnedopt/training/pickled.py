@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,8 +51,8 @@ def require_plain(pickled: bytes, stored: Callable[[str], int]) -> None:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    for operation, argument, _ in pickletools.genops(pickled):
-        name = operation.name
+    for operation, given, _ in pickletools.genops(pickled):
+        name, argument = operation.name, cast(Any, given)
         if name in _CONSTANTS:
             stack.append(argument)
         elif name in ("EMPTY_DICT", "EMPTY_LIST"):

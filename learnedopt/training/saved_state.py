@@ -72,7 +72,9 @@ def _require_alike(whose: str, saved: Mapping[str, Any], own: Mapping[str, Any])
 
 
 def _alike(saved: Any, own: Any) -> bool:
-    if isinstance(own, tuple | list):
+    if isinstance(own, list):  # it may have grown
+        return isinstance(saved, list)
+    if isinstance(own, tuple):
         same = isinstance(saved, tuple | list) and len(saved) == len(own)
         return same and all(_alike(a, b) for a, b in zip(saved, own, strict=True))
     return _is_number(saved) or not _is_number(own)
