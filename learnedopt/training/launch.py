@@ -40,7 +40,8 @@ def process_group(
         timeout: seconds to wait for the others to come.
 
     Raises:
-        ValueError: no positive time; the backend is not there; there are more processes than GPUs, or all were given the same one.
+        ValueError: no positive time; the backend is not there; there are more processes than GPUs, or all were given
+            the same one.
         RankFailed: some have not come.
 
     Example:
