@@ -58,4 +58,5 @@ def cpu_ms(celo: str, learned_optimization: str, theta: str, size: int) -> float
 
 
 if __name__ == "__main__":
-    print(json.dumps(cpu_ms(*sys.argv[1:4], int(sys.argv[4]))))
+    _, first, second, third, number = sys.argv
+    print(json.dumps(cpu_ms(first, second, third, int(number))))

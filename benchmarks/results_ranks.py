@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from learnedopt import EvolutionStrategies, FinalLoss, MetaTrainer, recipes
 from learnedopt.config import INTERCHANGEABLE, override
@@ -135,7 +136,7 @@ def sums(num: int, repeats: int = 50) -> float:
 
 def side_by_side(size: int, run: Callable[..., Any], *arguments: Any) -> Any:
     """Return what the first of as many processes returns."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.pt"
@@ -155,7 +156,7 @@ def _work(rank: int, size: int, port: int, answer: Path, run: Callable[..., Any]
     if hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {processors[rank % len(processors)]})
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(seconds=600))
     found = run(*arguments)
     if rank == 0:

@@ -24,8 +24,9 @@ from typing import Any
 from benchmarks import soak_memory, soak_table
 from benchmarks.soak_faults import KILL, NEED_DATA, OTHERS
 from benchmarks.soak_round import Round
-from benchmarks.soak_runs import TRAININGS, import_all
+from benchmarks.soak_runs import import_all
 from benchmarks.soak_signals import kill
+from benchmarks.soak_trainings import TRAININGS
 
 
 def plan(only: list[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.soak_runs import Training, family, last_step, started, wait_for_end
+from benchmarks.soak_runs import family, last_step, started, wait_for_end
+from benchmarks.soak_trainings import Training
 from learnedopt.core.files import write_json
 
 # The LSTM on MNIST as it is trained, only longer, and with more of what is written.

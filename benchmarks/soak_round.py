@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.soak_runs import Process, Training, differences, last_step, said, started, wait_for_end, wait_until
+from benchmarks.soak_runs import Process, differences, last_step, said, started, wait_for_end, wait_until
+from benchmarks.soak_trainings import Training
 
 LAST = 60
 """The meta-steps of every training here."""

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         0 when done, 1 when training diverged, 3 when another process of it has failed, 130, 143 or 129 after a signal.
     """
     from learnedopt.core.files import require_name
-    from learnedopt.run import train
+    from learnedopt.run import device_of, train
     from learnedopt.training import launch, ranks
     from learnedopt.training.trainer import TrainingDiverged
 
@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.runs / name
     timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
     try:
-        with launch.process_group(recipe.execution.device, arguments.backend, timeout):
-            own = ranks.present(recipe.execution.device, timeout)
+        with launch.process_group(device_of(recipe), arguments.backend, timeout):
+            own = ranks.present(device_of(recipe), timeout)
             result = train(recipe, folder, arguments.wandb, own)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped

@@ -104,6 +104,11 @@ def inner_objective(recipe: Recipe, template: Params | None) -> InnerObjective:
     return inner_objectives.make(recipe.inner_objective.name, template=template, **recipe.inner_objective.options)
 
 
+def device_of(recipe: Recipe | Study) -> torch.device | str | None:
+    """Return where a recipe runs; None where that is left open, as by a study."""
+    return recipe.execution.device if isinstance(recipe, Recipe) else None
+
+
 def require_device(execution: Execution) -> None:
     """Raise ValueError where the execution's device is not to be had."""
     try:
@@ -123,7 +128,7 @@ def train(
     """
     require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
-    ranks = present(recipe.execution.device) if ranks is None else ranks
+    ranks = present(device_of(recipe)) if ranks is None else ranks
     with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
         if isinstance(recipe, Study) and not ranks.alone:
             raise ValueError(f"the study {recipe.name} has no meta-batches to share: start it as one process")

@@ -23,6 +23,7 @@ from bad_tasks import Failing
 from problems import Quadratic, join
 from pytest import MonkeyPatch
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import train_meta
 from learnedopt import (
@@ -315,7 +316,7 @@ class Case(NamedTuple):
 
 def side_by_side(cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """Let as many processes as are needed do all cases; return what each process found, by the name of the case."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context, num = multiprocessing.get_context("spawn"), max(case.size for case in cases)
     started = [context.Process(target=work, args=(process, cases, folder, store.port)) for process in range(num)]
     for process in started:
@@ -329,13 +330,13 @@ def work(process: int, cases: list[Case], folder: Path, port: int) -> None:
     """Do every case of this process; write what each returned, or the error that it raised, to a file of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     answers: dict[str, Any] = {}
     torch.save(answers, folder / f"answers{process}.pt")
     for number, case in enumerate(cases):
         if process < case.size:
             dist.init_process_group(
-                "gloo", rank=process, world_size=case.size, store=dist.PrefixStore(f"case {number}", store),
+                "gloo", rank=process, world_size=case.size, store=PrefixStore(f"case {number}", store),
                 timeout=timedelta(seconds=300),
             )  # fmt: skip
             answers[case.name] = _answer(case)

@@ -18,7 +18,8 @@ from filelock import FileLock
 import train_meta
 from benchmarks import soak, soak_faults, soak_memory, soak_signals
 from benchmarks.soak_round import Round, Wrong
-from benchmarks.soak_runs import TRAININGS, Training, differences, torn
+from benchmarks.soak_runs import differences, torn
+from benchmarks.soak_trainings import TRAININGS, Training
 from learnedopt.core.files import exclusive
 from learnedopt.training.interrupts import Interrupts
 

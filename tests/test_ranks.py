@@ -64,7 +64,7 @@ def cases(folder: Path) -> list[Case]:
     found += [Case("late", 3, joins, (None, None, PATIENCE, True))]
     found += [Case(f"commanded {size}", size, commanded, (command(folder / str(size)),)) for size in (1, 2)]
     found += [Case("commanded, another", 2, commanded, ([*command(folder / "2"), "--set", "seed=3"],))]
-    found += [Case("a study", 2, commanded, (["bmg-mnist-permuted", "--runs", str(folder)],))]
+    found += [Case("a study", 2, commanded, (["fmrl-convex", "--runs", str(folder)],))]
     found += [Case("one fails", 3, one_fails, ()), Case("one sleeps", 3, one_sleeps, ())]
     return [*found, Case("one dies", 4, one_dies, ())]
 

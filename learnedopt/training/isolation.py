@@ -129,6 +129,9 @@ def _in_shares(asked: _Asked, carry: Any, places: tuple[int, ...], bounds: list[
 def together(estimator: GradientEstimator, found: Sequence[Found]) -> Found:
     """Return what was found in shares of a meta-batch as one, the shares' carries joined."""
     failures = [failure for each in found for failure in each.failures]
+    for each in found:
+        if each.places and not each.weight:  # its tasks could not be told apart, so that none can be left out
+            return Found(each.estimate, 0.0, tuple(place for one in found for place in one.places), failures)
     kept = [each for each in found if each.weight] or [*found[:1]]
     weights = [each.weight for each in kept]
     estimate = meta_batch.weighted_mean(estimator, [each.estimate for each in kept], weights)

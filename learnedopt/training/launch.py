@@ -7,11 +7,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from learnedopt.training.ranks import GRACE, TIMEOUT, RankFailed
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -97,8 +101,10 @@ def _take_gpu(where: torch.device) -> None:
         torch.cuda.set_device(mine)
 
 
-def _roll_call(timeout: float) -> dist.Store:
+def _roll_call(timeout: float) -> Store:
     """Return the group's store once all have come to it; name those who have not."""
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] - not in every build
+
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port, patience = (
         os.environ["MASTER_ADDR"],
@@ -107,9 +113,9 @@ def _roll_call(timeout: float) -> dist.Store:
     )
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does
     try:
-        kept = dist.TCPStore(host, port, size, keeps, patience, wait_for_workers=False, multi_tenant=True)
+        kept = TCPStore(host, port, size, keeps, patience, wait_for_workers=False, multi_tenant=True)
         # A launcher that starts processes again keeps its store: what those before them wrote there is not theirs.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", kept)
         store.set(f"here/{rank}", "here")
     except RuntimeError as error:
         raise RankFailed(
@@ -126,7 +132,7 @@ def _roll_call(timeout: float) -> dist.Store:
     return store
 
 
-def _missing(store: dist.Store, size: int) -> str:
+def _missing(store: Store, size: int) -> str:
     try:
         missing = [str(each) for each in range(size) if not store.check([f"here/{each}"])]
     except RuntimeError:  # who keeps the store has given up before

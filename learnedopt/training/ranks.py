@@ -203,10 +203,12 @@ class _Notes:
     """What ranks tell each other beside what they do together, in the store by which their group was made."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] - not in every build
+
         # A launcher's store outlives the processes that it starts again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"learnedopt/{attempt}/{group.group_name}", store)
+        self._store = PrefixStore(f"learnedopt/{attempt}/{group.group_name}", store)
 
     def write(self, kind: str, rank: int, text: str) -> None:
         """Leave a note; those of one kind replace each other."""
