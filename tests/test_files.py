@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import learnedopt
-from learnedopt import FinalLoss, InnerLoop, MetaTrainer, Unrolled, checkpoint, cli, optimizers, tasks
+from learnedopt import FinalLoss, InnerLoop, MetaTrainer, Unrolled, checkpoint, cli, inner_objectives, optimizers, tasks
 from learnedopt.core import sealed
 from learnedopt.core.files import parse_json
 from learnedopt.optimizers import SGD, describe
@@ -211,6 +211,16 @@ def test_a_hostile_theta_is_refused_within_bounds(make: Callable[[Path], None], 
             learnedopt.load(path)
 
     assert bounded(load) < 5  # of processor time that is shared; a fifth of a second alone
+
+
+@pytest.mark.parametrize("per", ["scalar", "tensor"])
+def test_a_few_numbers_for_a_large_model_are_loaded(per: Any, tmp_path: Path) -> None:
+    template = {"w": torch.zeros(()).expand(5000, 1000), "b": torch.zeros(()).expand(5000)}
+    inner_objective = inner_objectives.make("l2", template=template, strength=0.5, per=per)
+    rule = SGD(lr=0.1)
+    theta = {"lr": torch.tensor(0.1), **inner_objective.init_theta(torch.Generator())}
+    path = learnedopt.save(tmp_path / "a", rule, theta, inner_objective=inner_objective)
+    assert checkpoint.load_checkpoint(path).theta.keys() == theta.keys() and path.stat().st_size < 2000
 
 
 def archive(pickled: bytes, stored: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:

@@ -14,7 +14,10 @@ _LEAST = 1 << 16
 """Numbers that anybody may make."""
 _OPERATIONS = 100
 """For each tensor that is expected, and as many as for so many tensors beside."""
-_FREE = frozenset({"__get__", "size", "stride", "dim", "numel", "expand", "expand_as", "view", "detach"})
+_FREE = frozenset({
+    "__get__", "__len__", "size", "stride", "dim", "numel", "element_size", "is_floating_point", "is_complex", "expand",
+    "expand_as", "view", "detach", "requires_grad_",
+})  # fmt: skip
 """Operations that make nothing, whatever they are asked of."""
 _MAKERS = frozenset({
     "empty", "zeros", "ones", "full", "rand", "randn", "randint", "normal", "eye", "arange", "linspace", "new_empty",
