@@ -11,7 +11,7 @@ BENCH_STAMP := .venv-bench/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint results bench bench-scaling wheel-check clean
+.PHONY: help install demo test test-long lint results docs docs-serve bench bench-scaling wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,15 @@ lint: $(STAMP)  ## check style (ruff) and types (pyright)
 
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+# The site lies in a copy of what its pages link to beside docs/, so that these links hold.
+docs: $(STAMP)  ## build the documentation site into build/site; a warning is an error
+	rm -rf build/site
+	$(BIN)/zensical build --clean --strict
+	cp -R examples README.md CHANGELOG.md CONTRIBUTING.md build/site
+
+docs-serve: $(STAMP)  ## show the documentation site while it is written
+	$(BIN)/zensical serve
 
 bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (20 minutes)
 	$(BENCH_BIN)/python benchmarks/bench.py
