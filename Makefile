@@ -8,10 +8,17 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
+LOWEST_BIN := .venv-lowest/bin
+LOWEST_STAMP := .venv-lowest/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+# The contract, the engines and what else leans on torch, numpy, matplotlib, Pillow, wandb and safetensors.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+    checkpoint compiled_step compiler_cache evaluate evolution execution few_shot_tasks forward implicit inner kept_libraries \
+    layout lstm_kernel optim persistent resume tracker train_meta trainer unrolled wandb_tracker))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long lint results docs docs-serve bench bench-scaling wheel-check clean
+.PHONY: help install demo test test-long install-lowest test-lowest lint results docs docs-serve bench bench-scaling soak wheel-check \
+    clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,9 +44,23 @@ test: lint  ## lint, then run the tests
 test-long: $(STAMP)  ## run the tests that take longer
 	$(PYTEST) -m long
 
+test-lowest: $(LOWEST_STAMP)  ## run the core tests on the lowest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 $(LOWEST_BIN)/pytest -q -n 2 -m 'not long' $(CORE_TESTS)
+
+install-lowest: $(LOWEST_STAMP)  ## create .venv-lowest with those versions (several GB where torch comes with CUDA)
+
 lint: $(STAMP)  ## check style (ruff) and types (pyright)
 	$(BIN)/ruff check --quiet
 	$(BIN)/pyright --level error
+
+# pip has no such resolution; uv reads the bounds from pyproject.toml. It does not read pip's settings: for a build of
+# torch without CUDA say UV_TORCH_BACKEND=cpu.
+$(LOWEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST_BIN)/pip install --quiet -c constraints.txt uv
+	VIRTUAL_ENV=.venv-lowest $(LOWEST_BIN)/uv pip install --quiet --resolution lowest-direct -r pyproject.toml --extra test
+	VIRTUAL_ENV=.venv-lowest $(LOWEST_BIN)/uv pip install --quiet --no-deps -e .
+	@touch $@
 
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
@@ -58,6 +79,9 @@ bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into do
 
 bench-scaling: $(BENCH_STAMP)  ## measure time and memory against size into docs/benchmarks.md (10 minutes)
 	$(BENCH_BIN)/python benchmarks/bench.py --scaling
+
+soak: $(STAMP)  ## kill real trainings and disturb them in other ways (20 minutes; runs/soak, docs/reliability.md)
+	$(BIN)/python benchmarks/soak.py --minutes 20
 
 # The C in learn2learn's source archive was generated for Python 3.10 and older; build_ext has it generated anew. What it
 # requires itself (data sets, environments of gym) is not needed for what is measured. An environment of its own: what it

@@ -60,6 +60,8 @@ def without_output(written: str) -> str:
 
 if __name__ == "__main__":
     for script in sorted(FOLDER.glob("*.py")):
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
             script.with_suffix(".md").write_text(page(script), "utf-8")
-        print(os.path.relpath(script.with_suffix(".md")))
+            os.chdir(FOLDER)
+        print(script.with_suffix(".md").name)

@@ -3,8 +3,10 @@
 Run ``python benchmarks/results_plug_in.py`` on a machine that does nothing else (about ten minutes). The parameters are
 one square matrix of 0.1, 1 and 10 million numbers, float32, one thread. Every measurement is a process of its own: the
 first steps build the memory and what is made ready once, then the least CPU time of the steps that follow counts, over
-all rounds. Memory is what the optimizer keeps, and by how much the process's resident memory grows at most from before
-it is made until after its third step, beside parameters and gradients. The learned ones are bare, without the guard.
+all rounds. ``--celo PYTHON CELO LEARNED_OPTIMIZATION THETA`` times Celo's own program too (see ``celo_jax.py``).
+
+Memory is what the optimizer keeps, and by how much the process's resident memory grows at most from before it is made
+until after its third step, beside parameters and gradients. The learned ones are bare, without the guard.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -153,14 +155,27 @@ def in_own_process(what: str, label: str, size: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(size: int, rounds: int) -> dict[str, Point]:
-    """Return every competitor's point at a size, the rounds of all in turn."""
-    labels = [*competitors()]
+def measured(size: int, rounds: int, only: Sequence[str] | None = None) -> dict[str, Point]:
+    """Return the points of Adam and of ``only`` those, by default of all, at a size; the rounds of all in turn."""
+    labels = [label for label in competitors() if only is None or label in (ADAM, *only)]
     times: dict[str, list[float]] = {label: [] for label in labels}
     for _ in range(rounds):
         for label in labels:
             times[label].append(in_own_process("cpu_ms", label, size))
     return {label: Point(min(times[label]), *in_own_process("memory", label, size)) for label in labels}
+
+
+def celo_row(size: int, rounds: int, given: Sequence[str] | None) -> str:
+    """Return the row of Celo's own program, or that it is not there."""
+    if given is None:
+        return "| Celo on JAX | not installed | | | |"
+    program, times = str(Path(__file__).with_name("celo_jax.py")), []
+    for _ in range(rounds):
+        done = subprocess.run([given[0], program, *given[1:], str(size)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"Celo on JAX at {size}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        times.append(json.loads(done.stdout.splitlines()[-1]))
+    return f"| Celo on JAX | {min(times):.3g} | | | |"
 
 
 def table(size: int, points: dict[str, Point]) -> str:
@@ -186,6 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each, the least time counts")
+    parser.add_argument("--only", nargs="+", choices=[*competitors()], metavar="LABEL", help="these, beside Adam")
+    parser.add_argument("--celo", nargs=4, metavar=("PYTHON", "CELO", "LEARNED_OPTIMIZATION", "THETA"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers as JSON")
     parser.add_argument("--worker", nargs=3, metavar=("WHAT", "LABEL", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -196,9 +213,10 @@ def main() -> None:
         return
     points = {}
     for size in arguments.sizes:
-        points[size] = measured(size, arguments.rounds)
-        print(table(size, points[size]), end="\n\n", flush=True)
-        if size == 1_000_000:
+        points[size] = measured(size, arguments.rounds, arguments.only)
+        print(table(size, points[size]), celo_row(size, arguments.rounds, arguments.celo), sep="\n", flush=True)
+        print()
+        if size == 1_000_000 and arguments.only is None:
             print("\n".join(missed(points[size])) or "The goals at a million parameters are reached.", end="\n\n")
     if arguments.out:
         arguments.out.write_text(

@@ -67,6 +67,7 @@ _LAZY = {
     "load": "learnedopt.checkpoint",
     "load_checkpoint": "learnedopt.checkpoint",
     "packaged": "learnedopt.checkpoint",
+    "diagnose": "learnedopt.evaluation.diagnose",
     "predict_peak": "learnedopt.execution.memory",
     "save": "learnedopt.checkpoint",
     "evaluate": "learnedopt.evaluation.evaluate",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from learnedopt.core.named_tensors import NamedTensors
     from learnedopt.core.weights import Constant, Linear
     from learnedopt.evaluation import evaluate
+    from learnedopt.evaluation.diagnose import diagnose
     from learnedopt.execution.memory import predict_peak
     from learnedopt.inner_objectives import L2, DistilledData, LearnedLoss, Proximal, WeightedExamples
     from learnedopt.meta_optimizers.aruba import ARUBA
@@ -232,6 +234,7 @@ __all__ = [
     "Validation",
     "WeightedExamples",
     "card",
+    "diagnose",
     "evaluate",
     "inner_objectives",
     "load",

@@ -11,6 +11,7 @@ import torch
 
 from learnedopt.checkpoint import Checkpoint, load_checkpoint, own_theta, packaged
 from learnedopt.core import tree
+from learnedopt.core.bounded import bounded
 from learnedopt.core.counts import require_count
 from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import UpdateRule
@@ -30,6 +31,8 @@ FIELDS: Mapping[str, str] = {
 HOLDS_UP_TO = "holds_up_to"
 """The one number on a card: the longest run that it was measured on without falling behind."""
 ADAM_FLOATS = 2
+_MOST = 1 << 22
+"""Numbers of a model that a rule was made for; the memory for a larger one is not measured."""
 _SIDE = 64  # of the matrix that memory is measured on: a scalar beside it is a thousandth of a byte a parameter
 
 
@@ -74,7 +77,7 @@ def card(name_or_path: str | Path) -> Card:
 
     Raises:
         FileNotFoundError: there is no such file and no such packaged name.
-        ValueError: the file is no checkpoint of this library.
+        ValueError: the file is no checkpoint of this library, or its metadata are no card.
 
     Example:
         >>> learnedopt.card("lstm-mnist").state_bytes  # Adam's is 8
@@ -88,11 +91,17 @@ def card_of(learned: Checkpoint, name: str) -> Card:
     from learnedopt import optimizers
 
     theta, written = own_theta(learned.rule, learned.theta), learned.metadata.get("card")
-    if written is None:
-        sentences, holds_up_to = _from_configuration(learned.metadata, learned.rule), None
-    else:
-        sentences = {k: v for k, v in check_card(written).items() if k in FIELDS}
-        holds_up_to = written[HOLDS_UP_TO]
+    try:
+        trained_steps = _trained_steps(learned.metadata.get("estimator") or {})
+        if written is None:
+            sentences, holds_up_to = _from_configuration(learned.metadata, learned.rule), None
+        else:
+            sentences = {k: v for k, v in check_card(written).items() if k in FIELDS}
+            holds_up_to = written[HOLDS_UP_TO]
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:  # metadata are whatever save was given
+        raise ValueError(
+            f"the metadata of {name} are neither a card nor a configuration of a meta-training ({error!r})"
+        ) from error
     return Card(
         name=name,
         rule=optimizers.describe(learned.rule)["name"],
@@ -100,7 +109,7 @@ def card_of(learned: Checkpoint, name: str) -> Card:
         fingerprint=fingerprint(learned.rule, theta),
         state_bytes=state_bytes(learned.rule, theta),
         reads_horizon=learned.rule.reads_horizon,
-        trained_steps=_trained_steps(learned.metadata.get("estimator") or {}),
+        trained_steps=trained_steps,
         holds_up_to=holds_up_to,
         sentences=sentences,
     )
@@ -177,10 +186,11 @@ def state_bytes(rule: UpdateRule, theta: Theta) -> float | None:
     """
     from learnedopt import optimizers
 
-    params = _template(optimizers.describe(rule)) or {"weight": torch.zeros(_SIDE, _SIDE)}
     try:
-        _, state = rule.within(100).init(theta, params)  # memory does not depend on the horizon
-    except (KeyError, ValueError):  # a rule for parameters of certain names, which are not on record
+        with bounded(_MOST, len(theta)):
+            params = _template(optimizers.describe(rule)) or {"weight": torch.zeros(_SIDE, _SIDE)}
+            _, state = rule.within(100).init(theta, params)  # memory does not depend on the horizon
+    except (KeyError, ValueError):  # a rule for parameters of certain names, which are not on record, or of many
         return None
     size = sum(p.numel() for p in params.values())
     return round(sum(x.numel() * x.element_size() for x in tree.leaves(state)) / size, 2)

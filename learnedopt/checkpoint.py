@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from learnedopt.config import split_imaml
+from learnedopt.core import theta_file
+from learnedopt.core.bounded import bounded
 from learnedopt.core.checks import joined_theta
-from learnedopt.core.files import write_atomically, write_json
+from learnedopt.core.files import parse_json, write_json
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import UpdateRule
+from learnedopt.core.theta_file import Described
 from learnedopt.core.tree import Theta
 
-FORMAT = "learnedopt-rule-2"
-FORMATS = ("learnedopt-rule-1", FORMAT)
-"""What is read: the first knew no inner objectives, and had the rule ``imaml``."""
+FORMAT = "learnedopt-rule-3"
+FORMATS = ("learnedopt-rule-1", "learnedopt-rule-2", FORMAT)
+"""What is read: the first knew no inner objectives, and had the rule ``imaml``; the first two had no SHA-256."""
 
 
 class Checkpoint(NamedTuple):
@@ -68,10 +69,7 @@ def save(
         from learnedopt import inner_objectives
 
         config["inner_objective"] = inner_objectives.describe(inner_objective)
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in theta.items()}
-    # The description inside the file is what load reads: one file cannot disagree with itself.
-    header = {"learnedopt": json.dumps(config)}
-    write_atomically(path, lambda partial: save_file(tensors, str(partial), metadata=header))
+    theta_file.write(path, theta, config)
     write_json(path.with_suffix(".json"), config)
     return path
 
@@ -80,11 +78,13 @@ def load(path_or_name: str | Path) -> tuple[UpdateRule, Theta]:
     """Return ``(rule, theta)`` from a checkpoint file, a run's folder, or the name of a packaged optimizer.
 
     ``theta`` is the rule's own, without an inner objective's, which ``load_checkpoint`` returns as well. Nothing in a
-    file is ever executed: tensors come from safetensors, the rule is built by its registered name.
+    file is ever executed: tensors come from safetensors, the rule is built by its registered name. The file's SHA-256
+    is in it and compared; what it asks for is refused before it takes memory where the file holds no such theta.
 
     Raises:
         FileNotFoundError: there is no such file and no such packaged name.
-        ValueError: the file is corrupt, truncated, no checkpoint of this library, or its theta does not fit its rule.
+        ValueError: the file is corrupt, truncated, changed since it was written, no checkpoint of this library, or its
+            theta does not fit its rule.
 
     Example:
         >>> rule, theta = learnedopt.load("lstm-mnist")
@@ -105,25 +105,12 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
         >>> rule, inner_objective, theta, _ = load_checkpoint("runs/imaml-omniglot")
         >>> loop = InnerLoop(family, rule, inner_objective=inner_objective)
     """
-    from learnedopt import optimizers
-
-    path = _find(path_or_name)
-    config, theta = _read(path)
-    described, inner = config["rule"], config.get("inner_objective")
-    if config["format"] == FORMATS[0]:
-        described, inner = split_imaml(described)
-    try:
-        rule, inner_objective = optimizers.build(described), TaskLoss()
-        if inner is not None:
-            from learnedopt import inner_objectives
-
-            inner_objective = inner_objectives.build(inner)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes a rule or inner objective that cannot be built: {error}") from error
-    check_theta(rule, theta, str(path), inner_objective)
-    return Checkpoint(
-        rule, inner_objective, {k: theta[k] for k in _expected(rule, inner_objective)}, config.get("metadata", {})
-    )
+    found = theta_file.describe(_find(path_or_name))
+    config = _description(found)
+    rule, inner_objective, expected = _built(found, config)
+    _require_fit(rule, inner_objective, expected, found.shapes, str(found.path))
+    theta = theta_file.read(found, due=config["format"] == FORMAT)
+    return Checkpoint(rule, inner_objective, {k: theta[k] for k in expected}, config["metadata"])
 
 
 def own_theta(rule: UpdateRule, theta: Theta) -> Theta:
@@ -131,26 +118,37 @@ def own_theta(rule: UpdateRule, theta: Theta) -> Theta:
     return {k: theta[k] for k in _expected(rule)}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Theta]:
-    """Return the description and the tensors of a file."""
+def _description(found: Described) -> dict[str, Any]:
+    """Return the description, with metadata, if without any."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            theta = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is no readable safetensors file ({error}); it is corrupt or cut short: write it again"
-        ) from error
-    try:
-        config = json.loads(header["learnedopt"])
+        config = json.loads("null") if found.text is None else parse_json(found.text)
         if config["format"] not in FORMATS or "rule" not in config:
             raise KeyError(config["format"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if not isinstance(config.setdefault("metadata", {}), dict):
+            raise TypeError("its metadata are no object")
+        config.pop("sha256", None)  # of the file, which theta_file compares
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is a safetensors file, but learnedopt.save did not write it (its header has none of "
+            f"{found.path} is a safetensors file, but learnedopt.save did not write it (its header has none of "
             f"{', '.join(FORMATS)})"
         ) from error
-    return config, theta
+    return config
+
+
+def _built(found: Described, config: dict[str, Any]) -> tuple[UpdateRule, InnerObjective, dict[str, torch.Size]]:
+    """Return rule and inner objective as described, and the shapes of their theta."""
+    from learnedopt import inner_objectives, optimizers
+
+    described, inner = config["rule"], config.get("inner_objective")
+    if config["format"] == FORMATS[0]:
+        described, inner = split_imaml(described)
+    try:
+        with bounded(theta_file.num_numbers(found), len(found.shapes)):
+            rule = optimizers.build(described)
+            inner_objective = TaskLoss() if inner is None else inner_objectives.build(inner)
+            return rule, inner_objective, _expected(rule, inner_objective)
+    except Exception as error:  # whatever a rule makes of options that nobody would choose
+        raise ValueError(f"{found.path} describes a rule or inner objective that cannot be built: {error}") from error
 
 
 def packaged() -> list[str]:
@@ -187,15 +185,24 @@ def _expected(rule: UpdateRule, inner_objective: InnerObjective | None = None) -
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: InnerObjective | None = None) -> None:
     """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the owners' own."""
-    expected = {k: tuple(v) for k, v in _expected(rule, inner_objective).items()}
     got = {k: tuple(v.shape) for k, v in theta.items() if isinstance(v, Tensor)} if isinstance(theta, dict) else None
-    if expected != got or len(theta) != len(expected):
-        plain = inner_objective is None or isinstance(inner_objective, TaskLoss)
+    expected = _expected(rule, inner_objective)
+    if got is None or len(theta) != len(got):
+        got = {k: type(v).__name__ for k, v in theta.items()} if isinstance(theta, dict) else type(theta).__name__
+    _require_fit(rule, inner_objective or TaskLoss(), expected, got, where)
+
+
+def _require_fit(
+    rule: UpdateRule, inner_objective: InnerObjective, expected: dict[str, torch.Size], got: Any, where: str
+) -> None:
+    shapes = {k: tuple(v) for k, v in expected.items()}
+    if shapes != got:
+        plain = isinstance(inner_objective, TaskLoss)
         descends = "" if plain else f" with the inner objective {type(inner_objective).__name__}"
         raise ValueError(
             f"{where}: theta does not fit the rule {type(rule).__name__}{descends}: expected tensors of shapes "
-            f"{expected}, got {type(theta).__name__ if got is None else got}; theta of a loop with an inner objective "
-            "of its own is saved with inner_objective=loop.inner_objective"
+            f"{shapes}, got {got}; theta of a loop with an inner objective of its own is saved with "
+            "inner_objective=loop.inner_objective"
         )
 
 

@@ -1,19 +1,24 @@
-"""The command ``learnedopt``: train and check recipes, evaluate what was learned, and list what there is."""
+"""The command ``learnedopt``: train, check and diagnose recipes, evaluate what was learned, and list what there is."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from learnedopt import cli_check, cli_evaluate, cli_train
+from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_train
 
 BAD_INPUT = 2
+DISK_FULL = 74  # EX_IOERR of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+CLOSED_OUTPUT = 141  # 128 + SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,32 +41,74 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 when done, 2 for bad input, 130 after Ctrl-C, or its own.
+    """Run the command and return its exit code.
 
-    ``argv`` are the arguments without the program's name; by default those of the process.
+    It is 0 when done, 2 for bad input, 74 for a full disk, 130 after Ctrl-C, 141 where nobody reads the output any
+    more, or the command's own. ``argv`` are the arguments without the program's name; by default those of the process.
     """
+    _fill_standard_streams()
     try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while an error of it can still be caught
+        return code
+    except BrokenPipeError:
+        # What is still to be written at the end of the process has nowhere to go either.
+        _replace(1)
+        return CLOSED_OUTPUT
+
+
+def _main(argv: Sequence[str]) -> int:
+    try:
+        for argument in argv:
+            argument.encode()  # bytes that are no text could be shown nowhere
         arguments = _parser().parse_args(argv)
     except SystemExit as end:  # argparse's way to say that all is said
         return int(end.code or 0)
+    except UnicodeEncodeError as error:
+        print(f"learnedopt: {error.object!a} is no text: its bytes are not {error.encoding}", file=sys.stderr)
+        return BAD_INPUT
     try:
         with warnings.catch_warnings():
             # As one line: where in the library a warning was raised does not help who runs a command.
             warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
             return arguments.command(arguments)
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what the user gave cannot work
-        print(f"learnedopt {arguments.subcommand}: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        full = isinstance(error, OSError) and error.errno in _FULL
+        why = "the disk is full, or a quota of it: " if full else ""
+        then = "; make room, and start again: what was written before is whole" if full else ""
+        print(f"learnedopt {arguments.subcommand}: {why}{' '.join(str(error).split())}{then}", file=sys.stderr)
+        return DISK_FULL if full else BAD_INPUT
     except KeyboardInterrupt:
         print(f"learnedopt {arguments.subcommand}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
+def _fill_standard_streams() -> None:
+    """Open the null device in the place of standard streams that are closed: the next file would be taken for one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - for good
+
+
+def _replace(number: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
-    # One for each command.
-    for add_parser in (cli_train.add_parser, cli_check.add_parser, cli_evaluate.add_parser, _add_list, _add_card):
+    for module in (cli_train, cli_check, cli_diagnose, cli_evaluate):
+        module.add_parser(commands)
+    for add_parser in (_add_list, _add_card):
         add_parser(commands)
     return parser
 

@@ -207,15 +207,43 @@ def _labels(checkpoints: Sequence[str]) -> list[str]:
 
 def _few_shot_family(arguments: argparse.Namespace, record: dict[str, Any]) -> TaskFamily:
     """Return the family as --family and --set say, or as the first checkpoint's record does; the split is "test"."""
-    name, options = arguments.family, {}
+    name, options, settings = arguments.family, {}, _settings(arguments.set)
     if name is None:
-        trained = record.get("family")
-        if not trained:
-            raise ValueError(f"{arguments.checkpoint[0]} has no record of a family; name one with --family")
+        name, options = _recorded_family(arguments.checkpoint[0], record)
+        _require_no_paths(arguments.checkpoint[0], {k: v for k, v in options.items() if k not in settings})
+    return _families(name, {**options, **settings})[0]
+
+
+def _recorded_family(checkpoint: str, record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return name and options of the family that the record of a checkpoint tells, without the split."""
+    if not record.get("family"):
+        raise ValueError(f"{checkpoint} has no record of a family; name one with --family")
+    try:
         held_out = (record.get("validation") or {}).get("family_options") or {}
-        name, options = trained["name"], {**trained["options"], **held_out}
-        options.pop("meta_split", None)
-    return _families(name, {**options, **_settings(arguments.set)})[0]
+        name, options = record["family"]["name"], {**record["family"]["options"], **held_out}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the record of {checkpoint} is of no family ({error!r}); name one with --family") from error
+    options.pop("meta_split", None)
+    return name, options
+
+
+def _require_no_paths(checkpoint: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where the record of a checkpoint would choose the files that are read here."""
+    paths = {key: value for key, value in options.items() if _may_name_files(key, value)}
+    if paths:
+        told = " and ".join(f"{key}={value!r}" for key, value in paths.items())
+        raise ValueError(
+            f"the record of {checkpoint} names what is to be read: {told}; a file does not choose that here: pass "
+            f"{' '.join(f'--set {key}=...' for key in paths)} with a folder that you mean"
+        )
+
+
+def _may_name_files(key: str, value: Any) -> bool:
+    if isinstance(value, dict):  # a part, or a family of a mixture
+        return any(_may_name_files(k, v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return any(_may_name_files(key, each) for each in value)
+    return isinstance(value, str) and (key in ("root", "lists") or not set(value).isdisjoint("/\\~") or value == "..")
 
 
 def _import(module: str) -> None:

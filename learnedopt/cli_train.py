@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learnedopt.recipes import Recipe, Study
 
-DIVERGED, INTERRUPTED = 1, 130
+DIVERGED, RANK_FAILED, INTERRUPTED = 1, 3, 130
 
 
 def add_parser(commands: Any) -> None:
@@ -29,6 +30,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
+    several = parser.add_argument_group(
+        "several processes", "Started by torchrun (torchrun -m learnedopt train ...), processes share each meta-batch."
+    )
+    several.add_argument("--backend", help="of torch.distributed; default: gloo on CPUs, nccl on GPUs")
+    several.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="how long processes wait for each other (default: 600)"
+    )
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,23 +68,40 @@ def list_recipes() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Meta-train as the arguments say; return 0 when done, 1 when training diverged, 130 or 143 after a signal."""
+    """Meta-train as the arguments say.
+
+    Returns:
+        0 when done, 1 when training diverged, 3 when another process of it has failed, 130, 143 or 129 after a signal.
+    """
+    from learnedopt.core.files import require_name
     from learnedopt.run import train
+    from learnedopt.training import launch, ranks
     from learnedopt.training.trainer import TrainingDiverged
 
     if arguments.list:
         return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
-    folder = arguments.runs / (arguments.name or arguments.recipe)
+    name = arguments.recipe if arguments.name is None else arguments.name
+    require_name(name, "--name")
+    folder = arguments.runs / name
+    timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
     try:
-        result = train(recipe, folder, arguments.wandb)
+        with launch.process_group(recipe.execution.device, arguments.backend, timeout):
+            own = ranks.present(recipe.execution.device, timeout)
+            result = train(recipe, folder, arguments.wandb, own)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone: that is why it stopped
+            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
         return DIVERGED
+    except ranks.RankFailed as error:
+        print(f"learnedopt train: {error}. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return RANK_FAILED
+    if not own.leads:
+        return 0
     if result is None:
         print(f"The figure {recipe.name}.png, the numbers behind it, the configuration and metrics are in {folder}.")
         return 0

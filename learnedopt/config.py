@@ -260,7 +260,7 @@ def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
     """
     estimator = record.get("estimator")
     if isinstance(estimator, dict) and estimator.get("type") == Combined.__name__:
-        estimator = estimator["back_propagated"]  # the solver is that of both
+        estimator = estimator.get("back_propagated")  # the solver is that of both
     found = estimator.get("inner") if isinstance(estimator, dict) else None
     if found is None:
         return None
@@ -270,4 +270,7 @@ def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
             f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
             "it to learnedopt.evaluation.few_shot.adapt"
         )
-    return HessianFree(**{key: value for key, value in found.items() if key != "type"})
+    try:
+        return HessianFree(**{key: value for key, value in found.items() if key != "type"})
+    except Exception as error:  # a record holds whatever save was given
+        raise ValueError(f"the record of a meta-training has an inner solver that there cannot be: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
@@ -17,6 +16,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
+from learnedopt.core.user_warning import warn_user
 from learnedopt.plug_in.cohorts import Cohort, Player
 from learnedopt.plug_in.guard_rail import Guard, GuardReport, Learned, Rail
 from learnedopt.plug_in.guard_state import held, recall, require, without
@@ -163,9 +163,16 @@ class LearnedOptimizer(MovedByRules):
 
         Raises:
             TypeError: the loss is given in the closure's place.
-            ValueError: the rule reads the loss and got none; both are given; a gradient is sparse; the loss is not a
-                scalar; the parameters lie on several devices; the rule does not know them by name.
+            ValueError: a parameter group was removed; the rule reads the loss and got none; both are given; a gradient
+                is sparse; the loss is not a scalar; the parameters lie on several devices; the rule does not know them
+                by name.
         """
+        if len(self._players) != len(self.param_groups):
+            raise ValueError(
+                f"the optimizer was made with {len(self._players)} parameter groups and has {len(self.param_groups)} "
+                "now: which rule moves which cannot be told. Add groups by add_param_group; in place of removing one, "
+                "set its lr to 0 or its parameters' requires_grad to False"
+            )
         loss = self._evaluated(closure, loss)
         rail, groups = self._rail, self.param_groups
         if rail is None:
@@ -260,7 +267,7 @@ class LearnedOptimizer(MovedByRules):
         if found.card is not None and found.rule.reads_horizon:
             unknown = past_horizon(found.card, self.num_steps or 0)
             if unknown is not None:
-                warnings.warn(unknown, HorizonWarning, stacklevel=3)
+                warn_user(unknown, HorizonWarning)
         return found
 
     def _require_end(self, cohort: Cohort) -> None:
@@ -279,7 +286,7 @@ class LearnedOptimizer(MovedByRules):
             return
         if not player.warned:  # parameters of another age get there later
             player.warned = True
-            warnings.warn(text, HorizonWarning, stacklevel=6)
+            warn_user(text, HorizonWarning)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         if self._rail is not None:

@@ -6,9 +6,10 @@ again with the same configuration it goes on where it stopped, exactly.
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from learnedopt import checkpoint
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.execution import Execution
-from learnedopt.core.files import exclusive, plain_json, remove_partials, write_json
+from learnedopt.core.files import exclusive, plain_json, remove_partials, require_name
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.parts import loop_of
+from learnedopt.core.sealed import read_record, write_record
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.task_by_task import TaskByTask
@@ -30,8 +32,11 @@ from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
 from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.progress import saved_config
+from learnedopt.training.rank_checks import require_same
+from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
-from learnedopt.training.trainer import MetaTrainer, TrainingResult, Validation
+from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
 from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
 
@@ -108,25 +113,44 @@ def require_device(execution: Execution) -> None:
         raise ValueError(f"execution.device={execution.device!r} cannot be used here: {reason}") from error
 
 
-def train(recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None) -> TrainingResult | None:
-    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one; a study returns None."""
+def train(
+    recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None, ranks: Ranks | None = None
+) -> TrainingResult | None:
+    """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one; a study returns None.
+
+    Of several processes (``ranks``; by default those of the process group that is initialised) rank 0 alone touches
+    the folder and holds it.
+    """
+    require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
-    built = None if isinstance(recipe, Study) else build(recipe)
-    mode = resolve_mode(wandb_mode)
-    find_run(folder, recipe)  # refused before anything is written
-    if isinstance(recipe, Recipe) and built is not None:
-        require_chain(recipe, built[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
-        run_id = find_run(folder, recipe) or begin_run(folder, recipe)
-        remove_partials(folder)  # left by a kill in the middle of a write
+    ranks = present(recipe.execution.device) if ranks is None else ranks
+    with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
+        if isinstance(recipe, Study) and not ranks.alone:
+            raise ValueError(f"the study {recipe.name} has no meta-batches to share: start it as one process")
+        require_same(ranks, {"recipe": configuration(recipe)})
+        built = None if isinstance(recipe, Study) else build(recipe)
+        mode = resolve_mode(wandb_mode)
+        if isinstance(recipe, Recipe) and built is not None:
+            require_chain(recipe, built[0])
+        run_id = ranks.lead(lambda: enter(recipe, folder, held), "the opening of the run's folder")
         if isinstance(recipe, Recipe):
-            train_before(recipe, folder, wandb_mode)
-        tracker = trackers(recipe, folder, mode, run_id)
+            train_before(recipe, folder, wandb_mode, ranks)
+        tracker = trackers(recipe, folder, mode, run_id) if ranks.leads else None
         if isinstance(recipe, Study):
+            assert tracker is not None
             return carry_out(recipe, folder, tracker)
         assert built is not None
-        return meta_train(recipe, folder, built, tracker)
+        return meta_train(recipe, folder, built, tracker, ranks)
+
+
+def enter(recipe: Recipe | Study, folder: Path, held: ExitStack) -> str:
+    """Hold the folder of a run until ``held`` closes, and return the run's id."""
+    find_run(folder, recipe)  # refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(exclusive(folder))
+    run_id = find_run(folder, recipe) or begin_run(folder, recipe)
+    remove_partials(folder)  # left by a kill in the middle of a write
+    return run_id
 
 
 def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
@@ -137,16 +161,20 @@ def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
         taken_over(before, own, f"{recipe.name} comes after {recipe.after.name}", partly=recipe.start_partly)
 
 
-def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None) -> None:
+def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None, ranks: Ranks) -> None:
     """Meta-train the stage before, from where it stands; one that is finished is left as it is."""
     stage = recipe.after
     if stage is None:
         return
     own = folder / stage.name
-    # The figure is the last thing that every run leaves.
-    if find_run(own, stage) is None or not (own / "training.png").exists():
-        print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
-        train(stage, own, wandb_mode)
+
+    def finished() -> bool:  # the figure is the last thing that every run leaves
+        return find_run(own, stage) is not None and (own / "training.png").exists()
+
+    if not ranks.lead(finished, "the look at the stage before"):
+        if ranks.leads:
+            print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
+        train(stage, own, wandb_mode, ranks)
     torch.set_num_threads(recipe.num_threads)
 
 
@@ -185,7 +213,9 @@ def carry_out(study: Study, folder: Path, tracker: Tracker) -> None:
         tracker.finish(exit_code)
 
 
-def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker) -> TrainingResult:
+def meta_train(
+    recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker | None, ranks: Ranks
+) -> TrainingResult:
     """Meta-train what was built of the recipe, and leave theta, its configuration and a figure in ``folder``."""
     loop, validation = built
     meta = recipe.meta
@@ -197,10 +227,12 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         tracker,
         num_tasks=recipe.num_tasks,
         seed=recipe.seed,
-        theta=start_theta(recipe, loop, folder),
+        theta=ranks.lead(lambda: start_theta(recipe, loop, folder), "the theta to start from"),
         max_grad_norm=meta.max_grad_norm,
         average=meta.average,
         rollback_above=meta.rollback_above,
+        micro_batch=meta.micro_batch,
+        max_failed_share=meta.max_failed_share,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
         ),
@@ -209,9 +241,18 @@ def meta_train(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation]
         checkpoint_every=recipe.checkpoint_every,
         config=configuration(recipe),
         report=lambda result, tracker: report(recipe, folder, loop, result, tracker),
+        ranks=ranks,
     )
-    say_memory(recipe, loop, trainer.theta)
-    return trainer.run(recipe.num_meta_steps)
+    if ranks.leads:
+        say_memory(recipe, loop, trainer.theta)
+    try:
+        return trainer.run(recipe.num_meta_steps)
+    except TrainingDiverged as error:
+        if error.result.best_value == math.inf:  # no theta was seen to be any good
+            raise
+        best = error.result
+        path = ranks.lead(lambda: save_theta(recipe, folder, loop, best), "the saving of the best theta")
+        raise error.naming(path) from error
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
@@ -229,17 +270,27 @@ def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
         print(f"One estimate of the meta-gradient{of} takes about {peak / 1e6:.3g} MB.", flush=True)
 
 
+def metadata_of(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
+    """Return what is said of a theta beside it."""
+    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
+    return plain_json({**configuration(recipe), **found})
+
+
+def save_theta(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult) -> Path:
+    """Write the best theta with its description into the run's folder; return where."""
+    metadata, path = metadata_of(recipe, result), folder / "theta.safetensors"
+    return checkpoint.save(path, loop.rule, result.best_theta, metadata, loop.inner_objective)
+
+
 def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:
     """Write the best theta and a figure into the run's folder, and tell the tracker."""
     from learnedopt.evaluation import plots
 
-    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
-    metadata = plain_json({**configuration(recipe), **found})
-    theta = checkpoint.save(folder / "theta.safetensors", loop.rule, result.best_theta, metadata, loop.inner_objective)
+    theta = save_theta(recipe, folder, loop, result)
     figure = folder / "training.png"
     plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
     tracker.figure("training", figure)
-    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata)
+    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata_of(recipe, result))
     if recipe.compare:
         compare(recipe, folder, checkpoint.load_checkpoint(theta), tracker)
 
@@ -264,18 +315,27 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     """Return the id of the run of this recipe that ``folder`` holds, maybe of an earlier version; None for no run.
 
     A run of another configuration does not count where not one meta-step was taken, and no part of a study finished;
-    otherwise it is refused.
+    otherwise it is refused. Where ``config.json`` is gone, the checkpoint's own record of it is compared.
     """
-    path, record = folder / "config.json", folder / "metrics.jsonl"
-    if not path.exists():
+    path, record, state = (folder / name for name in ("config.json", "metrics.jsonl", "checkpoint.pt"))
+    run_id, saved = None, None
+    if path.exists():
+        try:
+            found = read_record(path)
+            run_id, saved = str(found["run_id"]), dict(found["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
+            ) from error
+    elif state.exists():
+        saved = saved_config(state)
+        if saved is None:
+            raise ValueError(
+                f"{folder} holds a checkpoint, but no config.json, which says of what run: put it back, give this run "
+                "a --name of its own, or remove that folder"
+            )
+    if saved is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        run_id, saved = str(found["run_id"]), dict(found["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no run's configuration ({error!r}); remove {folder}, or give this run a --name of its own"
-        ) from error
     config = configuration(recipe)
     saved = up_to_date(saved, recipe)
     rule, descended = split_imaml(saved.get("rule"))
@@ -286,7 +346,7 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     rows = read_metrics(record) if record.exists() else []  # row 0 is the validation of the start
     # A study remembers its parts by files that do not tell all its settings, often before it has told any number.
     parts = (p for p in folder.rglob("*.json") if p != path and p.relative_to(folder).parts[0] != "wandb")
-    if (folder / "checkpoint.pt").exists() or any(row["step"] > 0 for row in rows) or any(parts):
+    if state.exists() or any(row["step"] > 0 for row in rows) or any(parts):
         changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
         raise ValueError(
             f"{folder} holds a run with another configuration (different: {', '.join(changed)}); give this run a "
@@ -298,5 +358,5 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
 def begin_run(folder: Path, recipe: Recipe | Study) -> str:
     """Write the configuration of a new run into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
-    write_json(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
+    write_record(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
     return run_id

@@ -142,8 +142,11 @@ class Compiled(Kernel):
         if any(h.dtype != flat.dtype or not h.is_contiguous() for h in state.values()):
             return None
         weights, states = [theta[k].to(flat.dtype) for k in rule._theta_names], [state[k] for k in rule._state_names]
-        out = lstm_kernel.step_in_place(weights, rule._inputs(flat), states)
-        return rule._deltas(out, grads)
+        factor = rule.preprocess_factor
+        inputs = flat.unsqueeze(0) if factor is None else preprocess_without_graph(flat, factor)
+        out = lstm_kernel.step_in_place(weights, inputs, states)
+        pieces = out.mul_(rule.output_scale).split([g.numel() for g in grads.values()])
+        return {k: piece.view(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
 
     def adjoint(
         self, theta: Theta, grads: Tensor, state: State, cotangents: Tensor, end: State | None, with_state: bool = True
@@ -173,3 +176,12 @@ def preprocess(grads: Tensor, factor: float) -> Tensor:
     first = grads.abs().clamp(min=math.exp(-factor)).log() / factor
     second = (math.exp(factor) * grads).clamp(-1.0, 1.0)
     return torch.stack([first, second], dim=-2)
+
+
+@torch.no_grad()
+def preprocess_without_graph(grads: Tensor, factor: float) -> Tensor:
+    """Return the same bits as ``preprocess`` for gradients (num_coordinates,), with no memory but what is returned."""
+    inputs = grads.new_empty(2, grads.numel())
+    torch.abs(grads, out=inputs[0]).clamp_(min=math.exp(-factor)).log_().div_(factor)
+    torch.mul(grads, math.exp(factor), out=inputs[1]).clamp_(-1.0, 1.0)
+    return inputs

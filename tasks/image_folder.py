@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from learnedopt.tasks.data.image_array import ClassImages
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 FILES: Mapping[str, str] = {"train": "train", "valid": "val", "test": "test"}
 """meta_split -> the name of its folder or list."""
+MAX_BYTES = 1 << 28
+"""Of an image's file."""
 Classes: TypeAlias = dict[str, list[Path]]
 """Class -> its images."""
 _PIECE = 256
@@ -32,10 +35,10 @@ class ImageFolder(FewShotImages):
 
     Every folder below ``root`` that holds images is a class, named by its path from there. Which classes are trained,
     validated and tested on is read from ``lists`` where given, else from folders train, val and test where ``root`` has
-    these three (classes are then named by their path from these), else drawn at random. Hidden folders are left out,
-    links are followed. Images are resized to ``size`` by Lanczos' filter whatever their proportions (EXIF data play no
-    part), decoded once, and kept in ``$LEARNEDOPT_CACHE``, by default the user's cache folder: (num_images, size, size,
-    channels) bytes.
+    these three (classes are then named by their path from these), else drawn at random. Hidden folders are left out;
+    links are followed, also those that lead out of ``root``: what they lead to is read as images, or refused. Images
+    are resized to ``size`` by Lanczos' filter whatever their proportions (EXIF data play no part), decoded once, and
+    kept in ``$LEARNEDOPT_CACHE``, by default the user's cache folder: (num_images, size, size, channels) bytes.
 
     Args:
         root: the folder.
@@ -184,7 +187,7 @@ def read(classes: Classes, size: int, channels: int, where: str) -> ClassImages:
         where: names them in errors.
 
     Raises:
-        ValueError: there are no classes, or an image cannot be read.
+        ValueError: there are no classes, or an image cannot be read, or is no file of at most ``MAX_BYTES``.
     """
     if not classes:
         raise ValueError(f"{where} has no classes; put some into this part of the split")
@@ -196,10 +199,17 @@ def read(classes: Classes, size: int, channels: int, where: str) -> ClassImages:
             yield np.stack([image_array.decode(path.read_bytes(), str(path), size, channels) for path in some])
 
     # Names, sizes and dates tell whether files are the same, and are read much faster than the files.
-    facts = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in paths]
+    facts = [f"{path} {(facts := _facts(path)).st_size} {facts.st_mtime_ns}" for path in paths]
     pixels = image_array.cached(["folder, lanczos", *facts], (len(paths), size, size, channels), fill)
     counts = torch.tensor([len(images) for images in classes.values()])
     return ClassImages(pixels, counts.cumsum(0) - counts, counts)
+
+
+def _facts(path: Path) -> os.stat_result:
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
+        raise ValueError(f"{path} is no file, or one of more than {MAX_BYTES:,} bytes; an image must be there")
+    return facts
 
 
 def _listed(classes: Classes, folder: Path) -> dict[str, Classes]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from learnedopt.core.files import require_name
 from learnedopt.tasks.data import arguments
 from learnedopt.tasks.data.few_shot import FewShotImages
 from learnedopt.tasks.data.image_array import ClassImages
@@ -84,12 +85,19 @@ def _find_list(folder: Path, base: Path | None, name: str) -> Path:
 
 
 def _read_list(path: Path, images: Path) -> Classes:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no list of images, or is damaged ({error}): put the published one there"
+        ) from error
     if header != ["filename", "label"] or not all(len(row) == 2 for row in rows):
         raise ValueError(f"{path} is no list of images: its lines must be 'filename,label', and so must its header")
     if len({name for name, _ in rows}) < len(rows):
         raise ValueError(f"{path} names an image twice; a task could learn from the image that it is tested on")
+    for name, _ in rows:
+        require_name(name, f"{path}: the image", of="file")
     classes: Classes = {}
     for name, label in rows:
         classes.setdefault(label, []).append(images / name)

@@ -21,7 +21,7 @@ from test_rules import RULES, template
 import learnedopt
 from benchmarks.package_theta import package
 from learnedopt import cards, checkpoint, inner_objectives
-from learnedopt.core import files
+from learnedopt.core import files, theta_file
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
@@ -36,7 +36,8 @@ def lstm() -> tuple[LSTM, Theta]:
 
 
 def header(rule: UpdateRule, /, **changes: Any) -> dict[str, str]:
-    config = {"format": checkpoint.FORMAT, "rule": describe(rule), "metadata": {}, **changes}
+    """Return the header of a file of before, without a SHA-256."""
+    config = {"format": checkpoint.FORMATS[1], "rule": describe(rule), "metadata": {}, **changes}
     return {"learnedopt": json.dumps(config)}
 
 
@@ -78,7 +79,8 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
     path = learnedopt.save(tmp_path / "mine.safetensors", rule, theta, metadata)
     beside = json.loads((tmp_path / "mine.json").read_text("utf-8"))
     with safe_open(str(path), framework="pt") as file:
-        assert json.loads(file.metadata()["learnedopt"]) == beside
+        inside = json.loads(file.metadata()["learnedopt"])
+    assert len(inside.pop("sha256")) == 64 and inside == beside
     assert beside == {"format": checkpoint.FORMAT, "rule": describe(rule), "metadata": metadata}
     (tmp_path / "mine.json").write_text("{}")  # for readers only: the file alone decides
     assert checkpoint.load_with_metadata(path)[2] == metadata
@@ -288,11 +290,11 @@ def test_metadata_that_json_cannot_hold(saved: Path) -> None:
 def test_a_write_that_fails_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
-    def half(tensors: Any, path: str, metadata: Any) -> None:
-        Path(path).write_bytes(before[:50])
+    def half(path: Path, *_: Any) -> None:
+        path.write_bytes(before[:50])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(theta_file, "seal", half)
     rule, theta = lstm()
     with pytest.raises(OSError, match="no space left"):
         learnedopt.save(saved, rule, {k: 2 * v for k, v in theta.items()})

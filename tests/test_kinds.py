@@ -106,6 +106,13 @@ def test_embeddings_by_name(name):
     assert [each.kind for each in found.values()] == [EMBEDDING, FIRST, LAST]
 
 
+def test_a_convolution_is_no_embedding_whatever_it_is_called():
+    shapes = {"embeddings.patch_embeddings.projection.weight": (8, 3, 4, 4), "embeddings.position": (1, 5, 8),
+              "head.weight": (2, 8)}  # fmt: skip
+    found = kinds_of({k: torch.zeros(shape) for k, shape in shapes.items()})
+    assert [each.kind for each in found.values()] == [FIRST, EMBEDDING, LAST]
+
+
 def test_what_is_no_embedding():
     found = kinds_of({"superposition.weight": torch.zeros(3, 2), "wter.weight": torch.zeros(2, 3)})
     assert [each.kind for each in found.values()] == [FIRST, LAST]

@@ -53,6 +53,20 @@ def test_theta_of_another_rule() -> None:
         bare(Net().parameters(), (adam, theta))
 
 
+@pytest.mark.parametrize("guard", [False, True], ids=["bare", "guarded"])
+def test_a_group_that_was_removed(guard: bool) -> None:
+    model = Net()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = learnedopt.LearnedOptimizer(groups, "lstm-quadratic", guard=guard)
+    loss_of(model, 0)
+    optimizer.step()
+    before = values(model)
+    del optimizer.param_groups[0]
+    with pytest.raises(ValueError, match=r"made with .* parameter groups and has"):
+        optimizer.step()
+    assert equal(values(model), before)
+
+
 def test_a_rule_of_a_group_is_as_the_optimizers() -> None:
     model = Net()
     params = list(model.parameters())

@@ -54,6 +54,7 @@ from learnedopt import tasks as families
 from learnedopt.core.carry import Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.objective import MetaObjective, TaskMean
+from learnedopt.core.sealed import read_record
 from learnedopt.core.task import Split, Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
@@ -217,6 +218,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         max_grad_norm=0.1,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
     ),
@@ -273,12 +275,21 @@ CASES: dict[str, Make] = {
         SumOfLosses(),
         rule_options={"learn": ("lr", "momentum")},
     ),
-    "two estimators as one, of which either or both may be skipped": trainer(
+    "two estimators as one, of which either may fail": trainer(
         families.make("quadratic", dim=3),
         "momentum",
         Combined(Unrolled(2), EvolutionStrategies(2, 2, 1e-2)),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
+    ),
+    "tasks of which some fail": trainer(
+        step_dependent(),
+        "momentum",
+        Truncated(1, horizon=8),
+        Spiky(),
+        rule_options={"learn": ("lr", "momentum")},
+        num_tasks=6,
     ),
     "an average of theta, clipping and a schedule": trainer(
         step_dependent(),
@@ -295,6 +306,7 @@ CASES: dict[str, Make] = {
         Truncated(1, horizon=8),
         Spiky(),
         rule_options={"learn": ("lr", "momentum")},
+        max_failed_share=0.0,
         average=0.3,
         rollback_above=0.5,
     ),
@@ -443,7 +455,7 @@ def test_a_checkpoint_of_before_goes_on_to_where_it_would_have(name: str, tmp_pa
         assert theta.keys() == expected[which].keys()
         for k, v in theta.items():
             assert v.tolist() == pytest.approx(expected[which][k], rel=1e-12, abs=0), k
-    assert torch.load(tmp_path / name, weights_only=True)["format"] == "learnedopt-training-2"
+    assert torch.load(tmp_path / name, weights_only=True)["format"] == "learnedopt-training-3"
     before = torch.load(DATA / name, weights_only=True)
     assert before["format"] == f"learnedopt-{name.partition('.')[0]}" and before["carry"] is not None
 
@@ -539,12 +551,14 @@ def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     assert_same_run(folder, whole(case))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_a_finished_wandb_run(
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_a_checkpoint_and_a_finished_wandb_run(
     number: signal.Signals, code: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case, folder = "learned start", tmp_path / "lstm-quadratic"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a child would go on ignoring it
     process = started(arguments(case, tmp_path, "offline"), tmp_path)
+    signal.signal(signal.SIGHUP, before)
     wait_for_step(process, folder / "metrics.jsonl", 5)
     process.send_signal(number)
     said = process.communicate()[1]
@@ -637,13 +651,13 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_nothing_is_touched(
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (['rule.rule={"name": "lstm", "options": {"hidden_size": 4}}'], "written for another rule: its theta is"),
-        (["num_tasks=3"], "written for another training, with num_tasks 2 instead of 3"),
-        (["seed=1"], "written for another training, with seed 0 instead of 1"),
-        (["family=linear-regression", "family.dim=3"], "another rule: its theta is"),
+        (['rule.rule={"name": "lstm", "options": {"hidden_size": 4}}'], "rule"),
+        (["num_tasks=3"], "num_tasks"),
+        (["meta.lr=0.02"], "meta"),  # nothing but the configuration tells
+        (["family=linear-regression", "family.dim=3"], "family"),
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused_in_one_line(
+def test_a_checkpoint_of_another_run_is_refused_though_config_json_is_gone(
     other: list[str], told: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "lstm-quadratic"
@@ -653,8 +667,23 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(
     changes = [word for assignment in ("num_meta_steps=2", *other) for word in ("--set", assignment)]
     assert train_meta.main([*arguments("learned start", tmp_path), *changes]) == 2
     said = capsys.readouterr().err
-    assert told in said and said.count("\n") == 1
-    assert (folder / "checkpoint.pt").read_bytes() == before and not (folder / "theta.safetensors").exists()
+    assert f"holds a run with another configuration (different: {told})" in said and said.count("\n") == 1
+    assert [p.name for p in folder.iterdir()] == ["checkpoint.pt"]
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    shutil.copy(DATA / "training-2.pt", folder / "checkpoint.pt")  # of a version that kept no configuration in it
+    assert train_meta.main([*arguments("learned start", tmp_path), *changes]) == 2
+    assert "holds a checkpoint, but no config.json, which says of what run" in capsys.readouterr().err
+
+
+def test_a_run_whose_config_json_is_gone_gets_it_again_and_goes_on(stopped: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    path = runs / "lstm-quadratic" / "config.json"
+    before = read_record(path)
+    path.unlink()
+    assert train_meta.main([*arguments("learned start", runs), "--set", "num_meta_steps=2"]) == 0
+    after = read_record(path)
+    assert after["recipe"] == before["recipe"] and after["run_id"] != before["run_id"]
 
 
 @pytest.mark.usefixtures("float64")

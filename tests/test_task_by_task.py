@@ -279,7 +279,7 @@ def test_a_mixture_is_meta_trained_validated_and_resumed_exactly(tmp_path: Any) 
     assert all(torch.equal(v, parts.theta[k]) for k, v in whole.theta.items())
     assert whole.best_value == parts.best_value < held_out.measure(theta)
     by_member = [
-        replace(held_out, loop=part.loop)._value(part.loop, theta, part.tasks) * len(part.positions)
+        held_out._judge(part.loop, theta, part.tasks)[1] * len(part.positions)
         for part in parts_of(loop, loop.family.sample(3, torch.Generator().manual_seed(2**32 - 1)))
     ]
     assert held_out.measure(theta) == pytest.approx(sum(by_member) / 3, rel=1e-14)

@@ -265,7 +265,7 @@ def test_training_outlives_a_killed_service(tmp_path: Path, caplog: pytest.LogCa
     assert [row["step"] for row in read_metrics(record.path)] == list(range(1, 2001))
     assert not tracker.active
     (report,) = reports(caplog)
-    assert re.match(r"W&B failed while logging meta-step \d+: ConnectionResetError", report)
+    assert re.match(r"W&B failed while logging meta-step \d+: (ConnectionReset|BrokenPipe)Error", report)
 
     again = WandbTracker("offline", dir=tmp_path / "again")  # the dead service is not in the way of the next run
     again.start({})

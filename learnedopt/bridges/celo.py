@@ -178,34 +178,38 @@ class CeloAdam(_Scheduled):
         return deltas, CeloAdamMemory(schedule, mean, square)
 
 
-def load(path: str | Path) -> tuple[UpdateRule, Theta]:
+def load(path: str | Path, sha256: str | None = None) -> tuple[UpdateRule, Theta]:
     """Return ``(rule, theta)`` of a file ``theta.state`` of Celo or Celo-Adam, as the authors publish them.
 
     Weights that their code never uses are left out: a layer whose output is overwritten, the controls of an
     interpolation between one network, the network's third output.
 
+    Args:
+        path: the file.
+        sha256: of the file, where it is known: nothing in the file itself tells damage.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or of another optimizer or other sizes.
+        ValueError: it is no such file, of another optimizer or other sizes, or has another SHA-256.
 
     Example:
         >>> rule, theta = load("theta.state")
         >>> learnedopt.save("celo.safetensors", rule, theta)
     """
-    found = flax_file.read(path)
+    found = flax_file.read(path, sha256)
     rule = Celo() if "ff_mod_stack" in found else CeloAdam()
     try:
         theta = _schedule_of(found)
         if isinstance(rule, Celo):
             theta = {**_network_of(found), **theta}
-    except (KeyError, TypeError, AttributeError) as error:
+        wanted, got = rule._shapes(), {k: tuple(x.shape) for k, x in theta.items()}
+        wrong = {k: got[k] for k in wanted if got[k] != wanted[k]}
+    except Exception as error:  # anything may lie where weights should be
         raise ValueError(
             f"{path} is a file of flax, but not of Celo or Celo-Adam: {type(error).__name__} {error} where their "
             f"weights should be; it holds {list(found)}. VeLO, Celo2 and the other optimizers of their repository are "
             "not read"
         ) from error
-    wanted, got = rule._shapes(), {k: tuple(x.shape) for k, x in theta.items()}
-    wrong = {k: got[k] for k in wanted if got[k] != wanted[k]}
     if wrong:
         raise ValueError(
             f"{path} has weights of other shapes than the published ones: {wrong} instead of "

@@ -6,6 +6,8 @@ holds ``[shape, dtype, bytes]``, in C order. Nothing in a file is executed.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+MAX_BYTES = 1 << 28
+_MAX_DEPTH = 50
 _ARRAY = 1
 _DTYPES = ("float16", "float32", "float64", "int32", "int64", "bool")
 _NUMBERS = {
@@ -28,22 +32,33 @@ _SIZES = {
 """First byte -> how the size after it is packed: of bytes, extensions, strings, lists and dicts."""
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
     """Return the nested dict of tensors that a file holds.
+
+    The format has no check sum: a file that was changed can be told only by a SHA-256 that is known from elsewhere.
+
+    Args:
+        path: the file, of ``MAX_BYTES`` at most.
+        sha256: of the file, in hexadecimal digits; None where it is not known.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or cut short.
+        ValueError: it is no such file, is cut short, or has another SHA-256.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is no file; pass the path of one that flax.serialization wrote")
-    message = _Message(path.read_bytes())
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES:,} bytes, which no file of a learned optimizer is")
+    data = path.read_bytes()
+    if sha256 is not None and (own := hashlib.sha256(data).hexdigest()) != sha256.lower():
+        raise ValueError(f"the SHA-256 of {path} is {own}, not {sha256}: fetch it again from where it is published")
+    message = _Message(data)
     try:
         found = message.value()
         if not message.done or not isinstance(found, dict):
             raise ValueError("it is not one dict")
-    except (ValueError, struct.error, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, TypeError, struct.error, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a file of flax.serialization, or is corrupt or cut short ({error}); such files are "
             "MessagePack, not pickles and not safetensors: fetch it again from where it is published"
@@ -54,8 +69,8 @@ def read(path: str | Path) -> dict[str, Any]:
 class _Message:
     """Bytes, and how far they were read."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, data: bytes, depth: int = 0) -> None:
+        self._data, self._at, self._depth = data, 0, depth
 
     @property
     def done(self) -> bool:
@@ -63,6 +78,14 @@ class _Message:
 
     def value(self) -> Any:
         """Return the next value."""
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        found = self._next()
+        self._depth -= 1
+        return found
+
+    def _next(self) -> Any:
         first = self._take(1)[0]
         if first < 0x80:
             return first
@@ -94,7 +117,7 @@ class _Message:
         number, data = self._number(">b"), self._take(size)
         if number != _ARRAY:
             raise ValueError(f"it holds an extension of type {number}, and only arrays (type {_ARRAY}) are known")
-        return _array(_Message(data).value())
+        return _array(_Message(data, self._depth).value())
 
     def _key(self) -> str:
         key = self.value()
@@ -122,6 +145,6 @@ def _array(parts: Any) -> torch.Tensor:
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"an array in it has the shape {shape!r}")
     flat = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
-    if flat.size != int(np.prod(shape, dtype=np.int64)):
+    if flat.size != math.prod(shape):
         raise ValueError(f"an array in it has {flat.size} numbers, and the shape {tuple(shape)}")
     return torch.from_numpy(flat.astype(dtype).reshape(shape))

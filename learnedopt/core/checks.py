@@ -227,12 +227,29 @@ def _scalar(name: str, loss: Callable[..., Tensor]) -> Callable[[Theta, Params, 
     return checked
 
 
+class NotFinite(ValueError):
+    """A task that was looked at has no finite loss at its start, or none of them has."""
+
+
+def on_finite_tasks(num_tasks: int, look: Callable[[int, int], object]) -> None:
+    """Call ``look(start, stop)`` on the first two tasks or, where these fail at once, on the first two that do not;
+    NotFinite where all do."""
+    failed: NotFinite | None = None
+    for start in range(0, num_tasks, 2):
+        try:
+            look(start, min(start + 2, num_tasks))
+            return
+        except NotFinite as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 def require_trainable(name: str, losses: Tensor, params: Params) -> None:
-    """Raise ValueError unless the losses (num_tasks,) are finite and depend on ``params``, which are leaves."""
-    if not losses.isfinite().all():
-        raise ValueError(
-            f"{name} is not finite at the start: {losses.detach().tolist()}; check data and initialisation"
-        )
+    """Raise ValueError unless the losses (num_tasks,) depend on ``params``, which are leaves, and one is finite: a task
+    that fails is no fault of the others'."""
+    if not losses.isfinite().any():
+        raise NotFinite(f"{name} is not finite at the start: {losses.detach().tolist()}; check data and initialisation")
     found: tuple[Tensor | None, ...] = ()
     if losses.requires_grad:
         found = torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)

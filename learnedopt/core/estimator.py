@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt.core import checks, tree
+from learnedopt.core import checks, shares, tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
+from learnedopt.core.estimate import Estimate
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.inner_gradient import step_gradient
@@ -24,19 +25,6 @@ from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import vet
 from learnedopt.core.vetting.purity import graph_leaves
-
-
-class Estimate(NamedTuple):
-    """An estimate: ``loss`` the objective (scalar, mean over tasks), ``grads`` its gradient with respect to theta.
-
-    ``carry`` is where the next estimate goes on from, without a graph, or None when the episode is over. ``info`` holds
-    what is worth reporting: ``losses`` (num_steps,), the mean inner-loss curve, and what the estimator adds.
-    """
-
-    loss: Tensor
-    grads: Theta
-    carry: Any
-    info: dict[str, Any]
 
 
 class Recording(NamedTuple):
@@ -80,6 +68,28 @@ class GradientEstimator(ABC):
         """
         return loop.start(tasks)
 
+    def count_tasks(self, carry: Any) -> int:
+        """Return of how many tasks a carry is."""
+        return shares.count(carry, type(self).__name__)
+
+    def narrow(self, carry: Any, start: int, stop: int) -> Any:
+        """Return the carry of tasks ``start`` to ``stop - 1`` alone; ``join`` puts such shares together again.
+
+        The mean of the shares' estimates, weighted by their numbers of tasks, must be the estimate of all: what is
+        drawn for a task must not depend on which share it lies in. By default ``Carry``s are cut, and numbers are taken
+        to be of all tasks; ValueError where the carry holds anything else, or the estimate is not such a mean.
+        """
+        return shares.take(carry, start, stop, type(self).__name__)
+
+    def join(self, carries: Sequence[Any]) -> Any:
+        """Return the carry of all tasks of these shares, in this order; some of the tasks may be missing."""
+        return shares.put_together(carries, type(self).__name__)
+
+    def standing(self, loop: InnerLoop, carry: Any) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return the inner loops as they stand, and how many steps an estimate takes from there (None: not known), for
+        whoever looks for what is wrong with a task. By default the ``Carry``s in the carry."""
+        return [(loop, each, None) for each in shares.carries_in(carry)]
+
 
 def as_leaves(theta: Theta) -> Theta:
     """Return theta's values as leaves of a new graph.
@@ -106,11 +116,15 @@ def check_loop(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivative
     vetted = ("vetted", True) in loop.cache or ("vetted", second_derivatives) in loop.cache
     if vetted or not loop.execution.vet:
         return
-    two = loop.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
-    if second_derivatives:  # what the family itself says comes first: it may name the layer
-        batch = loop.batch(two.tasks, two.step, "train")
-        checks.require_faultless(loop.family, two.params, batch, second_derivatives=True)
-    vet(loop, theta, two, second_derivatives=second_derivatives)
+
+    def look(*two: int) -> None:
+        at = loop.begin(theta, narrow(carry, *two))
+        if second_derivatives:  # what the family itself says comes first: it may name the layer
+            batch = loop.batch(at.tasks, at.step, "train")
+            checks.require_faultless(loop.family, at.params, batch, second_derivatives=True)
+        vet(loop, theta, at, second_derivatives=second_derivatives)
+
+    checks.on_finite_tasks(tree.size(carry.params), look)
     loop.cache.put(("vetted", second_derivatives), True)
 
 

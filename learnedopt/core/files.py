@@ -14,9 +14,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+MAX_DEPTH = 100
+"""How deeply JSON may be nested."""
+MAX_NAME = 200
+"""Bytes of a folder's name: file systems take 255, and some are added to it."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new file in ``path``'s folder, then replace ``path`` by it; a crash leaves the old file."""
+    """Let ``write`` fill a new file in ``path``'s folder, then replace ``path`` by it; a crash leaves the old file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; it names ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -25,8 +34,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _flush(Path(name), os.O_RDWR)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp's private mode is meant for secrets
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _flush(path.parent, os.O_RDONLY)  # the new name itself must reach the disk too
 
@@ -39,6 +50,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: another process holds it.
+        PermissionError: it cannot be written: said before hours of work, not after.
     """
     lock = FileLock(folder / "lock", timeout=0)
     try:
@@ -48,6 +60,10 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
         ) from error
     except (OSError, NotImplementedError) as error:
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(
+                f"{folder} cannot be written ({error}); make it writable, or train elsewhere"
+            ) from error
         warnings.warn(f"{folder} cannot be locked ({error}): let no other process train there", stacklevel=3)
     try:
         yield
@@ -65,6 +81,39 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda partial: _write_text(partial, text))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what JSON text says, where that is nested no deeper than anything that this library writes.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper: what walks through it needs no bound of its own.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for node in nodes for child in node]
+    return value
+
+
+def require_name(name: str, what: str, of: str = "folder") -> None:
+    """Raise ValueError unless ``name`` can name a folder, or a file, inside one: nothing that leads elsewhere."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = None  # bytes of the command line that are no text
+    if size is None or not 0 < size <= MAX_NAME or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ValueError(
+            f"{what} {name!a} is not the name of a {of}; pass 1 to {MAX_NAME} characters without slashes, which "
+            "are not '.' or '..'"
+        )
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def fingerprint(rule: UpdateRule, theta: Theta) -> str:
         False
     """
     digest = hashlib.sha256()
-    for word in _words(rule):
+    for word in words(rule):
         digest.update(f"{len(word)}:{word}".encode())  # the length, so that no two lists of words run into one
     for name in sorted(theta):
         value = theta[name].detach().to("cpu", torch.float64).contiguous()
@@ -40,7 +40,7 @@ def fingerprint(rule: UpdateRule, theta: Theta) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def _words(option: Any) -> Iterator[str]:
+def words(option: Any) -> Iterator[str]:
     """Say an option as a list of words, each structure with the number of its parts."""
     if isinstance(option, Tensor):
         yield f"tensor {tuple(option.shape)}"
@@ -51,16 +51,16 @@ def _words(option: Any) -> Iterator[str]:
     elif dataclasses.is_dataclass(option):
         parts = {field.name: getattr(option, field.name) for field in dataclasses.fields(option) if field.init}
         yield type(option).__name__
-        yield from _words(parts)
+        yield from words(parts)
     elif isinstance(option, Mapping):
         yield f"mapping {len(option)}"
         for key in sorted(option, key=str):  # in files the order of keys need not be what it was
             yield str(key)
-            yield from _words(option[key])
+            yield from words(option[key])
     elif isinstance(option, tuple | list):  # files know lists only
         yield f"sequence {len(option)}"
         for part in option:
-            yield from _words(part)
+            yield from words(part)
     elif option is None or isinstance(option, bool | str | torch.dtype):
         yield repr(option)
     elif isinstance(option, int | float):

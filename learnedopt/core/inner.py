@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.core.user_warning import warn_user
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,10 @@ class InnerLoop:
         """Warn, once, where a run up to ``step`` goes past the horizon that its rule reads."""
         if self.rule.reads_horizon and self.horizon is not None and step > self.horizon and "past" not in self.cache:
             self.cache.put("past", True)
-            warnings.warn(
+            warn_user(
                 f"this run goes on to step {step}, past the horizon of {self.horizon} steps that "
                 f"{type(self.rule).__name__} was told: its schedule stays at its end. Tell it the whole length",
                 HorizonWarning,
-                stacklevel=3,
             )
 
     def on(self, family: TaskFamily) -> InnerLoop:
@@ -109,8 +108,8 @@ class InnerLoop:
         """Apply the rule's ``init`` to a fresh carry; a begun one is returned as it is.
 
         Raises:
-            ValueError: theta belongs to another loop or shape; a loss is not scalar, not finite at the start, or does
-                not depend on the parameters; the rule cannot start where it would.
+            ValueError: theta belongs to another loop or shape; a loss is not scalar, on no task finite at the start, or
+                does not depend on the parameters; the rule cannot start where it would.
         """
         self.require_theta(theta, tree.size(carry.params) if theta_per_task else None)
         if carry.state is not None:
@@ -129,7 +128,8 @@ class InnerLoop:
         """Raise what ``begin`` raises on the first two tasks; that costs nothing once the losses have been seen."""
         self.require_theta(theta)
         if "losses" not in self.cache:
-            self.begin(theta, narrow(carry, 0, min(2, tree.size(carry.params))))
+            num_tasks = tree.size(carry.params)
+            checks.on_finite_tasks(num_tasks, lambda *two: self.begin(theta, narrow(carry, *two)))
 
     @outside_inference_mode
     def run(

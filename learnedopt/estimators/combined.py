@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from learnedopt.core.estimator import Estimate, GradientEstimator, Recording
 from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.shares import Indivisible
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta, size
 from learnedopt.estimators import perturbations
@@ -128,6 +129,17 @@ class Combined(GradientEstimator):
         first, second = (part.start(loop, theta, tasks, generator) for part in (self.back_propagated, self.perturbed))
         return CombinedCarry(first, second, (_no_moments(theta), _no_moments(theta)), seed, 0, size(tasks))
 
+    def count_tasks(self, carry: CombinedCarry) -> int:
+        """Return of how many tasks each episode is."""
+        return carry.num_tasks
+
+    def narrow(self, carry: CombinedCarry, start: int, stop: int) -> NoReturn:
+        """Raise Indivisible: the weights are of the variances of whole meta-batches."""
+        raise Indivisible(
+            "a meta-batch of Combined cannot be estimated in shares: each entry is weighted by the variances of both "
+            "gradients of the whole meta-batch; use one of its parts, or estimate all tasks at once, in one process"
+        )
+
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: CombinedCarry) -> Estimate:
         """Take an estimate of each, and weigh them."""
@@ -137,7 +149,7 @@ class Combined(GradientEstimator):
             self.back_propagated.estimate(loop, theta, objective, carry.back_propagated),
             self.perturbed.estimate(loop, theta, objective, carry.perturbed),
         )
-        finite = [_finite(each) for each in found]
+        finite = [each.finite for each in found]
         told = [_told(each, ok) for each, ok in zip(found, finite, strict=True)]
         shares = {k: self._share(k, told, carry.moments, finite) for k in theta}
         grads = {k: _mixed(shares[k], *(each.grads[k] for each in found)) for k in theta}
@@ -204,10 +216,6 @@ def _no_moments(theta: Theta) -> Moments:
         return {k: torch.zeros_like(v, dtype=torch.float64, requires_grad=False) for k, v in theta.items()}
 
     return Moments(zeros(), zeros(), dict.fromkeys(theta, 0))
-
-
-def _finite(found: Estimate) -> bool:
-    return bool(found.loss.isfinite()) and all(bool(g.isfinite().all()) for g in found.grads.values())
 
 
 def _told(found: Estimate, finite: bool) -> Theta:

@@ -15,9 +15,11 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
+from learnedopt.core.shares import carries_in
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
+from learnedopt.estimators.finite_tasks import finite_values, report
 from learnedopt.estimators.windows import require_windows
 from learnedopt.execution import particles
 from learnedopt.execution.particles import Particles
@@ -52,9 +54,10 @@ class EvolutionStrategies(GradientEstimator):
         ranked: take ranks of the objective in its place; the gradient then has the direction of an ascent in ranks, and
             no scale.
 
-    A pair whose objective is not finite is left out, and counted in ``info["not_finite"]``; where all are, the estimate
-    is not finite. ``loss`` is the mean over the particles. ``info`` also holds ``inner_steps``, how many were taken of
-    one task; ``variance`` of the estimate by entry, on these tasks; and ``gradient_variance``, its sum.
+    A pair whose objective is not finite is left out, and counted in ``info["not_finite"]``; so is a task on which no
+    pair is finite, see ``Estimate``; where all are, the estimate is not finite. ``loss`` is the mean over particles.
+    ``info`` also holds ``inner_steps``, how many were taken of one task; ``variance`` of the estimate by entry, on
+    these tasks; and ``gradient_variance``, its sum.
 
     Raises:
         ValueError: no pairs, a sigma that is not positive, a window that does not divide the horizon; before the first
@@ -88,6 +91,15 @@ class EvolutionStrategies(GradientEstimator):
         """Return a fresh episode with a seed of its own."""
         return EvolutionCarry(loop.start(tasks), perturbations.draw_seed(generator), 0)
 
+    def narrow(self, carry: EvolutionCarry, start: int, stop: int) -> EvolutionCarry:
+        """Return a share of the tasks, which sees the same perturbations."""
+        perturbations.require_unranked(self)
+        return super().narrow(carry, start, stop)
+
+    def standing(self, loop: InnerLoop, carry: Any) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return where all particles start."""
+        return [(loop, each, self.num_steps) for each in carries_in(carry)]
+
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: EvolutionCarry) -> Estimate:
         """Run every particle through the episode, or one window of it."""
@@ -102,13 +114,15 @@ class EvolutionStrategies(GradientEstimator):
             thetas = {k: torch.cat([x, theta[k].unsqueeze(0)]) for k, x in thetas.items()}
         before = _spread(loop, thetas, inner)
         after, losses = particles.run(loop, before, self.num_steps)
-        found = perturbations.values(loop, objective, before, after, losses)[: 2 * self.num_pairs]
+        seen = finite_values(loop, objective, before, after, losses, self.num_pairs)
+        found = seen.found[: 2 * self.num_pairs]
         pairs = perturbations.pair_gradients(theta, found, noise, lengths, ranked=self.ranked)
         info: dict[str, Any] = {
-            "losses": perturbations.curve(losses[:, :, : 2 * self.num_pairs], pairs.finite),
+            "losses": perturbations.curve(seen.losses[:, :, : 2 * self.num_pairs], pairs.finite),
             "inner_steps": losses.numel(),
             "not_finite": int((~pairs.finite).sum()),
             **perturbations.variance_of(pairs),
+            **report([seen], losses.shape[1]),
         }
         if inner.state is not None and still:
             info["zero_gradient"] = still

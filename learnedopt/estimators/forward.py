@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -97,6 +98,30 @@ class ForwardMode(GradientEstimator):
         """Return a fresh carry, with room for tangents where windows go on."""
         carry = loop.start(tasks)
         return carry if self.horizon is None else ForwardCarry(carry)
+
+    def count_tasks(self, carry: Carry | ForwardCarry) -> int:
+        """Return of how many tasks a carry is."""
+        return super().count_tasks(carry.inner if isinstance(carry, ForwardCarry) else carry)
+
+    def narrow(self, carry: Carry | ForwardCarry, start: int, stop: int) -> Carry | ForwardCarry:
+        """Return a share of the tasks, with its tangents."""
+        if not isinstance(carry, ForwardCarry):
+            return super().narrow(carry, start, stop)
+        params, state = tree.narrow((carry.params or {}, carry.state or ()), start, stop)
+        begun = carry.params is not None
+        inner = super().narrow(carry.inner, start, stop)
+        return ForwardCarry(inner, params if begun else None, state if begun else None, carry.sizes)
+
+    def join(self, carries: Sequence[Carry | ForwardCarry]) -> Carry | ForwardCarry:
+        """Return the carry of all tasks of these shares."""
+        windows = [x for x in carries if isinstance(x, ForwardCarry)]
+        if len(windows) < len(carries):
+            return super().join(carries)
+        inner = super().join([x.inner for x in windows])
+        if windows[0].params is None:
+            return ForwardCarry(inner)
+        params, state = tree.concatenate([(x.params, x.state) for x in windows])
+        return ForwardCarry(inner, params, state, windows[0].sizes)
 
     @recording_gradients
     def estimate(

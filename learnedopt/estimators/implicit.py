@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -26,6 +25,7 @@ from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.modes import recording_gradients
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
+from learnedopt.core.user_warning import warn_user
 from learnedopt.estimators.linear_solvers import ConjugateGradient, LinearSolver, Solution, asymmetry
 from learnedopt.estimators.solution import does_not_move, is_stationary_point, require_solution_moves
 from learnedopt.estimators.systems import OptimalitySystem, PublishedSystem, StepMapSystem, System
@@ -221,21 +221,19 @@ class Implicit(GradientEstimator):
 
     def _warn(self, info: dict[str, Any]) -> None:
         if not info["stationarity"] <= self.tolerance:
-            warnings.warn(
+            warn_user(
                 f"the inner problem has not converged after {self.num_steps} steps: stationarity "
                 f"{info['stationarity']:.1e} (tolerance {self.tolerance:.0e}), linear residual {info['residual']:.1e} "
                 f"after {info['iterations']} iterations; the implicit meta-gradient is inexact by about as much. Take "
                 "more steps, or smaller ones where it diverges",
                 ConvergenceWarning,
-                stacklevel=4,
             )
         elif math.isfinite(self.tolerance) and not info["residual"] <= 1.0:
-            warnings.warn(
+            warn_user(
                 "the linear system of the implicit meta-gradient is not solved: relative residual "
                 f"{info['residual']:.1e} after {info['iterations']} iterations, more than that of no solution at all. "
                 "It is singular, or needs more iterations: take more, or a damping, or an objective with one minimum",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
 

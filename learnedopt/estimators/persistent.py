@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.rule import State
+from learnedopt.core.shares import Places, all_places, join_places, narrow_places, require_same
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators import perturbations
+from learnedopt.estimators.finite_tasks import finite_values, report
 from learnedopt.estimators.perturbations import PairGradients
 from learnedopt.estimators.windows import require_windows
 from learnedopt.execution import particles
@@ -41,13 +44,15 @@ class Cohort(NamedTuple):
 
 
 class PersistentCarry(NamedTuple):
-    """The cohorts, the seed of all draws, the number of the next window, and what the drifts were made with."""
+    """The cohorts, the seed of all draws, the number of the next window, what the drifts were made with, and the places
+    of the cohorts' tasks in their meta-batches."""
 
     cohorts: tuple[Cohort, ...]
     seed: int
     window: int
     sigma: float
     reuse_noise: bool
+    places: Places | None = None  # None in files of before: all
 
 
 @final
@@ -75,8 +80,9 @@ class PersistentES(GradientEstimator):
             Li et al. 2023): less variance where the windows' gradients agree.
         ranked: take ranks of the objective within a cohort in its place.
 
-    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; one
-    whose parameters are not finite stays out until its episode is over. ``loss`` is the mean over the particles,
+    A pair is left out of an estimate where its objective is not finite, and counted in ``info["not_finite"]``; so is a
+    task of a cohort on which no pair is finite, see ``Estimate``. What has parameters that are not finite stays out
+    until its episode is over. ``loss`` is the mean over the particles,
     ``info["losses"]`` the mean curve over phases; ``info["variance"]`` takes pairs of all phases for draws of one kind,
     so that differences between phases count as well. For the rest of ``info`` see ``EvolutionStrategies``.
 
@@ -120,7 +126,29 @@ class PersistentES(GradientEstimator):
             moved = self._advance(loop, theta, [cohorts[i] for i in running], running, seed, number, still)
             for i, each in zip(running, moved, strict=True):
                 cohorts[i] = each.cohort
-        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise)
+        places = all_places(tree.size(tasks))
+        return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise, places)
+
+    def count_tasks(self, carry: PersistentCarry) -> int:
+        """Return of how many tasks each cohort is."""
+        return tree.size(carry.cohorts[0].params)
+
+    def narrow(self, carry: PersistentCarry, start: int, stop: int) -> PersistentCarry:
+        """Return a share of each cohort's tasks, which sees the same perturbations, and draws its own fresh tasks."""
+        perturbations.require_unranked(self)
+        places = narrow_places(_places(carry), start, stop)
+        return carry._replace(cohorts=tuple(_narrow(cohort, start, stop) for cohort in carry.cohorts), places=places)
+
+    def join(self, carries: Sequence[PersistentCarry]) -> PersistentCarry:
+        """Return the carry of all tasks of these shares."""
+        require_same("seed or window", [(x.seed, x.window) for x in carries], "PersistentES")
+        cohorts = tuple(map(_join, zip(*(x.cohorts for x in carries), strict=True)))
+        places = join_places([_places(x) for x in carries], "PersistentES")
+        return carries[0]._replace(cohorts=cohorts, places=places)
+
+    def standing(self, loop: InnerLoop, carry: PersistentCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return the first particle of each cohort."""
+        return [(loop, _first(cohort), self.num_steps) for cohort in carry.cohorts]
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
@@ -131,23 +159,27 @@ class PersistentES(GradientEstimator):
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         everyone = list(range(len(carry.cohorts)))
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)
-        found = [perturbations.values(loop, objective, each.before, each.after, each.losses) for each in moved]
+        told = [
+            finite_values(loop, objective, each.before, each.after, each.losses, tree.size(each.cohort.drift))
+            for each in moved
+        ]
+        found = [each.found for each in told]
         pairs = [
             perturbations.pair_gradients(theta, f, each.cohort.drift, lengths, ranked=self.ranked)
             for f, each in zip(found, moved, strict=True)
         ]
-        seen = [(f, each, p) for f, each, p in zip(found, moved, pairs, strict=True) if p.finite.any()]
+        seen = [(v, p) for v, p in zip(told, pairs, strict=True) if p.finite.any()]
         info: dict[str, Any] = {
-            "losses": _mean(
-                [perturbations.curve(each.losses, p.finite) for _, each, p in seen], moved[0].losses[:, 0, 0]
-            ),
+            "losses": _mean([perturbations.curve(v.losses, p.finite) for v, p in seen], moved[0].losses[:, 0, 0]),
             "inner_steps": sum(each.losses.numel() for each in moved),
             "not_finite": sum(int((~p.finite).sum()) for p in pairs),
             **perturbations.variance_of(_all(pairs)),
+            **report(told, self.count_tasks(carry)),
         }
-        grads = {k: _mean([perturbations.mean_of(p)[k] for _, _, p in seen], theta[k]) for k in theta}
-        loss = _mean([f[p.finite.repeat(2)].mean() for f, _, p in seen], found[0][0])
-        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed) for i, each in enumerate(moved))
+        grads = {k: _mean([perturbations.mean_of(p)[k] for _, p in seen], theta[k]) for k in theta}
+        loss = _mean([v.found[p.finite.repeat(2)].mean() for v, p in seen], found[0][0])
+        places = _places(carry)
+        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed, places) for i, each in enumerate(moved))
         return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
 
     def _advance(
@@ -188,12 +220,14 @@ class PersistentES(GradientEstimator):
         zeros = {k: x.new_zeros(num_pairs, *x.shape) for k, x in theta.items()}
         return Cohort(begun.tasks, begun.params, None, 0, zeros, episode)
 
-    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int) -> Cohort:
+    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int, places: Places) -> Cohort:
         """Return the cohort itself or, once its episode is over, one on fresh tasks."""
         if cohort.step < self.horizon:
             return cohort
-        episode, num_tasks = cohort.episode + 1, tree.size(cohort.params)
-        tasks = loop.family.sample(num_tasks, perturbations.generator(seed, 1, episode, i))
+        episode = cohort.episode + 1
+        tasks = loop.family.sample(places.num_tasks, perturbations.generator(seed, 1, episode, i))
+        if not places.all:
+            tasks = tree.tree_map(lambda x: x[list(places.positions)], tasks)
         return self._fresh(loop, theta, tasks, tree.size(cohort.drift), episode)
 
     def _require_carry(self, carry: Any, theta: Theta) -> None:
@@ -228,6 +262,30 @@ class PersistentES(GradientEstimator):
                 f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
                 "theta that it came from, or begin anew with estimator.start(...)"
             )
+
+
+def _places(carry: PersistentCarry) -> Places:
+    return carry.places or all_places(tree.size(carry.cohorts[0].params))
+
+
+def _first(cohort: Cohort) -> Carry:
+    if cohort.state is None:
+        return Carry(cohort.tasks, cohort.params, None, cohort.step)
+    params, state = tree.tree_map(lambda x: x[:, 0], (cohort.params, cohort.state))
+    return Carry(cohort.tasks, params, state, cohort.step)
+
+
+def _narrow(cohort: Cohort, start: int, stop: int) -> Cohort:
+    tasks, params = tree.narrow((cohort.tasks, cohort.params), start, stop)
+    state = None if cohort.state is None else tree.narrow(cohort.state, start, stop)
+    return cohort._replace(tasks=tasks, params=params, state=state)
+
+
+def _join(shares: tuple[Cohort, ...]) -> Cohort:
+    require_same("phase", [(x.step, x.episode, x.state is None) for x in shares], "PersistentES")
+    tasks, params = tree.concatenate([(x.tasks, x.params) for x in shares])
+    state = None if shares[0].state is None else tree.concatenate([x.state for x in shares])
+    return shares[0]._replace(tasks=tasks, params=params, state=state)
 
 
 class _Moved(NamedTuple):

@@ -19,6 +19,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import as_leaves, call_objective, check_loop, check_objective
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective, OfLosses, TaskMean, read_directly
+from learnedopt.core.shares import Indivisible
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.execution import particles
@@ -33,6 +34,15 @@ def require_pairs(num_pairs: int, sigma: float) -> None:
     if not 0 < sigma < math.inf:
         raise ValueError(
             f"sigma={sigma!r} must be positive and finite: it is how far theta is perturbed, in units of theta_scale"
+        )
+
+
+def require_unranked(estimator: Any) -> None:
+    """Raise Indivisible where a meta-batch cannot be estimated in shares: ranks of its means are no means of ranks."""
+    if estimator.ranked:
+        raise Indivisible(
+            f"a meta-batch of {type(estimator).__name__}(ranked=True) cannot be estimated in shares: pairs are ranked "
+            "by the mean of their objective over all tasks; leave ranked out, or estimate all tasks in one process"
         )
 
 
@@ -77,7 +87,7 @@ def lengths_of(loop: InnerLoop, theta: Theta, sigma: float) -> Theta:
 
 
 def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: Particles, losses: Tensor) -> Tensor:
-    """Return each particle's objective (num_particles,), the mean over the tasks of the slots.
+    """Return each particle's objective (num_particles,), the mean over the tasks of the slots; of losses in float64.
 
     Args:
         loop: the loop.
@@ -88,7 +98,8 @@ def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: 
     """
     if isinstance(objective, OfLosses):
         end = particles.losses(loop, after, objective.split)
-        return objective.of_losses(losses.flatten(1), end.flatten()).unflatten(0, end.shape).mean(0)
+        found = objective.of_losses(losses.flatten(1), end.flatten()).unflatten(0, end.shape)
+        return found.double().mean(0)  # a mean in float32 would hide differences between particles in its rounding
     found = []
     with torch.no_grad():
         for i in range(losses.shape[2]):
@@ -109,6 +120,12 @@ def _carry(at: Particles, i: int) -> Carry:
     return Carry(at.tasks, params, state, at.steps[0])
 
 
+def finite_pairs(found: Tensor, num_pairs: int) -> Tensor:
+    """Return of which pairs (num_pairs,) both objectives are finite."""
+    finite = found.isfinite()
+    return finite[:num_pairs] & finite[num_pairs : 2 * num_pairs]
+
+
 class PairGradients(NamedTuple):
     """What pairs tell of the gradient: each one's share (num_pairs, ...), and which are finite (num_pairs,)."""
 
@@ -127,7 +144,7 @@ def pair_gradients(theta: Theta, found: Tensor, directions: Theta, lengths: Thet
         ranked: put the ranks of the objectives, from -0.5 to 0.5, in their place (Salimans et al. 2017).
     """
     num_pairs = len(found) // 2
-    finite = found[:num_pairs].isfinite() & found[num_pairs:].isfinite()
+    finite = finite_pairs(found, num_pairs)
     fitness = ranks(found, finite.repeat(2)) if ranked else found
     differences = torch.where(finite, (fitness[:num_pairs] - fitness[num_pairs:]) / 2, 0.0)
     shares = {}

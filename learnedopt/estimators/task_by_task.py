@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.carry import Carry
 from learnedopt.core.clipping import Norm, clip, norm_of
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import Estimate, GradientEstimator, Recording
@@ -17,6 +19,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
 from learnedopt.core.parts import loop_of, parts_of
+from learnedopt.core.shares import Places, all_places, join_places, narrow_places, require_same
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
@@ -24,18 +27,20 @@ from learnedopt.estimators.whole_episodes import over, pairs_of, require_whole, 
 
 
 class TaskByTaskCarry(NamedTuple):
-    """The tasks of one meta-batch, and the seed of their horizons and perturbations."""
+    """The tasks of one meta-batch or a share of it, the seed of their horizons and perturbations, and their places."""
 
     tasks: Tasks
     seed: int
+    places: Places | None = None  # None in files of before: all
 
 
 class _Task(NamedTuple):
-    """One task of a meta-batch: its loop, its place in the batch, its member of a mixture, and its horizon."""
+    """One task: its loop, its positions in the meta-batch and in the carry, its member of a mixture, its horizon."""
 
     loop: InnerLoop
     task: Tasks
     position: int
+    place: int
     member: int
     horizon: int
 
@@ -77,6 +82,7 @@ class TaskByTask(GradientEstimator):
         task_weights: factors of the objective, one for each member of the mixture; None for 1.
 
     The estimate is the mean over the tasks that are not left out, not finite where none is: ``MetaTrainer`` skips that.
+    Those that are not finite are named, see ``Estimate``: here they need no second estimate.
     The carry is None after it: these are whole episodes, and an objective that names a carry to go on from is not
     followed. ``info`` has ``dropped``, ``clipped`` and ``instead``, how many tasks were; ``inner_steps``, of all, those
     of estimates that were thrown away included; ``losses``, their mean curve, where all have one horizon.
@@ -151,7 +157,22 @@ class TaskByTask(GradientEstimator):
     def start(self, loop: InnerLoop, theta: Theta, tasks: Tasks, generator: torch.Generator) -> TaskByTaskCarry:
         """Return these tasks, and a seed."""
         self._require_members(loop)
-        return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator))
+        return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator), all_places(tree.size(tasks)))
+
+    def count_tasks(self, carry: TaskByTaskCarry) -> int:
+        """Return how many tasks there are."""
+        return tree.size(carry.tasks)
+
+    def narrow(self, carry: TaskByTaskCarry, start: int, stop: int) -> TaskByTaskCarry:
+        """Return a share of the tasks: horizons and perturbations are drawn for a task's place in the meta-batch."""
+        places = narrow_places(_places(carry), start, stop)
+        return TaskByTaskCarry(tree.narrow(carry.tasks, start, stop), carry.seed, places)
+
+    def join(self, carries: Sequence[TaskByTaskCarry]) -> TaskByTaskCarry:
+        """Return the carry of all tasks of these shares."""
+        require_same("seed", [x.seed for x in carries], "TaskByTask")
+        places = join_places([_places(x) for x in carries], "TaskByTask")
+        return TaskByTaskCarry(tree.concatenate([x.tasks for x in carries]), carries[0].seed, places)
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: TaskByTaskCarry) -> Estimate:
@@ -159,9 +180,11 @@ class TaskByTask(GradientEstimator):
         _require_carry(carry)
         self._require_members(loop)
         scale = loop.theta_scale(theta)
-        kept, counts = [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
+        kept, failed, counts = [], [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
         for task in self._tasks(loop, carry):
             found = self._one(task, theta, objective, scale, carry.seed, counts)
+            if not found.finite:
+                failed.append(task.place)
             if not found.finite or (self.drop_above is not None and found.norm.value > self.drop_above):
                 counts["dropped"] += 1
                 continue
@@ -169,23 +192,29 @@ class TaskByTask(GradientEstimator):
             counts["clipped"] += long
             grads = clip(found.estimate.grads, found.norm, self.max_task_grad_norm)
             kept.append(found._replace(estimate=found.estimate._replace(grads=grads)))
-        return _mean(kept, theta, counts)
+        found = _mean(kept, theta, counts)
+        told = {"num_tasks": len(kept)} if counts["dropped"] else {}
+        told |= {"failed_tasks": len(failed), "failed": failed} if failed else {}
+        return found._replace(info=found.info | told)
+
+    def standing(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return each task at its start."""
+        return [(task.loop, task.loop.start(task.task), task.horizon) for task in self._tasks(loop, carry)]
 
     def _tasks(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[_Task]:
         """Return the tasks one by one, in the order of the batch."""
-        found = []
-        parts = parts_of(loop, carry.tasks)
-        drawn = self._drawn(carry.seed, sum(len(part.positions) for part in parts))
-        for part in parts:
-            for i, position in enumerate(part.positions):
-                task = tree.narrow(part.tasks, i, i + 1)
+        found, places = [], _places(carry)
+        drawn = self._drawn(carry.seed, places.num_tasks)
+        for part in parts_of(loop, carry.tasks):
+            for i, place in enumerate(part.positions):
+                position, task = places.positions[place], tree.narrow(part.tasks, i, i + 1)
                 if drawn is None:
                     steps = steps_of(self.estimator)
-                    found.append(_Task(part.loop, task, position, part.member, steps))
+                    found.append(_Task(part.loop, task, position, place, part.member, steps))
                 else:
                     own = loop_of(loop, part.member, drawn[position])
-                    found.append(_Task(own, task, position, part.member, drawn[position]))
-        return sorted(found, key=lambda task: task.position)
+                    found.append(_Task(own, task, position, place, part.member, drawn[position]))
+        return sorted(found, key=lambda task: task.place)
 
     def _drawn(self, seed: int, num_tasks: int) -> list[int] | None:
         """Return a horizon for each task of the batch."""
@@ -262,6 +291,10 @@ def _average(values: list[Tensor]) -> Tensor:
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"TaskByTask: {name}={value!r} must be a positive, finite number")
+
+
+def _places(carry: TaskByTaskCarry) -> Places:
+    return carry.places or all_places(tree.size(carry.tasks))
 
 
 def _require_carry(carry: Any) -> None:

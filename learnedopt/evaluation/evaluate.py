@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
+from learnedopt.core.user_warning import warn_user
 from learnedopt.evaluation import lanes
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
 from learnedopt.evaluation.grids import FEW, Grid, Point, search
@@ -255,11 +255,10 @@ def _tune(
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
     if tuning.at_edge:
-        warnings.warn(
+        warn_user(
             f"{label}: the best learning rate {tuning.rate:.3g} is at the edge of all that were tried "
             f"({min(tuning.scores):.3g} to {max(tuning.scores):.3g}); give the baseline a grid that reaches further",
             TuningWarning,
-            stacklevel=3,
         )
     return tuning, tuned
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
-from learnedopt.core.files import plain_json, write_json
+from learnedopt.core.files import plain_json
 from learnedopt.core.inner_objective import TaskLoss
+from learnedopt.core.sealed import read_record, write_record
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation import lanes
 from learnedopt.evaluation.evaluate import Candidate, sample_tasks
@@ -107,7 +108,7 @@ def run_suite(
             found = at.tuned(what) if isinstance(what, Grid) else at.untuned(what)
             seconds = time.perf_counter() - began
             result = {"net": net.name, "optimizer": label, "about": about, **found, "seconds": round(seconds, 2)}
-            write_json(path, plain_json({**result, "made_with": _machine(execution)}))
+            write_record(path, plain_json({**result, "made_with": _machine(execution)}))
             report(f"{net.name}: {label} {_mean(found['last_twenty']):.4g} in {seconds:.1f} s{_tuned(found)}")
 
 
@@ -198,7 +199,9 @@ def _about(net: Net, what: Candidate | Grid, protocol: Protocol) -> dict[str, An
 def _is_done(path: Path, about: Mapping[str, Any]) -> bool:
     if not path.exists():
         return False
-    there = json.loads(path.read_text(encoding="utf-8"))["about"]
+    there = read_record(path).get("about")
+    if not isinstance(there, dict):
+        raise ValueError(f"{path} is no result of a suite; remove it to run again, or choose another folder")
     if there != about:
         other = sorted(k for k in {*there, *about} if there.get(k) != about.get(k))
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.files import plain_json, write_json
+from learnedopt.core.sealed import read_record
 from learnedopt.evaluation.comparison import align, summarise, write_text
 from learnedopt.evaluation.grids import HARD_BASELINES
 from learnedopt.evaluation.suite import LAST
@@ -228,14 +228,18 @@ def collect(folder: str | Path, order: Sequence[str] = ()) -> Suite:
         order: names of nets, in the order to show them in; others follow.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one is damaged.
     """
     by_net: dict[str, dict[str, Result]] = {}
     for path in sorted(Path(folder).glob("results/*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Shown))
-        losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
-        by_net.setdefault(record["net"], {})[record["optimizer"]] = Result(record, last, final, losses)
+        record = read_record(path)
+        try:
+            last, final = (torch.tensor([float(x) for x in record[k]], dtype=torch.float64) for k in get_args(Shown))
+            losses = torch.tensor([[float(x) for x in seed] for seed in record["losses"]], dtype=torch.float64).T
+            net, optimizer, _ = (str(record[k]) for k in ("net", "optimizer", "kind"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no result of a suite ({error!r}); remove it") from error
+        by_net.setdefault(net, {})[optimizer] = Result(record, last, final, losses)
     if not by_net:
         raise ValueError(f"{folder} holds no results of a suite; run it first")
     first = [net for net in order if net in by_net]

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.core import tree
 from learnedopt.core.inner import InnerLoop
+from learnedopt.execution.compiler_cache import keep_compiler_cache_private
 
 logger = logging.getLogger("learnedopt")
 
@@ -27,7 +28,8 @@ class CompileWarning(UserWarning):
 def inspected(tensors: tree.Tree) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Return the leaves, and all that a program takes for granted about them."""
     flat, spec = pytree.tree_flatten(tensors)
-    return flat, (spec, *((x.shape, x.stride(), x.dtype, x.device) for x in flat))
+    # As text: in older torch a structure has no hash.
+    return flat, (repr(spec), *((x.shape, x.stride(), x.dtype, x.device) for x in flat))
 
 
 def build_once(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
@@ -78,6 +80,7 @@ def backend(record: torch.fx.GraphModule, example: list[Tensor]) -> Callable[...
 
     Not by ``torch.compile``, which traces the record once more and looks at every input in every call.
     """
+    keep_compiler_cache_private()
     import torch._inductor
 
     # On a CPU the many small kernels are called from C++ too: it is faster, and sooner ready when found on disk.

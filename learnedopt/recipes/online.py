@@ -203,6 +203,7 @@ class OnlineLearning(Study):
             num_tasks=self.num_tasks,
             seed=seed,
             max_skips_in_a_row=1,  # a run that is begun again would hide that this one was lost
+            max_failed_share=0.0,
         )
         try:
             trainer.run(1)

@@ -10,6 +10,7 @@ from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.execution import Execution
 from learnedopt.core.objective import FinalLoss
 from learnedopt.core.registry import Choice
+from learnedopt.training.failures import require_share
 from learnedopt.training.steadying import Steadying
 
 ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
@@ -20,7 +21,8 @@ class MetaLearning:
     """How theta moves: ``optimizer``, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``.
 
     The options of ``optimizer`` are those beside ``lr``. With ``average`` what is learned is an average of theta, and
-    ``rollback_above`` is when theta goes back to it: see ``MetaTrainer``.
+    ``rollback_above`` is when theta goes back to it. ``micro_batch`` tasks are estimated at once, and up to a share of
+    ``max_failed_share`` of them may fail. See ``MetaTrainer``.
     """
 
     lr: float = 1e-3
@@ -29,6 +31,8 @@ class MetaLearning:
     optimizer: Choice = field(default_factory=lambda: Choice("adam"))
     average: float | None = None
     rollback_above: float | None = None
+    micro_batch: int | None = None
+    max_failed_share: float = 0.5
 
     def __post_init__(self) -> None:
         Steadying(self.average, self.rollback_above)  # says what is wrong with them
@@ -38,6 +42,9 @@ class MetaLearning:
             raise ValueError(f"final_lr_fraction={self.final_lr_fraction!r} must not be negative; 1 keeps the rate")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be positive, or null for no clipping")
+        if self.micro_batch is not None:
+            require_count("micro_batch", self.micro_batch, least=1)
+        require_share("max_failed_share", self.max_failed_share)
 
 
 @dataclass(frozen=True)

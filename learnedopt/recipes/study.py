@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learnedopt.core.files import plain_json, write_json
+from learnedopt.core.files import plain_json
+from learnedopt.core.sealed import read_record, write_record
 from learnedopt.training.tracker import Tracker
+
+_VALUE = "value"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ def require_some(study: Study, *options: str) -> None:
 
 
 def remember(path: Path, compute: Callable[[], Any]) -> Any:
-    """Return what the JSON file ``path`` holds; where there is none, compute it and write it, atomically.
+    """Return what the file ``path`` holds; where there is none, compute it and write it, atomically, with its SHA-256.
 
     What is computed comes back as the file gives it, so that a study that went on tells the same as one that did not
     stop.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, plain_json(compute()))
-    return json.loads(path.read_text(encoding="utf-8"))
+        write_record(path, {_VALUE: plain_json(compute())})
+    found = read_record(path, of_before=(dict, list))
+    return found[_VALUE] if isinstance(found, dict) and found.keys() == {_VALUE} else found

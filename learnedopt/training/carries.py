@@ -100,7 +100,7 @@ def unpack(packed: Any, classes: Classes, home: torch.device) -> Any:
     if kind in _BUILTIN:
         return _BUILTIN[kind](by_key)
     found = _find(kind, classes)
-    if keys != _fields(found):
+    if keys != _fields(found) and not _joined_later(keys, found):
         raise ValueError(f"its {kind} has the fields {keys}, the present one {_fields(found)}")
     return found(**by_key)
 
@@ -133,6 +133,12 @@ def _fields(kind: type) -> list[str] | None:
     if dataclasses.is_dataclass(kind) and all(f.init for f in dataclasses.fields(kind)):
         return [f.name for f in dataclasses.fields(kind)]
     return None
+
+
+def _joined_later(keys: list[Any], kind: type) -> bool:
+    """Whether a file of before lacks fields of a named tuple alone that have defaults and stand at its end."""
+    fields, defaults = _fields(kind) or [], getattr(kind, "_field_defaults", {})
+    return keys == fields[: len(keys)] and all(name in defaults for name in fields[len(keys) :])
 
 
 def _name(node: Any) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which end a training between two meta-steps and not inside one."""
+"""Ctrl-C, SIGTERM and SIGHUP, which end a training between two meta-steps and not inside one."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import signal
 import threading
 from typing import Any
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Interrupts:
-    """Notes Ctrl-C and SIGTERM in ``number`` instead of tearing a meta-step; a second one is raised at once.
+    """Notes Ctrl-C, SIGTERM and SIGHUP in ``number`` instead of tearing a meta-step; a second Ctrl-C is raised at once.
+
+    Others that follow change nothing: a terminal that closes, and its shell, both send SIGHUP; service managers send
+    SIGTERM and SIGHUP. A SIGHUP that the process was told to ignore, as ``nohup`` does, stays ignored.
 
     Only the main thread may do so: elsewhere nothing changes.
+
+    Args:
+        patient: wait even after a second Ctrl-C. Of several processes each gets a terminal's Ctrl-C twice: from the
+            terminal and from what launched them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.number: int | None = None
+        self._patient = patient
         self._waiting = True
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            for number in STOPPING:
+                if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,7 +47,9 @@ class Interrupts:
             raise KeyboardInterrupt if self.number == signal.SIGINT else SystemExit(128 + self.number)
 
     def _note(self, number: int, frame: Any) -> None:
-        at_once = not self._waiting or self.number is not None
+        again = self.number is not None
+        if again and (self._patient or number != signal.SIGINT):
+            return
         self.number = int(number)
-        if at_once:
+        if again or not self._waiting:
             self.deliver()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from learnedopt.core.files import json_number, plain_json, write_atomically
+from learnedopt.core.files import json_number, parse_json, plain_json, write_atomically
 from learnedopt.training.tracker import Metrics
 
 
@@ -118,28 +118,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Example: ``[row["meta_loss"] for row in read_metrics(run / "metrics.jsonl") if "meta_loss" in row]``.
 
     Raises:
-        ValueError: a line is not JSON. (A half-written last line has no line end and is left out.)
+        ValueError: a line is not JSON, or has no metrics. (A half-written last line has no line end and is left out.)
     """
     whole, end, _ = Path(path).read_bytes().rpartition(b"\n")
     rows = [_parse(path, number, line) for number, line in enumerate((whole + end).splitlines(), start=1)]
-    return [
-        {name: [float(x) for x in value] if isinstance(value, list) else _revive(value) for name, value in row.items()}
-        for row in rows
-        if "event" not in row
-    ]
+    try:
+        return [
+            {name: [float(x) for x in v] if isinstance(v, list) else _revive(v) for name, v in row.items()}
+            for row in rows
+            if "event" not in row
+        ]
+    except TypeError as error:
+        raise ValueError(f"{path} has a metric that is no number ({error}); mend that line") from error
 
 
-def _number_or_curve(value: float | list[float]) -> Any:
+def _number_or_curve(value: float | list[float] | str) -> Any:
+    if isinstance(value, str):
+        return value
     return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
 
 
-def _revive(value: int | float | str) -> int | float:
-    return float(value) if isinstance(value, str) else value
+def _revive(value: int | float | str) -> int | float | str:
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"a {type(value).__name__}")
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise ValueError(
             f"line {number} of {path} is not JSON ({error}), so it is not a record of a training, or was damaged; "
@@ -147,6 +154,11 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(entry, dict):
         raise ValueError(f"line {number} of {path} is not a JSON object but {type(entry).__name__}; move the file away")
+    step = entry.get("step")
+    if type(step) is not int and not (step is None and "event" in entry):
+        raise ValueError(
+            f"line {number} of {path} has no meta-step that is a count, nor is it an event; mend that line"
+        )
     return entry
 
 

@@ -38,7 +38,7 @@ class MetaUpdate:
         meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
     ) -> None:
-        self._scaled = Scaled(theta, scale)
+        self._theta, self._scaled = theta, Scaled(theta, scale)
         self.meta_optimizer = _stepped_plainly(meta_optimizer(self._scaled.tensors))
         self._scaled.require_movable(self.meta_optimizer)
         self.scheduler = _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
@@ -48,13 +48,25 @@ class MetaUpdate:
         found = self._scaled.gradients(grads)
         return found, norm_of(found)
 
-    def apply(self, grads: Theta, norm: Norm, max_grad_norm: float | None) -> None:
-        """Move theta along a gradient with respect to phi, scaled down to the length ``max_grad_norm``."""
+    def apply(self, grads: Theta, norm: Norm, max_grad_norm: float | None) -> bool:
+        """Move theta along a gradient with respect to phi, scaled down to the length ``max_grad_norm``.
+
+        A step that leaves theta not finite, as steps in float16 may, is undone: theta is where it was, the
+        meta-optimizer forgets what it remembers, and the schedule waits. Return whether theta has moved.
+        """
+        before = {k: x.detach().clone() for k, x in self._theta.items()}
         for k, g in clip(grads, norm, max_grad_norm).items():
             self._scaled.phi[k].grad = g
         self._scaled.move(self.meta_optimizer.step)
+        if not all(bool(x.isfinite().all()) for x in self._theta.values()):
+            with torch.no_grad():
+                for k, x in self._theta.items():
+                    x.copy_(before[k])
+            self.meta_optimizer.state.clear()
+            return False
         if self.scheduler:
             self.scheduler.step()
+        return True
 
 
 def _stepped_plainly(thing: _Stepped) -> _Stepped:

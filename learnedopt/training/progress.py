@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import copy
+import json
 import math
 import pickle
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,16 @@ import torch
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry
-from learnedopt.core.files import write_atomically
+from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
-from learnedopt.training import carries
+from learnedopt.training import carries, training_file
+from learnedopt.training.pickled import NotPlain
+from learnedopt.training.saved_state import require_progress, require_state, require_steadied
 from learnedopt.training.steadying import Steadied
 
-FORMAT = "learnedopt-training-2"
+FORMAT = "learnedopt-training-3"
+FORMAT_2 = "learnedopt-training-2"
+"""Had neither a SHA-256 nor the configuration."""
 FORMAT_1 = "learnedopt-training-1"
 """Held a ``Carry`` at most, its tensors without their structure."""
 SHAPES = "inner_state"
@@ -30,8 +34,11 @@ _RENAMED = {("rule", "IMAML"): "LearnedInit"}
 _COUNTS = ("meta_step", "episode", "num_skipped", "skips_in_a_row", "best_value")
 _ADVICE = "choose another checkpoint path, or remove the file to start anew"
 _KEYS = {"format", "run", "theta", "best_theta", "optimizer", "scheduler", "carry", *_COUNTS}
+_CONFIG = "config"
 _STEADIED = "steadied"
 """There in files of trainings that average theta."""
+_BEST_FAILED = "best_failed"
+"""There where the best theta fails on held-out tasks."""
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Progress:
     num_skipped: int = 0
     skips_in_a_row: int = 0
     best_value: float = math.inf
+    best_failed: int = 0  # on how many held-out tasks the best theta is not finite
     best_theta: Theta | None = None
     carry: Any = None  # the estimator's own
     steadied: Steadied = field(default_factory=Steadied)
@@ -58,6 +66,7 @@ class Training(NamedTuple):
         run: plain values that say which training this is, for what no shape tells.
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
+        config: the configuration of the run, which ``saved_config`` gives back.
     """
 
     theta: Theta
@@ -66,14 +75,20 @@ class Training(NamedTuple):
     run: dict[str, Any]
     classes: carries.Classes
     begun: Callable[[], Any]
+    config: Mapping[str, Any] = {}
 
 
 def save_progress(path: Path, progress: Progress, training: Training) -> None:
-    """Write everything that the next meta-step depends on, atomically."""
+    """Write everything that the next meta-step depends on, atomically.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what was there is still there then.
+    """
     scheduler = training.scheduler
     content = {
         "format": FORMAT,
         "run": training.run,
+        _CONFIG: json.dumps(training.config, default=str, skipkeys=True),
         "theta": {k: v.detach() for k, v in training.theta.items()},
         "optimizer": training.optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if scheduler else None,
@@ -83,30 +98,67 @@ def save_progress(path: Path, progress: Progress, training: Training) -> None:
     }
     if progress.steadied.average is not None:
         content[_STEADIED] = {**vars(progress.steadied)}
-    write_atomically(path, lambda partial: torch.save(content, partial))
+    if progress.best_failed:
+        content[_BEST_FAILED] = progress.best_failed
+    training_file.write(path, content)
 
 
 def load_progress(path: Path, training: Training) -> Progress:
     """Restore theta, the optimizer and the scheduler in place, and return the progress.
 
-    Only tensors and plain values are loaded.
+    Only tensors and plain values are loaded, and all of them are checked before the first is restored.
 
     Raises:
-        ValueError: the file is corrupt, is no training state, or belongs to another run; nothing is restored then.
+        ValueError: the file is damaged, is no training state, or belongs to another run; nothing is restored then.
     """
-    content, theta = _read(path), training.theta
-    _require_same_training(path, content, training)
-    carry = _carry(path, content, training)
+    content = _read(path)
+    try:
+        progress = _checked(path, content, training)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what is in a file may be of any type in any place
+        raise ValueError(f"{path} is no training state of this library ({_told(error)}); {_ADVICE}") from error
+    optimizer, scheduler = training.optimizer, training.scheduler
+    before = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict() if scheduler else None))
+    try:
+        _restore(optimizer, scheduler, content["optimizer"], content["scheduler"])
+    except Exception as error:
+        _restore(optimizer, scheduler, *before)
+        raise ValueError(
+            f"the state of the meta-optimizer or scheduler in {path} does not fit them ({_told(error)}); {_ADVICE}"
+        ) from error
     with torch.no_grad():
-        for k, v in theta.items():
+        for k, v in training.theta.items():
             v.copy_(content["theta"][k])
-    _restore_optimizer(training.optimizer, content["optimizer"])
-    if training.scheduler:
-        training.scheduler.load_state_dict(content["scheduler"])
+    return progress
+
+
+def saved_config(path: Path) -> dict[str, Any] | None:
+    """Return the configuration in a training state; None for one of an earlier version, which had none.
+
+    Raises:
+        ValueError: the file is damaged, or is no training state.
+    """
+    text = _read(path).get(_CONFIG)
+    return None if text is None else parse_json(text)
+
+
+def _checked(path: Path, content: dict[str, Any], training: Training) -> Progress:
+    """Return the progress in a file, all of which was found to fit the training."""
+    theta = training.theta
+    _require_same_training(path, content, training)
+    counts = {k: content[k] for k in _COUNTS} | {_BEST_FAILED: content.get(_BEST_FAILED, 0)}
+    try:
+        require_progress(counts, content["best_theta"], theta)
+        require_state(content["optimizer"], content["scheduler"], training.optimizer, training.scheduler)
+        steadied = Steadied(**content.get(_STEADIED, {}))
+        require_steadied(steadied, theta)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds what no training leaves: {error}; {_ADVICE}") from error
+    carry = _carry(path, content, training)
     best_theta = content["best_theta"] and _like(content["best_theta"], theta)
-    steadied = Steadied(**content.get(_STEADIED, {}))
     steadied.average = steadied.average and _like(steadied.average, theta)
-    return Progress(**{k: content[k] for k in _COUNTS}, best_theta=best_theta, carry=carry, steadied=steadied)
+    return Progress(**counts, best_theta=best_theta, carry=carry, steadied=steadied)
 
 
 def _like(saved: Theta, theta: Theta) -> Theta:
@@ -141,12 +193,9 @@ def require_loadable(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     for name, thing in (("meta-optimizer", optimizer), ("scheduler", scheduler)):
         if thing is None:
             continue
-        buffer = io.BytesIO()
         try:
-            torch.save(thing.state_dict(), buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except (pickle.UnpicklingError, AttributeError, TypeError) as error:
+            training_file.require_readable(thing.state_dict())
+        except TypeError as error:
             raise TypeError(
                 f"a checkpoint cannot keep the state of the {name} {type(thing).__name__}, which holds more than "
                 "tensors and plain values; convert what it was given, such as a NumPy learning rate, with float()"
@@ -155,28 +204,29 @@ def require_loadable(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch writes check sums, but does not compare them
-                raise zipfile.BadZipFile(f"the check sum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content, sealed = training_file.read(path)
+    except (pickle.UnpicklingError, NotPlain) as error:
         # torch's own text goes on to advise loading it all the same.
+        reason = f" ({error})" if isinstance(error, NotPlain) else ""
         raise ValueError(
-            f"{path} is corrupt or foreign: it holds something else than tensors and plain values, and nothing else is "
-            f"ever loaded; {_ADVICE}"
+            f"{path} is corrupt or foreign: it holds something else than tensors and plain values{reason}, and nothing "
+            f"else is ever loaded; {_ADVICE}"
         ) from error
     except Exception as error:  # a damaged file can make anything of its reader
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(
-            f"{path} cannot be read as a training state ({reason}): it is corrupt or foreign; {_ADVICE}"
+            f"{path} cannot be read as a training state ({_told(error)}): it is corrupt or foreign; {_ADVICE}"
         ) from error
-    if (
-        not isinstance(content, dict)
-        or content.get("format") not in (FORMAT, FORMAT_1)
-        or content.keys() - {_STEADIED} != _KEYS
-    ):
+    written = content.get("format") if isinstance(content, dict) else None
+    keys = _KEYS | {_CONFIG} if written == FORMAT else _KEYS
+    if written not in (FORMAT, FORMAT_2, FORMAT_1) or content.keys() - {_STEADIED, _BEST_FAILED} != keys:
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")
+    if written == FORMAT and not sealed:
+        raise ValueError(f"{path} is corrupt: its SHA-256 is not at its end, where it was written; {_ADVICE}")
     return content
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
@@ -202,7 +252,7 @@ def _home(theta: Theta) -> torch.device:
     return next(iter(theta.values())).device
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def _restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any], of_scheduler: Any) -> None:
     optimizer.load_state_dict(saved)
     # torch casts states to their parameter's dtype; those that were kept in another would go on with other numbers.
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -211,3 +261,5 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
         for k, v in saved["state"].get(i, {}).items():
             if isinstance(v, torch.Tensor):
                 optimizer.state[p][k] = v.to(optimizer.state[p][k].device)
+    if scheduler:
+        scheduler.load_state_dict(of_scheduler)

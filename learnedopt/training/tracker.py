@@ -6,7 +6,9 @@ W&B (``wandb_tracker``) are views of it.
 
 Metrics that the trainer logs: ``meta_loss``, ``validation``, ``best_validation``, ``grad_norm``, ``step_ms``
 (milliseconds per meta-step) and ``skipped`` (meta-steps skipped so far), each a number; ``inner_loss`` is a list, the
-mean training loss before each inner step. Before the first meta-step, as step 0, there are the validations alone.
+mean training loss before each inner step. Where tasks have failed, ``failed_tasks`` is how many of the meta-batch, and
+``failed``, words, which and where; ``validation_failed`` is how many held-out tasks. Before the first meta-step, as
+step 0, there are the validations alone.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 
 logger = logging.getLogger(__name__)
 
-Metrics: TypeAlias = Mapping[str, "float | list[float]"]
-"""Numbers by name; a list is a curve, such as the loss before each inner step."""
+Metrics: TypeAlias = Mapping[str, "float | list[float] | str"]
+"""Numbers by name; a list is a curve, such as the loss before each inner step, and a string are words to be read."""
 
 
 class Tracker(Protocol):
@@ -130,11 +132,18 @@ class Trackers:
                     )  # fmt: skip
 
 
+def sinks_of(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
+    """Return a tracker, what a function makes, or nothing, as ``Trackers``."""
+    made = tracker() if callable(tracker) else tracker or NullTracker()
+    return made if isinstance(made, Trackers) else Trackers([made])
+
+
 _WORDS = {
     "meta_loss": "meta-loss {:.4g}",
     "validation": "validation {:.4g}",
     "grad_norm": "gradient norm {:.3g}",
     "skipped": "{:.0f} skipped",
+    "failed_tasks": "{:.3g} tasks failed",
 }
 
 
@@ -182,7 +191,9 @@ class ConsoleTracker:
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Show the latest value of every known metric, unless the last line is younger than the interval."""
-        self._latest.update({name: float(value) for name, value in metrics.items() if not isinstance(value, list)})
+        self._latest.update(
+            {name: float(value) for name, value in metrics.items() if not isinstance(value, list | str)}
+        )
         self._step, self._pending, now = step, True, self._clock()
         if self._first is None and step > 0:  # from its end on: the first one may compile, load and check
             self._first = step, now

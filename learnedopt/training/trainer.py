@@ -6,49 +6,46 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from learnedopt.core.clipping import require_grads
+from learnedopt.core.clipping import Norm, require_grads
 from learnedopt.core.counts import require_count
-from learnedopt.core.estimator import GradientEstimator, as_leaves, check_loop
+from learnedopt.core.estimator import GradientEstimator, as_leaves
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
-from learnedopt.core.parts import loop_of
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.description import describe
+from learnedopt.training.failures import Failures
 from learnedopt.training.interrupts import Interrupts
+from learnedopt.training.isolation import FAILED, Remaining, estimate_finite, opened, remaining
 from learnedopt.training.meta_update import MetaUpdate
-from learnedopt.training.progress import Progress, Training, load_progress, require_loadable, save_progress
+from learnedopt.training.progress import Progress, Training, require_loadable, save_progress
+from learnedopt.training.rank_carries import own_share, resume, whole_carry
+from learnedopt.training.rank_checks import require_ready
+from learnedopt.training.rank_estimates import Share, Summing, Whole
+from learnedopt.training.ranks import Ranks, present
+from learnedopt.training.result import TrainingDiverged, TrainingResult, diverged
+from learnedopt.training.settings import require_settings
+from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
-from learnedopt.training.tracker import NullTracker, Tracker, Trackers, progress_line
-from learnedopt.training.validation import Validation, require_seed, task_generator
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many meta-gradients in a row were not finite."""
-
-
-class TrainingResult(NamedTuple):
-    """What a meta-training ends with: the last theta, the best by validation (the last without one), and counts."""
-
-    theta: Theta
-    best_theta: Theta
-    best_value: float
-    meta_step: int
-    num_skipped: int
+from learnedopt.training.tracker import Tracker, progress_line, sinks_of
+from learnedopt.training.validation import Judgement, Validation, task_generator
 
 
 class MetaTrainer:
     """Trains the meta-parameters of ``loop``.
 
     Each meta-step estimates a meta-gradient on a batch of tasks and lets ``meta_optimizer`` move theta. Where the
-    estimator returns a carry, the next meta-step goes on from it; otherwise fresh tasks are drawn. A meta-gradient that
-    is not finite is skipped and counted, and its episode is dropped.
+    estimator returns a carry, the next meta-step goes on from it; otherwise fresh tasks are drawn. Tasks whose loss or
+    meta-gradient is not finite are left out, counted and named (docs/bad_tasks.md): the meta-step is taken over the
+    others, and the meta-batch is smaller until its episode ends. A meta-step for which too few are left, or that leaves
+    theta not finite, is skipped and counted, and its episode is dropped.
 
     Where rule or inner objective say a ``theta_scale``, the meta-optimizer moves ``phi = theta / scale``: gradients,
     ``max_grad_norm`` and the logged ``grad_norm`` are those of phi. Everything else is theta's.
@@ -75,10 +72,17 @@ class MetaTrainer:
         checkpoint: file of the training state. Where it exists, ``run`` goes on from it, bitwise as if it had never
             stopped (same machine and execution).
         checkpoint_every: meta-steps between two checkpoints.
-        max_skips_in_a_row: after so many non-finite meta-gradients in a row ``TrainingDiverged`` is raised.
-        config: what the tracker is told about the run at its start, beside the number of meta-steps.
+        micro_batch: how many tasks are estimated at once, where a meta-batch is larger than memory: the result is the
+            same up to rounding. None for all.
+        max_failed_share: which share of a meta-batch may fail before its meta-step is skipped, below 1; 0 skips it for
+            a single task, and names none.
+        max_skips_in_a_row: after so many skipped meta-steps in a row ``TrainingDiverged`` is raised.
+        config: what the tracker is told about the run at its start, beside the number of meta-steps; a checkpoint holds
+            it.
         report: called with the result and the tracker when all meta-steps are done, for figures and artifacts: after
             it the tracker is finished.
+        ranks: the processes that share each meta-batch; by default those of the process group of ``torch.distributed``
+            that is initialised (docs/many_processes.md). Rank 0 alone has the tracker and the checkpoint, and reports.
 
     Raises:
         TypeError, ValueError: an option is out of its range; there are no meta-parameters; the meta-optimizer or the
@@ -109,18 +113,23 @@ class MetaTrainer:
         validation: Validation | None = None,
         checkpoint: Path | str | None = None,
         checkpoint_every: int = 100,
+        micro_batch: int | None = None,
+        max_failed_share: float = 0.5,
         max_skips_in_a_row: int = 10,
         config: dict[str, Any] | None = None,
         report: Callable[[TrainingResult, Tracker], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
+        self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
         self.config, self.report = dict(config or {}), report
         self.steadying = Steadying(average, rollback_above)
-        self._require_settings()
-        self.tracker = _sinks(tracker)
+        require_settings(self)
+        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.tracker = sinks_of(tracker if self.ranks.leads else None)
         if theta is None:
             theta = loop.init_theta(torch.Generator().manual_seed(seed))
         device = loop.execution.device
@@ -129,74 +138,83 @@ class MetaTrainer:
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
+        self._why, self._failures = "", Failures()
         self.progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
+        self._sum, self._goes_on = Summing(self.ranks), False
 
     def run(self, num_meta_steps: int) -> TrainingResult:
         """Train until meta-step ``num_meta_steps`` of the run, counted from its very beginning.
 
-        Ctrl-C and SIGTERM end it after the meta-step in progress, with a checkpoint: KeyboardInterrupt or SystemExit
-        (143) is raised then. A second Ctrl-C does not wait.
+        Ctrl-C, SIGTERM and SIGHUP end it after the meta-step in progress, with a checkpoint: KeyboardInterrupt or
+        SystemExit (143, 129) is raised then. A second Ctrl-C does not wait. Of several ranks all stop where one is told
+        to, after the same meta-step.
 
         Raises:
-            TrainingDiverged: too many non-finite meta-gradients in a row.
+            TrainingDiverged: too many skipped meta-steps in a row.
             TypeError: the estimator's carry holds what no checkpoint could keep.
             ValueError: bad input, before the first inner step; or a checkpoint of another run.
+            RankFailed: another rank has failed, or has not come.
         """
         require_count("num_meta_steps", num_meta_steps)
-        if self.validation is not None:
-            self.validation.require_measurable(self.theta)  # before anything is written
-        self._check_loop()
-        self._resume()
-        exit_code = 1
-        with Interrupts() as interrupts:
+        with self.ranks.failing_together(agreed=TrainingDiverged):
+            require_ready(self, num_meta_steps)
+            if self.validation is not None:
+                self.validation.require_measurable(self.theta)  # before anything is written
+            vet_all(self.loop, self.theta, self.estimator, self.num_tasks, self.seed)
+            self._resume()
+            return self._run(num_meta_steps)
+
+    def _run(self, num_meta_steps: int) -> TrainingResult:
+        exit_code, agreed = 1, True
+        with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self._at_start:
                     self._log({}, validate=True)
-                while interrupts.number is None and self.progress.meta_step < num_meta_steps:
-                    self._meta_step(num_meta_steps)
+                stop = self.ranks.agree(interrupts.number, "the start")
+                while stop is None and self.progress.meta_step < num_meta_steps:
+                    stop = self._meta_step(num_meta_steps, interrupts)
                     if self.progress.meta_step % self.checkpoint_every == 0:
                         self._save()
                 self._save()
+                interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
-                result = self._result()
-                if self.report is not None:
+                result, agreed = self._result(), False
+                if self.report is not None and self.ranks.leads:
                     self.report(result, self.tracker)
                 exit_code = 0
             except (KeyboardInterrupt, SystemExit):
                 exit_code = 128 + (interrupts.number or signal.SIGINT)
                 raise
+            except Exception as error:
+                agreed = isinstance(error, TrainingDiverged)
+                raise
             finally:
                 self.tracker.finish(exit_code)
+                if exit_code and agreed:  # a launcher ends the first rank where another one ends before it
+                    self.ranks.agree(None, "the end of the record")
         return result
 
-    def _check_loop(self) -> None:
-        """Vet the loop, whatever the estimator itself asks of it."""
-        for member, family in enumerate(self.loop.family.families):
-            loop = loop_of(self.loop, member)
-            carry = loop.start(family.sample(min(2, self.num_tasks), task_generator(self.seed, 0)))
-            check_loop(loop, self.theta, carry, second_derivatives=self.estimator.takes_second_derivatives)
-
-    def _meta_step(self, num_meta_steps: int) -> None:
+    def _meta_step(self, num_meta_steps: int, interrupts: Interrupts) -> int | None:
+        """Take one; return the number of a signal that says to stop after it."""
         progress, began = self.progress, time.perf_counter()
-        carry = progress.carry if progress.carry is not None else self._fresh_carry()
+        # A rank whose tasks have all failed waits for the end of the others' episode.
+        kept = progress.carry if progress.carry is not None or self._goes_on else self._fresh_carry()
         # From here on the episode counts as begun, and its carry comes back only with a finite meta-gradient.
-        progress.carry = None
-        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
-        estimate = self.estimator.estimate(self.loop, theta, self.objective, carry)
-        self._require_carry(estimate.carry)
-        require_grads(self.estimator, estimate.grads, self.theta)
+        progress.carry, self._goes_on = None, False
+        found = self._estimate(kept, interrupts)
+        estimate = found.estimate
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
-        finite = math.isfinite(norm.mantissa) and math.isfinite(loss)
-        if finite and not self.steadying.too_high(loss, progress.steadied):
-            self._update.apply(grads, norm, self.max_grad_norm)
-            self.steadying.moved(self.theta, loss, progress.steadied)
-            progress.carry, progress.skips_in_a_row = estimate.carry, 0
+        num_failed = self.num_tasks - found.num_tasks + estimate.info.get(FAILED, len(found.failures))
+        if self._move(grads, norm, loss, num_failed):
+            progress.carry, progress.skips_in_a_row = remaining(estimate.carry, found.places, self.num_tasks), 0
+            self._goes_on = found.goes_on
         else:
             self.steadying.go_back(self.theta, self.meta_optimizer, progress.steadied)
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
+        self.ranks.follow([*self.theta.values()], f"theta after meta-step {progress.meta_step}")
         metrics = {
             "meta_loss": loss,
             "grad_norm": norm.value,
@@ -207,9 +225,44 @@ class MetaTrainer:
         if self.steadying.rollback_above is not None:
             metrics["rollbacks"] = progress.steadied.num_rollbacks
         metrics.update({k: v for k, v in estimate.info.items() if isinstance(v, (int, float))})
+        metrics.update(self._failures.told(found.failures, num_failed, progress.episode - 1))
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
+        return interrupts.number if self.ranks.alone else found.stop
+
+    def _estimate(self, kept: Any, interrupts: Interrupts) -> Whole:
+        """Estimate this rank's tasks, and return the estimate of all ranks'."""
+        what = f"the sum of meta-gradients of meta-step {self.progress.meta_step + 1}"
+        if kept is None:
+            return self._sum(Share(None, 0, interrupts.number), self.theta, what)
+        carry, places = opened(kept, self.num_tasks)
+        theta = as_leaves({k: v.detach().clone() for k, v in self.theta.items()})  # whoever keeps it keeps a copy
+        found = estimate_finite(
+            self.estimator, self.loop, theta, self.objective, carry, places, micro_batch=self.micro_batch,
+            apart=self.max_failed_share > 0,
+        )  # fmt: skip
+        self._require_carry(found.estimate.carry)
+        require_grads(self.estimator, found.estimate.grads, self.theta)
+        return self._sum(Share(found, len(places), interrupts.number), self.theta, what)
+
+    def _move(self, grads: Theta, norm: Norm, loss: float, num_failed: float) -> bool:
+        """Let theta take a meta-step where there is one to take; return whether it has."""
+        steadied, self._why = self.progress.steadied, ""
+        if not (math.isfinite(norm.mantissa) and math.isfinite(loss)):
+            self._why = "the meta-gradient was not finite"
+        elif num_failed > self.max_failed_share * self.num_tasks and self.max_failed_share > 0:
+            self._why = (
+                f"{num_failed:g} of {self.num_tasks} tasks had failed (max_failed_share={self.max_failed_share})"
+            )
+        elif self.steadying.too_high(loss, steadied):
+            self._why = f"the meta-loss was too high, {loss:g}"
+        elif not self._update.apply(grads, norm, self.max_grad_norm):
+            dtypes = ", ".join(sorted({str(x.dtype) for x in self.theta.values()}))
+            self._why = f"theta ({dtypes}) was not finite after it, so that the step was undone; keep theta in float32"
+        else:
+            self.steadying.moved(self.theta, loss, steadied)
+        return not self._why
 
     def _fresh_carry(self) -> Any:
         # Every episode has a generator of its own, so that a resumed run needs no random state but this count.
@@ -219,7 +272,7 @@ class MetaTrainer:
         theta = {k: v.detach().clone() for k, v in self.theta.items()}
         carry = self.estimator.start(self.loop, theta, tasks, generator)
         self._require_carry(carry)
-        return carry
+        return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
     def _require_carry(self, carry: Any) -> None:
         whose = type(self.estimator).__name__
@@ -231,10 +284,13 @@ class MetaTrainer:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
         if self.validation is not None and validate:
             progress, learned = self.progress, self._learned()
-            value = self.validation.measure(learned)
-            if value < progress.best_value:
-                progress.best_value, progress.best_theta = value, learned
-            metrics = {**metrics, "validation": value, "best_validation": progress.best_value}
+            found = self.validation.judge(learned, self.ranks)
+            best = None if progress.best_theta is None else Judgement(progress.best_value, progress.best_failed)
+            if found.beats(best):
+                progress.best_value, progress.best_failed = found
+                progress.best_theta = learned
+            metrics = {**metrics, "validation": found.value, "best_validation": progress.best_value}
+            metrics |= {"validation_failed": found.num_failed} if found.num_failed else {}
         if metrics:
             self.tracker.log(metrics, self.progress.meta_step)
 
@@ -243,11 +299,7 @@ class MetaTrainer:
             return
         self._save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
-        raise TrainingDiverged(
-            f"{self.progress.skips_in_a_row} meta-gradients in a row were {why} (meta-step "
-            f"{self.progress.meta_step}, {self.progress.num_skipped} skipped in all): theta cannot move. Lower the "
-            "meta-learning rate, set max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma"
-        )
+        raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
         last, progress = self._learned(), self.progress
@@ -266,38 +318,26 @@ class MetaTrainer:
         return self.progress.meta_step == 0 and self.progress.best_theta is None
 
     def _save(self) -> None:
-        if self.checkpoint is not None and self._training is not None:
-            save_progress(self.checkpoint, self.progress, self._training)
+        if self.checkpoint is None or self._training is None:
+            return
+        carry = whole_carry(self.ranks, self.estimator, self.progress.carry, self._training, self.num_tasks)
+        if self.ranks.leads:
+            save_progress(self.checkpoint, replace(self.progress, carry=carry), self._training)
 
     def _resume(self) -> None:
         if self.checkpoint is not None:
             self._training = self._training or self._describe()
-            if self.checkpoint.exists():
-                self.progress = load_progress(self.checkpoint, self._training)
-        if self.progress.meta_step == 0 and self.progress.carry is None:
+            resumed = resume(self.ranks, self.checkpoint, self._training)
+            if resumed is not None:
+                self.progress, self._goes_on = resumed, resumed.carry is not None
+                self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        if self.progress.meta_step == 0 and self.progress.carry is None and not self._goes_on:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
         self.tracker.rewind(-1 if self._at_start else self.progress.meta_step)
 
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-        return describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
-
-    def _require_settings(self) -> None:
-        if not isinstance(self.estimator, GradientEstimator):
-            got = f"the class {self.estimator.__name__}" if isinstance(self.estimator, type) else repr(self.estimator)
-            raise TypeError(f"estimator={got} is no GradientEstimator; pass an instance, such as Unrolled(10)")
-        if self.validation is not None and not isinstance(self.validation, Validation):
-            raise TypeError(f"validation={self.validation!r} is no Validation; pass Validation(loop, objective, ...)")
-        for name in ("num_tasks", "checkpoint_every", "max_skips_in_a_row"):
-            require_count(name, getattr(self, name), least=1)
-        require_seed(self.seed)
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm!r} must be positive; None leaves gradients as they are"
-            )
-
-
-def _sinks(tracker: Tracker | Callable[[], Tracker] | None) -> Trackers:
-    made = tracker() if callable(tracker) else tracker or NullTracker()
-    return made if isinstance(made, Trackers) else Trackers([made])
+        found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+        classes = found.classes | carries.classes_of(Remaining(None, ()))
+        return found._replace(classes=classes, config=self.config)

@@ -176,7 +176,12 @@ class WandbTracker:
     def _log(self, metrics: Metrics, curves: dict[str, list[float]], step: int) -> None:
         for name in curves.keys() - self._curves.keys():
             self._run.define_metric(name, step_metric=_STEP, summary="none")  # not a second copy of each curve
-        values = {name: value if name in curves else float(cast(float, value)) for name, value in metrics.items()}
+        plain = {
+            name: value if isinstance(value, str) else float(cast(float, value))
+            for name, value in metrics.items()
+            if name not in curves
+        }
+        values: dict[str, Any] = {**plain, **curves}
         self._run.log({**values, _STEP: step})
         for name, curve in curves.items():
             if not curve:  # nothing to draw

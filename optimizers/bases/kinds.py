@@ -58,7 +58,8 @@ def kinds_of(params: Params) -> dict[str, TensorKind]:
     Names are those of ``torch.nn.Module.named_parameters()``, whose parts stand between dots or slashes:
 
     * matrices (two dimensions or more) are EMBEDDING where a word of the name begins with "embed" or "position", or is
-      "wte" or "wpe"; the others FIRST, MIDDLE and LAST in order;
+      "wte" or "wpe", but for those of four dimensions or more, such as the convolution of "patch_embeddings"; the
+      others FIRST, MIDDLE and LAST in order;
     * vectors are GAIN where a word of the last part is weight, gain, scale or gamma, and biases where one is bias,
       beta, shift, offset or b, as all scalars are. A bias's matrix is the last one before it in its own module; in a
       module without any, the last one before it. It is a LAST_BIAS if its matrix is the LAST one, of its own module;
@@ -71,7 +72,7 @@ def kinds_of(params: Params) -> dict[str, TensorKind]:
 @functools.lru_cache(maxsize=1024)
 def _kinds(shapes: _Shapes) -> dict[str, TensorKind]:
     matrices = [i for i, (_, shape) in enumerate(shapes) if len(shape) >= 2]
-    layers = [i for i in matrices if not _EMBEDDING.search(shapes[i][0].lower())]
+    layers = [i for i in matrices if len(shapes[i][1]) > 3 or not _EMBEDDING.search(shapes[i][0].lower())]
     depths = {i: place / max(len(layers) - 1, 1) for place, i in enumerate(layers)}
     kinds, untold = {}, []
     for i, (name, shape) in enumerate(shapes):

@@ -12,64 +12,10 @@
  */
 #include "vectors.h"
 #include "blocks.h"
+#include "lstm_net.h"
+#include "lstm_step.h"
 
 #define TILE 5
-
-typedef struct {
-    int num_inputs, num_k, padded_k, rows; /* K; K + 1 (bias) up to a multiple of 4; 4H up to a multiple of LANES */
-    REAL *gates;                           /* [H][K][4]: the four gates of a unit side by side */
-    REAL *bias;                            /* [H][4] */
-    REAL *across;                          /* [padded_k / 4][4H][4]: the transposed weight */
-    REAL *grad;                            /* [padded_k][rows]: the weight's gradient, transposed; row K the bias's */
-} Layer;
-
-typedef struct {
-    int num_inputs, hidden, num_layers;
-    Layer *layers;
-    const REAL *readout, *readout_bias;
-} Net;
-
-static void release(Net *net) {
-    if (net->layers)
-        for (int l = 0; l < net->num_layers; l++) {
-            free(net->layers[l].gates);
-            free(net->layers[l].bias);
-            free(net->layers[l].across);
-            free(net->layers[l].grad);
-        }
-    free(net->layers);
-}
-
-static int pack(Net *net, int num_inputs, int hidden, int num_layers, const REAL *const *theta, int backward) {
-    *net = (Net){num_inputs, hidden, num_layers, calloc(num_layers, sizeof(Layer)), theta[2 * num_layers],
-                 theta[2 * num_layers + 1]};
-    if (!net->layers) return 0;
-    for (int l = 0; l < num_layers; l++) {
-        Layer *layer = net->layers + l;
-        const REAL *weight = theta[2 * l], *bias = theta[2 * l + 1];
-        layer->num_inputs = l ? hidden : num_inputs;
-        layer->num_k = layer->num_inputs + hidden;
-        layer->padded_k = ROUND_UP(layer->num_k + 1, 4);
-        layer->rows = ROUND_UP(4 * hidden, LANES);
-        layer->gates = aligned((size_t)hidden * layer->num_k * 4);
-        layer->bias = aligned((size_t)hidden * 4);
-        if (!layer->gates || !layer->bias) return 0;
-        for (int j = 0; j < hidden; j++)
-            for (int g = 0; g < 4; g++) {
-                const REAL *row = weight + (size_t)(g * hidden + j) * layer->num_k;
-                for (int k = 0; k < layer->num_k; k++) layer->gates[((size_t)j * layer->num_k + k) * 4 + g] = row[k];
-                layer->bias[j * 4 + g] = bias[g * hidden + j];
-            }
-        if (!backward) continue;
-        layer->across = aligned((size_t)layer->padded_k * 4 * hidden);
-        layer->grad = aligned((size_t)layer->padded_k * layer->rows);
-        if (!layer->across || !layer->grad) return 0;
-        for (int r = 0; r < 4 * hidden; r++)
-            for (int k = 0; k < layer->num_k; k++)
-                layer->across[((size_t)(k / 4) * 4 * hidden + r) * 4 + k % 4] = weight[(size_t)r * layer->num_k + k];
-    }
-    return 1;
-}
 
 /* signal [K][BLOCK] holds inputs and h; act gets i, f, o, g, tanh c' as [5][H][BLOCK]. */
 static void cell(const Layer *layer, int hidden, const REAL *signal, const REAL *c, REAL *act, REAL *new_h,
@@ -182,30 +128,25 @@ static void cell_adjoint(Layer *layer, int hidden, const REAL *signal, const REA
 int forward(long first, long last, long n, int num_inputs, int hidden, int num_layers, const REAL *const *theta,
             const REAL *x, const REAL *const *state, REAL *const *new_state, REAL *out) {
     Net net;
-    int widest = (num_inputs > hidden ? num_inputs : hidden) + hidden;
+    const int num_states = 2 * num_layers, widest = (num_inputs > hidden ? num_inputs : hidden) + hidden;
     REAL *work = NULL;
-    int failed = !pack(&net, num_inputs, hidden, num_layers, theta, 0);
-    if (!failed) failed = !(work = aligned((size_t)(widest + 8 * hidden) * BLOCK));
+    int failed = !pack(&net, num_inputs, hidden, num_layers, theta, OF_STEP, 0);
+    if (!failed) failed = !(work = aligned((size_t)(2 * widest + num_states * hidden + num_inputs + 1) * BLOCK));
     if (!failed) {
-        REAL *signal = work, *c = signal + widest * BLOCK, *act = c + hidden * BLOCK;
-        REAL *new_h = act + 5 * hidden * BLOCK, *new_c = new_h + hidden * BLOCK;
-        for (long start = first; start < last; start += BLOCK) {
-            int count = last - start < BLOCK ? last - start : BLOCK;
-            take(signal, x + start, num_inputs, n, count);
-            for (int l = 0; l < num_layers; l++) {
-                if (l) memcpy(signal, new_h, hidden * BLOCK * sizeof(REAL));
-                take(signal + net.layers[l].num_inputs * BLOCK, state[2 * l] + start, hidden, n, count);
-                take(c, state[2 * l + 1] + start, hidden, n, count);
-                cell(net.layers + l, hidden, signal, c, act, new_h, new_c);
-                put(new_state[2 * l] + start, new_h, hidden, n, count);
-                put(new_state[2 * l + 1] + start, new_c, hidden, n, count);
+        REAL *scratch[2] = {work, work + widest * BLOCK};
+        long start = first;
+        for (; start + BLOCK <= last; start += BLOCK) step(&net, scratch, n, start, x, state, new_state, out + start);
+        if (start < last) { /* the rest of a block, in memory of its own */
+            int count = last - start;
+            REAL *rest[num_states], *rest_x = work + 2 * widest * BLOCK, *rest_out = rest_x + num_inputs * BLOCK;
+            take(rest_x, x + start, num_inputs, n, count);
+            for (int i = 0; i < num_states; i++) {
+                rest[i] = rest_out + (1 + (size_t)i * hidden) * BLOCK;
+                take(rest[i], state[i] + start, hidden, n, count);
             }
-            for (int v = 0; v < VECS; v++) {
-                vec sum = spread(*net.readout_bias);
-                for (int j = 0; j < hidden; j++) sum += net.readout[j] * load(new_h + j * BLOCK + v * LANES);
-                store(act + v * LANES, sum);
-            }
-            memcpy(out + start, act, count * sizeof(REAL));
+            step(&net, scratch, BLOCK, 0, rest_x, (const REAL *const *)rest, rest, rest_out);
+            for (int i = 0; i < num_states; i++) put(new_state[i] + start, rest[i], hidden, n, count);
+            memcpy(out + start, rest_out, count * sizeof(REAL));
         }
     }
     free(work);
@@ -222,7 +163,7 @@ int adjoint(long first, long last, long n, int num_steps, int num_inputs, int hi
     Net net;
     REAL *work = NULL;
     const size_t plane = (size_t)hidden * BLOCK;
-    int failed = !pack(&net, num_inputs, hidden, num_layers, theta, 1);
+    int failed = !pack(&net, num_inputs, hidden, num_layers, theta, (const REAL[4]){1, 1, 1, 1}, 1);
     size_t per_step = 0, widest = 0, rows = ROUND_UP(4 * hidden, LANES);
     if (!failed) {
         for (int l = 0; l < num_layers; l++) {

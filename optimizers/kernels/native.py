@@ -11,12 +11,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from learnedopt.core.private_folder import cache_folder, open_private
+from learnedopt.optimizers.kernels import kept_libraries
 
 logger = logging.getLogger("learnedopt")
 
@@ -30,8 +34,10 @@ _FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
     """Return the compiled ``source``, or None where it cannot be compiled or ``LEARNEDOPT_NATIVE`` is 0.
 
-    The reason for None is logged, once for each source. Compiled libraries are kept in ``LEARNEDOPT_CACHE``, by default
-    ``learnedopt`` in the user's cache folder, under a name that says source, compiler, flags and processor.
+    The reason for None is logged, once for each source. Compiled libraries are kept in the folder ``kernels`` of
+    ``$LEARNEDOPT_CACHE``, by default ``learnedopt`` in the user's cache folder, by source, compiler, flags and
+    processor. Where that folder is another user's, or others may write into it, nothing is loaded from it: a warning is
+    logged, and the library is built in a temporary folder of this process alone.
 
     Args:
         source: a C file that includes no others than headers beside it, ``*.h``.
@@ -41,10 +47,9 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
         logger.info("%s=0: %s is left to pure torch", SWITCH, source.stem)
         return None
     try:
-        return ctypes.CDLL(str(_built(source, definitions)))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # RuntimeError: no home folder
-        detail = getattr(error, "stderr", None) or str(error)
-        _warn_once(source.stem, detail.strip().partition("\n")[0])
+        return _library(source, _command(definitions))
+    except (OSError, subprocess.SubprocessError) as error:
+        _warn_once(source.stem, str(error))
         return None
 
 
@@ -55,38 +60,82 @@ def plain(tensors: Iterable[Tensor]) -> bool:
 
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
+    logger.warning("%s runs in pure torch, slower: %s", name, reason)
+
+
+@functools.cache
+def _warn_not_kept(reason: str) -> None:
     logger.warning(
-        "%s could not be compiled, so it runs in pure torch, slower: %s. Install gcc, or name a compiler in CC",
-        name,
+        "compiled steps are built anew in every process, in a private temporary folder, because %s. If that is not as "
+        "it should be, remove it, or name another folder in LEARNEDOPT_CACHE",
         reason,
     )
 
 
-def _built(source: Path, definitions: tuple[str, ...]) -> Path:
+def _library(source: Path, command: list[str]) -> ctypes.CDLL:
+    try:
+        found = _kept(source, command)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        _warn_not_kept(str(error))
+        found = None
+    if found is not None:
+        return found
+    with _compiled(source, command) as product:
+        try:
+            return ctypes.CDLL(str(product))
+        except OSError as error:
+            raise OSError(
+                f"what {command[0]} made of it cannot be loaded ({error}): is TMPDIR mounted noexec?"
+            ) from error
+
+
+def _kept(source: Path, command: list[str]) -> ctypes.CDLL | None:
+    place = cache_folder() / "kernels"
+    key = _key(source, command)
+    folder = open_private(place)
+    try:
+        found = kept_libraries.load(folder, place, key)
+        if found is None:
+            with _compiled(source, command) as product:
+                kept_libraries.keep(folder, key, product)
+            found = kept_libraries.load(folder, place, key)
+        return found
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _compiled(source: Path, command: list[str]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="learnedopt-") as folder:  # of mode 0700
+        product = Path(folder) / f"{source.stem}.so"
+        run = subprocess.run(
+            [*command, str(source), "-o", str(product), "-lm"],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        if run.returncode:
+            said = run.stderr.strip().partition("\n")[0]
+            raise subprocess.SubprocessError(
+                f"{command[0]} could not compile it ({said}). Install gcc, or name another compiler in CC"
+            )
+        yield product
+
+
+def _command(definitions: tuple[str, ...]) -> list[str]:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None:
-        raise FileNotFoundError("no C compiler was found (tried CC, cc, gcc and clang)")
-    command = [compiler, *_FLAGS, *(f"-D{definition}" for definition in definitions)]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+        raise FileNotFoundError(
+            "no C compiler was found (tried CC, cc, gcc and clang). Install gcc, or name a compiler in CC"
+        )
+    return [compiler, *_FLAGS, *(f"-D{definition}" for definition in definitions)]
+
+
+def _key(source: Path, command: list[str]) -> str:
+    """Return what a library is found again by."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     # A library for another processor would end in an illegal instruction: home folders are shared between machines.
     texts = [path.read_text() for path in (*sorted(source.parent.glob("*.h")), source)]
     key = hashlib.sha256("\n".join([*command, version, _processor(), *texts]).encode()).hexdigest()[:24]
-    target = _cache_folder() / f"{source.stem}-{key}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may build at once
-            product = Path(folder) / target.name
-            subprocess.run(
-                [*command, str(source), "-o", str(product), "-lm"],
-                capture_output=True, text=True, check=True, timeout=300,
-            )  # fmt: skip
-            os.replace(product, target)
-    return target
-
-
-def _cache_folder() -> Path:
-    own = os.environ.get("LEARNEDOPT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "learnedopt"
+    return f"{source.stem}-{key}"
 
 
 def _processor() -> str:

@@ -1,5 +1,5 @@
-/* Vectors of 64 bytes of REAL, float or double, by the compiler's vector extensions, which fit whatever the machine has:
- * what the kernels beside this file share. INTEGER is the integer of the same size.
+/* Vectors of REAL, float or double, by the compiler's vector extensions: what the kernels beside this file share. They are
+ * as wide as the machine's registers: of wider ones compilers make poor code. INTEGER is the integer of the same size.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -7,12 +7,19 @@
 #include <immintrin.h>
 #endif
 
-#define LANES ((int)(64 / sizeof(REAL)))
+#if defined(__AVX512F__)
+#define WIDTH 64 /* bytes */
+#elif defined(__AVX__)
+#define WIDTH 32
+#else
+#define WIDTH 16
+#endif
+#define LANES ((int)(WIDTH / sizeof(REAL)))
 #define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
 #define INLINE static inline __attribute__((always_inline))
 
-typedef REAL vec __attribute__((vector_size(64)));
-typedef INTEGER ivec __attribute__((vector_size(64)));
+typedef REAL vec __attribute__((vector_size(WIDTH)));
+typedef INTEGER ivec __attribute__((vector_size(WIDTH)));
 
 INLINE vec spread(REAL x) { return x - (vec){0}; }
 
@@ -160,6 +167,6 @@ static REAL *aligned(size_t count) {
 }
 
 /* From and to any address. */
-typedef REAL anywhere __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef REAL anywhere __attribute__((vector_size(WIDTH), aligned(sizeof(REAL)), may_alias));
 INLINE vec load_any(const REAL *at) { return (vec)*(const anywhere *)at; }
 INLINE void store_any(REAL *at, vec x) { *(anywhere *)at = (anywhere)x; }

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
-from learnedopt.tasks.data import arguments, conv_net, initial_params, streams
+from learnedopt.tasks.data import arguments, conv_net, image_array, initial_params, streams
 from learnedopt.tasks.data.image_array import ClassImages
 from learnedopt.tasks.module_family import ModuleFamily
 
@@ -142,7 +142,9 @@ class FewShotImages(TaskFamily):
         return index.unflatten(1, (self.ways, self.shots))[..., turn].flatten(1)
 
     def _gather(self, index: Tensor) -> Tensor:
-        chosen = self.images().pixels.index_select(0, index.flatten().cpu())
+        pixels = self.images().pixels
+        image_array.require_mapped(pixels)
+        chosen = pixels.index_select(0, index.flatten().cpu())
         images = chosen.to(arguments.resolve_dtype(self.dtype)).div_(255).unflatten(0, index.shape)
         return images.movedim(-1, 2)  # a view: channels stay last in memory, where convolutions on the CPU are fastest
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.checks import NotFinite
 from learnedopt.core.task import Batch, Tasks
 from learnedopt.core.tree import Params, Theta
 
@@ -81,7 +82,8 @@ def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tenso
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: it is no scalar, or not finite.
+        ValueError: it is no scalar.
+        NotFinite: it is not finite.
     """
     value = loss(theta, params, batch)
     if not isinstance(value, Tensor):
@@ -91,5 +93,5 @@ def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tenso
     if value.ndim:
         raise ValueError(f"the loss of one task must be a scalar, got shape {tuple(value.shape)}; use mean() or sum()")
     if not torch.isfinite(value):
-        raise ValueError(f"the loss is {value.item()} at the start; check data and initialisation")
+        raise NotFinite(f"the loss is {value.item()} at the start; check data and initialisation")
     return value
