@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 when done, 1 when training diverged, 3 when another process of it has failed, 130, 143 or 129 after a signal.
     """
+    from learnedopt.core.execution import Execution
     from learnedopt.core.files import require_name
     from learnedopt.run import train
     from learnedopt.training import launch, ranks
@@ -86,9 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
     require_name(name, "--name")
     folder = arguments.runs / name
     timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
+    device = getattr(recipe, "execution", Execution()).device  # some studies have none to choose
     try:
-        with launch.process_group(recipe.execution.device, arguments.backend, timeout):
-            own = ranks.present(recipe.execution.device, timeout)
+        with launch.process_group(device, arguments.backend, timeout):
+            own = ranks.present(device, timeout)
             result = train(recipe, folder, arguments.wandb, own)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped
