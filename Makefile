@@ -17,7 +17,8 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
     layout lstm_kernel optim persistent resume tracker train_meta trainer unrolled wandb_tracker))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long install-lowest test-lowest lint results bench bench-scaling soak wheel-check clean
+.PHONY: help install demo test test-long install-lowest test-lowest lint results docs docs-serve bench bench-scaling soak wheel-check \
+    clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,15 @@ $(LOWEST_STAMP): pyproject.toml
 
 results: $(STAMP)  ## redo the numbers and figures of docs/results.md (benchmarks/results_*.py; hours)
 	@for script in benchmarks/results_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+# The site lies in a copy of what its pages link to beside docs/, so that these links hold.
+docs: $(STAMP)  ## build the documentation site into build/site; a warning is an error
+	rm -rf build/site
+	$(BIN)/zensical build --clean --strict
+	cp -R examples README.md CHANGELOG.md CONTRIBUTING.md build/site
+
+docs-serve: $(STAMP)  ## show the documentation site while it is written
+	$(BIN)/zensical serve
 
 bench: $(BENCH_STAMP)  ## measure time and memory beside other libraries into docs/benchmarks.md (20 minutes)
 	$(BENCH_BIN)/python benchmarks/bench.py

@@ -66,6 +66,8 @@ def _shortened(message: str) -> str:
 
 def memory_table(found: Row) -> str:
     """Return the table of the long training."""
+    if "growth" not in found:
+        return f"No verdict on memory: {found['why']}."
     when = ("after 5 minutes", "at the end", "most")
     lines = [["", *when]]
     for name, words in (

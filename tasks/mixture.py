@@ -40,8 +40,10 @@ class Mixture(TaskFamily):
     Example:
         >>> family = Mixture(((0.7, learnedopt.tasks.make("image-mlp")), (0.3, learnedopt.tasks.make("text-rnn"))))
         >>> tasks = family.sample(8, torch.Generator().manual_seed(0))
-        >>> [(type(member).__name__, positions) for member, _, positions in family.split(tasks)]
-        [('ImageMLP', (2, 4, 6, 7)), ('TextRNN', (0, 1, 3, 5))]
+        >>> for member, _, positions in family.split(tasks):
+        ...     print(type(member).__name__, positions)
+        ImageMLP (2, 4, 6, 7)
+        TextRNN (0, 1, 3, 5)
     """
 
     members: tuple[tuple[float, TaskFamily], ...]

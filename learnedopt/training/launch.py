@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -39,13 +40,18 @@ def process_group(
         timeout: seconds to wait for the others to come.
 
     Raises:
-        ValueError: the backend is not there; there are more processes than GPUs, or all were given the same one.
+        ValueError: no positive time; the backend is not there; there are more processes than GPUs, or all were given
+            the same one.
         RankFailed: some have not come.
 
     Example:
         >>> with process_group():
         ...     MetaTrainer(loop, estimator, objective, num_tasks=64).run(1000)
     """
+    if not 0 < timeout < math.inf:
+        raise ValueError(
+            f"timeout={timeout!r} is how many seconds processes wait for each other: pass a positive number"
+        )
     if not launched() or (dist.is_available() and dist.is_initialized()):
         yield
         return

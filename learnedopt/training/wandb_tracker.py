@@ -59,7 +59,10 @@ class WandbTracker:
 
     Args:
         mode: ``"online"``, ``"offline"``, ``"disabled"``, or None for what ``resolve_mode`` finds.
-        project, group, job_type, name: where W&B files the run; None leaves it to W&B.
+        project: where W&B files the run.
+        group: which runs it stands beside; None leaves it to W&B.
+        job_type: what kind of run it is, such as "train"; None leaves it to W&B.
+        name: what W&B calls it; None leaves it to W&B.
         dir: the run's folder; everything, artifacts in waiting included, goes to ``dir/wandb``.
         run_id: identity of a run to go on with, from an earlier tracker's ``run_id``; None makes a new one. Keep it in
             the checkpoint. Offline each start writes a fragment of its own, which ``wandb sync`` joins by this id.
