@@ -25,6 +25,8 @@ _ITEM_SIZES = {
     "torch.storage UntypedStorage": 1,
 }  # fmt: skip
 """Bytes of a number in what may be named as the kind of a stored tensor."""
+_MOST = 50_000
+"""Things on the stack: pickles put down what they have made at every thousandth."""
 _CONSTANTS = frozenset({
     "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE",
 })  # fmt: skip
@@ -53,6 +55,8 @@ def require_plain(pickled: bytes, stored: Callable[[str], int]) -> None:
     memo: dict[int, Any] = {}
     for operation, given, _ in pickletools.genops(pickled):
         name, argument = operation.name, cast(Any, given)
+        if len(stack) > _MOST:
+            raise NotPlain("it begins too many lists before it ends one")
         if name in _CONSTANTS:
             stack.append(argument)
         elif name in ("EMPTY_DICT", "EMPTY_LIST"):
