@@ -21,7 +21,8 @@ from learnedopt.optimizers import Clip, Partition, make
 from learnedopt.plug_in.fallback import Fallback, adamw
 from learnedopt.plug_in.guard_state import packed, unpacked
 from learnedopt.plug_in.levels import level
-from learnedopt.plug_in.watch import Action, Phase, Reason, Watch
+from learnedopt.plug_in.phases import Action, Phase, Reason
+from learnedopt.plug_in.watch import Watch
 
 WINDOW = 8
 

@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from learnedopt.core.counts import require_count
 from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
 from learnedopt.plug_in.norms import norm_of
+from learnedopt.plug_in.phases import WHY, Action, HandOver, Phase, Reason
 from learnedopt.plug_in.shards import local
-from learnedopt.plug_in.watch import Action, HandOver, Phase, Reason, Watch
+from learnedopt.plug_in.watch import Watch
 
 LOGGER = logging.getLogger("learnedopt")
 EXPLODED, SMALL = 30.0, 0.1
@@ -26,15 +27,6 @@ EXPLODED, SMALL = 30.0, 0.1
 INFINITE = 1e100
 """What is no less is as good as infinite: its square, which the watch takes of losses, is near the end of floats."""
 
-WHY: dict[Reason, str] = {
-    Reason.WORSE: "the fallback does at least as well from the same point",
-    Reason.CLIMBS: "the loss climbs",
-    Reason.EXPLODED: "parameters or gradients explode",
-    Reason.NOT_FINITE: "parameters, gradients or losses are not finite",
-    Reason.HORIZON: "the run is past the num_steps that the rule was told",
-    Reason.BETTER: "the learned rule does better from the same point",
-    Reason.WAITED: "the learned rule gets another try, without a loss to judge it by",
-}
 BLIND = (
     "whether the loss falls: it was not passed; only what is not finite and exploding parameters or gradients are "
     "seen. Pass step(loss=loss) or a closure"

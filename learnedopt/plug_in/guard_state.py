@@ -16,7 +16,8 @@ from torch import Tensor
 from learnedopt.plug_in.guard_rail import Rail
 from learnedopt.plug_in.levels import Level
 from learnedopt.plug_in.memory import COUNT
-from learnedopt.plug_in.watch import KEPT, HandOver, Phase, Reason, Watch
+from learnedopt.plug_in.phases import HandOver, Phase, Reason
+from learnedopt.plug_in.watch import KEPT, Watch
 
 KEY = "guard."
 FALLBACK, SNAPSHOT, WATCH, HISTORY = f"{KEY}fallback.", f"{KEY}snapshot", f"{KEY}watch", f"{KEY}history"

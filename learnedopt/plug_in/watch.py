@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
-from typing import NamedTuple
 
 from learnedopt.plug_in.levels import Level, error, level
+from learnedopt.plug_in.phases import Action, HandOver, Phase, Reason
 
 MOST_LEGS = 5
 """Legs of a trial of the fallback, at most."""
@@ -26,49 +25,6 @@ SURGE = 100.0
 """Without the loss: gradients of so many times the smallest norm of a window, two windows long, are an explosion."""
 KEPT = 16
 """Hand-overs that are remembered one by one."""
-
-
-class Phase(IntEnum):
-    """What is going on."""
-
-    FIRST_TRY = 0
-    """The learned rule's leg of the first trial."""
-    TRIAL = 1
-    """The fallback's legs of a trial."""
-    LEARNED = 2
-    FALLBACK = 3
-    RETURN_TRY = 4
-    """The learned rule's leg of a trial, with the fallback in control."""
-
-
-class Action(Enum):
-    """What becomes of the parameters after a step."""
-
-    NONE = "nothing"
-    SAVE = "they are put into the snapshot"
-    SWAP = "they and the snapshot change places"
-    RESTORE = "they are what the snapshot holds"
-    FORGET = "the snapshot is needed no more"
-
-
-class Reason(IntEnum):
-    """Why control went over."""
-
-    WORSE = 0
-    CLIMBS = 1
-    EXPLODED = 2
-    NOT_FINITE = 3
-    HORIZON = 4
-    BETTER = 5
-    WAITED = 6
-
-
-class HandOver(NamedTuple):
-    """One change of control: the steps before it, whether the learned rule got it, and why."""
-
-    step: int
-    to_learned: bool
-    reason: Reason
 
 
 @dataclass
@@ -247,13 +203,14 @@ class Watch:
 
     def _fell_back(self, losses: list[float]) -> Action:
         now = level(losses)
-        gains = self.best is None or now.mean < self.best.mean - error(now, self.best)
-        self.stalled = 0 if gains else self.stalled + 1
-        self.best = now if gains or self.best is None else self.best
+        if self.best is None or now.mean < self.best.mean - error(now, self.best):
+            self.best, self.stalled = now, 0
+        else:
+            self.stalled += 1
         if self.stalled < 2 or self.step < self.due or self.strikes >= STRIKES:
             return Action.NONE
-        self.best = now
-        self.mark, self.phase = Level(self.best.ahead(self.window), self.best.variance, 0.0), Phase.RETURN_TRY
+        self.best, self.phase = now, Phase.RETURN_TRY
+        self.mark = Level(now.ahead(self.window), now.variance, 0.0)
         return Action.SAVE
 
     def _tried_return(self, losses: list[float]) -> Action:
