@@ -249,7 +249,7 @@ def meta_train(
         ranks=ranks,
     )
     if ranks.leads:
-        say_memory(recipe, loop, trainer.theta)
+        say_memory(recipe, loop, trainer.theta, ranks)
     try:
         return trainer.run(recipe.num_meta_steps)
     except TrainingDiverged as error:
@@ -260,9 +260,11 @@ def meta_train(
         raise error.naming(path) from error
 
 
-def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta) -> None:
+def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta, ranks: Ranks) -> None:
     """Print how much memory an estimate will take where that grows with the inner steps; of a mixture its largest."""
-    num_tasks = 1 if isinstance(recipe.estimator, TaskByTask) else recipe.num_tasks
+    start, stop = ranks.share(recipe.num_tasks)
+    at_once = 1 if isinstance(recipe.estimator, TaskByTask) else recipe.meta.micro_batch
+    num_tasks = min(stop - start, at_once or recipe.num_tasks)
     found = []
     for member, family in enumerate(loop.family.families):
         own = loop_of(loop, member)

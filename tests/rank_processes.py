@@ -88,8 +88,10 @@ KINDS: dict[str, Kind] = {
     "es": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), FinalLoss()),
     "pes": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss()),
     "failing": Kind(Truncated(3, horizon=9), SumOfLosses(), fails=True),
+    "failing pes": Kind(PersistentES(3, horizon=6, num_pairs=1, sigma=0.5), SumOfLosses(), fails=True),
 }
-"""The last one is of a meta-batch whose second task fails in the second window: with four ranks, all that one has."""
+"""Of the last ones a task fails in the second window: with four ranks, all that one has. With PES, whose episodes have
+no end, it is back in the third."""
 
 
 class Recorder(NullTracker):

@@ -31,6 +31,9 @@ from learnedopt import (
 from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import override
 from learnedopt.core.clipping import norm_of
+from learnedopt.training.failures import Failures
+from learnedopt.training.faults import Fault
+from learnedopt.training.isolation import Failure
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.validation import Judgement
 
@@ -97,6 +100,24 @@ def test_more_failures_than_the_stated_share_skip_a_meta_step_and_then_end_the_t
         assert (names in str(raised.value)) == (share > 0)
         assert ("2 of 8 tasks had failed (max_failed_share=0.2)" in str(raised.value)) == (share == 0.2)
         assert ("; and 3 more)" in str(raised.value)) == (share == 0.9)
+
+
+def test_a_share_of_none_skips_a_meta_step_also_where_the_estimator_leaves_a_task_out() -> None:
+    for estimator in (TaskByTask(Unrolled(2)), EvolutionStrategies(2, 2, 0.02)):
+        made = trainer(Failing(at=1, listed=(0,)), estimator, max_failed_share=0.0, max_skips_in_a_row=2)
+        with pytest.raises(TrainingDiverged, match=r"1 of 8 tasks had failed \(max_failed_share=0.0\)"):
+            made.run(3)
+
+
+def test_one_process_alone_warns_of_the_first_failures(caplog: pytest.LogCaptureFixture) -> None:
+    failures = [Failure(3, Fault("loss", 2, 7))]
+    for warns in (False, True):
+        caplog.clear()
+        made = Failures(warns=warns)
+        for _ in range(2):
+            told = made.told(failures, 1, 4)
+        assert told == {"failed_tasks": 1, "failed": "task 3 of episode 4: loss at inner step 2 (task seed 7)"}
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
 
 
 def test_an_episode_that_loses_too_many_tasks_is_given_up() -> None:

@@ -110,14 +110,16 @@ def test_a_failed_task_costs_no_cohort_of_pes() -> None:
     assert counts == [1.0] * 6
 
 
-def test_a_cohort_with_failed_tasks_has_the_mean_of_the_others() -> None:
+@pytest.mark.parametrize("micro_batch", [None, 1, 2])
+def test_a_cohort_with_failed_tasks_has_the_mean_of_the_others(micro_batch: int | None) -> None:
     estimator = PersistentES(2, horizon=8, num_pairs=1, sigma=0.05)  # one cohort
     loop = loop_on(Failing(at=3, listed=BAD))
     theta, carry = start(estimator, loop)
     alone, places = only(estimator, carry, GOOD), tuple(range(NUM_TASKS))
     for window in range(6):  # the episode ends after four: then there are fresh tasks, as many as ever
-        found = estimate_finite(estimator, loop, theta, SumOfLosses(), carry, places)
+        found = estimate_finite(estimator, loop, theta, SumOfLosses(), carry, places, micro_batch=micro_batch)
         expected = estimator.estimate(loop, theta, SumOfLosses(), alone)
+        assert found.places == places  # a failed one is back with its next episode, also where it has a share alone
         if window == 0 or window >= 4:
             assert not found.failures if window != 5 else found.failures
         if 1 <= window < 4:
@@ -183,7 +185,7 @@ def test_the_estimate_of_a_finite_meta_batch_is_taken_once_and_as_it_is(monkeypa
     whole = estimate_finite(
         Unrolled(3), loop_on(Failing(at=0, listed=BAD)), theta, FinalLoss(), carry, range(6), apart=False
     )
-    assert len(calls) == 2 and not whole.estimate.finite and whole.weight == 0 and not whole.failures
+    assert len(calls) == 2 and not whole.estimate.finite and whole.weight == NUM_TASKS and not whole.failures
 
 
 def test_ranks_with_and_without_failures_come_to_the_same_mean() -> None:
@@ -212,13 +214,35 @@ def test_micro_batches_are_isolated_as_well(micro_batch: int) -> None:
     assert found[1:] == whole[1:] and found.estimate.info["failed_tasks"] == 2
 
 
+def test_tasks_that_an_estimator_leaves_out_as_too_steep_have_not_failed() -> None:
+    loop = loop_on(Failing(at=1, listed=(0,)))
+    theta, carry = start(TaskByTask(Unrolled(3)), loop)
+    for drop_above in (1e-9, 1e3):  # all that are finite, and none of them
+        estimator = TaskByTask(Unrolled(3), drop_above=drop_above)
+        for micro_batch in (None, 1):
+            found = estimate_finite(
+                estimator, loop, theta, SumOfLosses(), carry, range(NUM_TASKS), micro_batch=micro_batch
+            )
+            assert [failure.position for failure in found.failures] == [0]
+            assert found.estimate.info["failed_tasks"] == 1
+            assert found.weight == (0 if drop_above < 1 else NUM_TASKS - 1)
+            assert found.estimate.finite == (drop_above > 1)
+
+
+def test_what_cannot_be_told_apart_leaves_no_finite_mean_with_others() -> None:
+    loop, estimator = loop_on(Failing(at=1, listed=(0,))), Unrolled(3)
+    theta, carry = start(estimator, loop)
+    found = estimate_finite(estimator, loop, theta, SumOfLosses(), carry, range(NUM_TASKS), micro_batch=2, apart=False)
+    assert not found.estimate.finite and found.weight == NUM_TASKS and found.places == tuple(range(NUM_TASKS))
+
+
 def test_what_knows_no_shares_is_skipped_as_a_whole() -> None:
     estimator = Combined(Unrolled(3), EvolutionStrategies(3, 2, 0.05))
     loop = loop_on(Failing(at=1, listed=(0, 1, 2, 3, 4, 5)))
     loop = InnerLoop(loop.family, loop.rule, Execution(vet=False))
     theta, carry = start(estimator, loop)
     found = estimate_finite(estimator, loop, theta, FinalLoss(), carry, range(NUM_TASKS))
-    assert found.weight == 0 and found.failures == []
+    assert found.weight == 0 and len(found.failures) == NUM_TASKS  # named by the part that leaves tasks out
     assert math.isnan(float(found.estimate.loss))
 
 

@@ -30,6 +30,8 @@ from learnedopt import (
 from learnedopt.core.carry import Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.training import carries, meta_batch
+from learnedopt.training.isolation import Found
+from learnedopt.training.rank_estimates import Share, Summing
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own forward mode
 
@@ -208,3 +210,27 @@ def test_reports_of_shares_are_put_together_by_what_they_are() -> None:
     found = meta_batch.mean_info([first, second], [0.75, 0.25])
     torch.testing.assert_close(found.pop("losses"), torch.tensor([1.5, 3.0]))
     assert found == {"inner_steps": 6, "residual": 0.3, "rate": 2.5}
+
+
+class Echo:
+    """Two ranks, of which the other one has no tasks left."""
+
+    alone, size, rank = False, 2, 0
+
+    def sum(self, numbers: Tensor, what: str) -> Tensor:
+        return numbers
+
+    def everyones(self, value: Any, what: str) -> list[Any]:
+        return [value, type(value)()]
+
+
+def test_ranks_report_numbers_of_any_name_and_fractions_of_failed_tasks() -> None:
+    theta = {"lr": torch.ones(2)}
+    info = {"failed_tasks": 0.5, "two words": 3, "rate": 0.25, "losses": torch.tensor([2.0, 1.0])}
+    estimate = Estimate(torch.tensor(2.0), {"lr": torch.tensor([1.0, 3.0])}, None, info)
+    found = Summing(Echo())(Share(Found(estimate, 4.5, (0, 1, 2, 3, 4), []), 5, 15), theta, "a test")  # pyright: ignore[reportArgumentType]
+    told = found.estimate.info
+    torch.testing.assert_close(told.pop("losses"), torch.tensor([2.0, 1.0], dtype=torch.float64))
+    assert told == {k: v for k, v in info.items() if k != "losses"}
+    torch.testing.assert_close(found.estimate.grads, estimate.grads)
+    assert (found.num_tasks, found.stop, found.goes_on) == (5, 15, False)

@@ -24,16 +24,20 @@ def require_share(name: str, value: Any) -> None:
 
 @final
 class Failures:
-    """Names the failures of a training; ``last`` says the latest ones, for a message."""
+    """Names the failures of a training; ``last`` says the latest ones, for a message.
 
-    def __init__(self) -> None:
+    Args:
+        warns: whether this process is the one that warns of the first ones.
+    """
+
+    def __init__(self, *, warns: bool = True) -> None:
         self.last = ""
-        self._warned = False
+        self._warns = warns
 
     def told(self, failures: Sequence[Failure], num_failed: float, episode: int) -> dict[str, Any]:
         """Return what the metrics of a meta-step say: how many tasks its meta-batch lacks, and which have failed now.
 
-        Nothing where none has. The first ones of a process are warned of.
+        Nothing where none has. The first ones are warned of.
         """
         self.last = ""
         if not num_failed:
@@ -43,8 +47,8 @@ class Failures:
             return {FAILED: num_failed}
         more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
         self.last = f" ({'; '.join(words[:SHOWN])}{more})"
-        if not self._warned:
-            self._warned = True
+        if self._warns:
+            self._warns = False
             logger.warning(
                 "Tasks have failed, and are left out of the meta-gradient%s. Not finite first is what is named. "
                 "Later ones are in the metrics alone (failed_tasks, failed).", self.last,

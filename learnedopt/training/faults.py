@@ -60,7 +60,7 @@ def first_fault(
             for path, leaf in carries.leaves(value, name):
                 if not _finite(leaf):
                     return Fault(f"the meta-{path}" if name in ("loss", "gradient") else path, None, seed)
-    return Fault("a perturbed theta's loss", None, seed)
+    return Fault("the meta-loss or meta-gradient, or a perturbed theta's loss", None, seed)
 
 
 def _along(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int) -> Iterator[tuple[int, str, Any]]:

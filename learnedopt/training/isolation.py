@@ -31,8 +31,10 @@ class Found(NamedTuple):
 
     Args:
         estimate: their mean; where none is finite, or tasks cannot be told apart, one that is not finite either.
-        weight: over how many tasks it is a mean; 0 where it is not finite.
-        places: the positions in the meta-batch of the tasks that its carry is of.
+        weight: over how many tasks it is a mean: 0 where none is finite, all of them where they cannot be told apart,
+            so that no mean with it is finite.
+        places: the positions in the meta-batch of the tasks that its carry is of; an estimator that leaves tasks out by
+            itself keeps them there.
         failures: the tasks that have failed now.
     """
 
@@ -106,18 +108,19 @@ def estimate_finite(
 
 def _of_share(asked: _Asked, carry: Any, places: tuple[int, ...]) -> Found:
     estimate = asked.estimator.estimate(asked.loop, asked.theta, asked.objective, carry)
-    if estimate.finite:
-        info = dict(estimate.info)
-        own = [_failure(asked, carry, i, places) for i in info.pop("failed", [])]
-        return Found(estimate._replace(info=info), info.pop("num_tasks", len(places)), places, own)
+    info = dict(estimate.info)
+    left_out, weight = info.pop("failed", []), info.pop("num_tasks", len(places))
+    whole = Found(estimate._replace(info=info), len(places), places, [])
+    if estimate.finite or not weight:  # of 0 the estimator itself has left out all tasks, and knows when they return
+        return whole._replace(weight=weight, failures=[_failure(asked, carry, i, places) for i in left_out])
     if not asked.apart:
-        return Found(estimate, 0.0, places, [])
+        return whole
     if len(places) == 1:
         return Found(estimate, 0.0, (), [Failure(places[0], _fault(asked, carry, estimate))])
     try:
         return _in_shares(asked, carry, places, _halves_or_singles(asked, len(places)))
     except Indivisible:
-        return Found(estimate, 0.0, places, [])
+        return whole
 
 
 def _in_shares(asked: _Asked, carry: Any, places: tuple[int, ...], bounds: list[tuple[int, int]]) -> Found:
@@ -129,10 +132,7 @@ def _in_shares(asked: _Asked, carry: Any, places: tuple[int, ...], bounds: list[
 def together(estimator: GradientEstimator, found: Sequence[Found]) -> Found:
     """Return what was found in shares of a meta-batch as one, the shares' carries joined."""
     failures = [failure for each in found for failure in each.failures]
-    for each in found:
-        if each.places and not each.weight:  # its tasks could not be told apart, so that none can be left out
-            return Found(each.estimate, 0.0, tuple(place for one in found for place in one.places), failures)
-    kept = [each for each in found if each.weight] or [*found[:1]]
+    kept = [each for each in found if each.places] or [*found[:1]]
     weights = [each.weight for each in kept]
     estimate = meta_batch.weighted_mean(estimator, [each.estimate for each in kept], weights)
     num_failed = sum(each.estimate.info.get(FAILED, len(each.failures)) for each in found)

@@ -60,17 +60,19 @@ def weighted_mean(estimator: GradientEstimator, estimates: Sequence[Estimate], w
     Args:
         estimator: theirs.
         estimates: of the shares, in the order of their tasks.
-        weights: how many tasks each is a mean over, positive.
+        weights: how many tasks each is a mean over; one of 0 says nothing, and its carry goes on. Where all are 0, the
+            mean is the first estimate.
     """
     if len(estimates) == 1:
         return estimates[0]
-    total = sum(weights)
-    parts = [weight / total for weight in weights]
-    like = estimates[0]
-    loss = mean_of([each.loss for each in estimates], parts)
-    grads = {k: mean_of([each.grads[k] for each in estimates], parts) for k in like.grads}
-    info = mean_info([each.info for each in estimates], parts)
-    return Estimate(loss, grads, join(estimator, [each.carry for each in estimates]), info)
+    carry, total = join(estimator, [each.carry for each in estimates]), sum(weights)
+    if not total:
+        return estimates[0]._replace(carry=carry)
+    parts = [weight / total for weight in weights if weight]
+    told = [each for each, weight in zip(estimates, weights, strict=True) if weight]
+    loss = mean_of([each.loss for each in told], parts)
+    grads = {k: mean_of([each.grads[k] for each in told], parts) for k in told[0].grads}
+    return Estimate(loss, grads, carry, mean_info([each.info for each in told], parts))
 
 
 def mean_of(values: Sequence[Tensor], parts: Sequence[float]) -> Tensor:

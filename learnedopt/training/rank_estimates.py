@@ -101,8 +101,6 @@ class Summing:
                 grads = [weight * found.grads[k].detach().to("cpu", torch.float64).flatten() for k in theta]
                 padded = (x for k, size in self._reported.items() for x in _padded(own.get(k), size))
                 slots[self._ranks.rank] = torch.tensor([weight, *padded], dtype=torch.float64)
-            elif not share.found.failures:  # its tasks could not be told apart, so that none can be left out
-                head["loss"] = math.nan
         return torch.cat([torch.tensor([*head.values()], dtype=torch.float64), slots.flatten(), *grads])
 
     @property
@@ -118,7 +116,7 @@ class Summing:
         loss = torch.tensor(head["loss"] / weight, dtype=torch.float64)
         told = [self._read(row) for row in slots.reshape(self._ranks.size, -1).tolist() if row[0]]
         info = mean_info([each for _, each in told], [each / weight for each, _ in told])
-        info |= {FAILED: int(head["failed"])} if head["failed"] else {}
+        info |= {FAILED: head["failed"]} if head["failed"] else {}  # of phases that count equally, a fraction
         own, carry, places = share.found, None, ()
         if own is not None and own.places:
             carry, places = own.estimate.carry, own.places
@@ -131,7 +129,7 @@ class Summing:
         """Return a rank's weight, and what it reported."""
         info, at = {}, 1
         for key, size in self._reported.items():
-            (name, kind), count = key.split(" "), int(row[at])
+            (name, _, kind), count = key.rpartition(" "), int(row[at])
             values = row[at + 1 : at + 1 + count]
             if count:
                 info[name] = _KINDS[kind](values)

@@ -138,7 +138,7 @@ class MetaTrainer:
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
-        self._why, self._failures = "", Failures()
+        self._why, self._failures = "", Failures(warns=self.ranks.leads)
         self.progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
         self._sum, self._goes_on = Summing(self.ranks), False
@@ -251,7 +251,7 @@ class MetaTrainer:
         steadied, self._why = self.progress.steadied, ""
         if not (math.isfinite(norm.mantissa) and math.isfinite(loss)):
             self._why = "the meta-gradient was not finite"
-        elif num_failed > self.max_failed_share * self.num_tasks and self.max_failed_share > 0:
+        elif num_failed / self.num_tasks > self.max_failed_share:
             self._why = (
                 f"{num_failed:g} of {self.num_tasks} tasks had failed (max_failed_share={self.max_failed_share})"
             )
