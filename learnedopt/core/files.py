@@ -103,6 +103,12 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
+def require_plain_file(path: Path) -> None:
+    """Raise ValueError where ``path`` is a folder, a pipe or a device: to read it would fail, wait, or never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder, a pipe or a device, and no file; move it away")
+
+
 def require_name(name: str, what: str, of: str = "folder") -> None:
     """Raise ValueError unless ``name`` can name a folder, or a file, inside one: nothing that leads elsewhere."""
     try:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from learnedopt.core.files import parse_json, write_atomically
+from learnedopt.core.files import parse_json, require_plain_file, write_atomically
 
 BLANK = "0" * 64
 """What stands in the place of the digits until ``seal`` writes them."""
@@ -25,7 +25,7 @@ RECORD = "learnedopt-record-1"
 _PLACE = re.compile(rb'\\?"sha256\\?": ?\\?"([0-9a-f]{64})\\?"')  # also in JSON text inside JSON text
 _OWN = ("format", "sha256")
 _PIECE = 1 << 20
-MAX_RECORD = 1 << 28
+MAX_RECORD = 1 << 26
 """Bytes of a JSON file that are read."""
 
 
@@ -86,6 +86,7 @@ def read_record(path: Path, of_before: tuple[type, ...] = (dict,)) -> Any:
     Raises:
         ValueError: it is damaged, nested too deeply, or larger than any that is written; it holds something else.
     """
+    require_plain_file(path)
     try:
         if path.stat().st_size > MAX_RECORD:
             raise ValueError(f"it is larger than {MAX_RECORD} bytes")

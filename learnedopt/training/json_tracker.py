@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from learnedopt.core.files import json_number, parse_json, plain_json, write_atomically
+from learnedopt.core.files import json_number, parse_json, plain_json, require_plain_file, write_atomically
 from learnedopt.training.tracker import Metrics
+
+MAX_LINE = 1 << 26
+"""Bytes of a line that is read."""
+_PIECE = 1 << 20
 
 
 class JsonLinesTracker:
@@ -87,13 +92,14 @@ class JsonLinesTracker:
         if not self.path.exists():
             return
         _mend_tail(self.path)
-        kept = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            at = _parse(self.path, number, line).get("step")
-            if at is None or at <= step:
-                kept.append(line)
-        whole = b"".join(kept)
-        write_atomically(self.path, lambda partial: _write_bytes(partial, whole))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as kept:
+                for row, line in _rows(self.path):
+                    if row.get("step") is None or row["step"] <= step:
+                        kept.write(line)
+
+        write_atomically(self.path, write)
         if self._fd is not None:  # the open file is the replaced one
             os.close(self._fd)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -120,16 +126,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not JSON, or has no metrics. (A half-written last line has no line end and is left out.)
     """
-    whole, end, _ = Path(path).read_bytes().rpartition(b"\n")
-    rows = [_parse(path, number, line) for number, line in enumerate((whole + end).splitlines(), start=1)]
     try:
         return [
             {name: [float(x) for x in v] if isinstance(v, list) else _revive(v) for name, v in row.items()}
-            for row in rows
+            for row, _ in _rows(Path(path))
             if "event" not in row
         ]
     except TypeError as error:
         raise ValueError(f"{path} has a metric that is no number ({error}); mend that line") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield what each line that has its end says, and the line: not all of a long record at once."""
+    require_plain_file(path)
+    with path.open("rb") as file:
+        number = 0
+        while (line := file.readline(MAX_LINE + 1)).endswith(b"\n"):
+            number += 1
+            yield _parse(path, number, line), line
+        if len(line) > MAX_LINE:
+            raise ValueError(
+                f"line {number + 1} of {path} is longer than {MAX_LINE} bytes, so it is not a record of a "
+                "training; move it away"
+            )
 
 
 def _number_or_curve(value: float | list[float] | str) -> Any:
@@ -162,13 +181,17 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return entry
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def _mend_tail(path: Path) -> None:
     """Cut off what follows the last line end: a line that was being written when the process died."""
+    require_plain_file(path)
     if path.exists():
-        with open(path, "r+b") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+        with path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(end - _PIECE, 0)
+                file.seek(start)
+                if (last := file.read(end - start).rfind(b"\n")) >= 0:
+                    end = start + last + 1
+                    break
+                end = start
+            file.truncate(end)

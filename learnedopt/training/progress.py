@@ -140,7 +140,15 @@ def saved_config(path: Path) -> dict[str, Any] | None:
         ValueError: the file is damaged, or is no training state.
     """
     text = _read(path).get(_CONFIG)
-    return None if text is None else parse_json(text)
+    if text is None:
+        return None
+    try:
+        config = parse_json(text)
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the configuration in {path} is none ({_told(error)}); {_ADVICE}") from error
+    return config
 
 
 def _checked(path: Path, content: dict[str, Any], training: Training) -> Progress:

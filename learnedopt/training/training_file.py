@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.core.files import write_atomically
+from learnedopt.core.files import require_plain_file, write_atomically
 from learnedopt.core.sealed import END, at_the_end, is_sealed, seal
 from learnedopt.training.pickled import NotPlain, require_plain
 
@@ -59,6 +59,7 @@ def read(path: Path) -> tuple[Any, bool]:
         pickle.UnpicklingError, NotPlain: it holds something else.
         Exception: of any kind, where the file is damaged.
     """
+    require_plain_file(path)
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
         entries = _entries(archive, path.stat().st_size)
         sealed = is_sealed(path, *at_the_end(path))
