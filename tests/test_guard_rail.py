@@ -451,6 +451,26 @@ def test_lazy_parameters_may_get_their_shapes_in_the_midst_of_a_trial() -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("at", [2, WINDOW + 2, 3 * WINDOW + 2], ids=["first leg", "trial", "probation"])
+def test_a_parameter_that_is_put_in_another_s_place_is_watched_and_comes_back(at: int) -> None:
+    net = model()
+    optimizer = ruled(net, make("sgd", lr=0.1), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, range(at))
+    rail = optimizer._rail
+    assert rail is not None and optimizer.guard_report().hand_overs == 0
+    other = nn.Parameter(torch.randn(1, 6, generator=torch.Generator().manual_seed(1)))
+    net.weight = optimizer.param_groups[0]["params"][0] = other
+    begun = other.detach().clone()
+    step = at
+    while rail.watch.learned_controls:
+        before = other.detach().clone()
+        optimizer.param_groups[0]["lr"] = 1e4 if rail.watch.learned_moves else 1.0
+        train(net, optimizer, range(step, step + 1))
+        step += 1
+    assert optimizer.guard_report().history[0].reason is Reason.EXPLODED
+    assert any(torch.equal(other, kept) for kept in (begun, before))
+
+
 def test_a_group_that_the_fallback_refuses_leaves_no_trace() -> None:
     net = model()
     optimizer = ruled(net, Line(0.1), guard=Guard(lambda groups: torch.optim.Rprop(groups), window=WINDOW))

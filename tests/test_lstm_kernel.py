@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +162,43 @@ def test_infinities_saturate_and_nan_stays_nan() -> None:
     deltas, new = rule.update(theta, {"x": grads}, state, {}, grads.sum())
     assert deltas["x"].isnan().tolist() == [True, False, False, False, False]
     assert new["h1"].isfinite().tolist() == [[False, True, True, True, True]] * 20
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 65])
+def test_what_is_not_finite_stays_in_its_lane(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, theta, grads, state = problem((20, 2, 10.0, n), dtype)
+    odd = torch.tensor([math.inf, -math.inf, math.nan, 1e-42, 1e-320, 1e35, 0.0], dtype=dtype)[:n]
+    flat = torch.cat([odd, grads[0, len(odd) :]])
+    deltas, new = rule.update(theta, {"x": flat}, state, {}, flat.sum())
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
+    exact, states = rule.update(theta, {"x": flat}, state, {}, flat.sum())
+    for found, expected in ((deltas["x"], exact["x"]), *((new[k], states[k]) for k in new)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype], equal_nan=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for older processors of this kind")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_narrower_vectors_reckon_the_same(processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if processor == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
+    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in native._FLAGS]
+    monkeypatch.setattr(native, "_FLAGS", (*flags, "-O1"))
+    monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    try:
+        assert lstm_native.is_there(torch.float32)
+        case = problem((20, 2, 10.0, 131), torch.float32)
+        case[2][0, :3] = torch.tensor([math.inf, -math.inf, 1e-42])
+        found = values_and_gradients(*case)
+    finally:
+        native.library.cache_clear()
+    monkeypatch.setattr(lstm_kernel, "computed_dtype", lambda *tensors: None)
+    expected = values_and_gradients(*case)
+    # An infinite input times a gate's slope of 0 is NaN, times one that is nearly 0 it is infinite.
+    assert all(torch.equal(found[k].isfinite(), expected[k].isfinite()) for k in found)
+    told, exact = ({k: v.nan_to_num(0, 0, 0) for k, v in each.items()} for each in (found, expected))
+    assert worst(told, exact) < TOLERANCE[torch.float32]
 
 
 def test_second_derivatives_are_refused_with_what_to_do() -> None:
