@@ -71,7 +71,7 @@ def test_what_must_not_be_is_found(read: Any, told: str, tmp_path: Path) -> None
     fuzz.listen()
     folder = tmp_path / "own"
     folder.mkdir()
-    (folder / "a").write_text("a")
+    (folder / "a").write_text("sha256")  # a trace of a hash
     found = fuzz.Found()
     fuzz.read(Target("a", lambda path: None, read), folder / "a", "as it was", found, "changed")
     assert found.counts["inputs"] == 1
