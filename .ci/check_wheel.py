@@ -1,10 +1,11 @@
 """Build the wheel, install it into an empty environment, and check there what a user gets.
 
-Usage: python .ci/check_wheel.py [torch requirement]
+Usage: python .ci/check_wheel.py [torch requirement [folder that keeps the archives]]
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def main() -> None:
         seconds = min(float(run(python, "-c", INSIDE, cwd=empty)) for _ in range(5))
         assert seconds < MAX_IMPORT_SECONDS, f"import learnedopt takes {seconds:.2f} s more than import torch"
         print(f"installed into an empty environment; import learnedopt takes {seconds:.3f} s more than import torch")
+        if len(sys.argv) > 2:
+            shutil.copytree(empty / "dist", sys.argv[2], dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

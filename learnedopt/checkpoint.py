@@ -105,7 +105,7 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
         >>> rule, inner_objective, theta, _ = load_checkpoint("runs/imaml-omniglot")
         >>> loop = InnerLoop(family, rule, inner_objective=inner_objective)
     """
-    found = theta_file.describe(_find(path_or_name))
+    found = theta_file.describe(file_of(path_or_name))
     config = _description(found)
     rule, inner_objective, expected = _built(found, config)
     _require_fit(rule, inner_objective, expected, found.shapes, str(found.path))
@@ -162,7 +162,8 @@ def packaged() -> list[str]:
     return sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir() if p.name.endswith(".safetensors"))
 
 
-def _find(path_or_name: str | Path) -> Path:
+def file_of(path_or_name: str | Path) -> Path:
+    """Return the file that ``load`` reads for a checkpoint's path, a run's folder or a packaged name."""
     path = Path(path_or_name)
     if path.is_dir() and (path / "theta.safetensors").is_file():
         return path / "theta.safetensors"
