@@ -291,11 +291,12 @@ def save_theta(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingRe
 
 def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:
     """Write the best theta and a figure into the run's folder, and tell the tracker."""
-    from learnedopt.evaluation import plots
+    from learnedopt.evaluation.training_plot import plot_training, windows_of
 
     theta = save_theta(recipe, folder, loop, result)
     figure = folder / "training.png"
-    plots.plot_training(figure, read_metrics(folder / "metrics.jsonl"))
+    windows = windows_of(configuration(recipe)["estimator"])
+    plot_training(figure, read_metrics(folder / "metrics.jsonl"), windows=windows)
     tracker.figure("training", figure)
     tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata_of(recipe, result))
     if recipe.compare:

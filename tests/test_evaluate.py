@@ -17,7 +17,7 @@ from torch import Tensor
 from learnedopt import Execution, TaskFamily, optimizers
 from learnedopt.evaluation.comparison import MEASURES, Comparison, Outcome, summarise
 from learnedopt.evaluation.evaluate import BASELINES, Baseline, TuningWarning, compare, hand_designed, measure, tune
-from learnedopt.evaluation.plots import plot_curves, plot_lines, plot_panels, plot_training
+from learnedopt.evaluation.plots import plot_curves, plot_lines, plot_panels
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -309,22 +309,25 @@ def test_loss_curves_are_drawn_with_the_candidate_in_front(tmp_path: Path) -> No
     assert share(plain, EMPHASIS) == 0
     exploding = {**curves, "mine": [3.0, 1.0, 1e250, 0.1]}
     assert np.array_equal(pixels(plot_curves(tmp_path / "exploding.png", exploding)), plain)
+    for at, value in (("ends", 1e9), ("gone", math.inf)):  # diverged for good, which is said
+        ending = pixels(plot_curves(tmp_path / f"{at}.png", {**curves, "mine": [3.0, 1.0, 0.5, value]}))
+        assert not np.array_equal(
+            ending, pixels(plot_curves(tmp_path / "cut.png", {**curves, "mine": [3.0, 1.0, 0.5]}))
+        )
+    banded = plot_curves(
+        tmp_path / "banded.png", curves, bands={"other": ([-1.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 2.0])}
+    )
+    assert not np.array_equal(pixels(banded), plain)
     linear = pixels(plot_curves(tmp_path / "linear.png", {**curves, "mine": [3.0, 1.0, -1.0, 0.1]}))
     assert not np.array_equal(linear, plain)
 
 
-def test_lines_and_training_are_drawn(tmp_path: Path) -> None:
+def test_lines_are_drawn(tmp_path: Path) -> None:
     lines = plot_lines(
         tmp_path / "lines.png", {"a": ([1, 10, 100], [1e-3, 1e-2, 0.0]), "b": ([1, 10], torch.tensor([2.0, 3.0]))},
         "steps", "error", logx=True, logy=True,
     )  # fmt: skip
     assert share(pixels(lines), (0x00, 0x72, 0xB2)) > 1e-4
-    rows = [{"step": i, "meta_loss": 5.0 / i if i != 7 else "NaN", "grad_norm": 1.0} for i in range(1, 1200)]
-    rows[49] |= {"validation": 0.5}
-    rows[499] |= {"validation": 0.02}
-    image = pixels(plot_training(tmp_path / "training.png", rows, title="A run"))
-    assert share(image, EMPHASIS) > 1e-4 and share(image, (0x00, 0x72, 0xB2)) > 1e-3
-    assert pixels(plot_training(tmp_path / "first.png", rows[:1])).std() > 0
 
 
 def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
@@ -332,8 +335,6 @@ def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
         plot_curves(tmp_path / "none.png", {"a": [math.nan, math.inf], "b": []})
     with pytest.raises(ValueError, match="'a' has 2 x values but 3 y values"):
         plot_lines(tmp_path / "none.png", {"a": ([1, 2], [1, 2, 3])}, "x", "y")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_training(tmp_path / "none.png", [])
     assert list(tmp_path.iterdir()) == []
 
 

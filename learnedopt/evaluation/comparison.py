@@ -41,6 +41,12 @@ def summarise(values: Tensor) -> Summary:
     return Summary(mean, median, mean - half, mean + half)
 
 
+def interval_of_means(values: Tensor) -> Tensor:
+    """Return (2, n): the 95 % interval of each row's mean, of (n, num_tasks) values; NaN where one is not finite."""
+    half = _student_t(values.shape[1] - 1) * values.std(1) / math.sqrt(values.shape[1])
+    return torch.stack([values.mean(1) - half, values.mean(1) + half])
+
+
 def _student_t(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t (Abramowitz and Stegun 1964, 26.7.5; 0.2 % off at 3 degrees)."""
     z = 1.959963984540054
@@ -78,11 +84,13 @@ class Outcome:
         values: (num_tasks,) by measure, float64 on the CPU, infinite where not finite.
         curve: (num_steps,), the train loss before each update, a mean over tasks.
         tuning: how its learning rate was found; None where nothing was tuned.
+        interval: (2, num_steps), the 95 % interval of the curve's means by Student's t; None where it is not known.
     """
 
     values: dict[Measure, Tensor]
     curve: Tensor
     tuning: Tuning | None = None
+    interval: Tensor | None = None
 
     @property
     def num_diverged(self) -> int:
@@ -126,6 +134,7 @@ class Comparison:
                 "measures": {name: vars(summarise(values)) for name, values in outcome.values.items()},
                 "tried": outcome.tuning and [*sorted(outcome.tuning.scores.items())],
                 "curve": outcome.curve.tolist(),
+                "interval": None if outcome.interval is None else outcome.interval.tolist(),
             }
             for label, outcome in self.outcomes.items()
         }
@@ -163,8 +172,9 @@ class Comparison:
         write_json(paths["json"], self.describe())
         write_text(paths["md"], self.markdown())
         curves = {label: outcome.curve for label, outcome in self.outcomes.items()}
-        title = f"Training loss before each update, mean over {self.settings['num_tasks']} tasks"
-        plot_curves(paths["png"], curves, emphasis=self.candidates, title=title)
+        bands = {k: (o.interval[0], o.interval[1]) for k, o in self.outcomes.items() if o.interval is not None}
+        title = f"Training loss before each update, mean over {self.settings['num_tasks']} tasks and its 95 % interval"
+        plot_curves(paths["png"], curves, emphasis=self.candidates, title=title, bands=bands)
         return paths
 
 

@@ -23,7 +23,16 @@ from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.user_warning import warn_user
 from learnedopt.evaluation import lanes
-from learnedopt.evaluation.comparison import MEASURES, Comparison, Difference, Measure, Outcome, Tuning, summarise
+from learnedopt.evaluation.comparison import (
+    MEASURES,
+    Comparison,
+    Difference,
+    Measure,
+    Outcome,
+    Tuning,
+    interval_of_means,
+    summarise,
+)
 from learnedopt.evaluation.grids import FEW, Grid, Point, search
 
 _SMALL = 1000  # parameters of a task, up to which tasks run together
@@ -91,7 +100,8 @@ def measure(candidate: Candidate, family: TaskFamily, tasks: Tasks, num_steps: i
     rollout = loop.run(theta, loop.start(tasks), num_steps, Tape.NONE)
     losses = rollout.losses.double().cpu()
     end = rollout.end._replace(params=_results(loop, theta, rollout.end))
-    return Outcome(_measured(losses, loop.losses(theta, end, "valid").double().cpu()), losses.mean(1))
+    values = _measured(losses, loop.losses(theta, end, "valid").double().cpu())
+    return Outcome(values, losses.mean(1), interval=interval_of_means(losses) if losses.shape[1] > 1 else None)
 
 
 def _results(loop: InnerLoop, theta: Theta, end: Carry) -> Params:

@@ -23,8 +23,8 @@ from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
+from learnedopt.evaluation.adaptation_plot import plot_adaptation
 from learnedopt.evaluation.comparison import Summary, align, summarise, write_text
-from learnedopt.evaluation.plots import plot_adaptation
 
 LOSS, ACCURACY = "loss", "accuracy"
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learnedopt.evaluation.plots import COLOURS, DASHES, EMPHASIS, plain_axes, scale_axis, write_figure
+from learnedopt.evaluation.plots import COLOURS, DASHES, EMPHASIS, mark_end, plain_axes, scale_axis, write_figure
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.suite_table import Suite
 
 _FACTOR = 2.0  # a loss so many times the best baseline's, or a part of it, has the colour map's end
-_DARK = 0.5  # of a logarithm, from which on the colour is dark
+_DARK = 1.05  # times the best baseline's, below which the colour is dark
 _CEILING = 3.0  # times the first loss, above which a curve is left out: it would flatten the others
 _COLUMNS = 3
 _DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon + cosine")
@@ -22,7 +22,8 @@ _DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon 
 def plot_matrix(path: str | Path, suite: Suite) -> Path:
     """Draw the last 20 losses of all optimizers on all nets over those of each net's best tuned baseline.
 
-    Green is better than it, red worse; a cross is a run that diverged on any seed, white one that was not run.
+    Dark and bold is better than it, light worse, also in grey; a cross is a run that diverged on any seed, white one
+    that was not run.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -32,13 +33,14 @@ def plot_matrix(path: str | Path, suite: Suite) -> Path:
     figure = Figure(figsize=(2.5 + 0.62 * len(nets), 2.4 + 0.3 * len(labels)), layout="constrained")
     axes = figure.add_subplot()
     shown = [[value if value is not None and math.isfinite(value) else math.nan for value in row] for row in table]
-    image = axes.imshow(shown, cmap="RdYlGn_r", norm=LogNorm(1 / _FACTOR, _FACTOR), aspect="auto")
+    image = axes.imshow(shown, cmap="cividis", norm=LogNorm(1 / _FACTOR, _FACTOR), aspect="auto")
     for i, row in enumerate(table):
         for j, value in enumerate(row):
             if value is not None:
                 text = "×" if math.isinf(value) else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-                dark = math.isfinite(value) and abs(math.log(value)) > _DARK
-                axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+                dark, bold = value < _DARK, "bold" if value < 1 else "normal"
+                colour = "white" if dark else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour, fontweight=bold)
     axes.set_xticks(range(len(nets)), nets, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     for tick in axes.get_yticklabels()[: len(suite.candidates)]:
@@ -51,7 +53,10 @@ def plot_matrix(path: str | Path, suite: Suite) -> Path:
 
 
 def plot_suite_curves(path: str | Path, suite: Suite) -> Path:
-    """Draw a panel a net: train losses, means over seeds, with bands from the lowest to the highest seed."""
+    """Draw a panel a net: train losses, means over seeds, with bands from the lowest to the highest seed.
+
+    A line that ends with a cross diverged there: over three times the first loss, or not finite.
+    """
     from matplotlib.figure import Figure
 
     num_rows = -(-len(suite.results) // _COLUMNS)
@@ -88,8 +93,9 @@ def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
     strong = label in suite.candidates
     (line,) = axes.plot(
         steps, values.mean(1).tolist(), color=colour, linewidth=2.4 if strong else 1.4, label=label,
-        dashes=DASHES[0] if strong else DASHES[(index + 1) % len(DASHES)],
+        dashes=DASHES[(index if strong else index + 1) % len(DASHES)],
     )  # fmt: skip
+    mark_end(axes, line)
     low, high = values.amin(1).tolist(), values.amax(1).tolist()
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     return line
