@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -204,6 +205,10 @@ def test_importing_the_package_is_light() -> None:
 
 def test_no_module_of_the_package_is_loaded_twice() -> None:
     names = [name.removesuffix(".__init__") for name in modules() if name.startswith("learnedopt.")]
+    missing = {name for name in BRIDGED if importlib.util.find_spec(name) is None}
+    names = [
+        name for name in names if name.rpartition(".")[2].partition("_")[0] not in missing
+    ]  # their bridges ask for them
     loaded = loaded_after("import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names))
     assert not loaded & {"wandb", *FOLDERS}
 
