@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_hub, cli_train
+from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_hub, cli_report, cli_train
 
 BAD_INPUT = 2
 DISK_FULL = 74  # EX_IOERR of sysexits.h
@@ -106,7 +106,7 @@ def _replace(number: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
-    for module in (cli_train, cli_check, cli_diagnose, cli_evaluate, cli_hub):
+    for module in (cli_train, cli_check, cli_diagnose, cli_evaluate, cli_report, cli_hub):
         module.add_parser(commands)
     for add_parser in (_add_list, _add_card):
         add_parser(commands)

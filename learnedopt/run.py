@@ -7,6 +7,7 @@ again with the same configuration it goes on where it stopped, exactly.
 from __future__ import annotations
 
 import math
+import platform
 import signal
 import uuid
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import learnedopt
 from learnedopt import checkpoint
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.execution import Execution
@@ -363,8 +365,18 @@ def find_run(folder: Path, recipe: Recipe | Study) -> str | None:
     return None
 
 
+def environment() -> dict[str, str]:
+    """Return the versions and the machine that numbers may depend on; not who or where."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "learnedopt": learnedopt.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "platform": platform.platform(), "processor": platform.machine(), "gpu": gpu,
+    }  # fmt: skip
+
+
 def begin_run(folder: Path, recipe: Recipe | Study) -> str:
-    """Write the configuration of a new run into its folder; return the run's id."""
+    """Write the configuration of a new run, and what it runs on, into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
-    write_record(folder / "config.json", {"run_id": run_id, "recipe": configuration(recipe)})
+    about = {"run_id": run_id, "recipe": configuration(recipe), "environment": environment()}
+    write_record(folder / "config.json", about)
     return run_id
