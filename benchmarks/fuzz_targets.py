@@ -23,7 +23,7 @@ from learnedopt import (
     checkpoint,
     optimizers,
     recipes,
-    run,
+    run_folder,
 )
 from learnedopt.core import sealed
 from learnedopt.evaluation.suite_table import collect
@@ -122,12 +122,12 @@ def read_cache(path: Path) -> Any:
 
 def save_run(path: Path) -> None:
     """Write a run's configuration."""
-    run.begin_run(path.parent, recipes.make("lstm-quadratic"))
+    run_folder.begin_run(path.parent, recipes.make("lstm-quadratic"))
 
 
 def read_run(path: Path) -> Any:
     """Find a run by its configuration."""
-    return run.find_run(path.parent, recipes.make("lstm-quadratic"))
+    return run_folder.find_run(path.parent, recipes.make("lstm-quadratic"))
 
 
 def save_metrics(path: Path) -> None:

@@ -242,8 +242,18 @@ def test_what_knows_no_shares_is_skipped_as_a_whole() -> None:
     loop = InnerLoop(loop.family, loop.rule, Execution(vet=False))
     theta, carry = start(estimator, loop)
     found = estimate_finite(estimator, loop, theta, FinalLoss(), carry, range(NUM_TASKS))
-    assert found.weight == 0 and len(found.failures) == NUM_TASKS  # named by the part that leaves tasks out
+    assert found.weight == NUM_TASKS and found.failures == []
     assert math.isnan(float(found.estimate.loss))
+
+
+def test_a_part_of_two_that_leaves_out_all_of_its_tasks_leaves_the_other_parts() -> None:
+    estimator = Combined(Unrolled(1), EvolutionStrategies(3, 2, 0.05))  # the longer one alone comes to where tasks fail
+    loop = loop_on(Failing(at=2, listed=tuple(range(NUM_TASKS))))
+    loop = InnerLoop(loop.family, loop.rule, Execution(vet=False))
+    theta, carry = start(estimator, loop)
+    found = estimate_finite(estimator, loop, theta, SumOfLosses(), carry, range(NUM_TASKS))
+    assert found.estimate.finite and found.weight == NUM_TASKS and found.failures == []
+    assert found.estimate.info["failed_tasks_perturbed"] == NUM_TASKS and "failed_tasks" not in found.estimate.info
 
 
 def test_a_ranked_estimator_names_the_task_that_it_leaves_out() -> None:

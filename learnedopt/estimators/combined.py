@@ -158,8 +158,10 @@ class Combined(GradientEstimator):
         leading = found[0] if finite[0] or not finite[1] else found[1]
         info = _joined(found[0].info, found[1].info, leading)
         info["weight_back_propagated"] = _mean_share(shares, theta)
-        for name, ok, m in zip(("back_propagated", "perturbed"), finite, moments, strict=True):
+        for name, each, ok, m in zip(("back_propagated", "perturbed"), found, finite, moments, strict=True):
             info[f"not_finite_{name}"] = int(not ok)
+            if "failed_tasks" in each.info:
+                info[f"failed_tasks_{name}"] = each.info["failed_tasks"]
             known = [self._variance(m, k) for k in theta]
             if all(x is not None for x in known):
                 info[f"variance_{name}"] = float(sum(x.sum() for x in known if x is not None))
@@ -238,7 +240,9 @@ def _mean_share(shares: dict[str, Tensor | float], theta: Theta) -> float:
 
 def _joined(first: dict[str, Any], second: dict[str, Any], leading: Estimate) -> dict[str, Any]:
     """Return what both estimates report, less what is of one alone."""
-    info = {k: v for k, v in {**second, **first}.items() if k not in ("losses", "inner_steps", "zero_gradient")}
+    # Each part leaves out tasks of its own, so that its numbers of them are not those of the estimate.
+    alone = ("losses", "inner_steps", "zero_gradient", "num_tasks", "failed_tasks", "failed")
+    info = {k: v for k, v in {**second, **first}.items() if k not in alone}
     if "losses" in leading.info:
         info["losses"] = leading.info["losses"]
     if "inner_steps" in first and "inner_steps" in second:
