@@ -86,8 +86,8 @@ def test_classes_are_the_readers_own() -> None:
     with pytest.raises(ValueError, match=r"holds .*:Noise, of which this training's carries have none"):
         through_a_file(carry, {k: v for k, v in mine.items() if v is Pair})
     with pytest.raises(TypeError, match=r"the carry of Mine holds \['.*:Noise'\], which are not in what Mine\.start"):
-        carries.require_known(carry, {k: v for k, v in mine.items() if v is Pair}, "Mine")
-    carries.require_known(carry, mine, "Mine")
+        carries.require_plain(carry, "Mine", {k: v for k, v in mine.items() if v is Pair})
+    carries.require_plain(carry, "Mine", mine)
     # Moved to another module since, which is no reason; of other fields, which is one.
     moved = {name.replace(__name__, "elsewhere"): kind for name, kind in mine.items()}
     assert through_a_file(carry, moved) == carry

@@ -130,8 +130,10 @@ def test_any_number_of_processes_has_the_meta_gradients_of_one(
         assert bool(each["rows"]) == (rank == 0)
     told = answers[0][f"{kind} {dtype} {size}"]["rows"]
     assert [row["step"] for row in told] == [*range(NUM_META_STEPS + 1)]
+    # Of a share with nothing finite its inner steps are not told.
+    aside = {"step_ms", "gradient_variance"} | ({"inner_steps"} if kind == "failing pes" else set())
     for row, like in zip(told, expected["rows"], strict=True):
-        for k in like.keys() - {"step_ms", "gradient_variance"}:
+        for k in like.keys() - aside:
             assert row[k] == (like[k] if isinstance(like[k], str) else pytest.approx(like[k], rel=1e-4, abs=1e-6)), k
 
 

@@ -32,8 +32,11 @@ def leaves(carry: Any, path: str = "carry") -> Iterator[tuple[str, Any]]:
         yield from leaves(child, f"{path}.{key}" if by_name else f"{path}[{key!r}]")
 
 
-def require_plain(carry: Any, whose: str) -> None:
-    """Raise TypeError, which names the leaf, unless all leaves of ``carry`` are tensors, numbers or None."""
+def require_plain(carry: Any, whose: str, classes: Classes | None = None) -> None:
+    """Raise TypeError, which names the leaf, unless all leaves of ``carry`` are tensors, numbers or None.
+
+    With ``classes`` also where it holds a class that is not among them: no checkpoint could rebuild it.
+    """
     for path, leaf in leaves(carry):
         # Exactly these types: NumPy's float64 is a float too, but a class that no checkpoint may load.
         if leaf is not None and type(leaf) not in _NUMBERS and not isinstance(leaf, Tensor):
@@ -42,6 +45,13 @@ def require_plain(carry: Any, whose: str) -> None:
                 "nest of dicts (with strings or integers as keys), lists, tuples, named tuples and dataclasses with "
                 "tensors, int, float, bool and None as leaves" + _advice(leaf)
             )
+    unknown = [] if classes is None else sorted(classes_of(carry).keys() - classes.keys())
+    if unknown:
+        raise TypeError(
+            f"the carry of {whose} holds {unknown}, which are not in what {whose}.start returns, nor in a begun "
+            "Carry: a checkpoint loads no classes, so it could not rebuild them. Let start return a carry of the same "
+            "classes, or use a dict or a tuple there"
+        )
 
 
 def classes_of(carry: Any) -> Classes:
@@ -53,17 +63,6 @@ def classes_of(carry: Any) -> Classes:
     for child in children.values():
         found |= classes_of(child)
     return found
-
-
-def require_known(carry: Any, classes: Classes, whose: str) -> None:
-    """Raise TypeError where a carry holds a class of which no example was seen: no checkpoint could rebuild it."""
-    unknown = sorted(classes_of(carry).keys() - classes.keys())
-    if unknown:
-        raise TypeError(
-            f"the carry of {whose} holds {unknown}, which are not in what {whose}.start returns, nor in a begun "
-            "Carry: a checkpoint loads no classes, so it could not rebuild them. Let start return a carry of the same "
-            "classes, or use a dict or a tuple there"
-        )
 
 
 def pack(carry: Any, home: torch.device) -> Any:

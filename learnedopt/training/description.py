@@ -14,6 +14,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.core.parts import parts_of
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
+from learnedopt.training.isolation import Remaining
 from learnedopt.training.progress import SHAPES, Training
 
 
@@ -50,5 +51,5 @@ def describe(
     def start() -> Any:
         return estimator.start(loop, fixed, tasks, torch.Generator().manual_seed(0))
 
-    classes = carries.classes_of(begun) | carries.classes_of(start())
+    classes = carries.classes_of([begun, start(), Remaining(None, ())])
     return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()))

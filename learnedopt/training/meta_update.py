@@ -69,6 +69,12 @@ class MetaUpdate:
         return True
 
 
+def undone(theta: Theta) -> str:
+    """Say why a step was undone."""
+    dtypes = ", ".join(sorted({str(x.dtype) for x in theta.values()}))
+    return f"theta ({dtypes}) was not finite after it, so that the step was undone; keep theta in float32"
+
+
 def _stepped_plainly(thing: _Stepped) -> _Stepped:
     """Return ``thing``, refusing what ``step()`` alone cannot step: closures and metrics are not at hand."""
     needed = [k for k, p in inspect.signature(thing.step).parameters.items() if p.default is p.empty]

@@ -21,6 +21,7 @@ from learnedopt.training import carries, training_file
 from learnedopt.training.pickled import NotPlain
 from learnedopt.training.saved_state import require_progress, require_state, require_steadied
 from learnedopt.training.steadying import Steadied
+from learnedopt.training.validation import Judgement
 
 FORMAT = "learnedopt-training-3"
 FORMAT_2 = "learnedopt-training-2"
@@ -54,6 +55,18 @@ class Progress:
     best_theta: Theta | None = None
     carry: Any = None  # the estimator's own
     steadied: Steadied = field(default_factory=Steadied)
+
+    @property
+    def at_start(self) -> bool:
+        """Whether nothing has been done that a validation of the start would come too late for."""
+        return self.meta_step == 0 and self.best_theta is None
+
+    def keep_the_best(self, theta: Theta, found: Judgement) -> None:
+        """Let a theta be the best so far where what was found of it says so."""
+        best = None if self.best_theta is None else Judgement(self.best_value, self.best_failed)
+        if found.beats(best):
+            self.best_value, self.best_failed = found
+            self.best_theta = theta
 
 
 class Training(NamedTuple):

@@ -23,6 +23,10 @@ class Steadied:
     lowest_mean: float = math.inf
     num_rollbacks: int = 0
 
+    def learned(self, theta: Theta) -> Theta:
+        """Return a copy of what has been learned so far: the average of theta, or theta without one."""
+        return {k: v.detach().clone() for k, v in (theta if self.average is None else self.average).items()}
+
 
 @final
 @dataclass(frozen=True)

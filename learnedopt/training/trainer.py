@@ -23,8 +23,9 @@ from learnedopt.training import carries
 from learnedopt.training.description import describe
 from learnedopt.training.failures import Failures
 from learnedopt.training.interrupts import Interrupts
-from learnedopt.training.isolation import FAILED, Remaining, estimate_finite, opened, remaining
-from learnedopt.training.meta_update import MetaUpdate
+from learnedopt.training.isolation import FAILED, estimate_finite, opened, remaining
+from learnedopt.training.meta_update import MetaUpdate, undone
+from learnedopt.training.metrics import metrics_of
 from learnedopt.training.progress import Progress, Training, require_loadable, save_progress
 from learnedopt.training.rank_carries import own_share, resume, whole_carry
 from learnedopt.training.rank_checks import require_ready
@@ -35,7 +36,7 @@ from learnedopt.training.settings import require_settings
 from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
 from learnedopt.training.tracker import Tracker, progress_line, sinks_of
-from learnedopt.training.validation import Judgement, Validation, task_generator
+from learnedopt.training.validation import Validation, task_generator
 
 
 class MetaTrainer:
@@ -170,7 +171,7 @@ class MetaTrainer:
         with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
-                if self._at_start:
+                if self.progress.at_start:
                     self._log({}, validate=True)
                 stop = self.ranks.agree(interrupts.number, "the start")
                 while stop is None and self.progress.meta_step < num_meta_steps:
@@ -215,17 +216,10 @@ class MetaTrainer:
             self.steadying.go_back(self.theta, self.meta_optimizer, progress.steadied)
             progress.num_skipped, progress.skips_in_a_row = progress.num_skipped + 1, progress.skips_in_a_row + 1
         self.ranks.follow([*self.theta.values()], f"theta after meta-step {progress.meta_step}")
-        metrics = {
-            "meta_loss": loss,
-            "grad_norm": norm.value,
-            "step_ms": 1e3 * (time.perf_counter() - began),
-            "skipped": progress.num_skipped,
-            "inner_loss": [float(x) for x in estimate.info.get("losses", [])],
-        }
+        metrics = metrics_of(estimate, norm, time.perf_counter() - began, progress.num_skipped)
         if self.steadying.rollback_above is not None:
             metrics["rollbacks"] = progress.steadied.num_rollbacks
-        metrics.update({k: v for k, v in estimate.info.items() if isinstance(v, (int, float))})
-        metrics.update(self._failures.told(found.failures, num_failed, progress.episode - 1))
+        metrics |= self._failures.told(found.failures, num_failed, progress.episode - 1)
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
@@ -258,8 +252,7 @@ class MetaTrainer:
         elif self.steadying.too_high(loss, steadied):
             self._why = f"the meta-loss was too high, {loss:g}"
         elif not self._update.apply(grads, norm, self.max_grad_norm):
-            dtypes = ", ".join(sorted({str(x.dtype) for x in self.theta.values()}))
-            self._why = f"theta ({dtypes}) was not finite after it, so that the step was undone; keep theta in float32"
+            self._why = undone(self.theta)
         else:
             self.steadying.moved(self.theta, loss, steadied)
         return not self._why
@@ -275,21 +268,16 @@ class MetaTrainer:
         return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
     def _require_carry(self, carry: Any) -> None:
-        whose = type(self.estimator).__name__
-        carries.require_plain(carry, whose)
-        if self._training is not None:
-            carries.require_known(carry, self._training.classes, whose)
+        classes = None if self._training is None else self._training.classes
+        carries.require_plain(carry, type(self.estimator).__name__, classes)
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
         if self.validation is not None and validate:
-            progress, learned = self.progress, self._learned()
+            learned = self.progress.steadied.learned(self.theta)
             found = self.validation.judge(learned, self.ranks)
-            best = None if progress.best_theta is None else Judgement(progress.best_value, progress.best_failed)
-            if found.beats(best):
-                progress.best_value, progress.best_failed = found
-                progress.best_theta = learned
-            metrics = {**metrics, "validation": found.value, "best_validation": progress.best_value}
+            self.progress.keep_the_best(learned, found)
+            metrics = {**metrics, "validation": found.value, "best_validation": self.progress.best_value}
             metrics |= {"validation_failed": found.num_failed} if found.num_failed else {}
         if metrics:
             self.tracker.log(metrics, self.progress.meta_step)
@@ -302,20 +290,10 @@ class MetaTrainer:
         raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
-        last, progress = self._learned(), self.progress
+        last, progress = self.progress.steadied.learned(self.theta), self.progress
         return TrainingResult(
             last, progress.best_theta or last, progress.best_value, progress.meta_step, progress.num_skipped
         )
-
-    def _learned(self) -> Theta:
-        """Return a copy of what has been learned so far: the average of theta, or theta without one."""
-        average = self.progress.steadied.average
-        return {k: v.detach().clone() for k, v in (self.theta if average is None else average).items()}
-
-    @property
-    def _at_start(self) -> bool:
-        """Whether nothing has been done that a validation of the start would come too late for."""
-        return self.progress.meta_step == 0 and self.progress.best_theta is None
 
     def _save(self) -> None:
         if self.checkpoint is None or self._training is None:
@@ -334,10 +312,9 @@ class MetaTrainer:
         if self.progress.meta_step == 0 and self.progress.carry is None and not self._goes_on:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
-        self.tracker.rewind(-1 if self._at_start else self.progress.meta_step)
+        self.tracker.rewind(-1 if self.progress.at_start else self.progress.meta_step)
 
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
         found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
-        classes = found.classes | carries.classes_of(Remaining(None, ()))
-        return found._replace(classes=classes, config=self.config)
+        return found._replace(config=self.config)
