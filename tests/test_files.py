@@ -22,13 +22,28 @@ import torch
 from safetensors.torch import save_file
 
 import learnedopt
-from learnedopt import FinalLoss, InnerLoop, MetaTrainer, Unrolled, checkpoint, cli, inner_objectives, optimizers, tasks
+from learnedopt import (
+    FinalLoss,
+    InnerLoop,
+    MetaTrainer,
+    SumOfLosses,
+    Truncated,
+    Unrolled,
+    checkpoint,
+    cli,
+    inner_objectives,
+    optimizers,
+    recipes,
+    run,
+    tasks,
+)
 from learnedopt.core import sealed
 from learnedopt.core.files import parse_json
 from learnedopt.optimizers import SGD, describe
 from learnedopt.recipes.study import remember
 from learnedopt.tasks.data import image_array
 from learnedopt.training import progress, training_file
+from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 7
@@ -301,6 +316,39 @@ def test_a_sparse_archive_is_refused_by_its_sizes(trained: bytes, tmp_path: Path
     assert bounded(load) < 2
 
 
+@pytest.mark.parametrize("what", ["pipe", "device", "folder"])
+def test_what_is_no_plain_file_is_not_waited_for(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[what]()
+    tracker = JsonLinesTracker(path)
+    for read in (sealed.read_record, read_metrics, progress.saved_config, lambda _: tracker.rewind(0)):
+        with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+            read(path)
+    with pytest.raises(ValueError, match="a folder, a pipe or a device"):
+        tracker.start({})
+
+
+def test_a_line_that_does_not_end_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "a": 2}\n')
+    os.truncate(path, 1 << 28)
+
+    def read() -> None:
+        with pytest.raises(ValueError, match=r"line 2 of .* is longer"):
+            read_metrics(path)
+
+    assert bounded(read) < 5
+    JsonLinesTracker(path).rewind(1)  # what was never ended is cut off
+    assert read_metrics(path) == [{"step": 1, "a": 2}]
+
+
+@pytest.mark.parametrize("config", [5, "[1]", "3", "{", None], ids=["5", "list", "3", "cut", "none"])
+def test_a_configuration_in_a_checkpoint_is_one(config: Any, trained: bytes, tmp_path: Path) -> None:
+    changed(trained, tmp_path / "checkpoint.pt", lambda content: content.update(config=config))
+    with pytest.raises(ValueError, match=r"checkpoint"):
+        run.find_run(tmp_path, recipes.make("lstm-quadratic"))
+
+
 def test_json_that_is_nested_too_deeply() -> None:
     for levels in (101, 900, 200_000):
         with pytest.raises(ValueError, match="nested deeper than 100 levels"):
@@ -363,6 +411,47 @@ def test_nothing_is_restored_of_a_state_that_does_not_fit(kind: str, trained: by
     assert state(other) == before and path.read_bytes() == data
     changed(trained, path, lambda content: None)
     assert trainer(path).run(4).meta_step == 4
+
+
+def loops(content: dict[str, Any], change: Callable[[Any], Any]) -> None:
+    """Change the leaves of the inner loop in a checkpoint's carry."""
+
+    def changed_in(packed: Any) -> Any:
+        if isinstance(packed, list) and len(packed) == 3:
+            return [packed[0], packed[1], [changed_in(child) for child in packed[2]]]
+        return change(packed)
+
+    content["carry"] = changed_in(content["carry"])
+
+
+CARRIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a number": lambda c: c.update(carry=5),
+    "no loop": lambda c: c.update(carry=["dict", [], []]),
+    "shapes": lambda c: loops(c, lambda x: torch.zeros(2, 3) if isinstance(x, torch.Tensor) else x),
+    "types": lambda c: loops(c, lambda x: x.double() if isinstance(x, torch.Tensor) else x),
+    "no tensors": lambda c: loops(c, lambda x: 3),
+    "step": lambda c: loops(c, lambda x: -7 if isinstance(x, int) else x),
+    "step of another type": lambda c: loops(c, lambda x: 2.5 if isinstance(x, int) else x),
+}
+
+
+@pytest.mark.parametrize("kind", CARRIES)
+def test_an_inner_loop_that_does_not_fit_is_not_restored(kind: str, tmp_path: Path) -> None:
+    def truncated() -> MetaTrainer:
+        loop = InnerLoop(tasks.make("quadratic", dim=2), optimizers.make("momentum", learn=("lr",)))
+        estimator = Truncated(2, horizon=8)
+        return MetaTrainer(loop, estimator, SumOfLosses(), tracker=None, num_tasks=2, checkpoint=tmp_path / "a.pt")
+
+    truncated().run(2)
+    data = (tmp_path / "a.pt").read_bytes()
+    changed(data, tmp_path / "a.pt", CARRIES[kind])
+    other = truncated()
+    before = state(other)
+    with pytest.raises(ValueError, match=r"a\.pt was written for another estimator or rule"):
+        other.run(4)
+    assert state(other) == before
+    changed(data, tmp_path / "a.pt", lambda content: None)
+    assert truncated().run(4).meta_step == 4
 
 
 class Refusing(torch.optim.Adam):

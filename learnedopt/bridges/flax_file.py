@@ -17,6 +17,8 @@ import torch
 
 MAX_BYTES = 1 << 28
 _MAX_DEPTH = 50
+_MAX_VALUES = 100_000
+"""In a message: a byte of the file may be one, and takes far more in memory."""
 _ARRAY = 1
 _DTYPES = ("float16", "float32", "float64", "int32", "int64", "bool")
 _NUMBERS = {
@@ -110,6 +112,8 @@ class _Message:
             return self._take(size)
         if kind == "str":
             return self._take(size).decode()
+        if size > _MAX_VALUES and kind in ("list", "dict"):
+            raise ValueError(f"it has a {kind} of {size} values, more than {_MAX_VALUES}")
         if kind == "list":
             return [self.value() for _ in range(size)]
         if kind == "dict":

@@ -12,6 +12,7 @@ from learnedopt.core.carry import narrow
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.parts import parts_of
+from learnedopt.core.shares import carries_in
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.isolation import Remaining
@@ -51,5 +52,7 @@ def describe(
     def start() -> Any:
         return estimator.start(loop, fixed, tasks, torch.Generator().manual_seed(0))
 
-    classes = carries.classes_of([begun, start(), Remaining(None, ())])
-    return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()))
+    example = start()
+    classes = carries.classes_of([begun, example, Remaining(None, ())])
+    loops = begun if carries_in(example) else ()
+    return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()), loops)

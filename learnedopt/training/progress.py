@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries, training_file
 from learnedopt.training.pickled import NotPlain
-from learnedopt.training.saved_state import require_progress, require_state, require_steadied
+from learnedopt.training.saved_state import require_carry, require_progress, require_state, require_steadied
 from learnedopt.training.steadying import Steadied
 from learnedopt.training.validation import Judgement
 
@@ -79,6 +79,7 @@ class Training(NamedTuple):
         run: plain values that say which training this is, for what no shape tells.
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
+        loops: a begun inner loop of each family, where the estimator's carries hold some.
         config: the configuration of the run, which ``saved_config`` gives back.
     """
 
@@ -88,6 +89,7 @@ class Training(NamedTuple):
     run: dict[str, Any]
     classes: carries.Classes
     begun: Callable[[], Any]
+    loops: Sequence[Carry] = ()
     config: Mapping[str, Any] = {}
 
 
@@ -255,9 +257,11 @@ def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
     if content["format"] == FORMAT_1:
         return None if saved is None else _carry_of_format_1(path, saved, training.begun())
     try:
-        return carries.unpack(saved, training.classes, _home(training.theta))
+        carry = carries.unpack(saved, training.classes, _home(training.theta))
+        require_carry(carry, training.loops)
     except ValueError as error:
         raise ValueError(f"{path} was written for another estimator or rule: {error}; {_ADVICE}") from error
+    return carry
 
 
 def _carry_of_format_1(path: Path, saved: dict[str, Any], like: Carry) -> Carry:

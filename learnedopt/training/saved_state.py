@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from learnedopt.core.carry import Carry
+from learnedopt.core.shares import carries_in
 from learnedopt.core.tree import Theta
 from learnedopt.training.steadying import Steadied
 
@@ -62,6 +65,30 @@ def require_state(saved: Any, of_scheduler: Any, optimizer: torch.optim.Optimize
         if unknown := sorted(k for k in of_scheduler if k not in own and not k.startswith("_")):
             raise ValueError(f"the scheduler's state has {unknown}, which the present one has not")
         _require_alike("the scheduler's", of_scheduler, own)
+
+
+def require_carry(carry: Any, begun: Sequence[Carry]) -> None:
+    """Raise ValueError unless the inner loops in a carry are such as begin here.
+
+    Args:
+        carry: an estimator's, or None.
+        begun: a begun loop of each family; none where the estimator's carries hold no loops.
+    """
+    found, known = carries_in(carry), [_form(one) for one in begun]
+    known += [_form(one._replace(state=None)) for one in begun]
+    if carry is not None and begun and not found:
+        raise ValueError("its carry holds no inner loop")
+    for one in found:
+        if _form(one) not in known:
+            raise ValueError("names, shapes or types of an inner loop's tensors are not those that begin here")
+        if type(one.step) is not int or one.step < 0:
+            raise ValueError(f"an inner loop stands at the step {one.step!r}")
+
+
+def _form(carry: Carry) -> Any:
+    """Return names, types and shapes, but for the number of tasks, of parameters and state."""
+    leaves, spec = pytree.tree_flatten((carry.params, carry.state))
+    return spec, [(x.dtype, x.shape[1:]) if isinstance(x, Tensor) else type(x) for x in leaves]
 
 
 def _require_alike(whose: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
