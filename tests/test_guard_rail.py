@@ -451,6 +451,40 @@ def test_lazy_parameters_may_get_their_shapes_in_the_midst_of_a_trial() -> None:
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_what_is_lazy_cannot_be_moved_until_it_has_a_shape() -> None:
+    net = nn.ModuleDict({"first": model(), "late": nn.LazyLinear(1)})
+    optimizer = ruled(net, make("adam", lr=0.3))
+    rail = optimizer._rail
+    assert rail is not None
+    for _ in range(2):
+        assert [p.numel() for p in rail._seen(optimizer.param_groups)] == [6, 1]
+    net["late"](torch.zeros(2, 3))
+    for _ in range(2):
+        assert [p.numel() for p in rail._seen(optimizer.param_groups)] == [6, 1, 3, 1]
+
+
+def test_parameters_that_begin_at_zero_do_not_explode_by_their_first_steps() -> None:
+    net = model()
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    optimizer = ruled(net, make("sgd", lr=0.1), guard=Guard(sgd, window=WINDOW))
+    train(net, optimizer, range(WINDOW))
+    assert optimizer.guard_report().hand_overs == 0
+
+
+def test_the_fallback_takes_off_the_weight_decay_of_the_groups() -> None:
+    net = model()
+    optimizer = ruled(net, Line(math.nan), weight_decay=0.1, guard=Guard(sgd, warm_up=1))
+    train(net, optimizer, range(1))
+    alone = copy.deepcopy(net)
+    plain = sgd([{"params": [*alone.parameters()]}])
+    plain.register_step_pre_hook(lambda *_: [p.data.mul_(1 - 0.1) for p in alone.parameters()] and None)
+    train(net, optimizer, range(1, 6))
+    train(alone, plain, range(1, 6))
+    for mine, its in zip(net.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
 @pytest.mark.parametrize("at", [2, WINDOW + 2, 3 * WINDOW + 2], ids=["first leg", "trial", "probation"])
 def test_a_parameter_that_is_put_in_another_s_place_is_watched_and_comes_back(at: int) -> None:
     net = model()
