@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,7 +170,7 @@ def _client() -> Any:
 
 
 @contextmanager
-def _plain(action: str) -> Iterator[None]:
+def _plain(action: str) -> Generator[None, None, None]:
     """Raise what the client raises as OSError, with what to do; its own errors are of three libraries."""
     from huggingface_hub import errors
 
