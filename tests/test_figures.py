@@ -48,8 +48,8 @@ def test_windows_and_whole_episodes_are_never_on_one_axis(tmp_path: Path, drawn:
     above, below = drawn[0].axes
     assert above.get_ylabel() == "validation loss,\nwhole episodes"
     assert below.get_ylabel() == "meta-loss,\nwindows, 5 an episode"
-    assert [list(map(float, line.get_ydata())) for line in above.lines] == [[90.0, 80.0]]
-    assert max(map(float, below.lines[0].get_ydata())) == 50
+    assert [np.asarray(line.get_ydata()).tolist() for line in above.lines] == [[90.0, 80.0]]
+    assert np.asarray(below.lines[0].get_ydata()).max() == 50
 
 
 @pytest.mark.parametrize("num_rows", [700, 23, 4])

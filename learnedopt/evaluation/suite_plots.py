@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from learnedopt.evaluation.suite_table import Suite
 
 _FACTOR = 2.0  # a loss so many times the best baseline's, or a part of it, has the colour map's end
-_DARK = 1.05  # times the best baseline's, below which the colour is dark
+_DARK = 0.85  # times the best baseline's, below which the colour is dark
 _CEILING = 3.0  # times the first loss, above which a curve is left out: it would flatten the others
 _COLUMNS = 3
 _DRAWN = ("Nesterov + cosine", "Adam", "AdamW + cosine", "Schedule-Free", "Muon + cosine")
