@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
     Args:
         estimate: their mean; where none is finite, or tasks cannot be told apart, one that is not finite either.
-        weight: over how many tasks it is a mean; 0 where it is not finite.
+        weight: over how many tasks it is a mean, a part of one for parts of its estimate; 0 where it is not finite.
         places: the positions in the meta-batch of the tasks that its carry is of.
         failures: the tasks that have failed now.
     """
@@ -106,7 +106,7 @@ def estimate_finite(
 
 def _of_share(asked: _Asked, carry: Any, places: tuple[int, ...]) -> Found:
     estimate = asked.estimator.estimate(asked.loop, asked.theta, asked.objective, carry)
-    if estimate.finite:
+    if estimate.finite or asked.estimator.is_part(carry):  # of a part alone nobody knows whether its task has failed
         info = dict(estimate.info)
         own = [_failure(asked, carry, i, places) for i in info.pop("failed", [])]
         return Found(estimate._replace(info=info), info.pop("num_tasks", len(places)), places, own)
