@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -44,7 +45,7 @@ from learnedopt import (
 )
 from learnedopt import optimizers as rules
 from learnedopt.core.estimator import Estimate, GradientEstimator
-from learnedopt.core.objective import MetaObjective
+from learnedopt.core.objective import MetaObjective, OfLosses
 from learnedopt.core.tree import Params, Theta
 from learnedopt.training import launch
 from learnedopt.training.ranks import present
@@ -79,6 +80,19 @@ class Kind(NamedTuple):
     objective: MetaObjective
     starts: bool = False
     fails: bool = False
+    num_tasks: int = NUM_TASKS
+
+
+@dataclass(frozen=True)
+class Below(OfLosses):
+    """The loss at the end, which is not finite above a limit: of each perturbed theta for itself."""
+
+    limit: float
+    split = "valid"
+
+    def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
+        """Return the last one."""
+        return torch.where(end > self.limit, torch.nan, end)
 
 
 KINDS: dict[str, Kind] = {
@@ -87,11 +101,18 @@ KINDS: dict[str, Kind] = {
     "implicit": Kind(Implicit(60, ConjugateGradient(5)), FinalLoss(), starts=True),
     "es": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), FinalLoss()),
     "pes": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss()),
+    "es of one task": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), FinalLoss(), num_tasks=1),
+    "es in windows": Kind(EvolutionStrategies(2, num_pairs=4, sigma=0.5, horizon=6), FinalLoss(), num_tasks=1),
+    "pes of one task": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss(), num_tasks=1),
+    "pes of two tasks": Kind(PersistentES(2, horizon=6, num_pairs=4, sigma=0.5), FinalLoss(), num_tasks=2),
+    "es, high": Kind(EvolutionStrategies(4, num_pairs=3, sigma=0.5), Below(9.0), num_tasks=1),
+    "pes, high": Kind(PersistentES(2, horizon=6, num_pairs=3, sigma=0.5), Below(6.5), num_tasks=1),
+    "es, failing": Kind(EvolutionStrategies(2, 4, 0.5, horizon=6), FinalLoss(), fails=True, num_tasks=3),
     "failing": Kind(Truncated(3, horizon=9), SumOfLosses(), fails=True),
     "failing pes": Kind(PersistentES(3, horizon=6, num_pairs=1, sigma=0.5), SumOfLosses(), fails=True),
 }
-"""Of the last ones a task fails in the second window: with four ranks, all that one has. With PES, whose episodes have
-no end, it is back in the third."""
+"""Of those that fail a task does in the second window: with four ranks, all that one has. With PES, whose episodes have
+no end, it is back in the third. Of the high ones, some pairs are not finite at some meta-steps, and all at others."""
 
 
 class Recorder(NullTracker):
@@ -135,8 +156,8 @@ def trainer_of(kind: str, dtype: str, **options: Any) -> MetaTrainer:
     """Return a meta-training of a kind that remembers its meta-gradients."""
     loop = loop_of(kind, DTYPES[dtype])
     theta = {k: v.to(DTYPES[dtype]) for k, v in loop.init_theta(torch.Generator().manual_seed(1)).items()}
-    options = {"num_tasks": NUM_TASKS, "tracker": Recorder(), **options}
     made = KINDS[kind]
+    options = {"num_tasks": made.num_tasks, "tracker": Recorder(), **options}
     return MetaTrainer(
         loop, made.estimator, made.objective, lambda params: Remembering(params, 0.01), theta=theta, **options
     )
@@ -255,6 +276,18 @@ def differing(how: str) -> None:
 def more_than_tasks() -> None:
     """Train on fewer tasks than there are ranks."""
     trainer_of("truncated", "float64", num_tasks=dist.get_world_size() - 1).run(1)
+
+
+def more_than_pairs() -> None:
+    """Train on fewer perturbation pairs than there are ranks."""
+    trainer_of("es of one task", "float64").run(1)
+
+
+def of_ranks_of_pairs() -> None:
+    """Train on one task by an estimator which ranks its pairs."""
+    trainer = trainer_of("es of one task", "float64")
+    trainer.estimator = EvolutionStrategies(4, num_pairs=3, sigma=0.5, ranked=True)
+    trainer.run(1)
 
 
 def of_no_shares(path: Path | None = None) -> None:

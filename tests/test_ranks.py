@@ -23,8 +23,10 @@ from rank_processes import (
     diverging,
     goes_on,
     joins,
+    more_than_pairs,
     more_than_tasks,
     of_no_shares,
+    of_ranks_of_pairs,
     one_dies,
     one_fails,
     one_sleeps,
@@ -49,6 +51,8 @@ DIFFERENCES = {
 def cases(folder: Path) -> list[Case]:
     """Return all that processes do together in these tests."""
     found = [Case(f"{kind} {dtype} {size}", size, trained, (kind, dtype)) for kind, dtype, size in EXACT]
+    found += [Case(f"{kind} {size}", size, trained, (kind, "float64")) for kind in PARTS for size in (1, *PARTS[kind])]
+    found += [Case("more than pairs", 4, more_than_pairs, ()), Case("ranks of pairs", 2, of_ranks_of_pairs, ())]
     for kind in RESUMED:
         path = folder / f"{kind}.pt"
         found += [Case(f"{kind} to {steps}", size, goes_on, (kind, path, steps)) for size, steps in RESUMED_AT]
@@ -83,11 +87,22 @@ def command(runs: Path) -> list[str]:
     ]
 
 
+PARTS = {
+    "es of one task": (2, 3),
+    "es in windows": (3, 4),
+    "pes of one task": (2, 3),
+    "pes of two tasks": (3, 4),
+    "es, high": (2, 3),
+    "pes, high": (2, 3),
+    "es, failing": (4,),
+}
+"""Of fewer tasks than these numbers of processes: their pairs are shared."""
+SHARED = [kind for kind in KINDS if kind not in PARTS]
 # In float32 three are enough: what differs is rounding.
-EXACT = [(kind, "float64", size) for kind in KINDS for size in SIZES] + [
-    (kind, "float32", size) for kind in KINDS for size in (1, 3) if not KINDS[kind].fails
+EXACT = [(kind, "float64", size) for kind in SHARED for size in SIZES] + [
+    (kind, "float32", size) for kind in SHARED for size in (1, 3) if not KINDS[kind].fails
 ]
-RESUMED = ("truncated", "pes")
+RESUMED = ("truncated", "pes", "es in windows", "pes of two tasks")
 RESUMED_AT = ((2, 2), (1, 3), (4, NUM_META_STEPS))
 """Numbers of processes, and up to which meta-step."""
 
@@ -146,6 +161,35 @@ def test_a_task_that_fails_on_one_rank_is_named_by_the_first(answers: list[dict[
         assert [row.get("failed_tasks", 0) for row in rows] == [0, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(("kind", "size"), [(kind, size) for kind in PARTS for size in PARTS[kind]])
+def test_fewer_tasks_than_processes_share_their_pairs(answers: list[dict[str, Any]], kind: str, size: int) -> None:
+    expected = answers[0][f"{kind} 1"]
+    assert not isinstance(expected, str), expected
+    for each in found(answers, f"{kind} {size}", size):
+        assert not isinstance(each, str), each
+        assert each["grads"].shape == expected["grads"].shape
+        distance = (each["grads"] - expected["grads"]).norm(dim=1) / expected["grads"].norm(dim=1)
+        assert distance.max() <= 1e-12
+        torch.testing.assert_close(each["theta"], expected["theta"], rtol=0, atol=1e-12)
+    told = {"meta_loss", "not_finite", "failed_tasks", "skipped", "inner_loss"}
+    for row, like in zip(answers[0][f"{kind} {size}"]["rows"], expected["rows"], strict=True):
+        none = like.get("not_finite") == 3  # of nothing there is no mean
+        for k in (told & like.keys()) - ({"meta_loss", "inner_loss"} if none else set()):
+            assert row[k] == pytest.approx(like[k], rel=1e-12), k
+
+
+def test_pairs_that_are_not_finite_on_one_rank_cost_no_other(answers: list[dict[str, Any]]) -> None:
+    rows = answers[0]["es, high 3"]["rows"][1:]
+    assert [(row["not_finite"], row["skipped"], "failed" in row) for row in rows] == [
+        (0, 0, False), (2, 0, False), (3, 1, True), (1, 1, False)
+    ]  # fmt: skip
+    assert rows[2]["failed"].startswith("task 0 of episode 2")
+    rows = answers[0]["pes, high 3"]["rows"][1:]
+    assert [(row["not_finite"], row["skipped"]) for row in rows] == [(1, 0), (1, 0), (2, 1), (3, 2)]
+    assert [row["failed_tasks"] for row in rows] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1])
+    assert all(row["failed"].startswith("task 0 of") for row in rows)
+
+
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_training_goes_on_with_other_numbers_of_processes(answers: list[dict[str, Any]], kind: str) -> None:
     expected = answers[0][f"{kind} at once"]
@@ -189,6 +233,14 @@ def test_divergence_is_raised_on_all(answers: list[dict[str, Any]]) -> None:
 
 def test_fewer_tasks_than_processes_are_refused(answers: list[dict[str, Any]]) -> None:
     assert_error(answers, "more than tasks", 3, "ValueError: num_tasks=2", "3 processes", "start fewer processes")
+
+
+def test_fewer_pairs_than_processes_are_refused(answers: list[dict[str, Any]]) -> None:
+    assert_error(answers, "more than pairs", 4, "ValueError: num_tasks=1", "4 processes", "one of the 3 parts", "fewer")
+
+
+def test_pairs_that_are_ranked_are_refused(answers: list[dict[str, Any]]) -> None:
+    assert_error(answers, "ranks of pairs", 2, "Indivisible: ", "(ranked=True)", "leave ranked out")
 
 
 @pytest.mark.parametrize("name", ["no shares", "no shares, from one"])

@@ -31,7 +31,9 @@ from learnedopt.core.carry import Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.training import carries, meta_batch
 from learnedopt.training.isolation import Found
+from learnedopt.training.rank_carries import part_of_task
 from learnedopt.training.rank_estimates import Share, Summing
+from learnedopt.training.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own forward mode
 
@@ -90,6 +92,62 @@ def test_the_estimate_is_the_weighted_mean_of_the_shares(name: str, num_shares: 
         theta = {k: v * 0.99 for k, v in theta.items()}
     expected_windows = {"truncated": 3, "forward in windows": 3, "es in windows": 3, "pes": 5, "pes of one noise": 5}
     assert windows == expected_windows.get(name, 1)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("bounds", [[(0, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)]], ids=["two", "three"])
+@pytest.mark.parametrize("name", ["es", "es in windows", "pes"])
+def test_the_estimate_of_a_task_is_the_weighted_mean_of_its_parts(name: str, bounds: list[tuple[int, int]]) -> None:
+    estimator, (loop, objective) = ESTIMATORS[name], problem(name)
+    theta = loop.init_theta(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    whole = estimator.start(loop, theta, loop.family.sample(1, generator), generator)
+    parts = [estimator.narrow_parts(whole, *each) for each in bounds]
+    assert estimator.num_parts == 3 and not estimator.is_part(whole)
+    for _ in range(5):
+        assert all(estimator.is_part(each) and estimator.count_tasks(each) == 1 for each in parts)
+        expected = estimator.estimate(loop, theta, objective, whole)
+        found = [estimator.estimate(loop, theta, objective, each) for each in parts]
+        weights = [each.info["num_tasks"] for each in found]
+        assert weights == pytest.approx([(stop - start) / 3 for start, stop in bounds])
+        grads = {k: meta_batch.mean_of([each.grads[k] for each in found], weights) for k in theta}
+        torch.testing.assert_close(grads, expected.grads, rtol=1e-12, atol=1e-12)
+        whole, parts = expected.carry, [each.carry for each in found]
+        if whole is None:
+            assert parts == [None] * len(bounds)
+            break
+        assert_carries_agree(estimator.join_parts(parts), whole)
+        theta = {k: v * 0.99 for k, v in theta.items()}
+
+
+@pytest.mark.usefixtures("float64")
+def test_parts_that_are_none_or_not_all_are_refused() -> None:
+    loop, _ = problem("es")
+    theta = loop.init_theta(torch.Generator())
+    for name in ("es", "pes"):
+        estimator = ESTIMATORS[name]
+        carry = estimator.start(loop, theta, loop.family.sample(1, torch.Generator()), torch.Generator())
+        one, last = estimator.narrow_parts(carry, 0, 1), estimator.narrow_parts(carry, 2, 3)
+        for parts in ([one, last], [last], [one], [carry], [last, one]):
+            with pytest.raises(ValueError, match="are not all of the 3 there are"):
+                estimator.join_parts(parts)
+        with pytest.raises(ValueError, match="no share of a meta-batch of 3"):
+            estimator.narrow_parts(carry, 1, 4)
+    with pytest.raises(ValueError, match="Unrolled of a single task cannot be cut"):
+        Unrolled(1).narrow_parts(loop.start(loop.family.sample(1, torch.Generator())), 0, 1)
+    with pytest.raises(ValueError, match=r"EvolutionStrategies\(ranked=True\)"):
+        ranked = EvolutionStrategies(2, 2, 0.1, ranked=True)
+        ranked.narrow_parts(carry, 0, 1)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 4])
+def test_tasks_and_parts_are_shared_as_evenly_as_can_be(num_parts: int) -> None:
+    for num_tasks in (1, 2, 3):
+        for size in range(num_tasks + 1, num_tasks * num_parts + 1):
+            shares = [part_of_task(Ranks(rank, size), num_tasks, num_parts) for rank in range(size)]
+            units = [(task, i) for task, start, stop in shares for i in range(start, stop)]
+            assert units == [(task, i) for task in range(num_tasks) for i in range(num_parts)]
+            assert all(stop > start for _, start, stop in shares)
 
 
 def assert_same(found: Estimate, expected: Estimate, *, exactly: bool = False) -> None:
@@ -195,13 +253,15 @@ def test_a_carry_of_before_is_of_all_tasks() -> None:
         theta = loop.init_theta(torch.Generator().manual_seed(1))
         carry = estimator.start(loop, theta, loop.family.sample(3, torch.Generator()), torch.Generator())
         kind, keys, children = carries.pack(carry, torch.device("cpu"))
-        assert keys[-1] == "places"
-        old = carries.unpack([kind, keys[:-1], children[:-1]], carries.classes_of(carry), torch.device("cpu"))
+        later = len(keys) - keys.index("places")
+        old = carries.unpack([kind, keys[:-later], children[:-later]], carries.classes_of(carry), torch.device("cpu"))
         assert old == carry._replace(places=None, **{k: getattr(old, k) for k in keys[:1]})
         found, expected = (estimator.estimate(loop, theta, objective, x) for x in (old, carry))
         torch.testing.assert_close(found.grads, expected.grads, rtol=0, atol=0)
         with pytest.raises(ValueError, match="has the fields"):
-            carries.unpack([kind, keys[:-2], children[:-2]], carries.classes_of(carry), torch.device("cpu"))
+            carries.unpack(
+                [kind, keys[: -later - 1], children[: -later - 1]], carries.classes_of(carry), torch.device("cpu")
+            )
 
 
 def test_reports_of_shares_are_put_together_by_what_they_are() -> None:

@@ -85,6 +85,27 @@ class GradientEstimator(ABC):
         """Return the carry of all tasks of these shares, in this order; some of the tasks may be missing."""
         return shares.put_together(carries, type(self).__name__)
 
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts a single task's estimate can be cut: perturbation pairs, for one. 1 where it cannot."""
+        return 1
+
+    def narrow_parts(self, carry: Any, start: int, stop: int) -> Any:
+        """Return the carry of one task with parts ``start`` to ``stop - 1`` of its estimate alone.
+
+        The mean of the parts' estimates, weighted by ``info["num_tasks"]``, must be the task's: what part of the task
+        each is a mean over, 0 where it is not finite.
+        """
+        raise shares.Indivisible(f"an estimate of {type(self).__name__} of a single task cannot be cut")
+
+    def join_parts(self, carries: Sequence[Any]) -> Any:
+        """Return the carry of all parts of a task, from its parts in order."""
+        raise shares.Indivisible(f"an estimate of {type(self).__name__} of a single task cannot be cut")
+
+    def is_part(self, carry: Any) -> bool:
+        """Return whether a carry is one of ``narrow_parts``."""
+        return False
+
     def standing(self, loop: InnerLoop, carry: Any) -> list[tuple[InnerLoop, Carry, int | None]]:
         """Return the inner loops as they stand, and how many steps an estimate takes from there (None: not known), for
         whoever looks for what is wrong with a task. By default the ``Carry``s in the carry."""

@@ -97,10 +97,18 @@ def put_together(carries: Sequence[Any], whose: str) -> Any:
     return pytree.tree_unflatten(joined, parts[0][1])
 
 
-def require_bounds(start: int, stop: int, num_tasks: int) -> None:
-    """Raise ValueError unless tasks ``start`` to ``stop - 1`` are some of ``num_tasks``."""
-    if not 0 <= start < stop <= num_tasks:
-        raise ValueError(f"tasks {start} to {stop - 1} are no share of a meta-batch of {num_tasks} tasks")
+def require_bounds(start: int, stop: int, number: int, what: str = "tasks") -> None:
+    """Raise ValueError unless tasks, or others, from ``start`` to ``stop - 1`` are some of so many."""
+    if not 0 <= start < stop <= number:
+        raise ValueError(f"{what} {start} to {stop - 1} are no share of a meta-batch of {number} {what}")
+
+
+def require_parts(parts: Sequence[tuple[int, int] | None], num_parts: int, whose: str) -> None:
+    """Raise ValueError unless these are all parts of a task's estimate, in order."""
+    known = [each for each in parts if each is not None]
+    ends = [0, *(stop for _, stop in known)]
+    if len(known) < len(parts) or [start for start, _ in known] != ends[:-1] or ends[-1] != num_parts:
+        raise ValueError(f"the parts {parts} of a carry of {whose} are not all of the {num_parts} there are, in order")
 
 
 def require_same(what: str, values: Sequence[Any], whose: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -15,22 +16,24 @@ from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
-from learnedopt.core.shares import carries_in
+from learnedopt.core.shares import carries_in, require_bounds, require_parts, require_same
 from learnedopt.core.task import Tasks
 from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
-from learnedopt.estimators.finite_tasks import finite_values, report
+from learnedopt.estimators.finite_tasks import Values, finite_values, report
 from learnedopt.estimators.windows import require_windows
 from learnedopt.execution import particles
 from learnedopt.execution.particles import Particles
 
 
 class EvolutionCarry(NamedTuple):
-    """Where an episode stands, and what the next window's perturbations are drawn from: ``seed``, and its number."""
+    """Where an episode stands, what the next window's perturbations are drawn from, ``seed`` and its number, and the
+    first of the pairs to run and the one after the last; None for all."""
 
     inner: Carry
     seed: int
     window: int
+    pairs: tuple[int, int] | None = None  # not in files of before
 
 
 @final
@@ -96,6 +99,27 @@ class EvolutionStrategies(GradientEstimator):
         perturbations.require_unranked(self)
         return super().narrow(carry, start, stop)
 
+    @property
+    def num_parts(self) -> int:
+        """As many as there are pairs."""
+        return self.num_pairs
+
+    def narrow_parts(self, carry: EvolutionCarry, start: int, stop: int) -> EvolutionCarry:
+        """Return the carry with some of the pairs alone, which are perturbed as they are among all."""
+        perturbations.require_unranked(self)
+        require_bounds(start, stop, self.num_pairs, "pairs")
+        return carry._replace(pairs=(start, stop))
+
+    def join_parts(self, carries: Sequence[EvolutionCarry]) -> EvolutionCarry:
+        """Return the carry of all pairs, which start from one place."""
+        require_parts([x.pairs for x in carries], self.num_pairs, "EvolutionStrategies")
+        require_same("seed, window or step", [(x.seed, x.window, x.inner.step) for x in carries], "EvolutionStrategies")
+        return carries[0]._replace(pairs=None)
+
+    def is_part(self, carry: EvolutionCarry) -> bool:
+        """Return whether it is of some of the pairs."""
+        return carry.pairs is not None
+
     def standing(self, loop: InnerLoop, carry: Any) -> list[tuple[InnerLoop, Carry, int | None]]:
         """Return where all particles start."""
         return [(loop, each, self.num_steps) for each in carries_in(carry)]
@@ -109,31 +133,43 @@ class EvolutionStrategies(GradientEstimator):
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
         source = perturbations.generator(carry.seed, carry.window)
         noise = perturbations.draw(theta, self.num_pairs, source, [] if inner.state is None else still)
+        first, end = carry.pairs or (0, self.num_pairs)
+        noise, num_pairs = {k: x[first:end] for k, x in noise.items()}, end - first
         thetas = perturbations.perturbed(theta, noise, lengths)
         if self.horizon is not None:  # the particle that the next window starts from
             thetas = {k: torch.cat([x, theta[k].unsqueeze(0)]) for k, x in thetas.items()}
         before = _spread(loop, thetas, inner)
         after, losses = particles.run(loop, before, self.num_steps)
-        seen = finite_values(loop, objective, before, after, losses, self.num_pairs)
-        found = seen.found[: 2 * self.num_pairs]
+        seen = finite_values(loop, objective, before, after, losses, num_pairs)
+        found = seen.found[: 2 * num_pairs]
         pairs = perturbations.pair_gradients(theta, found, noise, lengths, ranked=self.ranked)
         info: dict[str, Any] = {
-            "losses": perturbations.curve(seen.losses[:, :, : 2 * self.num_pairs], pairs.finite),
+            "losses": perturbations.curve(seen.losses[:, :, : 2 * num_pairs], pairs.finite),
             "inner_steps": losses.numel(),
             "not_finite": int((~pairs.finite).sum()),
             **perturbations.variance_of(pairs),
-            **report([seen], losses.shape[1]),
+            **self._tasks_told(carry, seen, pairs.finite),
         }
         if inner.state is not None and still:
             info["zero_gradient"] = still
         loss = found[pairs.finite.repeat(2)].mean()
         return Estimate(loss, perturbations.mean_of(pairs), self._next(carry, after), info)
 
+    def _tasks_told(self, carry: EvolutionCarry, seen: Values, finite: Tensor) -> dict[str, Any]:
+        told = report([seen], tree.size(carry.inner.params))
+        if carry.pairs is None:
+            return told
+        num_tasks = told.pop("num_tasks", tree.size(carry.inner.params))
+        told.pop("failed_tasks", None)  # a task has failed where no pair of any part is finite
+        return {**told, "num_tasks": num_tasks * int(finite.sum()) / self.num_pairs}
+
     def _next(self, carry: EvolutionCarry, after: Particles) -> EvolutionCarry | None:
         if self.horizon is None or after.steps[0] >= self.horizon:
             return None
         params, state = tree.tree_map(lambda x: x[:, -1].clone(), (after.params, after.state))
-        return EvolutionCarry(Carry(after.tasks, params, state, after.steps[0]), carry.seed, carry.window + 1)
+        return EvolutionCarry(
+            Carry(after.tasks, params, state, after.steps[0]), carry.seed, carry.window + 1, carry.pairs
+        )
 
 
 def _spread(loop: InnerLoop, thetas: Theta, inner: Carry) -> Particles:

@@ -9,50 +9,28 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from learnedopt.core import tree
+from learnedopt.core import shares, tree
 from learnedopt.core.carry import Carry
 from learnedopt.core.estimator import Estimate, GradientEstimator, as_leaves, check_loop
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.modes import outside_inference_mode
 from learnedopt.core.objective import MetaObjective
-from learnedopt.core.rule import State
-from learnedopt.core.shares import Places, all_places, join_places, narrow_places, require_same
 from learnedopt.core.task import Tasks
-from learnedopt.core.tree import Params, Theta
+from learnedopt.core.tree import Theta
 from learnedopt.estimators import perturbations
-from learnedopt.estimators.finite_tasks import finite_values, report
+from learnedopt.estimators.finite_tasks import Values, finite_values, report
+from learnedopt.estimators.persistent_carry import (
+    Cohort,
+    PersistentCarry,
+    first_particle,
+    join_cohorts,
+    narrow_cohort,
+    places_of,
+)
 from learnedopt.estimators.perturbations import PairGradients
 from learnedopt.estimators.windows import require_windows
 from learnedopt.execution import particles
 from learnedopt.execution.particles import Particles
-
-
-class Cohort(NamedTuple):
-    """Pairs at one phase of their episode, on the same tasks.
-
-    ``params`` and ``state`` are (num_tasks, 2 num_pairs, ...); on a fresh cohort ``state`` is None and ``params`` are
-    the tasks' own. ``drift`` (num_pairs, ...) sums the perturbations since the episode began, in units of their length;
-    ``episode`` counts the cohort's episodes.
-    """
-
-    tasks: Tasks
-    params: Params
-    state: State | None
-    step: int
-    drift: Theta
-    episode: int
-
-
-class PersistentCarry(NamedTuple):
-    """The cohorts, the seed of all draws, the number of the next window, what the drifts were made with, and the places
-    of the cohorts' tasks in their meta-batches."""
-
-    cohorts: tuple[Cohort, ...]
-    seed: int
-    window: int
-    sigma: float
-    reuse_noise: bool
-    places: Places | None = None  # None in files of before: all
 
 
 @final
@@ -126,7 +104,7 @@ class PersistentES(GradientEstimator):
             moved = self._advance(loop, theta, [cohorts[i] for i in running], running, seed, number, still)
             for i, each in zip(running, moved, strict=True):
                 cohorts[i] = each.cohort
-        places = all_places(tree.size(tasks))
+        places = shares.all_places(tree.size(tasks))
         return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise, places)
 
     def count_tasks(self, carry: PersistentCarry) -> int:
@@ -136,19 +114,42 @@ class PersistentES(GradientEstimator):
     def narrow(self, carry: PersistentCarry, start: int, stop: int) -> PersistentCarry:
         """Return a share of each cohort's tasks, which sees the same perturbations, and draws its own fresh tasks."""
         perturbations.require_unranked(self)
-        places = narrow_places(_places(carry), start, stop)
-        return carry._replace(cohorts=tuple(_narrow(cohort, start, stop) for cohort in carry.cohorts), places=places)
+        places = shares.narrow_places(places_of(carry), start, stop)
+        return carry._replace(
+            cohorts=tuple(narrow_cohort(cohort, start, stop) for cohort in carry.cohorts), places=places
+        )
 
     def join(self, carries: Sequence[PersistentCarry]) -> PersistentCarry:
         """Return the carry of all tasks of these shares."""
-        require_same("seed or window", [(x.seed, x.window) for x in carries], "PersistentES")
-        cohorts = tuple(map(_join, zip(*(x.cohorts for x in carries), strict=True)))
-        places = join_places([_places(x) for x in carries], "PersistentES")
+        shares.require_same("seed or window", [(x.seed, x.window) for x in carries], "PersistentES")
+        cohorts = tuple(map(join_cohorts, zip(*(x.cohorts for x in carries), strict=True)))
+        places = shares.join_places([places_of(x) for x in carries], "PersistentES")
         return carries[0]._replace(cohorts=cohorts, places=places)
+
+    @property
+    def num_parts(self) -> int:
+        """As many as there are phases, which count equally."""
+        return len(self.cohort_sizes)
+
+    def narrow_parts(self, carry: PersistentCarry, start: int, stop: int) -> PersistentCarry:
+        """Return the carry with some of the phases' cohorts alone, which are perturbed as they are among all."""
+        perturbations.require_unranked(self)
+        shares.require_bounds(start, stop, self.num_parts, "phases")
+        return carry._replace(cohorts=carry.cohorts[start:stop], phases=(start, stop))
+
+    def join_parts(self, carries: Sequence[PersistentCarry]) -> PersistentCarry:
+        """Return the carry of all phases."""
+        shares.require_parts([x.phases for x in carries], self.num_parts, "PersistentES")
+        shares.require_same("seed, window or place", [(x.seed, x.window, x.places) for x in carries], "PersistentES")
+        return carries[0]._replace(cohorts=tuple(each for x in carries for each in x.cohorts), phases=None)
+
+    def is_part(self, carry: PersistentCarry) -> bool:
+        """Return whether it is of some of the phases."""
+        return carry.phases is not None
 
     def standing(self, loop: InnerLoop, carry: PersistentCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
         """Return the first particle of each cohort."""
-        return [(loop, _first(cohort), self.num_steps) for cohort in carry.cohorts]
+        return [(loop, first_particle(cohort), self.num_steps) for cohort in carry.cohorts]
 
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
@@ -157,7 +158,7 @@ class PersistentES(GradientEstimator):
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
         still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma, self.horizon)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
-        everyone = list(range(len(carry.cohorts)))
+        everyone = self._phases(carry)
         moved = self._advance(loop, theta, carry.cohorts, everyone, carry.seed, carry.window, still)
         told = [
             finite_values(loop, objective, each.before, each.after, each.losses, tree.size(each.cohort.drift))
@@ -174,13 +175,27 @@ class PersistentES(GradientEstimator):
             "inner_steps": sum(each.losses.numel() for each in moved),
             "not_finite": sum(int((~p.finite).sum()) for p in pairs),
             **perturbations.variance_of(_all(pairs)),
-            **report(told, self.count_tasks(carry)),
+            **self._tasks_told(carry, told),
         }
         grads = {k: _mean([perturbations.mean_of(p)[k] for _, p in seen], theta[k]) for k in theta}
         loss = _mean([v.found[p.finite.repeat(2)].mean() for v, p in seen], found[0][0])
-        places = _places(carry)
-        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed, places) for i, each in enumerate(moved))
+        places = places_of(carry)
+        onward = zip(everyone, moved, strict=True)
+        cohorts = tuple(self._next(loop, theta, i, each.cohort, carry.seed, places) for i, each in onward)
         return Estimate(loss, grads, carry._replace(cohorts=cohorts, window=carry.window + 1), info)
+
+    def _phases(self, carry: PersistentCarry) -> list[int]:
+        return list(range(*(carry.phases or (0, self.num_parts))))
+
+    def _tasks_told(self, carry: PersistentCarry, seen: Sequence[Values]) -> dict[str, Any]:
+        """Return what ``report`` says, of a part of the phases as the part of the whole that it is."""
+        num_tasks = self.count_tasks(carry)
+        told = report(seen, num_tasks)
+        if carry.phases is None:
+            return told
+        part = len(seen) / self.num_parts
+        counts = {"num_tasks": num_tasks, **told}
+        return told | {k: part * counts[k] for k in ("num_tasks", "failed_tasks") if k in counts}
 
     def _advance(
         self, loop: InnerLoop, theta: Theta, cohorts: Sequence[Cohort], indices: list[int], seed: int, window: int,
@@ -220,7 +235,7 @@ class PersistentES(GradientEstimator):
         zeros = {k: x.new_zeros(num_pairs, *x.shape) for k, x in theta.items()}
         return Cohort(begun.tasks, begun.params, None, 0, zeros, episode)
 
-    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int, places: Places) -> Cohort:
+    def _next(self, loop: InnerLoop, theta: Theta, i: int, cohort: Cohort, seed: int, places: shares.Places) -> Cohort:
         """Return the cohort itself or, once its episode is over, one on fresh tasks."""
         if cohort.step < self.horizon:
             return cohort
@@ -238,7 +253,7 @@ class PersistentES(GradientEstimator):
             )
         sizes = [tree.size(cohort.drift) for cohort in carry.cohorts]
         steps = {cohort.step for cohort in carry.cohorts}
-        if sizes != self.cohort_sizes:
+        if sizes != self.cohort_sizes[slice(*(carry.phases or (None, None)))]:
             raise ValueError(
                 f"the carry holds {sum(sizes)} pairs at {len(sizes)} phases ({sizes}), this estimator has "
                 f"{self.num_pairs} at {len(self.cohort_sizes)} ({self.cohort_sizes}); go on with the estimator that it "
@@ -262,30 +277,6 @@ class PersistentES(GradientEstimator):
                 f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
                 "theta that it came from, or begin anew with estimator.start(...)"
             )
-
-
-def _places(carry: PersistentCarry) -> Places:
-    return carry.places or all_places(tree.size(carry.cohorts[0].params))
-
-
-def _first(cohort: Cohort) -> Carry:
-    if cohort.state is None:
-        return Carry(cohort.tasks, cohort.params, None, cohort.step)
-    params, state = tree.tree_map(lambda x: x[:, 0], (cohort.params, cohort.state))
-    return Carry(cohort.tasks, params, state, cohort.step)
-
-
-def _narrow(cohort: Cohort, start: int, stop: int) -> Cohort:
-    tasks, params = tree.narrow((cohort.tasks, cohort.params), start, stop)
-    state = None if cohort.state is None else tree.narrow(cohort.state, start, stop)
-    return cohort._replace(tasks=tasks, params=params, state=state)
-
-
-def _join(shares: tuple[Cohort, ...]) -> Cohort:
-    require_same("phase", [(x.step, x.episode, x.state is None) for x in shares], "PersistentES")
-    tasks, params = tree.concatenate([(x.tasks, x.params) for x in shares])
-    state = None if shares[0].state is None else tree.concatenate([x.state for x in shares])
-    return shares[0]._replace(tasks=tasks, params=params, state=state)
 
 
 class _Moved(NamedTuple):

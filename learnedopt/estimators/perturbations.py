@@ -42,7 +42,8 @@ def require_unranked(estimator: Any) -> None:
     if estimator.ranked:
         raise Indivisible(
             f"a meta-batch of {type(estimator).__name__}(ranked=True) cannot be estimated in shares: pairs are ranked "
-            "by the mean of their objective over all tasks; leave ranked out, or estimate all tasks in one process"
+            "among each other by the mean of their objective over all tasks; leave ranked out, or estimate all in one "
+            "process"
         )
 
 

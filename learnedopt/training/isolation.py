@@ -31,8 +31,8 @@ class Found(NamedTuple):
 
     Args:
         estimate: their mean; where none is finite, or tasks cannot be told apart, one that is not finite either.
-        weight: over how many tasks it is a mean: 0 where none is finite, all of them where they cannot be told apart,
-            so that no mean with it is finite.
+        weight: over how many tasks it is a mean, a part of one for parts of its estimate: 0 where none is finite, all
+            of them where they cannot be told apart, so that no mean with it is finite.
         places: the positions in the meta-batch of the tasks that its carry is of; an estimator that leaves tasks out by
             itself keeps them there.
         failures: the tasks that have failed now.
@@ -111,7 +111,9 @@ def _of_share(asked: _Asked, carry: Any, places: tuple[int, ...]) -> Found:
     info = dict(estimate.info)
     left_out, weight = info.pop("failed", []), info.pop("num_tasks", len(places))
     whole = Found(estimate._replace(info=info), len(places), places, [])
-    if estimate.finite or not weight:  # of 0 the estimator itself has left out all tasks, and knows when they return
+    # Of 0 the estimator itself has left out all tasks, and knows when they return. Of a part alone nobody knows whether
+    # its task has failed.
+    if estimate.finite or not weight or asked.estimator.is_part(carry):
         return whole._replace(weight=weight, failures=[_failure(asked, carry, i, places) for i in left_out])
     if not asked.apart:
         return whole

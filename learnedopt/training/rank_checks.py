@@ -48,16 +48,18 @@ def require_same(ranks: Ranks, facts: Mapping[str, Any]) -> None:
 
 
 def require_ready(trainer: MetaTrainer, num_meta_steps: int) -> None:
-    """Check that all ranks are to train the same, that each has tasks, and let theta be rank 0's on all.
+    """Check that all ranks are to train the same, that each has something to do, and let theta be rank 0's on all.
 
     Raises:
         ValueError: on every rank.
     """
     ranks = trainer.ranks
-    if ranks.size > trainer.num_tasks:
+    num_parts, whose = trainer.estimator.num_parts, type(trainer.estimator).__name__
+    if ranks.size > trainer.num_tasks * num_parts:
+        parts = f", or one of the {num_parts} parts in which {whose} estimates it" if num_parts > 1 else ""
         raise ValueError(
             f"num_tasks={trainer.num_tasks} tasks a meta-batch cannot be shared by {ranks.size} processes: each needs "
-            "one at least; take more tasks, or start fewer processes"
+            f"one{parts} at least; take more tasks, or start fewer processes"
         )
     theta = {k: f"{x.dtype} {tuple(x.shape)}" for k, x in trainer.theta.items()}
     things = {name: getattr(trainer, name) for name in _THINGS}

@@ -238,7 +238,8 @@ class MetaTrainer:
         )  # fmt: skip
         self._require_carry(found.estimate.carry)
         require_grads(self.estimator, found.estimate.grads, self.theta)
-        return self._sum(Share(found, len(places), interrupts.number), self.theta, what)
+        part = places[0] if self.estimator.is_part(carry) else None
+        return self._sum(Share(found, len(places), interrupts.number, part), self.theta, what)
 
     def _move(self, grads: Theta, norm: Norm, loss: float, num_failed: float) -> bool:
         """Let theta take a meta-step where there is one to take; return whether it has."""
