@@ -248,6 +248,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "an unknown extension": (b"\x81\xa1w" + array.replace(b"\x01\x93", b"\x02\x93", 1), "extension of type 2"),
         "too few numbers": (b"\x81\xa1w" + array.replace(b"\xcd\x00\x03", b"\xcd\x00\x04", 1), "3 numbers"),
         "an unknown dtype": (packed({"w": np.zeros(2, np.complex64)}), "dtype 'complex64'"),
+        "many small values": (b"\x81\xa1w\xdd" + struct.pack(">I", 1 << 20) + b"\xc0" * (1 << 20), "more than 100,000"),
         "a key that is no string": (b"\x81\x01\x01", "key 1"),
     }
 

@@ -273,6 +273,12 @@ def far(data: bytes) -> bytes:
     return data[:-10] + struct.pack("<I", 0xFFFFFFF0) + data[-6:]
 
 
+def two_directories() -> bytes:
+    """Two archives of one length: ``zipfile`` reads the second, torch the first."""
+    first, second = tensor(4, 10**9, 0), tensor(4, 4, 1)
+    return first[: first.rindex(b"PK\x05\x06")] + second
+
+
 CALL = b"\x80\x02c%s\n" + number(2**29) + b"\x85R."
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "a tensor by its class": lambda: archive(CALL % b"torch\nFloatTensor", {}),
@@ -284,6 +290,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "compressed zeros": lambda: archive(b"\x80\x02N.", {"0": bytes(1 << 28)}, zipfile.ZIP_DEFLATED),
     "laughs": lambda: archive(laughs(), {}),
     "nested lists": lambda: archive(b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".", {}),
+    "two directories": two_directories,
+    "names that differ in their case": lambda: archive(b"\x80\x02N.", {"0": b"", "A": b"", "a": b""}),
     "a long directory": lambda: far(archive(b"\x80\x02N.", {})),
     "protocol 5": lambda: archive(b"\x80\x05\x95" + bytes(7) + b"\x7fN.", {}),
     "an empty stack": lambda: archive(b"\x80\x02R.", {}),

@@ -7,8 +7,10 @@ holds ``[shape, dtype, bytes]``, in C order. Nothing in a file is executed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 MAX_BYTES = 1 << 28
 _MAX_DEPTH = 50
 _MAX_VALUES = 100_000
-"""In a message: a byte of the file may be one, and takes far more in memory."""
+"""Of a file: a byte of the file may be one, and takes far more in memory."""
 _ARRAY = 1
 _DTYPES = ("float16", "float32", "float64", "int32", "int64", "bool")
 _NUMBERS = {
@@ -71,8 +73,9 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
 class _Message:
     """Bytes, and how far they were read."""
 
-    def __init__(self, data: bytes, depth: int = 0) -> None:
+    def __init__(self, data: bytes, depth: int = 0, count: Iterator[int] | None = None) -> None:
         self._data, self._at, self._depth = data, 0, depth
+        self._count = itertools.count() if count is None else count
 
     @property
     def done(self) -> bool:
@@ -83,6 +86,8 @@ class _Message:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        if next(self._count) >= _MAX_VALUES:
+            raise ValueError(f"it is of more than {_MAX_VALUES:,} values")
         found = self._next()
         self._depth -= 1
         return found
@@ -112,8 +117,6 @@ class _Message:
             return self._take(size)
         if kind == "str":
             return self._take(size).decode()
-        if size > _MAX_VALUES and kind in ("list", "dict"):
-            raise ValueError(f"it has a {kind} of {size} values, more than {_MAX_VALUES}")
         if kind == "list":
             return [self.value() for _ in range(size)]
         if kind == "dict":
@@ -121,7 +124,7 @@ class _Message:
         number, data = self._number(">b"), self._take(size)
         if number != _ARRAY:
             raise ValueError(f"it holds an extension of type {number}, and only arrays (type {_ARRAY}) are known")
-        return _array(_Message(data, self._depth).value())
+        return _array(_Message(data, self._depth, self._count).value())
 
     def _key(self) -> str:
         key = self.value()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from learnedopt.training.pickled import NotPlain, require_plain
 _MAX_DIRECTORY = 1 << 26
 """Bytes of an archive's directory, and of its pickle without tensors."""
 _MAX_DEPTH = 200
+_END, _END_64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+"""The records at an archive's end, in the order of its format's specification but for the comment."""
 
 
 def write(path: Path, content: Any) -> None:
@@ -61,6 +64,7 @@ def read(path: Path) -> tuple[Any, bool]:
     """
     require_plain_file(path)
     with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
+        _require_one_directory(file, archive, path.stat().st_size)
         entries = _entries(archive, path.stat().st_size)
         sealed = is_sealed(path, *at_the_end(path))
         # torch writes check sums, but does not compare them.
@@ -92,13 +96,33 @@ def require_readable(content: Any) -> None:
         raise TypeError(str(error)) from error
 
 
+def _require_one_directory(file: io.FileIO, archive: zipfile.ZipFile, size: int) -> None:
+    """Raise unless the archive's directory is where its end says: else torch would read another one than is checked.
+
+    ``zipfile`` takes the directory that ends where the end begins, torch's reader the one at the stated offset.
+    """
+    end = size - _END.size - len(archive.comment)
+    file.seek(max(end - _LOCATOR.size, 0))
+    locator, stated = _LOCATOR.unpack(file.read(_LOCATOR.size)), _END.unpack(file.read(_END.size))
+    due = [archive.start_dir]
+    if locator[0] == b"PK\x06\x07":
+        at = end - _LOCATOR.size - _END_64.size
+        file.seek(max(at, 0))
+        found, due = _END_64.unpack(file.read(_END_64.size)), [archive.start_dir, (1 << 32) - 1]
+        if found[0] != b"PK\x06\x06" or locator[2] != at or found[-1] != archive.start_dir:
+            raise zipfile.BadZipFile("its large end is not where it says")
+    if stated[0] != b"PK\x05\x06" or stated[-2] not in due or b"PK" in archive.comment:
+        raise zipfile.BadZipFile("its directory is not where its end says")
+
+
 def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
     """Return the sizes of an archive's entries, once they are found to lie in the file as they are, each once."""
     entries = archive.infolist()
     sizes = {entry.filename: entry.file_size for entry in entries}
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
         raise zipfile.BadZipFile("it has compressed entries, which torch.save does not write")
-    if len(sizes) != len(entries) or sum(sizes.values()) > size:
+    # torch's reader takes names for the same that differ in their case alone.
+    if len({name.lower() for name in sizes}) != len(entries) or sum(sizes.values()) > size:
         raise zipfile.BadZipFile("its entries are there twice, or are larger than the file")
     return sizes
 
