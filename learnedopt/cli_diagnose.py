@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(recipe, Study):
         raise ValueError(f"{recipe.name} sets several methods side by side; diagnose a recipe of one meta-training")
     recipe, limit = _asked(recipe, arguments), arguments.memory_limit
+    if limit is not None and not 0 < limit < math.inf:
+        raise ValueError(f"--memory-limit {limit} is no size: pass a positive, finite number of MB")
     horizon = horizon_of(recipe, arguments.horizon)
     if recipe.horizon is not None:
         recipe = replace(recipe, horizon=horizon)

@@ -364,11 +364,25 @@ SHORT = ("--set", "estimator=Unrolled", "--set", "estimator.num_steps=1")
         (("demo", "--tasks", "0"), "num_tasks=0"),
         (("demo", "--truth-batches", "2"), "num_truth_batches=2"),
         (("demo", "--budget", "0"), "seconds of compute"),
+        (("demo", "--memory-limit", "inf"), "--memory-limit inf is no size"),
+        (("demo", "--memory-limit", "0"), "--memory-limit 0.0 is no size"),
         (("demo", "--theta", "tensor-gru-quadratic"), "another rule's"),
         (("demo", "--theta", "nowhere"), "nowhere"),
         (("fmrl-convex",), "several methods"),
     ],
-    ids=["recipe", "horizon", "batches", "tasks", "truth", "budget", "theta", "no theta", "study"],
+    ids=[
+        "recipe",
+        "horizon",
+        "batches",
+        "tasks",
+        "truth",
+        "budget",
+        "memory",
+        "no memory",
+        "theta",
+        "no theta",
+        "study",
+    ],
 )
 def test_bad_input_of_the_command_is_answered_in_one_line(
     arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -384,6 +398,8 @@ def test_a_diagnosis_without_estimators_or_of_another_theta_is_refused() -> None
     with pytest.raises(ValueError, match="no estimator applies"):
         of_distance(SumOfLosses(), {})
     loop = InnerLoop(Distance(), optimizers.make("sgd"))
+    with pytest.raises(ValueError, match="memory_limit=0 is not a count"):
+        diagnose(loop, FinalLoss(), horizon=2, memory_limit=0)
     with pytest.raises(ValueError, match="momentum"):
         diagnose(loop, FinalLoss(), {"momentum": torch.tensor(0.1)}, horizon=2)
 

@@ -102,6 +102,8 @@ def diagnose(
     require_count("num_truth_batches", num_truth, least=num_batches)
     if budget is not None and not 0 < budget < math.inf:
         raise ValueError(f"budget={budget!r} are seconds of compute: pass a positive, finite number")
+    if memory_limit is not None:
+        require_count("memory_limit", memory_limit, least=1)
     at: Theta = loop.init_theta(perturbations.generator(seed, 0)) if theta is None else tree.detach(theta)
     loop.require_theta(at)
     bench = _Bench(loop, objective, at, num_tasks, num_batches, horizon, seed, truth_dtype)
