@@ -35,6 +35,7 @@ from learnedopt.training.failures import Failures
 from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Failure
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.ranks import Ranks
 from learnedopt.training.validation import Judgement
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -335,3 +336,19 @@ def test_the_best_theta_of_a_training_that_diverged_is_written_and_named(
         validation.measure(saved.theta) == pytest.approx(best, rel=1e-6) and saved.metadata["best_validation"] == best
     )
     assert not (tmp_path / "run" / "training.png").exists()  # that is of finished trainings
+
+
+def test_the_memory_that_is_told_is_of_the_tasks_that_are_estimated_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from learnedopt import recipes, run
+
+    few = ["estimator.num_steps=3", "estimator.horizon=6", "execution.chunk_size=8"]
+
+    def said(ranks: Ranks, *sets: str) -> str:
+        recipe = override(recipes.make("tensor-gru-quadratic"), [*few, *sets])
+        loop, _ = run.build(recipe)
+        run.say_memory(recipe, loop, loop.init_theta(torch.Generator().manual_seed(0)), ranks)
+        return capsys.readouterr().out
+
+    four = said(Ranks(), "num_tasks=4")
+    assert four == said(Ranks(), "num_tasks=8", "meta.micro_batch=4") == said(Ranks(0, 2), "num_tasks=8")
+    assert four != said(Ranks(), "num_tasks=8")
