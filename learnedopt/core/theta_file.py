@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from learnedopt.core.files import parse_json, write_atomically
+from learnedopt.core.files import write_atomically
 from learnedopt.core.sealed import BLANK, is_sealed, seal
 from learnedopt.core.tree import Theta
 
@@ -63,12 +63,11 @@ def describe(path: Path) -> Described:
             length = _header_length(file.read(8))
             if not 0 < length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header is of {length} bytes, and the file of {size}")
-            header = parse_json(file.read(length))
         with safe_open(str(path), framework="pt") as file:  # which compares the header with the size
-            names, text = list(file.keys()), (file.metadata() or {}).get("learnedopt")
-        shapes = {name: tuple(header[name]["shape"]) for name in names}
+            text = (file.metadata() or {}).get("learnedopt")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     # What the header's parsers make of bytes that are none.
-    except (SafetensorError, OSError, ValueError, struct.error, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise ValueError(
             f"{path} is no readable safetensors file ({error}); it is corrupt or cut short: write it again"
         ) from error
