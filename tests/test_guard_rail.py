@@ -478,7 +478,12 @@ def test_the_fallback_takes_off_the_weight_decay_of_the_groups() -> None:
     train(net, optimizer, range(1))
     alone = copy.deepcopy(net)
     plain = sgd([{"params": [*alone.parameters()]}])
-    plain.register_step_pre_hook(lambda *_: [p.data.mul_(1 - 0.1) for p in alone.parameters()] and None)
+
+    def decay(*_: Any) -> None:
+        for p in alone.parameters():
+            p.data.mul_(1 - 0.1)
+
+    plain.register_step_pre_hook(decay)
     train(net, optimizer, range(1, 6))
     train(alone, plain, range(1, 6))
     for mine, its in zip(net.parameters(), alone.parameters(), strict=True):
