@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 
 import learnedopt
 from learnedopt import (
+    Combined,
+    EvolutionStrategies,
     FinalLoss,
     InnerLoop,
     MetaTrainer,
@@ -460,6 +462,17 @@ def test_an_inner_loop_that_does_not_fit_is_not_restored(kind: str, tmp_path: Pa
     assert state(other) == before
     changed(data, tmp_path / "a.pt", lambda content: None)
     assert truncated().run(4).meta_step == 4
+
+
+def test_a_carry_between_episodes_holds_no_loop_and_is_restored(tmp_path: Path) -> None:
+    def combined(path: Path) -> MetaTrainer:
+        loop = InnerLoop(tasks.make("quadratic", dim=2), optimizers.make("momentum", learn=("lr",)))
+        estimator = Combined(Unrolled(2), EvolutionStrategies(2, num_pairs=2, sigma=0.1))
+        return MetaTrainer(loop, estimator, FinalLoss(), tracker=None, num_tasks=2, checkpoint=path)
+
+    expected = combined(tmp_path / "at once.pt").run(3)
+    combined(tmp_path / "a.pt").run(1)
+    torch.testing.assert_close(combined(tmp_path / "a.pt").run(3).theta, expected.theta, rtol=0, atol=0)
 
 
 class Refusing(torch.optim.Adam):

@@ -55,4 +55,4 @@ def describe(
     example = start()
     classes = carries.classes_of([begun, example, Remaining(None, ())])
     loops = begun if carries_in(example) else ()
-    return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()), loops)
+    return Training(theta, optimizer, scheduler, run, classes, lambda: loop.begin(fixed, start()), loops, type(example))

@@ -80,6 +80,7 @@ class Training(NamedTuple):
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
         loops: a begun inner loop of each family, where the estimator's carries hold some.
+        kind: the class of the carry that the estimator starts with.
         config: the configuration of the run, which ``saved_config`` gives back.
     """
 
@@ -90,6 +91,7 @@ class Training(NamedTuple):
     classes: carries.Classes
     begun: Callable[[], Any]
     loops: Sequence[Carry] = ()
+    kind: type = object
     config: Mapping[str, Any] = {}
 
 
@@ -258,7 +260,7 @@ def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
         return None if saved is None else _carry_of_format_1(path, saved, training.begun())
     try:
         carry = carries.unpack(saved, training.classes, _home(training.theta))
-        require_carry(carry, training.loops)
+        require_carry(carry, training.loops, training.kind)
     except ValueError as error:
         raise ValueError(f"{path} was written for another estimator or rule: {error}; {_ADVICE}") from error
     return carry

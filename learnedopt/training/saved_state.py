@@ -67,16 +67,17 @@ def require_state(saved: Any, of_scheduler: Any, optimizer: torch.optim.Optimize
         _require_alike("the scheduler's", of_scheduler, own)
 
 
-def require_carry(carry: Any, begun: Sequence[Carry]) -> None:
+def require_carry(carry: Any, begun: Sequence[Carry], kind: type) -> None:
     """Raise ValueError unless the inner loops in a carry are such as begin here.
 
     Args:
         carry: an estimator's, or None.
         begun: a begun loop of each family; none where the estimator's carries hold no loops.
+        kind: the class of what the estimator starts with: one of it may hold no loop, between two episodes.
     """
     found, known = carries_in(carry), [_form(one) for one in begun]
     known += [_form(one._replace(state=None)) for one in begun]
-    if carry is not None and begun and not found:
+    if carry is not None and begun and not found and type(carry) is not kind:
         raise ValueError("its carry holds no inner loop")
     for one in found:
         if _form(one) not in known:
