@@ -65,6 +65,11 @@ def files_for(page: str, folder: Path) -> None:
     if page == "docs/bridges.md":
         from test_celo_bridge import packed, state_of
 
+        from learnedopt.bridges import celo
+        from learnedopt.optimizers.registry import RULES
+
+        # It registers when it is imported first, which another test may have had and taken back.
+        RULES.registered.update({"celo": celo.Celo, "celo-adam": celo.CeloAdam})
         for package in ("higher", "torchopt"):
             pytest.importorskip(package, reason=f"the package {package} is not installed")
         (folder / "theta.state").write_bytes(packed(state_of("celo")))

@@ -22,7 +22,7 @@ from learnedopt.core.sealed import read_record, write_record
 from learnedopt.evaluation import report
 from learnedopt.evaluation.report import RunRecord, page, state
 from learnedopt.recipes import make
-from learnedopt.run import begin_run
+from learnedopt.run_folder import begin_run
 from learnedopt.training.json_tracker import JsonLinesTracker
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
