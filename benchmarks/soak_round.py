@@ -71,7 +71,8 @@ class Round(NamedTuple):
         lines = [line for line in text.splitlines() if re.search(message, line)]
         if not lines:
             raise Wrong(f"it did not say {message!r}, but: {self.tail()}")
-        return lines[-1].replace(str(self.folder), "FOLDER").replace(str(self.runs), "RUNS")
+        told = lines[-1].replace(str(self.folder), "FOLDER").replace(str(self.runs), "RUNS")
+        return re.sub(r"/\S*/home/\.cache", "HOME/.cache", told)
 
     def finish(self) -> None:
         """Run to the end, undisturbed, and compare. Raise ``Wrong`` where it is not where it would have been."""
