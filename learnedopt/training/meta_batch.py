@@ -35,13 +35,6 @@ def bounds(num_tasks: int, num_shares: int) -> list[tuple[int, int]]:
     return [*pairwise(ends)]
 
 
-def split(estimator: GradientEstimator, carry: Any, num_shares: int) -> list[Any]:
-    """Return a carry in shares of its tasks; a single one is the carry itself."""
-    if num_shares == 1:
-        return [carry]
-    return [estimator.narrow(carry, *each) for each in bounds(estimator.count_tasks(carry), num_shares)]
-
-
 def join(estimator: GradientEstimator, carries: Sequence[Any]) -> Any:
     """Return the carry of all shares, in this order; None where their episode is over."""
     if all(carry is None for carry in carries):
