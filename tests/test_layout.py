@@ -33,7 +33,7 @@ EDGE = (
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
-WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
+WANDB = ("learnedopt.training.wandb_tracker", "learnedopt.training.wandb_files")  # may import wandb, inside functions
 BRIDGED = ("higher", "torchopt")  # packages that the modules of the bridges may import, but not the bridges' own
 HEAVY = (*BRIDGED, "wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 
