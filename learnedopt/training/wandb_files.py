@@ -32,7 +32,7 @@ def version(name: str, paths: list[Path], metadata: dict[str, Any], policy: Any 
 
 def fragments(folder: Path, run_id: str) -> list[Path]:
     """Return the files of a run in W&B's folder: one of every start, where it went on."""
-    return [*folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")]
+    return [*folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")]
 
 
 def last_step(path: Path) -> int:
