@@ -20,6 +20,13 @@ class Indivisible(ValueError):
     """A meta-batch of this estimator cannot be estimated in shares of its tasks."""
 
 
+def even(num: int, num_shares: int, index: int) -> tuple[int, int]:
+    """Return where share ``index`` of ``num`` things starts and stops: as even as can be, the first ones larger."""
+    least, more = divmod(num, num_shares)
+    first, after = (i * least + min(i, more) for i in (index, index + 1))
+    return first, after
+
+
 class Places(NamedTuple):
     """Where the tasks of a share stand in their meta-batch of ``num_tasks``: what is drawn for a task depends on that
     and not on the share."""
