@@ -166,7 +166,8 @@ def _work(rank: int, size: int, port: int, answer: Path, run: Callable[..., Any]
 
 
 def exact() -> None:
-    """Print how far meta-gradients are from those of one process, relative to their length, the largest of some."""
+    """Print how far meta-gradients are from those of one process, relative to their length: the first, at the same
+    theta, and the largest of some, behind meta-steps that differ by rounding, which long inner loops let grow."""
     print("| estimator | dtype | 2 processes | 3 | 4 |\n|---|---|---|---|---|")
     for kind in KINDS:
         for dtype in (torch.float64, torch.float32):
@@ -174,8 +175,9 @@ def exact() -> None:
             row = []
             for size in (2, 3, 4):
                 found = side_by_side(size, gradients, kind, dtype)
-                row.append(float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()))
-            print(f"| {kind} | {str(dtype)[6:]} | " + " | ".join(f"{x:.1e}" for x in row) + " |", flush=True)
+                away = (found - expected).norm(dim=1) / expected.norm(dim=1)
+                row.append(f"{float(away[0]):.1e}, {float(away.max()):.1e}")
+            print(f"| {kind} | {str(dtype)[6:]} | " + " | ".join(row) + " |", flush=True)
 
 
 def resume() -> None:
