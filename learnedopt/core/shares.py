@@ -93,7 +93,7 @@ def put_together(carries: Sequence[Any], whose: str) -> Any:
     parts = [_leaves(carry, whose) for carry in carries]
     if any(spec != parts[0][1] for _, spec in parts):
         raise ValueError(f"shares of a carry of {whose} differ in structure: they are not of one meta-batch")
-    joined = []
+    joined: list[Any] = []
     for each in zip(*(leaves for leaves, _ in parts), strict=True):
         if isinstance(each[0], Carry):
             require_same("step", [x.step for x in each], whose)
