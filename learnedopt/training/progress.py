@@ -19,7 +19,8 @@ from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries, training_file
 from learnedopt.training.pickled import NotPlain
-from learnedopt.training.saved_state import require_carry, require_progress, require_state, require_steadied
+from learnedopt.training.saved_optimizer import Anew, require_saved, restore
+from learnedopt.training.saved_state import require_carry, require_progress, require_steadied
 from learnedopt.training.steadying import Steadied
 from learnedopt.training.validation import Judgement
 
@@ -76,6 +77,7 @@ class Training(NamedTuple):
         theta: leaves, which ``load_progress`` writes to; so it does to ``optimizer`` and ``scheduler``.
         optimizer: of theta.
         scheduler: of the optimizer, or None.
+        anew: makes both again, of copies of theta.
         run: plain values that say which training this is, for what no shape tells.
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
@@ -87,6 +89,7 @@ class Training(NamedTuple):
     theta: Theta
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    anew: Anew
     run: dict[str, Any]
     classes: carries.Classes
     begun: Callable[[], Any]
@@ -138,9 +141,9 @@ def load_progress(path: Path, training: Training) -> Progress:
     optimizer, scheduler = training.optimizer, training.scheduler
     before = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict() if scheduler else None))
     try:
-        _restore(optimizer, scheduler, content["optimizer"], content["scheduler"])
+        restore(optimizer, scheduler, content["optimizer"], content["scheduler"])
     except Exception as error:
-        _restore(optimizer, scheduler, *before)
+        restore(optimizer, scheduler, *before)
         raise ValueError(
             f"the state of the meta-optimizer or scheduler in {path} does not fit them ({_told(error)}); {_ADVICE}"
         ) from error
@@ -174,10 +177,10 @@ def _checked(path: Path, content: dict[str, Any], training: Training) -> Progres
     _require_same_training(path, content, training)
     counts = {k: content[k] for k in _COUNTS} | {_BEST_FAILED: content.get(_BEST_FAILED, 0)}
     try:
-        require_progress(counts, content["best_theta"], theta)
-        require_state(content["optimizer"], content["scheduler"], training.optimizer, training.scheduler)
+        require_progress(counts, content["theta"], content["best_theta"], theta)
+        require_saved(content["optimizer"], content["scheduler"], training.anew, counts["meta_step"])
         steadied = Steadied(**content.get(_STEADIED, {}))
-        require_steadied(steadied, theta)
+        require_steadied(steadied, training.run["average"] is not None, theta)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds what no training leaves: {error}; {_ADVICE}") from error
     carry = _carry(path, content, training)
@@ -277,16 +280,3 @@ def _carry_of_format_1(path: Path, saved: dict[str, Any], like: Carry) -> Carry:
 
 def _home(theta: Theta) -> torch.device:
     return next(iter(theta.values())).device
-
-
-def _restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any], of_scheduler: Any) -> None:
-    optimizer.load_state_dict(saved)
-    # torch casts states to their parameter's dtype; those that were kept in another would go on with other numbers.
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    for p, i in zip(params, indices, strict=True):
-        for k, v in saved["state"].get(i, {}).items():
-            if isinstance(v, torch.Tensor):
-                optimizer.state[p][k] = v.to(optimizer.state[p][k].device)
-    if scheduler:
-        scheduler.load_state_dict(of_scheduler)

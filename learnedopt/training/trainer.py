@@ -317,5 +317,5 @@ class MetaTrainer:
 
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-        found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+        found = describe(self.loop, self.estimator, self.theta, self._update, run)
         return found._replace(config=self.config)
