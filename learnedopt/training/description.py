@@ -12,12 +12,15 @@ from learnedopt.core.carry import narrow
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.parts import parts_of
-from learnedopt.core.shares import carries_in
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.isolation import Remaining
 from learnedopt.training.meta_update import MetaUpdate
 from learnedopt.training.progress import SHAPES, Training
+from learnedopt.training.saved_carry import expected
+
+_EXAMPLES = 3
+"""Of how many tasks the carries are that others are compared with."""
 
 
 def describe(
@@ -51,10 +54,10 @@ def describe(
     def start() -> Any:
         return estimator.start(loop, fixed, tasks, torch.Generator().manual_seed(0))
 
-    example = start()
+    few = tree.narrow(tasks, 0, min(_EXAMPLES, tree.size(tasks)))
+    example = estimator.start(loop, fixed, few, torch.Generator().manual_seed(0))
     classes = carries.classes_of([begun, example, Remaining(None, ())])
-    loops = begun if carries_in(example) else ()
     return Training(
         theta, update.meta_optimizer, update.scheduler, update.anew, run, classes, lambda: loop.begin(fixed, start()),
-        loops, type(example),
+        expected(loop, estimator, fixed, settings["num_tasks"], tree.size(few), example, begun),
     )  # fmt: skip

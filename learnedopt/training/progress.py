@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries, training_file
 from learnedopt.training.pickled import NotPlain
+from learnedopt.training.saved_carry import Expected
 from learnedopt.training.saved_optimizer import Anew, require_saved, restore
-from learnedopt.training.saved_state import require_carry, require_progress, require_steadied
+from learnedopt.training.saved_state import require_progress, require_steadied
 from learnedopt.training.steadying import Steadied
 from learnedopt.training.validation import Judgement
 
@@ -81,8 +82,7 @@ class Training(NamedTuple):
         run: plain values that say which training this is, for what no shape tells.
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
-        loops: a begun inner loop of each family, where the estimator's carries hold some.
-        kind: the class of the carry that the estimator starts with.
+        expected: what the estimator's carries are compared with.
         config: the configuration of the run, which ``saved_config`` gives back.
     """
 
@@ -93,8 +93,7 @@ class Training(NamedTuple):
     run: dict[str, Any]
     classes: carries.Classes
     begun: Callable[[], Any]
-    loops: Sequence[Carry] = ()
-    kind: type = object
+    expected: Expected
     config: Mapping[str, Any] = {}
 
 
@@ -263,9 +262,10 @@ def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
         return None if saved is None else _carry_of_format_1(path, saved, training.begun())
     try:
         carry = carries.unpack(saved, training.classes, _home(training.theta))
-        require_carry(carry, training.loops, training.kind)
-    except ValueError as error:
-        raise ValueError(f"{path} was written for another estimator or rule: {error}; {_ADVICE}") from error
+        training.expected.require_loaded(carry)
+    except Exception as error:  # whatever a family makes of tasks that are none of its own
+        told = str(error) if isinstance(error, TypeError | ValueError) else _told(error)
+        raise ValueError(f"{path} was written for another estimator or rule: {told}; {_ADVICE}") from error
     return carry
 
 

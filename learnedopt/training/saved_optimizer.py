@@ -194,7 +194,7 @@ def _require_alike(where: str, saved: Any, own: Any, lists: bool) -> None:
             _require_alike(f"{where}[{i}]", value, due, lists)
     elif not _alike(saved, own, lists):
         raise ValueError(f"{where} is {saved!r} on file, and {own!r} after a step here")
-    elif where.rpartition(".")[2].partition("[")[0] in ("base_lrs", "_last_lr") and not float(saved) >= -_ROUNDING:
+    elif _is_number(saved) and ".base_lrs[" in where and saved < -_ROUNDING:
         raise ValueError(f"{where} is {saved!r}, where a finite number of at least 0 is due")
 
 

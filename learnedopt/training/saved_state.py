@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from learnedopt.core.carry import Carry
-from learnedopt.core.shares import carries_in
 from learnedopt.core.tree import Theta
 from learnedopt.training.steadying import Steadied
 
@@ -47,31 +44,6 @@ def require_steadied(steadied: Steadied, averaged: bool, theta: Theta) -> None:
     _require_number("lowest_mean", steadied.lowest_mean)
     if type(steadied.num_rollbacks) is not int or steadied.num_rollbacks < 0:
         raise ValueError(f"num_rollbacks is {steadied.num_rollbacks!r}, which is no count")
-
-
-def require_carry(carry: Any, begun: Sequence[Carry], kind: type) -> None:
-    """Raise ValueError unless the inner loops in a carry are such as begin here.
-
-    Args:
-        carry: an estimator's, or None.
-        begun: a begun loop of each family; none where the estimator's carries hold no loops.
-        kind: the class of what the estimator starts with: one of it may hold no loop, between two episodes.
-    """
-    found, known = carries_in(carry), [_form(one) for one in begun]
-    known += [_form(one._replace(state=None)) for one in begun]
-    if carry is not None and begun and not found and type(carry) is not kind:
-        raise ValueError("its carry holds no inner loop")
-    for one in found:
-        if _form(one) not in known:
-            raise ValueError("names, shapes or types of an inner loop's tensors are not those that begin here")
-        if type(one.step) is not int or one.step < 0:
-            raise ValueError(f"an inner loop stands at the step {one.step!r}")
-
-
-def _form(carry: Carry) -> Any:
-    """Return names, types and shapes, but for the number of tasks, of parameters and state."""
-    leaves, spec = pytree.tree_flatten((carry.params, carry.state))
-    return spec, [(x.dtype, x.shape[1:]) if isinstance(x, Tensor) else type(x) for x in leaves]
 
 
 def _require_number(name: str, value: Any) -> None:
