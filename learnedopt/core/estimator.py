@@ -69,6 +69,18 @@ class GradientEstimator(ABC):
         """
         return loop.start(tasks)
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: Any) -> list[Any]:
+        """Return carries of every structure that one may come to have which starts as ``carry``, of the same tasks.
+
+        A checkpoint's is compared with them: classes, keys, lengths of tuples, types, and shapes but for the number of
+        tasks; where all of them have None there may be anything. By default those of a ``Carry``, as it is and begun;
+        of another nest none, which says that nothing is known of it: only the ``Carry``s in it are compared.
+        """
+        return [carry, loop.begin(theta, carry)] if isinstance(carry, Carry) else []
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:  # noqa: B027 - by default nothing is known of it
+        """Raise TypeError or ValueError where a carry is none of this estimator's, as far as it can be told at once."""
+
     def count_tasks(self, carry: Any) -> int:
         """Return of how many tasks a carry is."""
         return shares.count(carry, type(self).__name__)

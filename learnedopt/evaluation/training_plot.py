@@ -54,7 +54,7 @@ def plot_training(
         title: of the figure.
 
     Raises:
-        ValueError: there is nothing finite to draw.
+        ValueError: there is nothing finite to draw, or one of both is no number.
     """
     from matplotlib.figure import Figure
 
@@ -89,9 +89,23 @@ def what_is_a_step(windows: int | None) -> str:
 
 
 def points(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps of the rows that have this metric, and its values."""
-    found = [(float(row["step"]), float(row[name])) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    """Return the steps of the rows that have this metric, and its values.
+
+    Raises:
+        ValueError: one of them, whose step is named, is no number.
+    """
+    steps, values = [], []
+    for row in rows:
+        if name in row:
+            try:
+                steps.append(float(row["step"]))
+                values.append(float(row[name]))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"at the step {row['step']!r:.40} the metric {name} is {row[name]!r:.40}, which is no number; mend "
+                    "that line of the record (metrics.jsonl), or delete it"
+                ) from error
+    return steps, values
 
 
 def running_mean(x: Sequence[float], y: Sequence[float], windows: int | None) -> tuple[list[float], list[float]]:
