@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import learnedopt
+from learnedopt import plugins
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.files import exclusive, parse_json, remove_partials, require_plain_file
 from learnedopt.core.sealed import read_record, write_record
@@ -172,6 +173,6 @@ def environment() -> dict[str, str]:
 def begin_run(folder: Path, recipe: Recipe | Study) -> str:
     """Write the configuration of a new run, and what it runs on, into its folder; return the run's id."""
     run_id = uuid.uuid4().hex[:8]
-    about = {"run_id": run_id, "recipe": configuration(recipe), "environment": environment()}
+    about = {"run_id": run_id, "recipe": configuration(recipe), **plugins.record(), "environment": environment()}
     write_record(folder / "config.json", about)
     return run_id

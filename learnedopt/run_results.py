@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from learnedopt import checkpoint
+from learnedopt import checkpoint, plugins
 from learnedopt.core.files import plain_json
 from learnedopt.core.inner import InnerLoop
 from learnedopt.recipes.recipe import Recipe
@@ -18,7 +18,7 @@ from learnedopt.training.tracker import Tracker
 def metadata_of(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
     """Return what is said of a theta beside it."""
     found = {"meta_step": result.meta_step, "best_validation": result.best_value}
-    return plain_json({**configuration(recipe), **found})
+    return plain_json({**configuration(recipe), **plugins.record(), **found})
 
 
 def save_theta(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult) -> Path:
