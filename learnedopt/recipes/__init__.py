@@ -13,6 +13,7 @@ from collections.abc import Callable
 from learnedopt.core.files import require_name
 from learnedopt.core.registry import nearest
 from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
+from learnedopt.recipes.small import smoke
 from learnedopt.recipes.study import Study
 
 _TABLE = {
@@ -125,4 +126,15 @@ def _function(name: str) -> Callable[[], Recipe | Study]:
     return getattr(importlib.import_module(f"learnedopt.recipes.{module}"), function)
 
 
-__all__ = ["HeldOut", "MetaLearning", "Recipe", "Study", "make", "meta_training", "names", "register", "summary"]
+__all__ = [
+    "HeldOut",
+    "MetaLearning",
+    "Recipe",
+    "Study",
+    "make",
+    "meta_training",
+    "names",
+    "register",
+    "smoke",
+    "summary",
+]
