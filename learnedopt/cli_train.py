@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     from learnedopt.core.files import require_name
     from learnedopt.run import device_of, train
     from learnedopt.training import launch, ranks
+    from learnedopt.training.tracking import Tracking
     from learnedopt.training.trainer import TrainingDiverged
 
     if arguments.list:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with launch.process_group(device_of(recipe), arguments.backend, timeout):
             own = ranks.present(device_of(recipe), timeout)
-            result = train(recipe, folder, arguments.wandb, own)
+            result = train(recipe, folder, Tracking(wandb=arguments.wandb), own)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
