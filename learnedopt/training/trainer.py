@@ -169,6 +169,7 @@ class MetaTrainer:
         exit_code, agreed = 1, True
         with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
+                self.tracker.watch(self.theta)
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self.progress.at_start:
                     self._log({}, validate=True)
