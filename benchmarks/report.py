@@ -171,7 +171,7 @@ def draw(results: Mapping[str, Results]) -> Path:
         cpu.set_title(one.workload.title, fontsize=8, loc="left")
         for name, tick in zip(one.measured, cpu.get_yticklabels(), strict=True):
             tick.set_fontweight("bold" if ours(name) else "normal")
-    return write_figure(figure, FIGURE, dpi=80)  # tall: at more, the file is large
+    return write_figure(figure, FIGURE, dpi=75)  # tall: at more, the file is large
 
 
 def _bars(axes: Any, values: Mapping[str, float], unit: str) -> None:

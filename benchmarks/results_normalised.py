@@ -143,7 +143,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Result]]) -> Path:
         for axis in ("x", "y"):
             scale_axis(axes, axis)
     legend_below(figure, handles, ncols=5, shaded="10 % to 90 % of tasks")
-    return write_figure(figure, path, dpi=80)  # nine panels: at more, the file alone is large
+    return write_figure(figure, path, dpi=70)  # nine panels: at more, the file alone is large
 
 
 if __name__ == "__main__":

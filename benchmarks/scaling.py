@@ -193,4 +193,4 @@ def _draw(lines: Sequence[tuple[Sweep, dict[str, Any]]]) -> Path:
             for axis in ("x", "y"):
                 scale_axis(axes, axis)
     legend_below(figure, labelled(*figure.axes), ncols=3)
-    return write_figure(figure, FIGURE, dpi=90)
+    return write_figure(figure, FIGURE, dpi=80)

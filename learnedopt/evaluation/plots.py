@@ -46,7 +46,8 @@ def plot_curves(
         curves: label -> values. Left out are non-finite ones, and those over 10 times the highest first value: a
             curve that diverges would flatten the others. One whose last value is left out ends with a cross, and is
             called diverged in the legend.
-        bands: label -> lowest and highest values of the curve's interval, drawn where the curve is, and not of one that diverges.
+        bands: label -> lowest and highest values of the curve's interval, drawn where the curve is; not drawn of one
+            that diverges.
         shaded: what the bands are, for the legend.
         emphasis: labels drawn thick, in front, in the signal colour.
         logy: logarithmic y-axis; None means where every finite value is positive.

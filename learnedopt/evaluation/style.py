@@ -25,7 +25,7 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#9
 DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (1, 1))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIVERGED = "{} (diverged: ×)"
-_DPI = 120
+_DPI = 100
 _PALETTE = 256  # colours of a file: it is a third as large as with all of them, and looks the same
 _PLAIN_DECADES = 2.5  # of an axis, up to which 1, 2 and 5 are marked
 _FEW_TICKS = 0.5  # decades, below which 1, 2 and 5 would mark one place or none
@@ -69,8 +69,8 @@ def whole_ticks(axes: Any) -> None:
 def scale_axis(axes: Any, name: str) -> None:
     """Make an axis logarithmic.
 
-    Over a few decades 1, 2 and 5 are marked as plain numbers; over less than half of one, as many round numbers as on a
-    linear axis. Powers of ten are written as such only where they are very large or small.
+    Over a few decades 1, 2 and 5 are marked as plain numbers, over less than one some more, over less than half of one
+    round numbers as on a linear axis. Powers of ten are written as such only where they are very large or small.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -78,8 +78,9 @@ def scale_axis(axes: Any, name: str) -> None:
     axis = getattr(axes, f"{name}axis")
     low, high = axis.get_view_interval()
     few, some = high / low < 10**_FEW_TICKS, high / low < 10**_PLAIN_DECADES and high < _LONG
+    marks = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5)
     if few or some:
-        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)) if few else LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)) if few else LogLocator(subs=marks))
         axis.set_minor_formatter(NullFormatter())
     if few or some or (low > _PLAIN[0] and high < _PLAIN[1]):
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -188,7 +189,7 @@ def write_figure(figure: Any, path: str | Path, dpi: int = _DPI) -> Path:
 
     path, drawn = Path(path), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    few = Image.open(drawn).convert("RGB").quantize(_PALETTE, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = Image.open(drawn).convert("RGB").quantize(_PALETTE, kmeans=1, dither=Image.Dither.NONE)
     write_atomically(path, lambda partial: few.save(partial, format="png", optimize=True))
     return path
 

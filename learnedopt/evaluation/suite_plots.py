@@ -78,7 +78,7 @@ def plot_suite_curves(path: str | Path, suite: Suite) -> Path:
         for name in ("x", "y"):
             scale_axis(axes, name)
     legend_below(figure, handles, shaded="lowest to highest seed")
-    return write_figure(figure, path, dpi=90)  # many panels: at more, the file is large
+    return write_figure(figure, path, dpi=72)  # many panels: at more, the file is large
 
 
 def _drawn(suite: Suite) -> Sequence[str]:
