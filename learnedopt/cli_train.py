@@ -27,7 +27,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(command=run)
     add_recipe_arguments(parser)
-    parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
+    parser.add_argument(
+        "--name",
+        help="the run's folder under --runs; default: the recipe's name, in a "
+        "sweep of W&B with the trial's id behind it",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
     several = parser.add_argument_group(
@@ -76,20 +80,22 @@ def run(arguments: argparse.Namespace) -> int:
     from learnedopt.core.files import require_name
     from learnedopt.run import device_of, train
     from learnedopt.training import launch, ranks
+    from learnedopt.training.tracking import Tracking
     from learnedopt.training.trainer import TrainingDiverged
+    from learnedopt.training.wandb_variables import folder_name
 
     if arguments.list:
         return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
-    name = arguments.recipe if arguments.name is None else arguments.name
+    name = folder_name(arguments.recipe) if arguments.name is None else arguments.name
     require_name(name, "--name")
     folder = arguments.runs / name
     timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
     try:
         with launch.process_group(device_of(recipe), arguments.backend, timeout):
             own = ranks.present(device_of(recipe), timeout)
-            result = train(recipe, folder, arguments.wandb, own)
+            result = train(recipe, folder, Tracking(wandb=arguments.wandb), own)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)

@@ -28,8 +28,8 @@ LAW: dict[str, tuple[str, ...]] = {
 # The edge may import every room, those with a registry only inside functions; no room imports the edge, and nothing at
 # all imports the bridges: users do, by name.
 EDGE = (
-    "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "run", "run_folder", "stages",
-    "sweeps", "sweep_file", "followed",
+    "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
+    "run_folder", "run_results", "stages", "sweeps", "sweep_file", "followed",
     "cli", "cli_check", "cli_diagnose", "cli_train", "cli_evaluate", "cli_hub", "cli_report", "cli_suite",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
