@@ -10,6 +10,7 @@ from learnedopt import checkpoint
 from learnedopt.core.sealed import read_record
 from learnedopt.evaluation.comparison import Comparison, summarise
 from learnedopt.evaluation.few_shot import FewShot
+from learnedopt.evaluation.suite_table import REFERENCES, Suite
 from learnedopt.training.tracking import Tracking, wandb_view
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -57,6 +58,19 @@ def show_few_shot(
     _close(tracker, f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
 
 
+def show_suite(
+    tracking: Tracking, folder: Path, checkpoints: Checkpoints, name: str, found: Suite, paths: Mapping[str, Path]
+) -> None:
+    """Tell W&B what came of each candidate on a suite, relative to the references, the figures and the files."""
+    about = {"suite": name, "nets": [*found.results]}
+    ratios = {(label, other): found.geometric_mean(label, other) for label in found.candidates for other in REFERENCES}
+    tracker = _opened(tracking, folder, checkpoints, about, group=name)
+    tracker.log({f"{label}/to {other}": ratio.mean for (label, other), ratio in ratios.items() if ratio}, step=0)
+    tracker.figure("matrix", paths["png"])
+    tracker.figure("loss_curves", paths["curves"])
+    _close(tracker, f"suite-{name}", [*paths.values()], about)
+
+
 def tell_used(tracker: WandbTracker, checkpoints: Checkpoints) -> None:
     """Let a run in W&B say what it evaluates: the version of the training's artifact, and the id of that run."""
     for label, name in checkpoints.items():
@@ -74,8 +88,10 @@ def tell_used(tracker: WandbTracker, checkpoints: Checkpoints) -> None:
         tracker.use(label, str(metadata.get("name", path.stem)), files, about)
 
 
-def _opened(tracking: Tracking, folder: Path, checkpoints: Checkpoints, settings: dict[str, Any]) -> WandbTracker:
-    tracker = wandb_view(tracking, folder, group=next(iter(checkpoints)), job_type="evaluate")
+def _opened(
+    tracking: Tracking, folder: Path, checkpoints: Checkpoints, settings: dict[str, Any], group: str | None = None
+) -> WandbTracker:
+    tracker = wandb_view(tracking, folder, group=group or next(iter(checkpoints)), job_type="evaluate")
     tracker.start(settings)
     if tracker.active:
         tell_used(tracker, checkpoints)
