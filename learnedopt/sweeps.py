@@ -231,15 +231,17 @@ def _row(cells: Sequence[Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sweep as the command line says; return 0, or 2 for bad input."""
+    """Run a sweep as the command line says; return 0, 1 where no setting came to its end, 2 for bad input, or 130."""
     from jsonargparse import auto_cli
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         result = auto_cli(run_sweep, args=None if arguments is None else [*arguments])
     except (ValueError, OSError) as error:
         print(f"learnedopt.sweeps: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(f"\n{result.markdown()}")
     best = result.best
     if best is None:
@@ -250,4 +252,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the trials are stopped on the way out
     sys.exit(main())

@@ -21,10 +21,10 @@ def resolve_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> M
     Raises:
         ValueError: neither online, offline nor disabled (nor W&B's old words for them, run and dryrun).
     """
-    source, said = ("mode", mode) if mode is not None else ("WANDB_MODE", environ.get("WANDB_MODE") or "offline")
-    if said not in _MODES:
-        raise ValueError(f"{source}={said!r} is not a W&B mode that works here; use 'online', 'offline' or 'disabled'")
-    return _MODES[said]
+    source, word = ("mode", mode) if mode is not None else ("WANDB_MODE", environ.get("WANDB_MODE") or "offline")
+    if word not in _MODES:
+        raise ValueError(f"{source}={word!r} is not a W&B mode that works here; use 'online', 'offline' or 'disabled'")
+    return _MODES[word]
 
 
 def said(given: str | None, variable: str, default: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
