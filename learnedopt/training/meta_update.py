@@ -39,9 +39,11 @@ class MetaUpdate:
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
     ) -> None:
         self._theta, self._scaled = theta, Scaled(theta, scale)
-        self.meta_optimizer = _stepped_plainly(meta_optimizer(self._scaled.tensors))
+        self.meta_optimizer: torch.optim.Optimizer = _stepped_plainly(meta_optimizer(self._scaled.tensors))
         self._scaled.require_movable(self.meta_optimizer)
-        self.scheduler = _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = (
+            _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
+        )
 
     def gradients(self, grads: Theta) -> tuple[Theta, Norm]:
         """Return the gradient with respect to phi, and its length, of one with respect to theta."""
