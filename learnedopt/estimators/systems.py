@@ -68,7 +68,8 @@ class OptimalitySystem(System):
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record the gradient's graph; without a penalty, measure the gradient at the start for scale."""
-        self.end, self.theta = end, theta
+        self.end = end
+        self.theta = theta
         self.params, found = _gradient(loop, theta, start, end)
         self.grads = list(found.grads.values())
         if found.penalty is None:
@@ -159,7 +160,8 @@ class StepMapSystem(System):
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record one step's graph at the end, and measure the first step for scale."""
-        self.loop, self.theta, self.start, self.end = loop, theta, start, end
+        self.loop, self.theta, self.start = loop, theta, start
+        self.end = end
         self.num_params = len(end.params)
         self.z, self.image = _step(loop, theta, start, end)
         z, image = _step(loop, theta, start, start)
