@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from learnedopt.core.carry import Carry, Rollout, Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
@@ -44,7 +44,9 @@ from learnedopt.objectives.targets import (
     Target,
 )
 
-MetaGradient, MetaGrad = GradientEstimator, Estimate  # their names in version 0.1, kept for one version
+# Their names in version 0.1, kept for one version.
+MetaGradient: TypeAlias = GradientEstimator
+MetaGrad: TypeAlias = Estimate
 
 __version__ = "0.2.0"
 

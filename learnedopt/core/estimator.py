@@ -222,7 +222,8 @@ def check_objective(
             starts += start.params.values()
             rollout = Rollout(start, stand_in._replace(step=begun.step + num_steps), part_losses)
             values.append(call_objective(objective, loop, theta, rollout)[0])
-    both, *alone = [value.item() for value in values]
+    found: list[float] = tree.numbers(torch.stack([value.detach() for value in values]))
+    both, *alone = found
     eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
     tolerance = eps**0.5 * max(map(abs, (both, *alone)))
     if abs(both - sum(alone) / 2) > tolerance:  # False for what is not finite, of which nothing can be said

@@ -39,7 +39,7 @@ class Failures:
 
         Nothing where none has. The first ones are warned of.
         """
-        self.last = ""
+        self.last: str = ""
         if not num_failed:
             return {}
         words = [f"task {each.position} of episode {episode}: {each.fault}" for each in failures]

@@ -123,13 +123,13 @@ class MetaTrainer:
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint: Path | None = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
         self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
         self.config, self.report = dict(config or {}), report
-        self.steadying = Steadying(average, rollback_above)
+        self.steadying: Steadying = Steadying(average, rollback_above)
         require_settings(self)
-        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.ranks: Ranks = present(loop.execution.device) if ranks is None else ranks
         self.tracker = sinks_of(tracker if self.ranks.leads else None)
         theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
@@ -139,7 +139,7 @@ class MetaTrainer:
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
         self._why, self._failures = "", Failures(warns=self.ranks.leads)
-        self.progress = Progress(steadied=self.steadying.begin(self.theta))
+        self.progress: Progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
         self._sum, self._goes_on = Summing(self.ranks), False
 
