@@ -44,6 +44,7 @@ DIFFERENCES = {
     "seed": r"seed is '5\.0' on rank 1, '0\.0' on rank 0",
     "torch": r"torch is '1\.0' on rank 1",
     "estimator": r"estimator is 'Unrolled",
+    "rule": r"; rule is 'Clip|: rule is 'Clip",
     "recipe": r"config\.meta\.lr is '0\.1' on rank 1, '0\.2' on rank 0",
 }
 
