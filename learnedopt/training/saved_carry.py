@@ -116,7 +116,6 @@ def _compare(path: str, saved: Any, examples: list[Any], counts: tuple[int, int,
     children = carries.children(saved)
     if isinstance(saved, Places):
         _require_positions(f"{path}.positions", saved.positions, counts[2])
-        alike = [x._replace(num_tasks=counts[2]) for x in alike]
         if saved.num_tasks != counts[2]:
             raise ValueError(f"{path}.num_tasks is {saved.num_tasks!r}, of a meta-batch of {counts[2]} tasks")
     elif children is None:
