@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class GradientEstimator(ABC):
 
     inner: InnerSolver | None = None
     """What solves the inner problem in place of the rule's own steps; validation and evaluation take it too."""
+
+    renews_tasks: ClassVar[bool] = False
+    """Whether it draws fresh tasks by itself, so that its carries go on where an episode ends."""
 
     @property
     def takes_second_derivatives(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn, cast, final
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast, final
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Combined(GradientEstimator):
     back_propagated: GradientEstimator
     perturbed: GradientEstimator
     decay: float = 0.9
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("back_propagated", "perturbed"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class PersistentES(GradientEstimator):
     sigma: float
     reuse_noise: bool = False
     ranked: bool = False
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         perturbations.require_pairs(self.num_pairs, self.sigma)

@@ -138,7 +138,7 @@ class MetaTrainer:
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
-        self._why, self._failures = "", Failures(warns=self.ranks.leads)
+        self._why, self._failures = "", Failures(estimator.renews_tasks, warns=self.ranks.leads)
         self.progress: Progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
         self._sum, self._goes_on = Summing(self.ranks), False
@@ -269,11 +269,10 @@ class MetaTrainer:
         return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
     def _require_carry(self, carry: Any, num_tasks: int) -> None:
-        """Refuse what no checkpoint could give back, before hours of work."""
-        whose, training = type(self.estimator).__name__, self._training
-        carries.require_plain(carry, whose, None if training is None else training.classes)
-        if training is not None and carry is not None and not self.estimator.is_part(carry):
-            training.expected.require_own(carry, num_tasks, whose)
+        training = self._training
+        carries.require_plain(carry, type(self.estimator).__name__, None if training is None else training.classes)
+        if training is not None:
+            training.expected.require_own(carry, num_tasks)
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
