@@ -6,6 +6,7 @@ again with the same configuration it goes on where it stopped, exactly; one that
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from learnedopt.core.parts import loop_of
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.task_by_task import TaskByTask
+from learnedopt.execution import compile_times
 from learnedopt.execution.memory import predict_peak
 from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
@@ -134,6 +136,7 @@ def train(
     """
     require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
+    compile_times.logger.setLevel(logging.INFO)  # who waits is told for what
     ranks = present(device_of(recipe)) if ranks is None else ranks
     with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
         if isinstance(recipe, Study):

@@ -231,7 +231,7 @@ class ConsoleTracker:
         known = [words.format(self._latest[name]) for name, words in _WORDS.items() if name in self._latest]
         line = f"Meta-step {self._step}{of_total}{self._pace(now)}" + (f": {', '.join(known)}" if known else "") + "."
         self._shown_at, self._pending = now, False
-        if self._on_terminal():
+        if self._on_terminal() and self._step:  # the start keeps its line: the first meta-step may compile, and say so
             # Return to the line's start and erase it. A line that wraps could not be erased: it is cut.
             self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
             self._open_line = True
