@@ -30,9 +30,7 @@ def expected(kind: str) -> str:
     """Say how long it took the last time, or what is to be expected."""
     seconds = _read().get(kind)
     if seconds is None:
-        return (
-            "for the first time here: that takes some seconds to a few minutes, the longer the more inner steps"
-        )
+        return "for the first time here: that takes some seconds to a few minutes, the longer the more inner steps"
     return f"which took {seconds:.0f} s the last time, and takes less where its kernels are found on disk"
 
 

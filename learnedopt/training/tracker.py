@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 
+from learnedopt.core.pace import duration
+
 logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = Mapping[str, "float | list[float] | str"]
@@ -243,7 +245,7 @@ class ConsoleTracker:
         if self._first is None or self._step is None or self._step <= self._first[0] or now <= self._first[1]:
             return ""
         rate = (self._step - self._first[0]) / (now - self._first[1])
-        left = "" if self._total is None else f", {_duration(max(self._total - self._step, 0) / rate)} left"
+        left = "" if self._total is None else f", {duration(max(self._total - self._step, 0) / rate)} left"
         return f" ({rate:.3g} meta-steps/s{left})"
 
     def _sentence(self, text: str) -> None:
@@ -262,13 +264,3 @@ class ConsoleTracker:
 def progress_line() -> ConsoleTracker:
     """Return the console as a trainer has it by default: on stderr, so that what a script prints stays its own."""
     return ConsoleTracker(stream=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
