@@ -34,6 +34,7 @@ from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.lengthen import lengthen
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
+from learnedopt.training.tensorboard_tracker import require_tensorboard
 from learnedopt.training.tracker import Rewindable, Tracker
 from learnedopt.training.tracking import Tracking, trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
@@ -143,7 +144,9 @@ def train(
             require_plain(recipe, ranks, extend)
         require_same(ranks, {"recipe": configuration(recipe), "extend": extend})
         built = None if isinstance(recipe, Study) else build(recipe)
-        resolve_mode(tracking.wandb)  # refused before anything is written
+        resolve_mode(tracking.wandb)  # what cannot be followed so is refused before anything is written
+        if tracking.tensorboard:
+            require_tensorboard()
         if isinstance(recipe, Recipe) and built is not None:
             require_chain(recipe, built[0])
         if ranks.lead(lambda: is_finished(folder, recipe, extend=extend), "the look at the run's folder"):

@@ -29,12 +29,12 @@ LAW: dict[str, tuple[str, ...]] = {
 # all imports the bridges: users do, by name.
 EDGE = (
     "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
-    "run_folder", "run_results", "stages",
+    "run_folder", "run_results", "stages", "sweeps", "sweep_file",
     "cli", "cli_check", "cli_diagnose", "cli_train", "cli_evaluate", "cli_hub", "cli_report", "cli_suite",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
-WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
+WANDB = ("learnedopt.training.wandb_tracker", "learnedopt.training.wandb_files")  # may import wandb, inside functions
 BRIDGED = ("higher", "torchopt")  # packages that the modules of the bridges may import, but not the bridges' own
 HEAVY = (*BRIDGED, "wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 
