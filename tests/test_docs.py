@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import learnedopt
-from learnedopt import cli
+from learnedopt import cli, recipes
 
 sybil = pytest.importorskip("sybil", reason="sybil is not installed (it needs Python 3.11)")
 markdown = pytest.importorskip("sybil.parsers.markdown")
@@ -53,6 +53,7 @@ def clean_registries() -> Iterator[None]:
     """Forget what a page registers: other tests count what there is."""
     kinds = [learnedopt.optimizers.registry, learnedopt.tasks.registry, learnedopt.inner_objectives.registry]
     tables = [value.registered for kind in kinds for value in vars(kind).values() if hasattr(value, "registered")]
+    tables.append(recipes._registered)
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):

@@ -36,7 +36,7 @@ from learnedopt import (
     inner_objectives,
     optimizers,
     recipes,
-    run,
+    run_folder,
     tasks,
 )
 from learnedopt.core import sealed
@@ -399,7 +399,7 @@ def test_a_metric_that_cannot_be_drawn_is_named(value: str, tmp_path: Path) -> N
 def test_a_configuration_in_a_checkpoint_is_one(config: Any, trained: bytes, tmp_path: Path) -> None:
     changed(trained, tmp_path / "checkpoint.pt", lambda content: content.update(config=config))
     with pytest.raises(ValueError, match=r"checkpoint"):
-        run.find_run(tmp_path, recipes.make("lstm-quadratic"))
+        run_folder.find_run(tmp_path, recipes.make("lstm-quadratic"))
 
 
 def test_json_that_is_nested_too_deeply() -> None:
