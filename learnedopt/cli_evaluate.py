@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
     from learnedopt.core.inner import InnerSolver
     from learnedopt.core.task import TaskFamily
-    from learnedopt.evaluation.comparison import Comparison
-    from learnedopt.evaluation.few_shot import FewShot
-    from learnedopt.training.wandb_tracker import Mode, WandbTracker
+    from learnedopt.training.wandb_variables import Mode
 
 
 def add_parser(commands: Any) -> None:
@@ -98,7 +96,8 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt import tasks
     from learnedopt.config import recorded_solver
     from learnedopt.evaluation.evaluate import compare
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.followed import show_comparison
+    from learnedopt.training.tracking import Tracking
 
     if arguments.family is None:
         raise ValueError("the following arguments are required: --family")
@@ -125,7 +124,7 @@ def _compare(arguments: argparse.Namespace, mode: Mode) -> None:
     print(f"\n{comparison.markdown()}", flush=True)
     paths = comparison.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    _show(WandbTracker(mode, group=label, job_type="evaluate", dir=out), comparison, paths)
+    show_comparison(Tracking(mode), out, {label: arguments.checkpoint[0]}, comparison, paths)
 
 
 def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
@@ -133,7 +132,8 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     from learnedopt.config import recorded_solver
     from learnedopt.core.counts import require_count
     from learnedopt.evaluation.few_shot import FewShot, adapt
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.followed import show_few_shot
+    from learnedopt.training.tracking import Tracking
 
     unused = [
         f"--{name}" for name in ("tuning-tasks", "tune-for", "baselines") if getattr(arguments, name.replace("-", "_"))
@@ -168,7 +168,7 @@ def _few_shot(arguments: argparse.Namespace, mode: Mode) -> None:
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    _show_few_shot(WandbTracker(mode, group=labels[0], job_type="evaluate", dir=out), found, paths)
+    show_few_shot(Tracking(mode), out, dict(zip(labels, arguments.checkpoint, strict=True)), found, paths)
 
 
 def _baselines(text: str | None) -> Mapping[str, Any]:
@@ -279,36 +279,3 @@ def _families(name: str, options: dict[str, Any]) -> tuple[TaskFamily, TaskFamil
     if not hasattr(family, "meta_split"):
         return family, family
     return tasks.make(name, **{"meta_split": "test", **options}), tasks.make(name, **{**options, "meta_split": "train"})
-
-
-def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path]) -> None:
-    """Log the table's numbers, the figure and the files to W&B."""
-    from learnedopt.evaluation.comparison import summarise
-
-    numbers = {
-        f"{measure}/{label}/{name}": value
-        for label, outcome in comparison.outcomes.items()
-        for measure, values in outcome.values.items()
-        for name, value in vars(summarise(values)).items()
-    }
-    tracker.start(comparison.settings)
-    tracker.log(numbers, step=0)
-    tracker.figure("loss_curves", paths["png"])
-    tracker.artifact(f"evaluation-{comparison.settings['family']['name']}", [*paths.values()], comparison.settings)
-    tracker.finish()
-
-
-def _show_few_shot(tracker: WandbTracker, found: FewShot, paths: dict[str, Path]) -> None:
-    """Log the course of every measure over the steps, the figure and the files to W&B."""
-    courses: dict[int, dict[str, float]] = {}
-    for label, adaptation in found.adaptations.items():
-        for measure in adaptation.values:
-            for step, summary in zip(adaptation.steps, adaptation.summaries(measure), strict=True):
-                entry = courses.setdefault(step, {})
-                entry |= {f"{measure}/{label}/{name}": value for name, value in vars(summary).items()}
-    tracker.start(found.settings)
-    for step, numbers in sorted(courses.items()):
-        tracker.log(numbers, step=step)
-    tracker.figure("adaptation", paths["png"])
-    tracker.artifact(f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
-    tracker.finish()

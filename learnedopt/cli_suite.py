@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
-    from learnedopt.evaluation.suite_table import Suite
-    from learnedopt.training.wandb_tracker import Mode, WandbTracker
+    from learnedopt.training.wandb_variables import Mode
 
 
 def add_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -29,12 +28,13 @@ def add_arguments(evaluate: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, mode: Mode, loaded: Mapping[str, Checkpoint]) -> None:
     """Evaluate as the arguments say: what the folder has already is not run again."""
+    from learnedopt import followed
     from learnedopt.core.execution import Execution
     from learnedopt.evaluation import suite_table
     from learnedopt.evaluation.grids import named
     from learnedopt.evaluation.nets import SUITES, chosen
     from learnedopt.evaluation.suite import Protocol, run_suite
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.training.tracking import Tracking
 
     unused = [name for name in ("family", "steps", "set") if getattr(arguments, name)]
     if unused:
@@ -58,23 +58,5 @@ def run(arguments: argparse.Namespace, mode: Mode, loaded: Mapping[str, Checkpoi
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figures, tables and numbers: {', '.join(map(str, paths.values()))}")
-    _show(WandbTracker(mode, group=arguments.suite, job_type="evaluate", dir=out), arguments.suite, found, paths)
-
-
-def _show(tracker: WandbTracker, name: str, found: Suite, paths: Mapping[str, Path]) -> None:
-    """Log what came of each candidate, the figures and the files to W&B."""
-    from learnedopt.evaluation.suite_table import REFERENCES
-
-    numbers = {}
-    for label in found.candidates:
-        for reference in REFERENCES:
-            ratio = found.geometric_mean(label, reference)
-            if ratio is not None:
-                numbers[f"{label}/to {reference}"] = ratio.mean
-    about = {"suite": name, "nets": [*found.results]}
-    tracker.start(about)
-    tracker.log(numbers, step=0)
-    tracker.figure("matrix", paths["png"])
-    tracker.figure("loss_curves", paths["curves"])
-    tracker.artifact(f"suite-{name}", [*paths.values()], about)
-    tracker.finish()
+    labels = dict(zip(loaded, arguments.checkpoint, strict=True))
+    followed.show_suite(Tracking(mode), out, labels, arguments.suite, found, paths)

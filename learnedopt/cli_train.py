@@ -27,9 +27,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(command=run)
     add_recipe_arguments(parser)
-    parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
+    parser.add_argument(
+        "--name",
+        help="the run's folder under --runs; default: the recipe's name, in a "
+        "sweep of W&B with the trial's id behind it",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
+    for name in ("project", "entity", "group", "notes"):
+        parser.add_argument(f"--{name}", help="of W&B; default: what its variable says (docs/follow_runs.md)")
+    parser.add_argument("--tags", default="", metavar="A,B", help="of W&B; default: WANDB_TAGS")
+    parser.add_argument("--tensorboard", action="store_true", help="also write event files for TensorBoard")
+    parser.add_argument(
+        "--log-every", type=int, default=1, metavar="N", help="tell W&B and TensorBoard every N meta-steps (default 1)"
+    )
     several = parser.add_argument_group(
         "several processes", "Started by torchrun (torchrun -m learnedopt train ...), processes share each meta-batch."
     )
@@ -78,19 +89,25 @@ def run(arguments: argparse.Namespace) -> int:
     from learnedopt.training import launch, ranks
     from learnedopt.training.tracking import Tracking
     from learnedopt.training.trainer import TrainingDiverged
+    from learnedopt.training.wandb_variables import folder_name
 
     if arguments.list:
         return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe = configured(arguments)
-    name = arguments.recipe if arguments.name is None else arguments.name
+    name = folder_name(arguments.recipe) if arguments.name is None else arguments.name
     require_name(name, "--name")
     folder = arguments.runs / name
+    tracking = Tracking(
+        arguments.wandb, arguments.project, arguments.entity, arguments.group,
+        tuple(tag for tag in arguments.tags.split(",") if tag), arguments.notes, arguments.tensorboard,
+        arguments.log_every,
+    )  # fmt: skip
     timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
     try:
         with launch.process_group(device_of(recipe), arguments.backend, timeout):
             own = ranks.present(device_of(recipe), timeout)
-            result = train(recipe, folder, Tracking(wandb=arguments.wandb), own)
+            result = train(recipe, folder, tracking, own)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)

@@ -10,6 +10,7 @@ import logging
 import math
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from learnedopt.training.tensorboard_tracker import require_tensorboard
 from learnedopt.training.tracker import Rewindable, Tracker
 from learnedopt.training.tracking import Tracking, trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
-from learnedopt.training.wandb_tracker import resolve_mode
+from learnedopt.training.wandb_variables import in_sweep, resolve_mode
 
 
 def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
@@ -215,7 +216,8 @@ def train_before(recipe: Recipe, folder: Path, tracking: Tracking, ranks: Ranks)
     if not ranks.lead(lambda: is_finished(own, stage), "the look at the stage before"):
         if ranks.leads:
             print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
-        train(stage, own, tracking, ranks)
+        # In a sweep W&B has one run for each trial, which is the last stage's.
+        train(stage, own, replace(tracking, wandb="disabled") if in_sweep() else tracking, ranks)
     torch.set_num_threads(recipe.num_threads)
 
 

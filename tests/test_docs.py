@@ -156,7 +156,7 @@ def check_command(words: list[str], line: str) -> None:
     elif program == "torchrun" and "-m" in rest:
         check_command(rest[rest.index("-m") + 1 :], line)
     elif program in ("python", "torchrun"):
-        assert any((ROOT / word).is_file() for word in rest if word.endswith(".py")), line
+        assert any((ROOT / word).is_file() for word in rest if word.endswith((".py", ".yaml"))), line
     elif program == "learnedopt" and rest[0] in ("evaluate", "diagnose"):  # runs that are not here; minutes
         cli._parser().parse_args(rest)
     elif program == "learnedopt" and rest[0] == "check":

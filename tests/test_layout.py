@@ -29,7 +29,7 @@ LAW: dict[str, tuple[str, ...]] = {
 # all imports the bridges: users do, by name.
 EDGE = (
     "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
-    "run_folder", "run_results", "stages", "sweeps", "sweep_file",
+    "run_folder", "run_results", "stages", "sweeps", "sweep_file", "followed",
     "cli", "cli_check", "cli_diagnose", "cli_train", "cli_evaluate", "cli_hub", "cli_report", "cli_suite",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
