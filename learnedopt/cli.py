@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_hub, cli_report, cli_train
+from learnedopt import __version__, cli_check, cli_diagnose, cli_evaluate, cli_hub, cli_report, cli_train
 
 BAD_INPUT = 2
 DISK_FULL = 74  # EX_IOERR of sysexits.h
@@ -105,6 +105,7 @@ def _replace(number: int) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
     for module in (cli_train, cli_check, cli_diagnose, cli_evaluate, cli_report, cli_hub):
         module.add_parser(commands)

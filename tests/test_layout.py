@@ -197,9 +197,14 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_importing_the_package_is_light() -> None:
-    loaded = loaded_after("import learnedopt")
-    assert "torch" in loaded
-    assert not loaded & {*HEAVY, *FOLDERS}
+    assert not loaded_after("import learnedopt") & {"torch", *HEAVY, *FOLDERS}
+    engine = loaded_after("from learnedopt import InnerLoop, Unrolled")
+    assert "torch" in engine and not engine & {*HEAVY, *FOLDERS}
+
+
+def test_help_and_version_of_the_command_wait_for_no_tensors() -> None:
+    for word in ("--help", "--version", "train --help"):
+        assert "torch" not in loaded_after(f"from learnedopt import cli\nassert cli.main({word.split()}) == 0")
 
 
 def test_no_module_of_the_package_is_loaded_twice() -> None:
