@@ -33,6 +33,7 @@ from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
 from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
+from learnedopt.training.tracking import Tracking
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
 from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
 
@@ -111,7 +112,12 @@ def require_device(execution: Execution) -> None:
 
 
 def train(
-    recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None, ranks: Ranks | None = None
+    recipe: Recipe | Study,
+    folder: Path,
+    tracking: Tracking = Tracking(),  # noqa: B008 - it is frozen
+    ranks: Ranks | None = None,
+    *,
+    extend: bool = False,
 ) -> TrainingResult | None:
     """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one; a study returns None.
 
@@ -126,12 +132,14 @@ def train(
             raise ValueError(f"the study {recipe.name} has no meta-batches to share: start it as one process")
         require_same(ranks, {"recipe": configuration(recipe)})
         built = None if isinstance(recipe, Study) else build(recipe)
-        mode = resolve_mode(wandb_mode)
+        if extend:
+            raise NotImplementedError("--extend is not there yet")
+        mode = resolve_mode(tracking.wandb)
         if isinstance(recipe, Recipe) and built is not None:
             require_chain(recipe, built[0])
         run_id = ranks.lead(lambda: enter(recipe, folder, held), "the opening of the run's folder")
         if isinstance(recipe, Recipe):
-            train_before(recipe, folder, wandb_mode, ranks)
+            train_before(recipe, folder, tracking, ranks)
         tracker = trackers(recipe, folder, mode, run_id) if ranks.leads else None
         if isinstance(recipe, Study):
             assert tracker is not None
@@ -148,7 +156,7 @@ def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
         taken_over(before, own, f"{recipe.name} comes after {recipe.after.name}", partly=recipe.start_partly)
 
 
-def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None, ranks: Ranks) -> None:
+def train_before(recipe: Recipe, folder: Path, tracking: Tracking, ranks: Ranks) -> None:
     """Meta-train the stage before, from where it stands; one that is finished is left as it is."""
     stage = recipe.after
     if stage is None:
@@ -161,7 +169,7 @@ def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None, ranks: Ra
     if not ranks.lead(finished, "the look at the stage before"):
         if ranks.leads:
             print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
-        train(stage, own, wandb_mode, ranks)
+        train(stage, own, tracking, ranks)
     torch.set_num_threads(recipe.num_threads)
 
 

@@ -137,7 +137,7 @@ def test_every_command_is_one(
     monkeypatch.chdir(tmp_path)
     trained: list[Any] = []
     # The recipes themselves are trained by test_train_meta.py and test_studies.py, made tiny.
-    monkeypatch.setattr("learnedopt.run.train", lambda recipe, *_: trained.append(recipe))
+    monkeypatch.setattr("learnedopt.run.train", lambda recipe, *_, **__: trained.append(recipe))
     for line in commands(page):
         words = shlex.split(line, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -157,7 +157,7 @@ def check_command(words: list[str], line: str) -> None:
     elif program in ("python", "torchrun"):
         assert any((ROOT / word).is_file() for word in rest if word.endswith(".py")), line
     elif program == "learnedopt" and rest[0] in ("evaluate", "diagnose"):  # runs that are not here; minutes
-        cli._parser().parse_args(rest)
+        cli.parse(rest)
     elif program == "learnedopt" and rest[0] == "check":
         require_data()
         assert cli.main(rest) == 0, line

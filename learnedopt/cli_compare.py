@@ -1,0 +1,104 @@
+"""The command ``learnedopt compare``: learned optimizers on fresh tasks, beside tuned hand-designed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from learnedopt.cli_families import families, load_all
+
+if TYPE_CHECKING:
+    from learnedopt.evaluation.comparison import Comparison
+    from learnedopt.training.wandb_tracker import WandbTracker
+
+Mode: TypeAlias = Literal["online", "offline", "disabled"]  # the tracker's, spelled here: a help waits for no torch
+
+
+def compare(
+    checkpoint: Sequence[str],
+    family: str | None = None,
+    set: Sequence[str] = (),
+    steps: int = 100,
+    tasks: int = 100,
+    tuning_tasks: int | None = None,
+    tune_for: str = "final_loss",
+    baselines: str = "plain",
+    seed: int = 0,
+    threads: int = 1,
+    out: Path | None = None,
+    wandb: Mode | None = None,
+) -> int:
+    """Run learned optimizers against tuned SGD, momentum, Nesterov, RMSprop and Adam, on fresh tasks.
+
+    The learned ones stand side by side, beside baselines whose learning rates are tuned on other tasks of the same
+    family. Writes a table (evaluation.md), all numbers (evaluation.json) and the loss curves (evaluation.png).
+
+    Args:
+        checkpoint: files, folders of runs, or packaged names
+        family: a task family, see learnedopt list; by default that of the first one's meta-training
+        set: KEY=VALUE, an option of the family; repeatable
+        steps: inner steps
+        tasks: fresh tasks
+        tuning_tasks: tasks to tune on; by default all --tasks if they are small, else 8
+        tune_for: final_loss, sum_of_losses or last_ten
+        baselines: what is tuned beside it: plain, main or all with schedules, or labels of these as A;B
+        seed: of the tasks
+        threads: of torch; tasks are small
+        out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
+        wandb: Weights & Biases; by default what WANDB_MODE says, else offline
+    """
+    import torch
+
+    from learnedopt import tasks as registry
+    from learnedopt.config import recorded_solver
+    from learnedopt.evaluation import evaluate
+    from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
+
+    torch.set_num_threads(threads)
+    mode, loaded = resolve_mode(wandb), load_all(checkpoint)
+    fresh, others = families(family, set, checkpoint[0], next(iter(loaded.values())))
+    about = registry.describe(fresh)
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{about['name']}"
+    for label, learned in loaded.items():
+        solver = recorded_solver(learned.metadata)
+        if solver is not None:
+            print(f"{label} was trained on solutions by {solver}; here the rule's own steps are taken")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
+    comparison = evaluate.compare(
+        {label: (learned.rule, learned.theta, learned.inner_objective) for label, learned in loaded.items()}, fresh,
+        tuning_family=others, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
+        baselines=_baselines(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    names = {"checkpoint": checkpoint[0]} if len(loaded) == 1 else {"checkpoints": [*checkpoint]}
+    comparison = replace(comparison, settings={**names, "family": about, **comparison.settings})
+    print(f"\n{comparison.markdown()}", flush=True)
+    paths = comparison.save(out)
+    print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
+    _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), comparison, paths)
+    return 0
+
+
+def _baselines(text: str) -> Mapping[str, Any]:
+    from learnedopt.evaluation.evaluate import BASELINES
+    from learnedopt.evaluation.grids import named
+
+    return BASELINES if text == "plain" else named(text)
+
+
+def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path]) -> None:
+    """Log the table's numbers, the figure and the files to W&B."""
+    from learnedopt.evaluation.comparison import summarise
+
+    numbers = {
+        f"{measure}/{label}/{name}": value
+        for label, outcome in comparison.outcomes.items()
+        for measure, values in outcome.values.items()
+        for name, value in vars(summarise(values)).items()
+    }
+    tracker.start(comparison.settings)
+    tracker.log(numbers, step=0)
+    tracker.figure("loss_curves", paths["png"])
+    tracker.artifact(f"evaluation-{comparison.settings['family']['name']}", [*paths.values()], comparison.settings)
+    tracker.finish()
