@@ -35,10 +35,11 @@ def add_fields(parser: Parser, recipe: Any) -> None:
         if above not in groups:
             groups[above] = parser.add_argument_group(f"fields of {above or 'the recipe'}")
         if f"--{field.path}" not in parser._option_string_actions:  # an option of that name comes first
-            about = field.about or field.path.rpartition(".")[2].replace("_", " ")
+            name = field.path.rpartition(".")[2]
             groups[above].add_argument(
-                f"--{field.path}", type=field.hint, default=field.value, help=about, as_it_is=True
-            )
+                f"--{field.path}", type=field.hint, default=field.value, metavar=name.upper(), as_it_is=True,
+                help=field.about or name.replace("_", " "),
+            )  # fmt: skip
 
 
 def fields_of(value: Any, prefix: str = "") -> Iterator[Field]:
