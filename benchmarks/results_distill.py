@@ -39,6 +39,7 @@ from learnedopt.run import find_run, train
 from learnedopt.tasks import ImageMLP
 from learnedopt.tasks.data import images
 from learnedopt.training.json_tracker import read_metrics
+from learnedopt.training.tracking import Tracking
 
 RUNS = Path("runs")
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "distill.png"
@@ -150,7 +151,7 @@ def meta_train(name: str) -> None:
     spent, began = folder / "cpu.json", cpu_seconds()
     before = json.loads(spent.read_text("utf-8"))["seconds"] if spent.exists() else 0.0
     try:
-        train(recipe, folder, "disabled")
+        train(recipe, folder, Tracking("disabled"))
     finally:
         write_json(spent, {"seconds": before + cpu_seconds() - began})
 

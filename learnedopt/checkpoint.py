@@ -17,6 +17,7 @@ from learnedopt.core.bounded import bounded
 from learnedopt.core.checks import joined_theta
 from learnedopt.core.files import parse_json, write_json
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.plugged import needed
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.theta_file import Described
 from learnedopt.core.tree import Theta
@@ -148,7 +149,10 @@ def _built(found: Described, config: dict[str, Any]) -> tuple[UpdateRule, InnerO
             inner_objective = TaskLoss() if inner is None else inner_objectives.build(inner)
             return rule, inner_objective, _expected(rule, inner_objective)
     except Exception as error:  # whatever a rule makes of options that nobody would choose
-        raise ValueError(f"{found.path} describes a rule or inner objective that cannot be built: {error}") from error
+        raise ValueError(
+            f"{found.path} describes a rule or inner objective that cannot be built: {error}"
+            f"{needed(config['metadata'])}"
+        ) from error
 
 
 def packaged() -> list[str]:

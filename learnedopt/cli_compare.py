@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from learnedopt.cli_families import families, load_all
-
 if TYPE_CHECKING:
+    from learnedopt.checkpoint import Checkpoint
     from learnedopt.evaluation.comparison import Comparison
     from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -37,7 +36,7 @@ def compare(
 
     Args:
         checkpoint: files, folders of runs, or packaged names
-        family: a task family, see learnedopt list; by default that of the first one's meta-training
+        family: a task family, see learnedopt list; by default that of their meta-training
         set: KEY=VALUE, an option of the family; repeatable
         steps: inner steps
         tasks: fresh tasks
@@ -53,31 +52,50 @@ def compare(
 
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
-    from learnedopt.evaluation import evaluate
+    from learnedopt.evaluation.runs import compare_runs, families
     from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
 
     torch.set_num_threads(threads)
-    mode, loaded = resolve_mode(wandb), load_all(checkpoint)
-    fresh, others = families(family, set, checkpoint[0], next(iter(loaded.values())))
-    about = registry.describe(fresh)
-    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{about['name']}"
+    mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)
+    own = registry.describe(families(loaded, family, options)[0])["name"]
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
     for label, learned in loaded.items():
         solver = recorded_solver(learned.metadata)
         if solver is not None:
             print(f"{label} was trained on solutions by {solver}; here the rule's own steps are taken")
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
-    comparison = evaluate.compare(
-        {label: (learned.rule, learned.theta, learned.inner_objective) for label, learned in loaded.items()}, fresh,
-        tuning_family=others, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
+    found = compare_runs(
+        loaded, family, options, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
         baselines=_baselines(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
     )  # fmt: skip
     names = {"checkpoint": checkpoint[0]} if len(loaded) == 1 else {"checkpoints": [*checkpoint]}
-    comparison = replace(comparison, settings={**names, "family": about, **comparison.settings})
-    print(f"\n{comparison.markdown()}", flush=True)
-    paths = comparison.save(out)
+    found = replace(found, settings={**names, **found.settings})
+    print(f"\n{found.markdown()}", flush=True)
+    paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), comparison, paths)
+    _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), found, paths)
     return 0
+
+
+def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
+    """Return what the checkpoints hold, by what each is called in tables."""
+    from learnedopt.checkpoint import load_checkpoint
+    from learnedopt.evaluation.runs import labelled
+
+    return {label: load_checkpoint(name) for label, name in labelled(checkpoints).items()}
+
+
+def options_of(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a family as ``KEY=VALUE`` say."""
+    from learnedopt.typed_values import read_value
+
+    settings = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {assignment!r} is not of the form KEY=VALUE, such as --set batch_size=64")
+        settings[key] = read_value(text)
+    return settings
 
 
 def _baselines(text: str) -> Mapping[str, Any]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from learnedopt import cli_suite
-from learnedopt.cli_compare import Mode, compare
-from learnedopt.cli_families import families, load_all
+from learnedopt.cli_compare import Mode, compare, load_all, options_of
 
 if TYPE_CHECKING:
-    from learnedopt.checkpoint import Checkpoint
-    from learnedopt.core.inner import InnerSolver
-    from learnedopt.core.task import TaskFamily
     from learnedopt.evaluation.few_shot import FewShot
     from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -47,7 +44,7 @@ def evaluate(
         checkpoint: files, folders of runs, or packaged names
         few_shot: measure few-shot adaptation, without baselines
         suite: unseen or growth, a fixed list of nets
-        family: a task family, see learnedopt list; by default that of the first one's meta-training
+        family: a task family, see learnedopt list; by default that of their meta-training
         set: KEY=VALUE, an option of the family; repeatable
         steps: inner steps; by default 100, few-shot 10
         tasks: fresh tasks; by default 100, few-shot 600
@@ -107,52 +104,23 @@ def _few_shot(
 ) -> None:
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
-    from learnedopt.core.counts import require_count
-    from learnedopt.evaluation.few_shot import FewShot, adapt
+    from learnedopt.evaluation.runs import adapt_runs, families
     from learnedopt.training.wandb_tracker import WandbTracker
 
-    loaded = load_all(checkpoint)
-    fresh, _ = families(family, assignments, checkpoint[0], next(iter(loaded.values())))
-    about = {
-        "checkpoints": [*checkpoint], "family": registry.describe(fresh), "seed": seed, "num_steps": steps,
-        "num_tasks": tasks,
-    }  # fmt: skip
-    require_count("num_steps", steps)
-    require_count("num_tasks", tasks, least=2)
+    loaded, options = load_all(checkpoint), options_of(assignments)
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
-    for label, learned in loaded.items():  # one that does not fit is refused before any is run
-        _require_fit(label, learned, fresh, steps, solvers[label])
-    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{about['family']['name']}"
-    out.mkdir(parents=True, exist_ok=True)
-    adaptations = {}
-    for label, (rule, inner_objective, theta, _) in loaded.items():
-        inner = solvers[label]
-        print(f"Adapting {label} to {tasks} tasks{f' by {inner}' if inner else ''}", flush=True)
-        adaptations[label] = adapt(
-            rule, theta, fresh, steps, tasks, seed=seed, inner=inner, inner_objective=inner_objective
-        )
-    found = FewShot({**about, "inner": {label: str(inner) for label, inner in solvers.items() if inner}}, adaptations)
+    own = registry.describe(families(loaded, family, options)[0])["name"]
+    found = adapt_runs(
+        loaded, family, options, solvers=solvers, num_steps=steps, num_tasks=tasks, seed=seed,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    found = replace(found, settings={"checkpoints": [*checkpoint], **found.settings})
     print(f"\n{found.markdown()}", flush=True)
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
+    out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), found, paths)
-
-
-def _require_fit(
-    label: str, learned: Checkpoint, family: TaskFamily, num_steps: int, inner: InnerSolver | None
-) -> None:
-    """Raise ValueError unless the checkpoint adapts to tasks of the family: to two of them, one step at most."""
-    from learnedopt.core.counts import require_count
-    from learnedopt.evaluation.few_shot import adapt
-
-    require_count("num_steps", num_steps, least=1 if inner else 0)
-    rule, inner_objective, theta, record = learned
-    try:
-        adapt(rule, theta, family, min(num_steps, 1), 2, inner=inner, inner_objective=inner_objective)
-    except ValueError as error:
-        trained = record.get("family", {})
-        hint = f" ({label} was meta-trained on {trained['name']} with {trained['options']})" if trained else ""
-        raise ValueError(f"{label} does not fit {family}: {error}{hint}") from error
 
 
 def _show(tracker: WandbTracker, found: FewShot, paths: dict[str, Path]) -> None:

@@ -123,7 +123,10 @@ def _chosen(parser: Parser, name: str | None, files: list[str], given: list[str]
             parser.error(f"unrecognized arguments: {word}")
     changes = [*map(read_config, files), *(word.removeprefix("--") for word in given)]
     recipe = override(recipe, changes, INTERCHANGEABLE)
-    return Chosen(name, recipes.smoke(recipe) if smoke else recipe, changes)
+    if smoke:
+        recipe = recipes.smoke(recipe)
+        name = recipe.name  # its folder is not that of the run itself
+    return Chosen(name, recipe, changes)
 
 
 def read_config(path: str) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Failure
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.ranks import Ranks
+from learnedopt.training.tracking import Tracking
 from learnedopt.training.validation import Judgement
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -327,7 +328,7 @@ def test_the_best_theta_of_a_training_that_diverged_is_written_and_named(
     with pytest.raises(
         TrainingDiverged, match=r"The best theta so far \(validation [\d.]+\) is in .*theta.safetensors"
     ):
-        run.train(recipe, tmp_path / "run", "disabled")
+        run.train(recipe, tmp_path / "run", Tracking("disabled"))
     saved = load_checkpoint(tmp_path / "run" / "theta.safetensors")
     _, validation = run.build(recipe)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation" in row]

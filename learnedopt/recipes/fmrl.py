@@ -6,7 +6,7 @@ The start follows the leader, the radius is guessed and grows, tasks are met one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -48,6 +48,13 @@ class FmrlConvex(Study):
             require_positive(self.name, "single_radii", radius)
         for option in ("num_tasks", "num_tasks_a_radius"):
             require_count(option, getattr(self, option), least=2)
+
+    def small(self) -> FmrlConvex:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_tasks=3, num_losses=4, radii=self.radii[:2], num_tasks_a_radius=3, seeds=self.seeds[:2],
+            num_experts=3,
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure both geometries over all tasks, and the Euclidean one over the clusters' radii."""
@@ -177,6 +184,10 @@ class FmrlFashion(Study):
         for radius in (*self.single_radii, self.fal_radius, self.fli_radius):
             require_positive(self.name, "a radius", radius)
         require_count("num_tasks", self.num_tasks, least=2)
+
+    def small(self) -> FmrlFashion:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(self, shots=self.shots[:2], num_tasks=3, seeds=self.seeds[:1], num_features=5)
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure all methods at every number of examples."""

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -98,6 +98,14 @@ class OnlineLearning(Study):
             )
         if not self.methods or not all(method.rates for method in self.methods.values()):
             raise ValueError(f"methods={self.methods!r}: a study needs methods, and each rates to choose from")
+
+    def small(self) -> OnlineLearning:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_steps=20, num_tasks=min(self.num_tasks, 2), seeds=self.seeds[:2],
+            tuning_seeds=self.tuning_seeds[:1],
+            methods={label: replace(method, rates=method.rates[:1]) for label, method in self.methods.items()},
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Tune and run each method, tell the tracker what it cost when it is done, and draw all of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,10 @@ class OptimisticConvex(Study):
             raise ValueError("problems is empty: there is nothing to minimise; name one, such as 'power:3'")
         for name in self.problems:
             parsed(name)
+
+    def small(self) -> OptimisticConvex:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(self, num_steps=60, dim=6, problems=self.problems[:2])
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Minimise every problem by every method, and draw ``f - min f`` against T, a panel a problem."""

@@ -36,6 +36,17 @@ class Study(ABC):
         What was finished in ``folder`` before is not computed again: see ``remember``.
         """
 
+    def small(self) -> Study:
+        """Return it with settings of which the whole takes under a minute; see ``recipes.smoke``.
+
+        Raises:
+            ValueError: it does not say any.
+        """
+        raise ValueError(
+            f"the study {self.name} does not say how it is made small: let {type(self).__name__}.small return it with "
+            "other settings, or set them by hand"
+        )
+
 
 def require_some(study: Study, *options: str) -> None:
     """Raise ValueError where one of these settings, each a tuple, is empty."""

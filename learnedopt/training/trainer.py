@@ -131,8 +131,7 @@ class MetaTrainer:
         require_settings(self)
         self.ranks = present(loop.execution.device) if ranks is None else ranks
         self.tracker = sinks_of(tracker if self.ranks.leads else None)
-        if theta is None:
-            theta = loop.init_theta(torch.Generator().manual_seed(seed))
+        theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
         self._update = MetaUpdate(self.theta, loop.theta_scale(self.theta), meta_optimizer, scheduler)
@@ -177,8 +176,8 @@ class MetaTrainer:
                 while stop is None and self.progress.meta_step < num_meta_steps:
                     stop = self._meta_step(num_meta_steps, interrupts)
                     if self.progress.meta_step % self.checkpoint_every == 0:
-                        self._save()
-                self._save()
+                        self.save()
+                self.save()
                 interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
                 result, agreed = self._result(), False
@@ -286,36 +285,40 @@ class MetaTrainer:
     def _require_progress(self) -> None:
         if self.progress.skips_in_a_row < self.max_skips_in_a_row:
             return
-        self._save()
+        self.save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
         raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
-        last, progress = self.progress.steadied.learned(self.theta), self.progress
-        return TrainingResult(
-            last, progress.best_theta or last, progress.best_value, progress.meta_step, progress.num_skipped
-        )
+        last, now = self.progress.steadied.learned(self.theta), self.progress
+        return TrainingResult(last, now.best_theta or last, now.best_value, now.meta_step, now.num_skipped)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint, where there is to be one and a call of ``run`` or ``restored`` has looked for it."""
         if self.checkpoint is None or self._training is None:
             return
         carry = whole_carry(self.ranks, self.estimator, self.progress.carry, self._training, self.num_tasks)
         if self.ranks.leads:
             save_progress(self.checkpoint, replace(self.progress, carry=carry), self._training)
 
+    def restored(self) -> TrainingResult | None:
+        """Go back to the checkpoint and return what it holds, None for none; nothing is trained, told or written."""
+        if self.checkpoint is None:
+            return None
+        if self._training is None:
+            run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
+            found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+            self._training = found._replace(config=self.config)
+        resumed = resume(self.ranks, self.checkpoint, self._training)
+        if resumed is None:
+            return None
+        self.progress, self._goes_on = resumed, resumed.carry is not None
+        self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        return self._result()
+
     def _resume(self) -> None:
-        if self.checkpoint is not None:
-            self._training = self._training or self._describe()
-            resumed = resume(self.ranks, self.checkpoint, self._training)
-            if resumed is not None:
-                self.progress, self._goes_on = resumed, resumed.carry is not None
-                self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        self.restored()
         if self.progress.meta_step == 0 and self.progress.carry is None and not self._goes_on:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
         self.tracker.rewind(-1 if self.progress.at_start else self.progress.meta_step)
-
-    def _describe(self) -> Training:
-        run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-        found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
-        return found._replace(config=self.config)
