@@ -135,13 +135,14 @@ def read_config(path: str) -> Mapping[str, Any]:
     Raises:
         ValueError: there is no such file, or it holds none.
     """
+    import yaml
     from jsonargparse import get_loader
 
     try:
         found = get_loader("yaml")(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} is no YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"--config {path} holds no fields: write key: value, as --print_config does")
