@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt import FinalLoss, InnerLoop, MetaTrainer, SumOfLosses, Truncated, Unrolled, optimizers, tasks
+from learnedopt import InnerLoop, MetaTrainer, SumOfLosses, Truncated, optimizers, tasks
 from learnedopt.training import progress
 
 
 def trainer(path: Path) -> MetaTrainer:
-    """Return a small training whose state is in ``path``."""
+    """Return a small training whose state is in ``path``; after three meta-steps that has a carry."""
     loop = InnerLoop(tasks.make("quadratic", dim=2), optimizers.make("momentum", learn=("lr",)))
 
     def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
 
     return MetaTrainer(
-        loop, Unrolled(2), FinalLoss(), tracker=None, num_tasks=2, checkpoint=path, average=0.3, scheduler=halved,
-        config={"meta": {"lr": 0.01}},
+        loop, Truncated(2, horizon=8), SumOfLosses(), tracker=None, num_tasks=2, checkpoint=path, average=0.3,
+        scheduler=halved, config={"meta": {"lr": 0.01}},
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from learnedopt import (
 )
 from learnedopt.core import sealed
 from learnedopt.core.files import parse_json
+from learnedopt.evaluation.training_plot import plot_training
 from learnedopt.optimizers import SGD, describe
 from learnedopt.recipes.study import remember
 from learnedopt.tasks.data import image_array
@@ -350,6 +351,30 @@ def test_a_line_that_does_not_end_is_not_read_whole(tmp_path: Path) -> None:
     assert bounded(read) < 5
     JsonLinesTracker(path).rewind(1)  # what was never ended is cut off
     assert read_metrics(path) == [{"step": 1, "a": 2}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": -1, "meta_loss": 1.0}', '{"step": 1%s, "meta_loss": 1.0}' % ("0" * 400), '{"step": "2"}',
+        '{"step": 2, "meta_loss": 1%s}' % ("0" * 400), '{"step": 2, "meta_loss": {"a": 1}}', '{"step": 2, "a": [[1]]}',
+        '{"step": 2, "a": ["x"]}', '{"step": 2, "a": [1%s]}' % ("0" * 400), '{"step": 2, "meta_loss": null}',
+    ],
+    ids=["negative", "huge step", "text step", "huge", "nested", "curves", "text in a list", "huge in a list", "null"],
+)  # fmt: skip
+def test_a_line_that_holds_no_metrics_is_named(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"event": "start"}}\n{{"step": 1, "meta_loss": "NaN", "a": ["Infinity", 2], "b": "c"}}\n{row}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1.0]"])
+def test_a_metric_that_cannot_be_drawn_is_named(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "meta_loss": 0.5}}\n{{"step": 2, "meta_loss": {value}}}\n')
+    with pytest.raises(ValueError, match=r"at the step 2 the metric meta_loss is ['\[].*, which is no number; mend"):
+        plot_training(tmp_path / "a.png", read_metrics(path))
 
 
 @pytest.mark.parametrize("config", [5, "[1]", "3", "{", None], ids=["5", "list", "3", "cut", "none"])

@@ -29,13 +29,13 @@ LAW: dict[str, tuple[str, ...]] = {
 # all imports the bridges: users do, by name.
 EDGE = (
     "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
-    "run_folder", "run_results", "stages", "typed_values",
+    "run_folder", "run_results", "stages", "sweep_file", "sweeps", "typed_values",
     "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_hub", "cli_list",
     "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_train",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
-WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
+WANDB = ("learnedopt.training.wandb_tracker", "learnedopt.training.wandb_files")  # may import wandb, inside functions
 BRIDGED = ("higher", "torchopt")  # packages that the modules of the bridges may import, but not the bridges' own
 HEAVY = (*BRIDGED, "wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 

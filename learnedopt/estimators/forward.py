@@ -99,6 +99,19 @@ class ForwardMode(GradientEstimator):
         carry = loop.start(tasks)
         return carry if self.horizon is None else ForwardCarry(carry)
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: Carry | ForwardCarry) -> list[Any]:
+        """Return the carry as it starts, and begun, in windows with tangents."""
+        if not isinstance(carry, ForwardCarry):
+            return super().forms(loop, theta, carry)
+        inner, sizes = loop.begin(theta, carry.inner), _sizes(theta)
+        tangents = [x.new_empty(len(x), sum(sizes.values()), *x.shape[1:], device="meta") for x in moving(inner)]
+        params = dict(zip(inner.params, tangents, strict=False))
+        return [carry, ForwardCarry(inner, params, (*tangents[len(params) :],), sizes)]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class, ValueError where its tangents are of another theta."""
+        self._opened(theta, carry)
+
     def count_tasks(self, carry: Carry | ForwardCarry) -> int:
         """Return of how many tasks a carry is."""
         return super().count_tasks(carry.inner if isinstance(carry, ForwardCarry) else carry)
@@ -128,7 +141,8 @@ class ForwardMode(GradientEstimator):
         self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry | ForwardCarry
     ) -> Estimate:
         """Run ``num_steps`` steps from where the carry stands, tangents along."""
-        inner, before = self._opened(loop, theta, carry)
+        loop.require_theta(theta)
+        inner, before = self._opened(theta, carry)
         check_loop(loop, theta, inner, second_derivatives=self.num_steps > 0)
         check_objective(loop, theta, objective, inner, self.num_steps)
         # Where tangents have come along, theta's way through the start is open as it is from the start itself.
@@ -156,9 +170,8 @@ class ForwardMode(GradientEstimator):
         onward = self._onward(loop, theta, inner, chunks)
         return Estimate(torch.stack([x.value for x in chunks]).sum(), grads, onward, info)
 
-    def _opened(self, loop: InnerLoop, theta: Theta, carry: Any) -> tuple[Carry, Tangents | None]:
+    def _opened(self, theta: Theta, carry: Any) -> tuple[Carry, Tangents | None]:
         """Return the inner loop's carry, and the tangents that have come along."""
-        loop.require_theta(theta)
         if isinstance(carry, Carry):
             return carry, None
         if not isinstance(carry, ForwardCarry):

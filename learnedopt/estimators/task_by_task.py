@@ -159,6 +159,18 @@ class TaskByTask(GradientEstimator):
         self._require_members(loop)
         return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator), all_places(tree.size(tasks)))
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: TaskByTaskCarry) -> list[Any]:
+        """Return the carry as it starts: it is never anything else."""
+        return [carry]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class."""
+        if not isinstance(carry, TaskByTaskCarry):
+            raise TypeError(
+                f"TaskByTask keeps tasks and a seed in a carry of its own, got a {type(carry).__name__}; begin with "
+                "estimator.start(loop, theta, tasks, generator)"
+            )
+
     def count_tasks(self, carry: TaskByTaskCarry) -> int:
         """Return how many tasks there are."""
         return tree.size(carry.tasks)
@@ -177,7 +189,7 @@ class TaskByTask(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: TaskByTaskCarry) -> Estimate:
         """Take each task's estimate, and the mean of those that serve."""
-        _require_carry(carry)
+        self.require_carry(theta, carry)
         self._require_members(loop)
         scale = loop.theta_scale(theta)
         kept, failed, counts = [], [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
@@ -295,11 +307,3 @@ def _require_positive(name: str, value: Any) -> None:
 
 def _places(carry: TaskByTaskCarry) -> Places:
     return carry.places or all_places(tree.size(carry.tasks))
-
-
-def _require_carry(carry: Any) -> None:
-    if not isinstance(carry, TaskByTaskCarry):
-        raise TypeError(
-            f"TaskByTask keeps tasks and a seed in a carry of its own, got a {type(carry).__name__}; begin with "
-            "estimator.start(loop, theta, tasks, generator)"
-        )

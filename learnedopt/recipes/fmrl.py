@@ -239,8 +239,10 @@ class FmrlFashion(Study):
         """Draw the regret per example against the examples a class."""
         from learnedopt.evaluation.plots import plot_lines
 
-        labels = {"fal": "FAL", "fli-online": "FLI online", "fli-batch": "FLI batch", "best single": "best single task",
-                  "omniscient": "omniscient"}  # fmt: skip
+        labels = {
+            "fal": "FAL", "fli-online": "FLI, last iterate", "fli-batch": "FLI, regularised leader",
+            "best single": "best single task", "omniscient": "omniscient",
+        }  # fmt: skip
         lines = {label: (self.shots, [row[key] for row in rows]) for key, label in labels.items()}
         plot_lines(
             folder / f"{self.name}.png", lines, "examples a class", "task-averaged regret per example", logx=True,

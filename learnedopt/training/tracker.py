@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 
+from learnedopt.core.tree import Theta
+
 logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = Mapping[str, "float | list[float] | str"]
@@ -61,6 +63,24 @@ class Rewindable(Protocol):
 
         -1 where it repeats all, the validation of the start included, which counts as meta-step 0.
         """
+        ...
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A tracker that looks at theta itself when it likes to."""
+
+    def watch(self, theta: Theta) -> None:
+        """Take theta as the training moves it, in place; to be read only, and only within a call of this tracker."""
+        ...
+
+
+@runtime_checkable
+class Charting(Protocol):
+    """A tracker that draws several lines into one chart."""
+
+    def lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str) -> None:
+        """Draw lines by their labels, such as the losses of a learned optimizer and of others, over 0, 1, 2, ..."""
         ...
 
 
@@ -117,6 +137,14 @@ class Trackers:
     def rewind(self, step: int) -> None:
         """Rewind the sinks that can; see ``Rewindable``."""
         self._each("rewind", lambda sink: sink.rewind(step) if isinstance(sink, Rewindable) else None)
+
+    def watch(self, theta: Theta) -> None:
+        """Show theta to the sinks that look at it; see ``Watching``."""
+        self._each("watch", lambda sink: sink.watch(theta) if isinstance(sink, Watching) else None)
+
+    def lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str) -> None:
+        """Draw lines in the sinks that can; see ``Charting``."""
+        self._each("lines", lambda sink: sink.lines(name, lines, xname) if isinstance(sink, Charting) else None)
 
     def _each(self, doing: str, call: Callable[[Tracker], None]) -> None:
         for index, sink in enumerate(self.sinks):

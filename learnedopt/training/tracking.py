@@ -8,8 +8,11 @@ from typing import Protocol
 
 from learnedopt.core.counts import require_count
 from learnedopt.training.json_tracker import JsonLinesTracker
+from learnedopt.training.tensorboard_tracker import TensorBoardTracker
+from learnedopt.training.thinned import Thinned
 from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
-from learnedopt.training.wandb_tracker import Mode, WandbTracker
+from learnedopt.training.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_variables import Mode, said
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,43 @@ def trackers(recipe: Named, folder: Path, tracking: Tracking, run_id: str) -> Tr
         folder: of the run.
         tracking: what the user says.
         run_id: what the run keeps when it goes on.
+
+    Raises:
+        ValueError: the mode of W&B is unknown, or TensorBoard is not installed.
     """
     total: int | None = getattr(recipe, "num_meta_steps", None)
+    kind = "study" if total is None else "meta-train"
     views: list[Tracker] = [
-        WandbTracker(
-            tracking.wandb, group=tracking.group or recipe.name, job_type="study" if total is None else "meta-train",
-            name=folder.name, dir=folder, run_id=run_id,
-        )
-    ]  # fmt: skip
-    return Trackers([ConsoleTracker(total=total), JsonLinesTracker(folder / "metrics.jsonl"), *views])
+        wandb_view(tracking, folder, group=recipe.name, job_type=kind, name=folder.name, run_id=run_id)
+    ]
+    if tracking.tensorboard:
+        views.append(TensorBoardTracker(folder / "tensorboard"))
+    console, record = ConsoleTracker(total=total), JsonLinesTracker(folder / "metrics.jsonl")
+    return Trackers([console, record, Thinned(views, tracking.log_every)])
+
+
+def wandb_view(
+    tracking: Tracking, folder: Path, *, group: str, job_type: str, name: str | None = None, run_id: str | None = None
+) -> WandbTracker:
+    """Return W&B's view of a run: what ``tracking`` says comes before the user's variables, these before the rest.
+
+    Args:
+        tracking: what the user says.
+        folder: where W&B's files go by default, else where WANDB_DIR says.
+        group: default of the group: runs of one recipe, such as those of several seeds, are drawn as one band.
+        job_type: what kind of run it is, such as "evaluate".
+        name: default of what W&B calls the run.
+        run_id: what the run keeps when it goes on.
+    """
+    return WandbTracker(
+        tracking.wandb,
+        project=tracking.project,
+        entity=tracking.entity,
+        group=said(tracking.group, "WANDB_RUN_GROUP", group),
+        job_type=said(None, "WANDB_JOB_TYPE", job_type),
+        name=said(None, "WANDB_NAME", name),
+        tags=tracking.tags,
+        notes=tracking.notes,
+        dir=Path(said(None, "WANDB_DIR", str(folder)) or folder),
+        run_id=run_id,
+    )

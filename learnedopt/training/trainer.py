@@ -169,6 +169,7 @@ class MetaTrainer:
         exit_code, agreed = 1, True
         with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
+                self.tracker.watch(self.theta)
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self.progress.at_start:
                     self._log({}, validate=True)
@@ -235,7 +236,7 @@ class MetaTrainer:
             self.estimator, self.loop, theta, self.objective, carry, places, micro_batch=self.micro_batch,
             apart=self.max_failed_share > 0,
         )  # fmt: skip
-        self._require_carry(found.estimate.carry)
+        self._require_carry(found.estimate.carry, len(found.places))
         require_grads(self.estimator, found.estimate.grads, self.theta)
         part = places[0] if self.estimator.is_part(carry) else None
         return self._sum(Share(found, len(places), interrupts.number, part), self.theta, what)
@@ -264,12 +265,15 @@ class MetaTrainer:
         tasks = self.loop.family.sample(self.num_tasks, generator)
         theta = {k: v.detach().clone() for k, v in self.theta.items()}
         carry = self.estimator.start(self.loop, theta, tasks, generator)
-        self._require_carry(carry)
+        self._require_carry(carry, self.num_tasks)
         return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
-    def _require_carry(self, carry: Any) -> None:
-        classes = None if self._training is None else self._training.classes
-        carries.require_plain(carry, type(self.estimator).__name__, classes)
+    def _require_carry(self, carry: Any, num_tasks: int) -> None:
+        """Refuse what no checkpoint could give back, before hours of work."""
+        whose, training = type(self.estimator).__name__, self._training
+        carries.require_plain(carry, whose, None if training is None else training.classes)
+        if training is not None and carry is not None and not self.estimator.is_part(carry):
+            training.expected.require_own(carry, num_tasks, whose)
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
@@ -305,10 +309,7 @@ class MetaTrainer:
         """Go back to the checkpoint and return what it holds, None for none; nothing is trained, told or written."""
         if self.checkpoint is None:
             return None
-        if self._training is None:
-            run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-            found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
-            self._training = found._replace(config=self.config)
+        self._training = self._training or self._describe()
         resumed = resume(self.ranks, self.checkpoint, self._training)
         if resumed is None:
             return None
@@ -322,3 +323,8 @@ class MetaTrainer:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
         self.tracker.rewind(-1 if self.progress.at_start else self.progress.meta_step)
+
+    def _describe(self) -> Training:
+        run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
+        found = describe(self.loop, self.estimator, self.theta, self._update, run)
+        return found._replace(config=self.config)
