@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from learnedopt import cli_suite
 from learnedopt.cli_compare import Mode, compare, load_all, options_of
@@ -65,8 +65,9 @@ def evaluate(
     from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(threads)
-    mode, tuned = resolve_mode(wandb), {"tuning_tasks": tuning_tasks, "tune_for": tune_for, "baselines": baselines}
-    on_suite = {"nets": nets, "device": device, "graphs": graphs}
+    mode = resolve_mode(wandb)
+    tuned: dict[str, Any] = {"tuning_tasks": tuning_tasks, "tune_for": tune_for, "baselines": baselines}
+    on_suite: dict[str, Any] = {"nets": nets, "device": device, "graphs": graphs}
     if suite is not None:
         if few_shot:
             raise ValueError("--suite and --few-shot exclude each other: leave one out")

@@ -55,7 +55,7 @@ def fields_of(value: Any, prefix: str = "") -> Iterator[Field]:
             group = next((group for group in INTERCHANGEABLE if type(held) in group), ())
             names = tuple(kind.__name__ for kind in group)
             if names:
-                yield Field(path, Literal.__getitem__(names), type(held).__name__, said)
+                yield Field(path, _one_of(names), type(held).__name__, said)
             yield from fields_of(held, f"{path}.")
         elif not any(dataclasses.is_dataclass(kind) for kind in typing.get_args(hints[field.name])):
             yield Field(path, _plain(hints[field.name]), held, said)
@@ -64,11 +64,11 @@ def fields_of(value: Any, prefix: str = "") -> Iterator[Field]:
 def _choice(path: str, held: Choice | None, about: str) -> Iterator[Field]:
     registry = _registry_of(path.rpartition(".")[2])
     names = (*registry.names(), *(() if held else (None,)))
-    yield Field(path, Literal.__getitem__(names), held and held.name, about)
+    yield Field(path, _one_of(names), held and held.name, about)
     if held is None:
         return
     factory = registry.factory(held.name)
-    hints, meanings = typing.get_type_hints(factory), _meanings(factory)
+    hints, meanings = _hints(factory), _meanings(factory)
     for name, parameter in inspect.signature(factory).parameters.items():
         if name not in ("template", "params", "lr" if path == "meta.optimizer" else ""):
             default = None if parameter.default is parameter.empty else parameter.default
@@ -84,6 +84,17 @@ def _registry_of(field: str) -> Any:
 
     known = {"family": FAMILIES, "rule": RULES, "inner_objective": INNER_OBJECTIVES, "optimizer": registry}
     return known[field]
+
+
+def _one_of(names: tuple[str | None, ...]) -> Any:
+    return Literal.__getitem__(names)  # pyright: ignore[reportAttributeAccessIssue] - names of this moment
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(factory)
+    except NameError:  # a user's own may name what is imported for a type checker alone
+        return {}
 
 
 def _plain(hint: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,22 +93,15 @@ def _apart(parser: Parser, words: Sequence[str]) -> tuple[list[str], list[str]]:
         if name == "--set" and (equals or (text := next(rest, None)) is not None):
             given.append(text)
         elif action is not None:
-            own.append(word)
-            own += [] if equals or action.nargs == 0 else [*_next(rest)]
-        elif name.startswith("--"):
-            given += (
-                [word]
-                if equals
-                else [f"{word}={value}" for value in _next(rest)]
-                or parser.error(f"argument {word}: expected one argument")
-            )
+            own += [word, *([] if equals or action.nargs == 0 else islice(rest, 1))]
+        elif name.startswith("--") and not equals:
+            value = next(rest, None)
+            if value is None:
+                parser.error(f"argument {word}: expected one argument")
+            given.append(f"{word}={value}")
         else:
             (given if equals else own).append(word)
     return own, given
-
-
-def _next(rest: Any) -> list[str]:
-    return [word for word in (next(rest, None),) if word is not None]
 
 
 def _chosen(parser: Parser, name: str | None, files: list[str], given: list[str], *, smoke: bool) -> Chosen:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
+    from learnedopt.evaluation.suite import Graphs
     from learnedopt.evaluation.suite_table import Suite
     from learnedopt.training.wandb_tracker import Mode, WandbTracker
 
@@ -23,7 +24,7 @@ def run(
     tune_for: str | None,
     baselines: str | None,
     device: str | None,
-    graphs: str | None,
+    graphs: Graphs | None,
     seed: int,
     out: Path | None,
 ) -> None:

@@ -40,6 +40,7 @@ def test_of_spellings_the_last_wins_whatever_it_is(capsys: pytest.CaptureFixture
 def test_a_printed_configuration_is_read_back(name: str) -> None:
     recipe = recipes.make(name)
     wanted = as_config(recipe)
+    assert len([*fields_of(recipe)]) >= len(dataclasses.fields(recipe)) - 1
     written = yaml.safe_load(yaml.safe_dump(wanted))
     assert as_config(override(recipe, [written], INTERCHANGEABLE)) == wanted
     plain = recipes.make("demo")
