@@ -24,6 +24,10 @@ class Study(ABC):
     """Settings of a comparison; ``run`` computes it, in a folder of its own.
 
     What is learned in it is learned by ``MetaTrainer`` or ``HyperOptimizer``, as anywhere.
+
+    Args:
+        name: what the study is called.
+        num_threads: of torch.
     """
 
     name: str
