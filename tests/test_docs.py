@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -36,8 +37,13 @@ def read(page: str) -> str:
     return (ROOT / page).read_text("utf-8")
 
 
+@cache
+def parsed(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(text)
+
+
 def tokens(page: str) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(read(page))
+    return parsed(read(page))
 
 
 def inline(page: str) -> Iterator[Token]:
