@@ -10,6 +10,7 @@ from typing import Any, Literal
 from learnedopt import cli_suite
 from learnedopt.cli_compare import Mode, compare, load_all, options_of
 
+
 def evaluate(
     checkpoint: Sequence[str],
     few_shot: bool = False,

@@ -43,7 +43,7 @@ def run(
     protocol = Protocol(**{name: value for name, value in given.items() if value is not None})
     out = out or Path("runs") / f"suite-{suite}"
     run_suite(
-        {label: (learned.rule, learned.theta, learned.inner_objective) for label, learned in load_all(checkpoint).items()},
+        {label: (found.rule, found.theta, found.inner_objective) for label, found in load_all(checkpoint).items()},
         chosen_nets, named(baselines or "main"), folder=out, protocol=protocol,
         execution=Execution(device=device, vet=False), graphs=graphs or "none",
         report=lambda line: print(line, flush=True),

@@ -33,7 +33,8 @@ def train(
     Args:
         chosen: the recipe
         tracking: who else is told
-        name: the run's folder under --runs; by default the recipe's name, in a sweep of W&B with the trial's id behind it
+        name: the run's folder under --runs; by default the recipe's name, in a sweep of W&B with
+            the trial's id behind it
         runs: where runs are kept
         extend: make a finished run longer: as num_meta_steps says now, all else being equal
         backend: of torch.distributed, for several processes; by default gloo on CPUs, nccl on GPUs
