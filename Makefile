@@ -18,7 +18,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long install-lowest test-lowest lint results docs docs-serve bench bench-scaling soak wheel-check \
-    release clean
+    wheel-prebuilt release clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 
 wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment and inspect it there
 	$(BIN)/python .ci/check_wheel.py '$(TORCH)'
+
+wheel-prebuilt: $(STAMP)  ## build dist/*-linux_x86_64.whl, which brings the compiled steps along (docs/platforms.md)
+	LEARNEDOPT_PREBUILT=1 $(BIN)/python -m build --wheel
 
 release: $(STAMP)  ## say what releasing VERSION=x.y.z would do; GO=1 does it: checked archives in dist/, commit, tag
 	$(BIN)/python .ci/release.py '$(VERSION)' --torch '$(TORCH)' $(if $(GO),--go)
