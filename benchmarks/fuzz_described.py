@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import inspect
 import json
@@ -10,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.fuzz_targets import Target
-from learnedopt import cards, checkpoint, cli_evaluate, optimizers, tasks
+from learnedopt import cards, checkpoint, optimizers, tasks
 from learnedopt.core import sealed
+from learnedopt.evaluation import runs
 from learnedopt.optimizers.registry import RULES
 from learnedopt.training import training_file
 
@@ -168,5 +169,5 @@ def _record(path: Path) -> tuple[Any, Any]:
 
 
 def _read_record(path: Path) -> Any:
-    arguments = argparse.Namespace(family=None, set=[], checkpoint=["a.safetensors"])
-    return repr(cli_evaluate._few_shot_family(arguments, json.loads(path.read_text())))
+    learned: Any = SimpleNamespace(metadata=json.loads(path.read_text()))
+    return repr(runs.families({"a": learned})[0])

@@ -111,7 +111,7 @@ class Registry(Generic[T]):
             >>> learnedopt.optimizers.make("momentum", lr=0.1, learn=("lr",))
             Momentum(learn=('lr',), lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0)
         """
-        factory = self._factory(name)
+        factory = self.factory(name)
         parameters = inspect.signature(factory).parameters
         given = {key: self._decode(value, template if self.templated else None) for key, value in options.items()}
         if template is not None and ("template" in parameters or not self.templated):
@@ -165,7 +165,12 @@ class Registry(Generic[T]):
         _check_options(name, inspect.signature(factory).parameters, {**options}, get_type_hints(factory))
         return factory(**options)
 
-    def _factory(self, name: str) -> Callable[..., T]:
+    def factory(self, name: str) -> Callable[..., T]:
+        """Return the class or function that makes the thing of that name.
+
+        Raises:
+            ValueError: the name is unknown; the message names the nearest.
+        """
         if name in self.registered:
             return self.registered[name]
         if name in self.retired:
