@@ -81,9 +81,8 @@ def test_a_trial_has_a_folder_of_its_own_and_tells_the_metric_that_the_files_com
     said = {"SWEEP_ID": "sweep", "RUN_ID": "trial", "MODE": "offline", "DIR": str(tmp_path), "ENTITY": "me"}
     for variable, value in {**said, "PROJECT": "swept"}.items():
         monkeypatch.setenv(f"WANDB_{variable}", value)
-    words = [word for assignment in tiny for word in ("--set", assignment)]
     for _ in range(2):
-        assert train_meta.main(["lstm-quadratic", "--runs", str(tmp_path), *words]) == 0
+        assert train_meta.main(["lstm-quadratic", *tiny, "--runs", str(tmp_path)]) == 0
     values = [row["best_validation"] for row in read_metrics(tmp_path / "lstm-quadratic-trial" / "metrics.jsonl")]
     found = records(run_file(tmp_path))
     (run,) = [record.run for record in found if record.HasField("run")]
