@@ -276,8 +276,7 @@ ON_NETWORKS: dict[str, Callable[[InnerObjective], InnerObjective]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("kind", ON_NETWORKS)
+@pytest.mark.parametrize(("kind", "chunk_size"), by_turns(product(ON_NETWORKS), [(1,), (2,)]))
 def test_a_network_with_an_l2_per_coordinate(kind: str, chunk_size: int) -> None:
     family = StillMLP()
     objective = ON_NETWORKS[kind](L2(template(family), 0.3, per="coordinate"))
