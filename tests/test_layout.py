@@ -215,7 +215,11 @@ def test_no_module_of_the_package_is_loaded_twice() -> None:
     names = [
         name for name in names if name.rpartition(".")[2].partition("_")[0] not in missing
     ]  # their bridges ask for them
-    loaded = loaded_after("import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names))
+    code = "import contextlib, importlib"
+    for name in names:  # without triton, or with an older one, its modules refuse to be loaded
+        fault = "ImportError" if "triton" in name else ""
+        code += f"\nwith contextlib.suppress({fault}): importlib.import_module({name!r})"
+    loaded = loaded_after(code)
     assert not loaded & {"wandb", *FOLDERS}
 
 
