@@ -18,7 +18,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long install-lowest test-lowest lint results docs docs-serve bench bench-scaling soak wheel-check \
-    release clean
+    wheel-prebuilt release clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## meta-train an LSTM optimizer and compare it with tuned Adam (3 minutes)
 	$(BIN)/python train_meta.py demo
 
-test: lint  ## lint, then run the tests
-	$(PYTEST) -m 'not long'
+# The types are checked beside the first tests, on what the workers leave idle; what is wrong with them is said last.
+test: $(STAMP)  ## lint, and run the tests
+	$(BIN)/ruff check --quiet
+	@mkdir -p build; $(BIN)/pyright --level error >build/pyright.log 2>&1 & types=$$!; \
+	    $(PYTEST) -m 'not long'; tests=$$?; \
+	    wait $$types || { cat build/pyright.log; exit 1; }; exit $$tests
 
 test-long: $(STAMP)  ## run the tests that take longer
 	$(PYTEST) -m long
@@ -96,6 +100,9 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 
 wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment and inspect it there
 	$(BIN)/python .ci/check_wheel.py '$(TORCH)'
+
+wheel-prebuilt: $(STAMP)  ## build dist/*-linux_x86_64.whl, which brings the compiled steps along (docs/platforms.md)
+	LEARNEDOPT_PREBUILT=1 $(BIN)/python -m build --wheel
 
 release: $(STAMP)  ## say what releasing VERSION=x.y.z would do; GO=1 does it: checked archives in dist/, commit, tag
 	$(BIN)/python .ci/release.py '$(VERSION)' --torch '$(TORCH)' $(if $(GO),--go)

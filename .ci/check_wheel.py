@@ -1,10 +1,13 @@
 """Build the wheel, install it into an empty environment, and check there what a user gets.
 
+Then the same with the wheel that brings compiled steps along, where no compiler is found.
+
 Usage: python .ci/check_wheel.py [torch requirement [folder that keeps the archives]]
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,10 +34,29 @@ for path in sorted(pathlib.Path(learnedopt.__file__).parent.glob("pretrained/*.s
 print(seconds)
 """
 
+WITHOUT_COMPILER = """
+import os, pathlib, shutil
+import torch
+import learnedopt
+from learnedopt.optimizers.kernels import native
+assert not any(map(shutil.which, ("cc", "gcc", "clang"))), "there is a compiler"
+sources = sorted(pathlib.Path(native.__file__).parent.glob("*.c"))
+libraries = [native.library(source, *names) for source in sources for names in native.NAMES.values()]
+assert len(libraries) > 6 and None not in libraries, dict(zip(sources, libraries))
+assert not os.path.exists(os.environ["LEARNEDOPT_CACHE"]), "something was compiled here"
+net = torch.nn.Linear(20, 10)
+optimizer = learnedopt.LearnedOptimizer(net.parameters(), "general", num_steps=5)
+net(torch.ones(4, 20)).square().sum().backward()
+optimizer.step()
+assert all(p.isfinite().all() for p in net.parameters())
+print(len(libraries))
+"""
 
-def run(*command: str | Path, cwd: Path) -> str:
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Run a command and return what it printed; a failing one ends the check with its output."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    environment = {**os.environ, **variables}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\nfailed with exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -52,6 +74,20 @@ def check_contents(wheel: Path) -> None:
             name = path.relative_to(ROOT).as_posix()
             packed = name if name.startswith("learnedopt/") else f"learnedopt/{name}"
             assert packed in names, f"{name} is not in the wheel"
+
+
+def check_prebuilt(empty: Path, python: Path) -> None:
+    """Install the wheel with compiled steps in place of the other, and load all of them without a compiler."""
+    command = (sys.executable, "-m", "build", "--wheel", "--outdir", empty / "prebuilt", ROOT)
+    run(*command, cwd=empty, LEARNEDOPT_PREBUILT="1")
+    (wheel,) = (empty / "prebuilt").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl"), wheel.name
+    check_contents(wheel)
+    run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel, cwd=empty)
+    nowhere = str(empty / "nowhere")
+    variables = {"PATH": nowhere, "CC": "", "LEARNEDOPT_CACHE": nowhere}
+    count = run(python, "-W", "error", "-c", WITHOUT_COMPILER, cwd=empty, **variables).strip()
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, {count} compiled steps load without a compiler")
 
 
 def main() -> None:
@@ -75,6 +111,7 @@ def main() -> None:
         seconds = min(float(run(python, "-c", INSIDE, cwd=empty)) for _ in range(5))
         assert seconds < MAX_IMPORT_SECONDS, f"import learnedopt takes {seconds:.2f} s more than import torch"
         print(f"installed into an empty environment; import learnedopt takes {seconds:.3f} s more than import torch")
+        check_prebuilt(empty, python)
         if len(sys.argv) > 2:
             shutil.copytree(empty / "dist", sys.argv[2], dirs_exist_ok=True)
 

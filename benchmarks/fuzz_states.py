@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learnedopt import InnerLoop, MetaTrainer, SumOfLosses, Truncated, optimizers, tasks
 from learnedopt.training import progress
+from learnedopt.training.result import TrainingDiverged
 
 
 def trainer(path: Path) -> MetaTrainer:
@@ -91,7 +92,18 @@ class State:
             raise
         result = plain(found), self._state()
         self._begin()
+        self._go_on(path, found.meta_step)
         return result
+
+    def _go_on(self, path: Path, meta_step: int) -> None:
+        """Take a meta-step from a state that was not refused, which must not fail for what is in it."""
+        try:
+            with _default(self._dtype):
+                self._make(path).run(meta_step + 1)
+        except TrainingDiverged:
+            pass  # numbers may be any
+        except Exception as error:
+            raise AssertionError(f"{path} was restored, and does not go on: {type(error).__name__}: {error}") from error
 
     def _state(self) -> Any:
         made = self._training

@@ -35,7 +35,8 @@ from learnedopt.evaluation.style import add_axes, draw_lines, floats, labelled, 
 from learnedopt.optimizers import SGD
 from learnedopt.recipes import Recipe
 from learnedopt.recipes.distill import NUM_STEPS, mlp, rates
-from learnedopt.run import find_run, train
+from learnedopt.run import train
+from learnedopt.run_folder import find_run
 from learnedopt.tasks import ImageMLP
 from learnedopt.tasks.data import images
 from learnedopt.training.json_tracker import read_metrics

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
-    from learnedopt.evaluation.comparison import Comparison
-    from learnedopt.training.wandb_tracker import WandbTracker
 
 Mode: TypeAlias = Literal["online", "offline", "disabled"]  # the tracker's, spelled here: a help waits for no torch
 
@@ -52,8 +50,10 @@ def compare(
 
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
-    from learnedopt.evaluation.runs import compare_runs, families
-    from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
+    from learnedopt.evaluation.runs import compare_runs, families, labelled
+    from learnedopt.followed import show_comparison
+    from learnedopt.training.tracking import Tracking
+    from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(threads)
     mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)
@@ -73,7 +73,7 @@ def compare(
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), found, paths)
+    show_comparison(Tracking(mode), out, labelled(checkpoint), found, paths)
     return 0
 
 
@@ -103,20 +103,3 @@ def _baselines(text: str) -> Mapping[str, Any]:
     from learnedopt.evaluation.grids import named
 
     return BASELINES if text == "plain" else named(text)
-
-
-def _show(tracker: WandbTracker, comparison: Comparison, paths: dict[str, Path]) -> None:
-    """Log the table's numbers, the figure and the files to W&B."""
-    from learnedopt.evaluation.comparison import summarise
-
-    numbers = {
-        f"{measure}/{label}/{name}": value
-        for label, outcome in comparison.outcomes.items()
-        for measure, values in outcome.values.items()
-        for name, value in vars(summarise(values)).items()
-    }
-    tracker.start(comparison.settings)
-    tracker.log(numbers, step=0)
-    tracker.figure("loss_curves", paths["png"])
-    tracker.artifact(f"evaluation-{comparison.settings['family']['name']}", [*paths.values()], comparison.settings)
-    tracker.finish()

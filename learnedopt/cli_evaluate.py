@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from learnedopt import cli_suite
 from learnedopt.cli_compare import Mode, compare, load_all, options_of
-
-if TYPE_CHECKING:
-    from learnedopt.evaluation.few_shot import FewShot
-    from learnedopt.training.wandb_tracker import WandbTracker
 
 
 def evaluate(
@@ -72,7 +68,7 @@ def evaluate(
         if few_shot:
             raise ValueError("--suite and --few-shot exclude each other: leave one out")
         _require_unused("with --suite, whose nets are fixed", family=family, steps=steps, set=set)
-        cli_suite.run(suite, load_all(checkpoint), mode, tasks=tasks, seed=seed, out=out, **tuned, **on_suite)
+        cli_suite.run(suite, checkpoint, mode, tasks=tasks, seed=seed, out=out, **tuned, **on_suite)
         return 0
     _require_unused("without --suite", **on_suite)
     if few_shot:
@@ -105,8 +101,9 @@ def _few_shot(
 ) -> None:
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
-    from learnedopt.evaluation.runs import adapt_runs, families
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.evaluation.runs import adapt_runs, families, labelled
+    from learnedopt.followed import show_few_shot
+    from learnedopt.training.tracking import Tracking
 
     loaded, options = load_all(checkpoint), options_of(assignments)
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
@@ -121,20 +118,4 @@ def _few_shot(
     out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    _show(WandbTracker(mode, group=next(iter(loaded)), job_type="evaluate", dir=out), found, paths)
-
-
-def _show(tracker: WandbTracker, found: FewShot, paths: dict[str, Path]) -> None:
-    """Log the course of every measure over the steps, the figure and the files to W&B."""
-    courses: dict[int, dict[str, float]] = {}
-    for label, adaptation in found.adaptations.items():
-        for measure in adaptation.values:
-            for step, summary in zip(adaptation.steps, adaptation.summaries(measure), strict=True):
-                entry = courses.setdefault(step, {})
-                entry |= {f"{measure}/{label}/{name}": value for name, value in vars(summary).items()}
-    tracker.start(found.settings)
-    for step, numbers in sorted(courses.items()):
-        tracker.log(numbers, step=step)
-    tracker.figure("adaptation", paths["png"])
-    tracker.artifact(f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
-    tracker.finish()
+    show_few_shot(Tracking(mode), out, labelled(checkpoint), found, paths)

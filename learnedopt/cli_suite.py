@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from learnedopt.checkpoint import Checkpoint
     from learnedopt.evaluation.suite import Graphs
-    from learnedopt.evaluation.suite_table import Suite
-    from learnedopt.training.wandb_tracker import Mode, WandbTracker
+    from learnedopt.training.wandb_variables import Mode
 
 
 def run(
     suite: str,
-    loaded: Mapping[str, Checkpoint],
+    checkpoint: Sequence[str],
     mode: Mode,
     *,
     nets: str | None,
@@ -29,12 +27,15 @@ def run(
     out: Path | None,
 ) -> None:
     """Evaluate on a suite, as ``learnedopt evaluate --help`` says: what the folder has already is not run again."""
+    from learnedopt.cli_compare import load_all
     from learnedopt.core.execution import Execution
     from learnedopt.evaluation import suite_table
     from learnedopt.evaluation.grids import named
     from learnedopt.evaluation.nets import SUITES, chosen
+    from learnedopt.evaluation.runs import labelled
     from learnedopt.evaluation.suite import Protocol, run_suite
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.followed import show_suite
+    from learnedopt.training.tracking import Tracking
 
     names = [name.strip() for name in (nets or "").split(";") if name.strip()]
     chosen_nets = chosen(suite, names)
@@ -42,7 +43,7 @@ def run(
     protocol = Protocol(**{name: value for name, value in given.items() if value is not None})
     out = out or Path("runs") / f"suite-{suite}"
     run_suite(
-        {label: (learned.rule, learned.theta, learned.inner_objective) for label, learned in loaded.items()},
+        {label: (found.rule, found.theta, found.inner_objective) for label, found in load_all(checkpoint).items()},
         chosen_nets, named(baselines or "main"), folder=out, protocol=protocol,
         execution=Execution(device=device, vet=False), graphs=graphs or "none",
         report=lambda line: print(line, flush=True),
@@ -51,23 +52,4 @@ def run(
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figures, tables and numbers: {', '.join(map(str, paths.values()))}")
-    _show(WandbTracker(mode, group=suite, job_type="evaluate", dir=out), suite, found, paths)
-
-
-def _show(tracker: WandbTracker, name: str, found: Suite, paths: Mapping[str, Path]) -> None:
-    """Log what came of each candidate, the figures and the files to W&B."""
-    from learnedopt.evaluation.suite_table import REFERENCES
-
-    numbers = {}
-    for label in found.candidates:
-        for reference in REFERENCES:
-            ratio = found.geometric_mean(label, reference)
-            if ratio is not None:
-                numbers[f"{label}/to {reference}"] = ratio.mean
-    about = {"suite": name, "nets": [*found.results]}
-    tracker.start(about)
-    tracker.log(numbers, step=0)
-    tracker.figure("matrix", paths["png"])
-    tracker.figure("loss_curves", paths["curves"])
-    tracker.artifact(f"suite-{name}", [*paths.values()], about)
-    tracker.finish()
+    show_suite(Tracking(mode), out, labelled(checkpoint), suite, found, paths)

@@ -33,7 +33,8 @@ def train(
     Args:
         chosen: the recipe
         tracking: who else is told
-        name: the run's folder under --runs; by default the recipe's name
+        name: the run's folder under --runs; by default the recipe's name, in a sweep of W&B with
+            the trial's id behind it
         runs: where runs are kept
         extend: make a finished run longer: as num_meta_steps says now, all else being equal
         backend: of torch.distributed, for several processes; by default gloo on CPUs, nccl on GPUs
@@ -46,9 +47,10 @@ def train(
     from learnedopt.core.files import require_name
     from learnedopt.training import launch, ranks
     from learnedopt.training.trainer import TrainingDiverged
+    from learnedopt.training.wandb_variables import folder_name
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    recipe, name = chosen.recipe, chosen.name if name is None else name
+    recipe, name = chosen.recipe, folder_name(chosen.name) if name is None else name
     require_name(name, "--name")
     folder, device = runs / name, run.device_of(recipe)
     try:

@@ -87,6 +87,8 @@ def _where(error: BaseException) -> str:
     """Return the line that raised it, outside of Python's own import machinery."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f" ({error.filename}:{error.lineno})"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    # Libraries that watch for sys.exit put a function of that name in its place.
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if "importlib" not in f.filename and f.name != "exit"]
     last = frames[-1] if frames else None
     return "" if last is None or last.filename == __file__ else f" ({last.filename}:{last.lineno})"

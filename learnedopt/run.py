@@ -6,9 +6,11 @@ again with the same configuration it goes on where it stopped, exactly; one that
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from learnedopt.core.parts import loop_of
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.task_by_task import TaskByTask
+from learnedopt.execution import compile_times
 from learnedopt.execution.memory import predict_peak
 from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
@@ -32,10 +35,11 @@ from learnedopt.stages import start_theta, taken_over
 from learnedopt.training.lengthen import lengthen
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
+from learnedopt.training.tensorboard_tracker import require_tensorboard
 from learnedopt.training.tracker import Rewindable, Tracker
 from learnedopt.training.tracking import Tracking, trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
-from learnedopt.training.wandb_tracker import resolve_mode
+from learnedopt.training.wandb_variables import in_sweep, resolve_mode
 
 
 def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
@@ -134,13 +138,16 @@ def train(
     """
     require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
+    compile_times.logger.setLevel(logging.INFO)  # who waits is told for what
     ranks = present(device_of(recipe)) if ranks is None else ranks
     with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
         if isinstance(recipe, Study):
             require_plain(recipe, ranks, extend)
         require_same(ranks, {"recipe": configuration(recipe), "extend": extend})
         built = None if isinstance(recipe, Study) else build(recipe)
-        resolve_mode(tracking.wandb)  # refused before anything is written
+        resolve_mode(tracking.wandb)  # what cannot be followed so is refused before anything is written
+        if tracking.tensorboard:
+            require_tensorboard()
         if isinstance(recipe, Recipe) and built is not None:
             require_chain(recipe, built[0])
         if ranks.lead(lambda: is_finished(folder, recipe, extend=extend), "the look at the run's folder"):
@@ -209,7 +216,8 @@ def train_before(recipe: Recipe, folder: Path, tracking: Tracking, ranks: Ranks)
     if not ranks.lead(lambda: is_finished(own, stage), "the look at the stage before"):
         if ranks.leads:
             print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
-        train(stage, own, tracking, ranks)
+        # In a sweep W&B has one run for each trial, which is the last stage's.
+        train(stage, own, replace(tracking, wandb="disabled") if in_sweep() else tracking, ranks)
     torch.set_num_threads(recipe.num_threads)
 
 

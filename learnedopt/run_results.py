@@ -12,7 +12,7 @@ from learnedopt.recipes.recipe import Recipe
 from learnedopt.run_folder import configuration
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.result import TrainingResult
-from learnedopt.training.tracker import Tracker
+from learnedopt.training.tracker import Charting, Tracker
 
 
 def metadata_of(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
@@ -54,4 +54,8 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
+    if isinstance(tracker, Charting):
+        tracker.lines(
+            "losses", {label: each.curve.tolist() for label, each in comparison.outcomes.items()}, "inner step"
+        )
     tracker.figure("evaluation", paths["png"])

@@ -122,6 +122,12 @@ def test_one_process_alone_warns_of_the_first_failures(caplog: pytest.LogCapture
         assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
 
 
+def test_tasks_that_the_estimator_draws_are_of_no_episode_that_is_counted() -> None:
+    fault = Failure(3, Fault("loss", 2, 7))
+    told = Failures(PersistentES(2, 4, 2, 0.1).renews_tasks, warns=False).told([fault], 1, 0)
+    assert told == {"failed_tasks": 1, "failed": "task 3: loss at inner step 2 (task seed 7)"}
+
+
 def test_an_episode_that_loses_too_many_tasks_is_given_up() -> None:
     class Dwindling(Failing):
         """One task after the other fails, at the steps 1, 3, 5, ..."""

@@ -133,6 +133,20 @@ def test_what_no_meta_optimizer_could_go_on_from_is_refused(kind: str, tmp_path:
     assert str((other.theta, other.meta_optimizer.state_dict())) == before and other.progress.meta_step == 0
 
 
+def test_another_rule_inside_a_rule_of_equal_shapes_is_refused(tmp_path: Path) -> None:
+    template = {"x": torch.zeros(2)}
+
+    def started(inner: str) -> MetaTrainer:
+        rule = optimizers.make("learned-init", template=template, rule={"name": inner, "options": {"learn": ("lr",)}})
+        loop = InnerLoop(tasks.make("quadratic", dim=2), rule)
+        return MetaTrainer(loop, Unrolled(2), FinalLoss(), tracker=None, num_tasks=2, checkpoint=tmp_path / "a.pt")
+
+    started("momentum").run(1)
+    told = r"rule in full 'LearnedInit\(Momentum\)' instead of 'LearnedInit\(Nesterov\)'"
+    with pytest.raises(ValueError, match=told):
+        started("nesterov").run(2)
+
+
 AVERAGES: dict[str, tuple[Change, str]] = {
     "no average": (lambda c: c.pop("steadied"), "there is no average of theta"),
     "no theta": (lambda c: c["steadied"].update(average={"lr": 1.0}), "the average of theta is no theta"),

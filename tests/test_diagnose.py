@@ -217,6 +217,15 @@ def test_estimates_that_are_not_finite_are_counted_and_not_averaged() -> None:
     assert diagnosis.recommendation.chosen == "whole"
 
 
+def test_a_mistake_in_an_estimator_is_not_told_as_its_refusal() -> None:
+    class Mistaken(learnedopt.GradientEstimator):
+        def estimate(self, loop: InnerLoop, theta: Theta, objective: Any, carry: Any) -> learnedopt.Estimate:
+            raise TypeError("'int' object is not iterable")
+
+    with pytest.raises(TypeError, match="is not iterable"):
+        of_distance(SumOfLosses(), {"mistaken": Mistaken(), "whole": Unrolled(4)})
+
+
 def test_every_kind_of_estimator_has_a_hint_and_is_in_the_table() -> None:
     assert {*HINTS} == {*INTERCHANGEABLE[0]}
     tried = suggested(Facts(4, 1, 1.0))

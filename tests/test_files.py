@@ -36,7 +36,7 @@ from learnedopt import (
     inner_objectives,
     optimizers,
     recipes,
-    run,
+    run_folder,
     tasks,
 )
 from learnedopt.core import sealed
@@ -241,6 +241,24 @@ def test_a_few_numbers_for_a_large_model_are_loaded(per: Any, tmp_path: Path) ->
     assert checkpoint.load_checkpoint(path).theta.keys() == theta.keys() and path.stat().st_size < 2000
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float64, torch.bfloat16])
+def test_theta_of_another_type_than_the_rules_is_refused_unless_it_differs_in_precision(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = {"format": checkpoint.FORMATS[1], "rule": describe(SGD(lr=0.1, learn=("lr",)))}
+    path = tmp_path / "a.safetensors"
+    save_file({"lr": torch.ones((), dtype=dtype)}, path, metadata={"learnedopt": json.dumps(config)})
+    if dtype.is_floating_point:
+        assert learnedopt.load(path)[1]["lr"].dtype == dtype
+        return
+    with pytest.raises(
+        ValueError, match=rf"a\.safetensors: theta's 'lr' is of {dtype}, the rule's own of torch.float32"
+    ):
+        learnedopt.load(path)
+    with pytest.raises(ValueError, match="theta's 'lr' is of"):
+        learnedopt.save(tmp_path / "b", SGD(lr=0.1, learn=("lr",)), {"lr": torch.ones((), dtype=dtype)})
+
+
 def archive(pickled: bytes, stored: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
@@ -381,7 +399,7 @@ def test_a_metric_that_cannot_be_drawn_is_named(value: str, tmp_path: Path) -> N
 def test_a_configuration_in_a_checkpoint_is_one(config: Any, trained: bytes, tmp_path: Path) -> None:
     changed(trained, tmp_path / "checkpoint.pt", lambda content: content.update(config=config))
     with pytest.raises(ValueError, match=r"checkpoint"):
-        run.find_run(tmp_path, recipes.make("lstm-quadratic"))
+        run_folder.find_run(tmp_path, recipes.make("lstm-quadratic"))
 
 
 def test_json_that_is_nested_too_deeply() -> None:

@@ -80,12 +80,13 @@ def test_it_is_unbiased_where_windows_are_off_by_more_than_a_fifth(reuse: bool, 
     for seed in range(60):
         found, _ = estimates(loop, PersistentES(WINDOW, HORIZON, num_pairs, 1e-4, reuse_noise=reuse), WINDOWS, seed)
         runs.append({k: torch.stack([e.grads[k] for e in found]).sum() for k in exact})
+    told = 0.0
     for k in exact:
         each = torch.stack([run[k] for run in runs])
         error = each.std() / len(runs) ** 0.5
         assert (each.mean() - exact[k]).abs() < 3 * error
-        if num_pairs == 64 and off[k] > 0.2:
-            assert (each.mean() - windows[k]).abs() > 3 * error  # it could tell
+        told = max(told, float((each.mean() - windows[k]).abs() / error))
+    assert num_pairs < 64 or told > 10  # it could tell
 
 
 def test_every_estimate_sees_all_parts_of_the_horizon() -> None:

@@ -40,7 +40,8 @@ def test_learners_share_the_table_and_the_test_tasks_of_their_family(tmp_path: P
     learned = {name: saved(tmp_path, rate, family=SINE) for name, rate in (("slow", 0.01), ("fast", 0.1))}
     said: list[str] = []
     found = adapt_runs(learned, num_steps=2, num_tasks=3, report=said.append)
-    assert said == ["Adapting slow to 3 tasks", "Adapting fast to 3 tasks"]
+    assert said[0] == "Adapting slow to 3 tasks (0 of about 2 runs)"
+    assert said[1].startswith("Adapting fast to 3 tasks (1 of about 2 runs, ")
     alone = adapt(learned["fast"].rule, learned["fast"].theta, families(learned)[0], 2, 3)
     assert torch.equal(found.adaptations["fast"].values["loss"], alone.values["loss"])
     with pytest.raises(ValueError, match="num_tasks=1"):

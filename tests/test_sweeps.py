@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from test_wandb_tracker import history, records, run_file
 
+import train_meta
 from learnedopt import recipes, sweeps
 from learnedopt.config import INTERCHANGEABLE, override
-from learnedopt.run import train
 from learnedopt.sweep_file import Halving, read_sweep
 from learnedopt.sweeps import command_of, main, require_settings, run_sweep
 from learnedopt.training.json_tracker import read_metrics
@@ -66,13 +68,27 @@ def test_the_files_are_such_as_wandb_agent_runs(path: Path) -> None:
     assert sweep.metric == "best_validation" and not sweep.maximize
 
 
-def test_a_run_tells_the_metric_that_the_files_compare(tmp_path: Path) -> None:
+def test_a_trial_has_a_folder_of_its_own_and_tells_the_metric_that_the_files_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = [
         "num_meta_steps=2", "num_tasks=2", "validation.num_tasks=2", "validation.every=1", "validation.num_steps=2",
         "estimator.horizon=4", "estimator.num_steps=2", "rule.hidden_size=2",
     ]  # fmt: skip
-    train(override(recipes.make("lstm-quadratic"), tiny, INTERCHANGEABLE), tmp_path / "run", "disabled")
-    values = [row["best_validation"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    # As wandb agent starts a trial, and starts it again.
+    for variable in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(variable)
+    said = {"SWEEP_ID": "sweep", "RUN_ID": "trial", "MODE": "offline", "DIR": str(tmp_path), "ENTITY": "me"}
+    for variable, value in {**said, "PROJECT": "swept"}.items():
+        monkeypatch.setenv(f"WANDB_{variable}", value)
+    words = [word for assignment in tiny for word in ("--set", assignment)]
+    for _ in range(2):
+        assert train_meta.main(["lstm-quadratic", "--runs", str(tmp_path), *words]) == 0
+    values = [row["best_validation"] for row in read_metrics(tmp_path / "lstm-quadratic-trial" / "metrics.jsonl")]
+    found = records(run_file(tmp_path))
+    (run,) = [record.run for record in found if record.HasField("run")]
+    assert (run.run_id, run.project, run.entity, run.sweep_id) == ("trial", "swept", "me", "sweep")
+    assert [row["best_validation"] for row in history(found) if "best_validation" in row] == values
     assert len(values) == 3 and values == sorted(values, reverse=True)  # no sawtooth: the start, and after each step
     assert {read_sweep(path).metric for path in FILES} == {"best_validation"}
 

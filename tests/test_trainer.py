@@ -225,6 +225,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
 MIXED = [(name, "cosine") for name in OPTIMIZERS] + [("Adam", name) for name in SCHEDULERS]
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning:torch")  # of SequentialLR, 2.6
 @pytest.mark.parametrize(("optimizer", "scheduler"), MIXED)
 def test_theta_follows_any_optimizer_and_scheduler_exactly(optimizer: str, scheduler: str) -> None:
     options: dict[str, Any] = {"lr": 0.02, "learn": ("lr", "momentum")}

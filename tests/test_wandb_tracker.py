@@ -284,14 +284,17 @@ def test_copies_stay_until_the_file_that_names_them_is_whole(tmp_path: Path) -> 
     train(tracker, 1, 1)
     tracker.finish()
     path = run_file(tmp_path)
-    path.write_bytes(path.read_bytes()[:-9])  # its last record, which says that it has ended
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])  # its last record, which says that it has ended
     copies = [tmp_path / "staging" / name for name in ("one", "other")]
     copies[0].parent.mkdir()
     for copy in copies:
         copy.touch()
-    remove_unneeded(copies[0].parent, [path], path.parent)
+    remove_unneeded(copies[0].parent, [], path, patience=0.1)
+    remove_unneeded(copies[0].parent, [], tmp_path / "not-yet.wandb", patience=0.1)
     assert all(copy.exists() for copy in copies)
-    remove_unneeded(copies[0].parent, [path], tmp_path)  # of a run that was killed
+    path.write_bytes(whole)
+    remove_unneeded(copies[0].parent, [], path)
     assert not any(copy.exists() for copy in copies)
 
 
@@ -306,13 +309,14 @@ def test_an_evaluation_tells_what_it_used_and_draws_the_others_beside_it(tmp_pat
 
     tracker = WandbTracker("offline", dir=tmp_path / "evaluated")
     tracker.start({"num_steps": 3})
-    tracker.use("lstm", [tmp_path / "theta.safetensors"], {"run_id": trained.run_id})
-    tracker.use("other", [tmp_path / "theta.safetensors"], {})
+    tracker.use("mine", "lstm", [tmp_path / "theta.safetensors"], {"run_id": trained.run_id})
+    tracker.use("its", "other", [tmp_path / "theta.safetensors"], {})
     tracker.lines("losses", {"lstm": [3.0, 1.0, 0.5], "adam": [3.0, 2.0, math.inf]}, "inner step")
     tracker.finish()
     found = records(run_file(tmp_path / "evaluated"))
     config = settings(found)
-    assert config["used/lstm"] == {"run_id": trained.run_id, "digest": theta.digest} and config["used/other"]["digest"]
+    assert config["used/mine"] == {"run_id": trained.run_id, "artifact": theta.name, "digest": theta.digest}
+    assert config["used/its"] == {"artifact": "other", "digest": theta.digest}
     (chart,) = [row for row in history(found) if "losses_table.path" in row]
     media = run_file(tmp_path / "evaluated").parent / "files"
     rows = json.loads((media / chart["losses_table.path"]).read_text("utf-8"))["data"]

@@ -250,8 +250,8 @@ def require_trainable(name: str, losses: Tensor, params: Params) -> None:
     """Raise ValueError unless the losses (num_tasks,) depend on ``params``, which are leaves, and one is finite: a task
     that fails is no fault of the others'."""
     if not losses.isfinite().any():
-        values = [x.item() for x in losses.detach()]
-        raise NotFinite(f"{name} is not finite at the start: {values}; check data and initialisation")
+        found = tree.numbers(losses.detach())
+        raise NotFinite(f"{name} is not finite at the start: {found}; check data and initialisation")
     found: list[Tensor | None] = []
     if losses.requires_grad:
         found = [*torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class GradientEstimator(ABC):
 
     inner: InnerSolver | None = None
     """What solves the inner problem in place of the rule's own steps; validation and evaluation take it too."""
+
+    renews_tasks: ClassVar[bool] = False
+    """Whether it draws fresh tasks by itself, so that its carries go on where an episode ends."""
 
     @property
     def takes_second_derivatives(self) -> bool:
@@ -222,7 +225,8 @@ def check_objective(
             starts += start.params.values()
             rollout = Rollout(start, stand_in._replace(step=begun.step + num_steps), part_losses)
             values.append(call_objective(objective, loop, theta, rollout)[0])
-    both, *alone = [value.item() for value in values]
+    found: list[float] = tree.numbers(torch.stack([value.detach() for value in values]))
+    both, *alone = found
     eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
     tolerance = eps**0.5 * max(map(abs, (both, *alone)))
     if abs(both - sum(alone) / 2) > tolerance:  # False for what is not finite, of which nothing can be said

@@ -205,8 +205,9 @@ def _plan(losses: Losses, inputs: Sequence[Tensor], names: Sequence[str], values
     again, *grads = outputs = _recorded(losses, inputs, num_params)
     eps = torch.finfo(values.dtype).eps
     if not torch.allclose(again, values, rtol=eps**0.5, atol=0.0, equal_nan=True):
+        first, second = tree.numbers(values), tree.numbers(again)
         raise ValueError(
-            f"the loss gives {_numbers(values)} and then {_numbers(again)} for the same arguments, but mixed_mode=True "
+            f"the loss gives {first} and then {second} for the same arguments, but mixed_mode=True "
             "calls it again on the way back; take randomness (dropout, noise) and memory out of it, or leave mixed_mode"
         )
     operations = _operations(again)
@@ -279,10 +280,6 @@ def _operations(output: Tensor) -> set[str]:
 
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator).to(device=x.device, dtype=x.dtype)
-
-
-def _numbers(x: Tensor) -> Any:
-    return cast("Any", x.tolist())  # pyright: ignore[reportUnknownMemberType] - torch does not say of what the list is
 
 
 def _sum(like: Tensor, *terms: Tensor | None) -> Tensor:

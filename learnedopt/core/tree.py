@@ -7,7 +7,7 @@ Everything that flows through the engine (parameters, rule states, batches, desc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -164,6 +164,18 @@ def unravel(matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True)]
 
 
+def numbers(x: Tensor) -> Any:
+    """Return a tensor's values as Python's numbers, in nested lists, on one way from its device."""
+    # torch does not say of what the lists are.
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 def length(x: Tensor) -> Tensor:
     """Return the Euclidean length of all its entries, a scalar."""
-    return cast("Tensor", x.norm())  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
+    # torch gives it no types.
+    return x.norm()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def row_lengths(matrix: Tensor) -> Tensor:
+    """Return the Euclidean length (num_tasks,) of each row of a matrix (num_tasks, dim)."""
+    return matrix.norm(dim=1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

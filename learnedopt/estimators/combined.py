@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn, final
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast, final
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
     mean: Theta
     spread: Theta
-    count: dict[str, int]
+    count: dict[str, int]  # pyright: ignore[reportIncompatibleMethodOverride] - no use of a tuple's method
 
 
 class CombinedCarry(NamedTuple):
@@ -89,6 +89,7 @@ class Combined(GradientEstimator):
     back_propagated: GradientEstimator
     perturbed: GradientEstimator
     decay: float = 0.9
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("back_propagated", "perturbed"):
@@ -107,8 +108,9 @@ class Combined(GradientEstimator):
                 f"{self.perturbed.inner!r} in the other (None: the rule's own steps), so that they have gradients of "
                 "two different things; give both the same"
             )
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay < 1:
-            raise ValueError(f"Combined: decay={self.decay!r} is out of range; pass a number of at least 0 and below 1")
+        decay = cast("object", self.decay)
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ValueError(f"Combined: decay={decay!r} is out of range; pass a number of at least 0 and below 1")
 
     @property
     def inner(self) -> InnerSolver | None:  # pyright: ignore[reportIncompatibleVariableOverride] - that of both

@@ -152,7 +152,8 @@ class ForwardMode(GradientEstimator):
         if self.num_steps > 0:
             require_forward_mode(loop, theta, inner)
         run = ForwardRun(loop, tree.detach(theta), objective, self.num_steps, self.block_size, self.horizon is not None)
-        chunks, num_tasks, done = [], tree.size(inner.params), 0
+        chunks: list[ForwardChunk] = []
+        num_tasks, done = tree.size(inner.params), 0
         for chunk in loop.split(inner):
             count = tree.size(chunk.params)
             own = None if before is None else tree.narrow(before, done, done + count)
@@ -218,7 +219,9 @@ class ForwardMode(GradientEstimator):
 
 def _gradient(theta: Theta, chunks: list[ForwardChunk], zero: list[str]) -> tuple[Theta, list[str]]:
     """Return the gradient by name, and the names of which nothing at all came."""
-    total, grads, lost, offset = torch.stack([x.gradient for x in chunks]).sum(0), {}, [], 0
+    total, offset = torch.stack([x.gradient for x in chunks]).sum(0), 0
+    grads: Theta = {}
+    lost: list[str] = []
     for i, (name, value) in enumerate(theta.items()):
         through = total[offset : offset + value.numel()].reshape(value.shape).to(value.dtype)
         direct = [x for x in (chunk.read.of_theta[i] for chunk in chunks) if x is not None]

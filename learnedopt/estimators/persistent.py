@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class PersistentES(GradientEstimator):
     sigma: float
     reuse_noise: bool = False
     ranked: bool = False
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         perturbations.require_pairs(self.num_pairs, self.sigma)
@@ -214,7 +215,8 @@ class PersistentES(GradientEstimator):
     ) -> list[_Moved]:  # fmt: skip
         """Run cohorts through a window, those of one size together."""
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
-        befores, drifts = [], []
+        befores: list[Particles] = []
+        drifts: list[Theta] = []
         for i, cohort in zip(indices, cohorts, strict=True):
             noise = self._noise(theta, cohort, perturbations.generator(seed, 0, window, i), still)
             thetas = perturbations.for_slots(perturbations.perturbed(theta, noise, lengths), tree.size(cohort.params))
@@ -226,9 +228,9 @@ class PersistentES(GradientEstimator):
             members = [j for j, drift in enumerate(drifts) if tree.size(drift) == size]
             after, losses = particles.run(loop, particles.concatenate([befores[j] for j in members]), self.num_steps)
             slots = [len(befores[j].steps) for j in members]
-            ends = zip(particles.split(after, slots), losses.split(slots, dim=1), strict=True)
+            ends = zip(particles.split(after, slots), torch.split(losses, slots, dim=1), strict=True)
             afters.update(zip(members, ends, strict=True))
-        moved = []
+        moved: list[_Moved] = []
         for j, cohort in enumerate(cohorts):
             after, losses = afters[j]
             onward = cohort._replace(params=after.params, state=after.state, step=after.steps[0], drift=drifts[j])

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.inner_objective import InnerObjective
+from learnedopt.core.pace import Pace
 from learnedopt.core.plugged import needed
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily
@@ -118,10 +119,11 @@ def adapt_runs(
     family, _ = families(learned, name, options)
     for label, each in learned.items():
         _require_fit(label, each, family, num_steps, solvers.get(label))
-    adaptations = {}
+    adaptations, pace = {}, Pace(len(learned), report)
     for label, each in learned.items():
         inner = solvers.get(label)
-        report(f"Adapting {label} to {num_tasks} tasks{f' by {inner}' if inner else ''}")
+        pace.begin(1)
+        report(f"Adapting {label} to {num_tasks} tasks{f' by {inner}' if inner else ''} ({pace.words()})")
         adaptations[label] = adapt(
             each.rule, each.theta, family, num_steps, num_tasks, seed=seed, inner=inner,
             inner_objective=each.inner_objective,

@@ -126,10 +126,10 @@ def mark_end(axes: Any, line: Any) -> None:
 def draw_band(axes: Any, line: Any, low: Values, high: Values) -> None:
     """Shade what lies between two rows of numbers, in a line's colour and where the line is drawn.
 
-    On a logarithmic axis it ends at the axis' lower end. A band of one point is a bar.
+    On a logarithmic axis it ends at half of the axis' lower end, lest it squeeze the lines. One point has a bar.
     """
     x, shown = line.get_xdata(), [math.isfinite(y) for y in line.get_ydata()]
-    floor = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
+    floor = axes.get_ylim()[0] / 2 if axes.get_yscale() == "log" else -math.inf
     lower, upper = [max(v, floor) for v in floats(low)], floats(high)
     axes.fill_between(x, lower, upper, where=shown, color=line.get_color(), alpha=0.18, linewidth=0)
     if sum(shown) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,24 @@ from learnedopt.training.saved_carry import expected
 
 _EXAMPLES = 3
 """Of how many tasks the carries are that others are compared with."""
+
+
+def made_of(thing: Any) -> str:
+    """Return the class of a thing and, in brackets, those of the dataclasses among its options, at any depth.
+
+    Options themselves are not compared: those that a later version adds would make another training of a file.
+    """
+    parts = [getattr(thing, each.name) for each in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else []
+    found = [made_of(part) for part in _flat(parts) if dataclasses.is_dataclass(part) and not isinstance(part, type)]
+    return f"{type(thing).__name__}({', '.join(found)})" if found else type(thing).__name__
+
+
+def _flat(parts: Iterable[Any]) -> Iterator[Any]:
+    for part in parts:
+        if isinstance(part, list | tuple):
+            yield from _flat(part)
+        else:
+            yield part
 
 
 def describe(
@@ -48,6 +68,7 @@ def describe(
         "scheduler": update.scheduler,
     }
     run: dict[str, Any] = {k: type(thing).__name__ for k, thing in things.items()} | settings
+    run |= {f"{k} in full": made_of(things[k]) for k in ("family", "rule", "inner_objective", "estimator")}
     leaves = carries.leaves(begun[0] if len(begun) == 1 else begun)
     run[SHAPES] = {path: f"{x.dtype} {tuple(x.shape)}" for path, x in leaves if isinstance(x, Tensor)}
 

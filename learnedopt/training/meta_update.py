@@ -40,6 +40,8 @@ class MetaUpdate:
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
     ) -> None:
         self._theta, self._scaled, self._make = theta, Scaled(theta, scale), (meta_optimizer, scheduler)
+        self.meta_optimizer: torch.optim.Optimizer
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None
         self.meta_optimizer, self.scheduler = self._made(self._scaled.tensors)
         self._scaled.require_movable(self.meta_optimizer)
 

@@ -58,11 +58,14 @@ class Expected:
                 raise ValueError(f"an inner loop stands at the step {stand.step!r}")
             own.batch(stand.tasks, stand.step, "train")  # which tasks that there are none of do not give
 
-    def require_own(self, carry: Any, num_tasks: int, whose: str) -> None:
+    def require_own(self, carry: Any, num_tasks: int) -> None:
         """Raise TypeError where an estimator leaves another carry than it says: no checkpoint of it could be read."""
+        if carry is None or not num_tasks or self.estimator.is_part(carry):
+            return  # of an estimate of which nothing is left the carry is dropped
         try:
             self.require(carry, num_tasks)
         except ValueError as error:
+            whose = type(self.estimator).__name__
             raise TypeError(
                 f"the carry of {whose} is of another form than {whose}.forms says, so that no checkpoint could be told "
                 f"from one of another training: {error}; let start return all of it, or override forms"
@@ -113,7 +116,6 @@ def _compare(path: str, saved: Any, examples: list[Any], counts: tuple[int, int,
     children = carries.children(saved)
     if isinstance(saved, Places):
         _require_positions(f"{path}.positions", saved.positions, counts[2])
-        alike = [x._replace(num_tasks=counts[2]) for x in alike]
         if saved.num_tasks != counts[2]:
             raise ValueError(f"{path}.num_tasks is {saved.num_tasks!r}, of a meta-batch of {counts[2]} tasks")
     elif children is None:

@@ -171,7 +171,7 @@ def _require_counts(saved: Mapping[str, Any], begun: Mapping[str, Any], most: fl
 
 
 def _require_count(where: str, value: Any, most: float) -> None:
-    if not _is_number(value) or not 0 <= (count := float(value)) <= most or count != math.floor(count):
+    if not _is_number(value) or not 0 <= float(value) <= most or not float(value).is_integer():
         raise ValueError(f"{where} is {value!r}, where a count of at least 0 and at most {most:g} is due")
 
 
@@ -194,7 +194,7 @@ def _require_alike(where: str, saved: Any, own: Any, lists: bool) -> None:
             _require_alike(f"{where}[{i}]", value, due, lists)
     elif not _alike(saved, own, lists):
         raise ValueError(f"{where} is {saved!r} on file, and {own!r} after a step here")
-    elif _is_number(saved) and ".base_lrs[" in where and saved < -_ROUNDING:
+    elif ".base_lrs[" in where and any(float(x) < -_ROUNDING for x in _numbers(saved)):
         raise ValueError(f"{where} is {saved!r}, where a finite number of at least 0 is due")
 
 

@@ -22,7 +22,7 @@ class Thinned:
     ``every`` is a multiple of the windows of an episode, that is a mean over whole episodes: it has no sawtooth.
 
     Args:
-        sinks: who is told, by name the other methods of a tracker as they come.
+        sinks: who is told; what is not a row is passed on as it comes, after the last row before it.
         every: meta-steps, at least 1.
     """
 

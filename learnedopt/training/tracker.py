@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 
+from learnedopt.core.pace import duration
 from learnedopt.core.tree import Theta
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ class ConsoleTracker:
         known = [words.format(self._latest[name]) for name, words in _WORDS.items() if name in self._latest]
         line = f"Meta-step {self._step}{of_total}{self._pace(now)}" + (f": {', '.join(known)}" if known else "") + "."
         self._shown_at, self._pending = now, False
-        if self._on_terminal():
+        if self._on_terminal() and self._step:  # the start keeps its line: the first meta-step may compile, and say so
             # Return to the line's start and erase it. A line that wraps could not be erased: it is cut.
             self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
             self._open_line = True
@@ -271,7 +272,7 @@ class ConsoleTracker:
         if self._first is None or self._step is None or self._step <= self._first[0] or now <= self._first[1]:
             return ""
         rate = (self._step - self._first[0]) / (now - self._first[1])
-        left = "" if self._total is None else f", {_duration(max(self._total - self._step, 0) / rate)} left"
+        left = "" if self._total is None else f", {duration(max(self._total - self._step, 0) / rate)} left"
         return f" ({rate:.3g} meta-steps/s{left})"
 
     def _sentence(self, text: str) -> None:
@@ -290,13 +291,3 @@ class ConsoleTracker:
 def progress_line() -> ConsoleTracker:
     """Return the console as a trainer has it by default: on stderr, so that what a script prints stays its own."""
     return ConsoleTracker(stream=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -123,13 +123,13 @@ class MetaTrainer:
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint: Path | None = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
         self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
         self.config, self.report = dict(config or {}), report
-        self.steadying = Steadying(average, rollback_above)
+        self.steadying: Steadying = Steadying(average, rollback_above)
         require_settings(self)
-        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.ranks: Ranks = present(loop.execution.device) if ranks is None else ranks
         self.tracker = sinks_of(tracker if self.ranks.leads else None)
         theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
@@ -138,8 +138,8 @@ class MetaTrainer:
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
-        self._why, self._failures = "", Failures(warns=self.ranks.leads)
-        self.progress = Progress(steadied=self.steadying.begin(self.theta))
+        self._why, self._failures = "", Failures(estimator.renews_tasks, warns=self.ranks.leads)
+        self.progress: Progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
         self._sum, self._goes_on = Summing(self.ranks), False
 
@@ -269,11 +269,10 @@ class MetaTrainer:
         return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
     def _require_carry(self, carry: Any, num_tasks: int) -> None:
-        """Refuse what no checkpoint could give back, before hours of work."""
-        whose, training = type(self.estimator).__name__, self._training
-        carries.require_plain(carry, whose, None if training is None else training.classes)
-        if training is not None and carry is not None and not self.estimator.is_part(carry):
-            training.expected.require_own(carry, num_tasks, whose)
+        training = self._training
+        carries.require_plain(carry, type(self.estimator).__name__, None if training is None else training.classes)
+        if training is not None:
+            training.expected.require_own(carry, num_tasks)
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""

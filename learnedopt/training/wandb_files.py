@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def version(name: str, paths: list[Path], metadata: dict[str, Any], policy: Any 
 
 def fragments(folder: Path, run_id: str) -> list[Path]:
     """Return the files of a run in W&B's folder: one of every start, where it went on."""
-    return [*folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")]
+    return [*folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")]
 
 
 def last_step(path: Path) -> int:
@@ -69,26 +70,30 @@ def records(data: bytes, start: int = 0) -> Iterator[bytes]:
             record = None
 
 
-def remove_unneeded(staging: Path, files: Iterable[Path], ended: Path) -> None:
+def remove_unneeded(staging: Path, files: Iterable[Path], ended: Path, patience: float = 5.0) -> None:
     """Remove the files in W&B's staging folder that none of its runs names: an upload reads those that one names.
 
-    W&B makes two copies of every chart's table for each that it uploads. Nothing is removed where the file in the
-    folder ``ended`` is not yet whole.
+    W&B makes two copies of every chart's table for each that it uploads.
 
     Args:
         staging: the folder of what waits for its upload, of these runs alone.
-        files: the ``.wandb`` files of all runs that wait there.
-        ended: the folder of the one that has just ended; the others have before.
+        files: the ``.wandb`` files of the runs that have waited there before.
+        ended: the file of the one that has just ended.
+        patience: seconds to wait for its last record; nothing is removed where that does not come.
     """
-    named = b""
-    for path in files:
-        found = [*records(path.read_bytes())]
-        if path.parent == ended and not any(_record(each).HasField("exit") for each in found[-1:]):
+    give_up = time.monotonic() + patience
+    while not (last := _payloads(ended)[-1:]) or not _record(last[0]).HasField("exit"):
+        if time.monotonic() > give_up:
             return
-        named += b"\n".join(found)
+        time.sleep(0.05)
+    named = b"\n".join(payload for path in {*files, ended} for payload in _payloads(path))
     for copy in staging.glob("*"):
         if str(copy).encode() not in named:
             copy.unlink()
+
+
+def _payloads(path: Path) -> list[bytes]:
+    return [*records(path.read_bytes())] if path.exists() else []
 
 
 def _record(payload: bytes) -> Any:

@@ -145,14 +145,15 @@ class WandbTracker:
         if self.active and lines:
             self._call(f"logging the chart {name}", lambda: self._lines(name, lines, xname, self._step))
 
-    def use(self, name: str, paths: list[Path], about: dict[str, Any]) -> None:
+    def use(self, label: str, name: str, paths: list[Path], about: dict[str, Any]) -> None:
         """Record that this run reads the files which another run has logged as the artifact ``name``.
 
         Online W&B links the two: files that are the same are the same version, whoever logs them. Offline it refuses
-        to; in both modes the configuration tells it, as ``used/<name>``: ``about``, and the version's digest.
+        to; so the configuration tells it in both modes, as ``used/<label>``: ``about``, the name, and W&B's own digest
+        of the version, by which it is found again.
         """
         if self.active:
-            self._call(f"recording the use of {name}", lambda: self._use(name, paths, plain_json(about)))
+            self._call(f"recording the use of {name}", lambda: self._use(label, name, paths, plain_json(about)))
 
     def finish(self, exit_code: int = 0) -> None:
         """Write everything out (online: wait for the upload) and end W&B's service process, if it is this run's own."""
@@ -236,10 +237,10 @@ class WandbTracker:
         # Its wait() needs a server, and so would fail offline.
         self._run.log_artifact(wandb_files.version(name, paths, metadata))
 
-    def _use(self, name: str, paths: list[Path], about: dict[str, Any]) -> None:
+    def _use(self, label: str, name: str, paths: list[Path], about: dict[str, Any]) -> None:
         version = wandb_files.version(name, paths, {}, policy="immutable")
-        told = {f"used/{name}": {**about, "digest": version.digest}}
-        self._run.config.update(told, allow_val_change=True)
+        told = {**about, "artifact": version.name, "digest": version.digest}
+        self._run.config.update({f"used/{label}": told}, allow_val_change=True)
         if self.mode == "online":
             self._run.use_artifact(version)
 
@@ -253,8 +254,8 @@ class WandbTracker:
         if self._owns_service and wandb.setup().most_recent_active_run is None:
             wandb.teardown()  # the service would live on until the interpreter ends
         if "WANDB_DATA_DIR" in self._environment:  # else others may keep theirs there
-            files = wandb_files.fragments(self.dir / "wandb", self.run_id)
-            wandb_files.remove_unneeded(self._data / "artifacts" / "staging", files, Path(self._run.dir).parent)
+            staging, own = self._data / "artifacts" / "staging", Path(self._run.dir).parent / f"run-{self.run_id}.wandb"
+            wandb_files.remove_unneeded(staging, wandb_files.fragments(self.dir / "wandb", self.run_id), own)
 
     def _abandon(self) -> None:
         import wandb

@@ -17,13 +17,12 @@ from torch import Tensor
 from learnedopt.optimizers.kernels import native
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.c")
-_NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
 _SHARE = 16384  # coordinates below which another thread costs more than it brings
 
 
 def is_there(dtype: torch.dtype) -> bool:
     """Whether the functions are or can be compiled for float32 or float64; why not is logged."""
-    return native.library(_SOURCE, *_NAMES[dtype]) is not None
+    return native.library(_SOURCE, *native.NAMES[dtype]) is not None
 
 
 def forward(theta: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], new_states: Sequence[Tensor]) -> Tensor:
@@ -95,7 +94,7 @@ def _shared(share: Callable[[int, int], tuple[int, Any]], n: int) -> list[Any]:
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(native.library(_SOURCE, *_NAMES[dtype]), name)
+    return getattr(native.library(_SOURCE, *native.NAMES[dtype]), name)
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

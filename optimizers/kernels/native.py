@@ -20,21 +20,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from learnedopt.core.private_folder import cache_folder, open_private
-from learnedopt.optimizers.kernels import kept_libraries
+from learnedopt.optimizers.kernels import kept_libraries, prebuilt_libraries
 
 logger = logging.getLogger("learnedopt")
 
 SWITCH = "LEARNEDOPT_NATIVE"
-NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
-"""What the sources that know floats and doubles are compiled with for each."""
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
+NAMES = {getattr(torch, dtype): names for dtype, names in prebuilt_libraries.DEFINITIONS.items()}
+"""What the sources are compiled with for each dtype."""
 
 
 @functools.cache
 def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
     """Return the compiled ``source``, or None where it cannot be compiled or ``LEARNEDOPT_NATIVE`` is 0.
 
-    The reason for None is logged, once for each source. Compiled libraries are kept in the folder ``kernels`` of
+    The reason for None is logged, once for each source. A library that came with the wheel is taken where it is whole,
+    of this very source, and for this processor. Libraries that are compiled here are kept in the folder ``kernels`` of
     ``$LEARNEDOPT_CACHE``, by default ``learnedopt`` in the user's cache folder, by source, compiler, flags and
     processor. Where that folder is another user's, or others may write into it, nothing is loaded from it: a warning is
     logged, and the library is built in a temporary folder of this process alone.
@@ -46,6 +46,9 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         logger.info("%s=0: %s is left to pure torch", SWITCH, source.stem)
         return None
+    brought = prebuilt_libraries.load(source, definitions)
+    if brought is not None:
+        return brought
     try:
         return _library(source, _command(definitions))
     except (OSError, subprocess.SubprocessError) as error:
@@ -126,7 +129,7 @@ def _command(definitions: tuple[str, ...]) -> list[str]:
         raise FileNotFoundError(
             "no C compiler was found (tried CC, cc, gcc and clang). Install gcc, or name a compiler in CC"
         )
-    return [compiler, *_FLAGS, *(f"-D{definition}" for definition in definitions)]
+    return [compiler, "-march=native", *prebuilt_libraries.FLAGS, *(f"-D{definition}" for definition in definitions)]
 
 
 def _key(source: Path, command: list[str]) -> str:

@@ -19,7 +19,6 @@ from learnedopt.optimizers.kernels import native
 from learnedopt.optimizers.kernels.lanes import array, contiguous, expanded
 
 _SOURCE = Path(__file__).with_name("small_mlp_kernel.c")
-_NAMES = {torch.float32: ("REAL=float", "INTEGER=int"), torch.float64: ("REAL=double", "INTEGER=long long")}
 _REALS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _SHARE = 16384  # coordinates below which another thread costs more than it brings
 
@@ -52,9 +51,9 @@ def serves(tensors: Tensors) -> bool:
     if torch.is_grad_enabled() or taking_tangents() or torch.compiler.is_compiling():
         return False
     dtype = tensors.step.dtype
-    if dtype not in _NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in _flat(tensors)):
+    if dtype not in native.NAMES or any(t.dtype != dtype or t.device.type != "cpu" for t in _flat(tensors)):
         return False
-    return native.plain(_flat(tensors)) and native.library(_SOURCE, *_NAMES[dtype]) is not None
+    return native.plain(_flat(tensors)) and native.library(_SOURCE, *native.NAMES[dtype]) is not None
 
 
 def step(network: Network, tensors: Tensors) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -128,7 +127,7 @@ def _run(network: Network, lanes: Sequence[int], numels: list[int], data: list[T
         len(network.time_scales),
         array(real, constants),
     )
-    function = native.library(_SOURCE, *_NAMES[dtype]).step  # pyright: ignore[reportOptionalMemberAccess]
+    function = native.library(_SOURCE, *native.NAMES[dtype]).step  # pyright: ignore[reportOptionalMemberAccess]
 
     def share(first: int) -> int:
         return function(ctypes.c_long(first), ctypes.c_long(min(first + size, num_lanes)), *arguments)

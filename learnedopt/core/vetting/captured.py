@@ -105,7 +105,7 @@ class Watch:
 
     def __init__(self, look: Callable[[], Held], strict: tuple[str, ...]) -> None:
         self._look, self._strict = look, strict
-        self.held = look()
+        self.held: Held = look()
         self._before: dict[str, tuple[Tensor, int | None, Tensor | None]] = {}
         left = _MOST_COPIED
         for name, x in self.held.tensors.items():
