@@ -146,7 +146,7 @@ def _theta(path: Path) -> tuple[Any, Any]:
 def _rules(draw: st.DrawFn) -> dict[str, Any]:
     """Draw a rule that there is, with options that it has."""
     name = draw(st.sampled_from(list(RULES.table)))
-    known = list(inspect.signature(RULES._factory(name)).parameters)
+    known = list(inspect.signature(RULES.factory(name)).parameters)
     template = {"w": {"shape": draw(st.lists(st.integers(0, 10**6), max_size=3)), "dtype": "float32"}}
     options = draw(st.dictionaries(st.sampled_from([*known, "lr"]), st.one_of(NUMBERS, JSON), max_size=3))
     return {"name": name, "options": options | ({"template": template} if draw(st.booleans()) else {})}
