@@ -5,49 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from learnedopt.core.carry import Carry, Rollout, Tape
-from learnedopt.core.estimator import Estimate, GradientEstimator
-from learnedopt.core.execution import Execution
-from learnedopt.core.horizon import HorizonWarning
-from learnedopt.core.inner import InnerLoop
-from learnedopt.core.inner_objective import InnerObjective, Penalty, TaskLoss
-from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, MetaObjective, OfLosses, SumOfLosses, TaskMean
-from learnedopt.core.rule import Bound, Kernel, State, UpdateRule
-from learnedopt.core.task import Batch, TaskFamily, Tasks
-from learnedopt.core.tree import Params, Theta
-from learnedopt.estimators.combined import Combined
-from learnedopt.estimators.evolution import EvolutionStrategies
-from learnedopt.estimators.forward import ForwardMode
-from learnedopt.estimators.hessian_free import HessianFree
-from learnedopt.estimators.implicit import ConvergenceWarning, Implicit
-from learnedopt.estimators.linear_solvers import (
-    GMRES,
-    ConjugateGradient,
-    LinearSolver,
-    Neumann,
-    Solution,
-)
-from learnedopt.estimators.persistent import PersistentES
-from learnedopt.estimators.task_by_task import TaskByTask
-from learnedopt.estimators.unrolled import FirstOrder, Truncated, TruncatedBackprop, Unrolled
-from learnedopt.execution.programs import CompileWarning
-from learnedopt.objectives.feedback import HypergradientFeedback
-from learnedopt.objectives.matching import KLDivergence, Matching, SquaredDistance
-from learnedopt.objectives.solvers import SumOfLossesSolver
-from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
-from learnedopt.objectives.targets import (
-    BestInHindsight,
-    Bootstrap,
-    Found,
-    LastIterate,
-    RegularizedSolution,
-    Target,
-)
-
-# Their names in version 0.1, kept for one version.
-MetaGradient: TypeAlias = GradientEstimator
-MetaGrad: TypeAlias = Estimate
-
 __version__ = "0.2.0"
 
 # All is imported at first use: what needs no tensors, such as a command's help, does not wait for torch, and the engine
@@ -236,6 +193,9 @@ if TYPE_CHECKING:
     from learnedopt.plug_in.learner import RunDiverged
     from learnedopt.tasks.module_family import ModuleFamily
     from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, Validation
+
+    MetaGradient: TypeAlias = GradientEstimator
+    MetaGrad: TypeAlias = Estimate
 
 
 def __getattr__(name: str) -> Any:
