@@ -156,7 +156,7 @@ def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, tex
     if before is not dataclasses.MISSING:
         return type(before) in group
     named = text in {kind.__name__ for kind in group}  # a function's type says nothing of who has it
-    plain = isinstance(hint, type) and typing.get_origin(hint) is None  # Python 3.10 takes tuple[int] for a class as well
+    plain = isinstance(hint, type) and typing.get_origin(hint) is None  # Python 3.10: tuple[int] is a type too
     return named or (plain and any(isinstance(kind, type) and issubclass(kind, hint) for kind in group))
 
 
