@@ -38,8 +38,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## meta-train an LSTM optimizer and compare it with tuned Adam (3 minutes)
 	$(BIN)/python train_meta.py demo
 
-test: lint  ## lint, then run the tests
-	$(PYTEST) -m 'not long'
+# The types are checked beside the first tests, on what the workers leave idle; what is wrong with them is said last.
+test: $(STAMP)  ## lint, and run the tests
+	$(BIN)/ruff check --quiet
+	@mkdir -p build; $(BIN)/pyright --level error >build/pyright.log 2>&1 & types=$$!; \
+	    $(PYTEST) -m 'not long'; tests=$$?; \
+	    wait $$types || { cat build/pyright.log; exit 1; }; exit $$tests
 
 test-long: $(STAMP)  ## run the tests that take longer
 	$(PYTEST) -m long

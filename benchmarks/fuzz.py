@@ -63,9 +63,10 @@ def listen() -> None:
 
 @dataclasses.dataclass
 class Found:
-    """Counts of a kind of file, and what must not be, by what it was."""
+    """Counts of a kind of file, of single bits among them, and what must not be, by what it was."""
 
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    bits: Counter[str] = dataclasses.field(default_factory=Counter)
     faults: Counter[str] = dataclasses.field(default_factory=Counter)
     seconds: float = 0.0
     megabytes: float = 0.0
@@ -96,6 +97,7 @@ def read(target: Target, path: Path, expected: Any, found: Found, what: str) -> 
     seconds, megabytes = time.process_time() - began, (_peak() - memory) / 1e3 - size
     found.seconds, found.megabytes = max(found.seconds, seconds), max(found.megabytes, megabytes)
     found.counts.update(["inputs", kind])
+    found.bits.update([kind] if what.startswith("bit ") else [])
     for wrong, bad in (("executed", WATCH.executed), ("outside", WATCH.outside)):
         found.faults.update(f"{wrong}: {each} ({what})" for each in bad)
     # A file that has lost every trace of its hash is as one of an earlier version, which had none.
@@ -158,7 +160,7 @@ def fuzz(num_inputs: int, every_bit: int, seed: int = 0) -> dict[str, Found]:
     """Return what came of at least ``num_inputs`` changed files.
 
     Args:
-        num_inputs: of them all; a third is described by hypothesis.
+        num_inputs: of them all but single bits; a third is described by hypothesis.
         every_bit: of the bits of files with a SHA-256, one of so many is turned alone; 1 turns all.
         seed: of the changes.
     """
@@ -177,12 +179,13 @@ def fuzz(num_inputs: int, every_bit: int, seed: int = 0) -> dict[str, Found]:
                 if i % every_bit == seed % every_bit:
                     rewrite(path, turned)
                     read(target, path, expected, found, f"bit {i}")
-    described(num_inputs - num_inputs * 2 // 3, kinds, result, read)
+    if num_inputs:
+        described(num_inputs - num_inputs * 2 // 3, kinds, result, read)
     return result
 
 
 def table(result: dict[str, Found]) -> str:
-    """Return the counts as a Markdown table, and below it what must not be."""
+    """Return the counts as a Markdown table, and below it those of single bits, and what must not be."""
     head = "| file | inputs | refused | read as it was | read as another | most seconds | most MB | faults |"
     total = Found()
     for found in result.values():
@@ -192,7 +195,12 @@ def table(result: dict[str, Found]) -> str:
         total.megabytes = max(total.megabytes, found.megabytes)
     rows = [found.line(name) for name, found in (*result.items(), ("all", total))]
     faults = [f"{name}: {n} x {what}" for name, found in result.items() for what, n in found.faults.most_common(20)]
-    return "\n".join([head, "|---" + "|---:" * 7 + "|", *rows, "", *faults])
+    bits = [
+        f"{name}: of {each.bits.total():,} single bits {each.bits['refused']:,} refused, {each.bits['same']:,} harmless"
+        for name, each in result.items()
+        if each.bits
+    ]
+    return "\n".join([head, "|---" + "|---:" * 7 + "|", *rows, "", *bits, "", *faults])
 
 
 def _peak() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import inspect
 import json
@@ -10,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.fuzz_targets import Target
-from learnedopt import cards, checkpoint, cli_evaluate, optimizers, tasks
+from learnedopt import cards, checkpoint, optimizers, tasks
 from learnedopt.core import sealed
+from learnedopt.evaluation import runs
 from learnedopt.optimizers.registry import RULES
 from learnedopt.training import training_file
 
@@ -145,7 +146,7 @@ def _theta(path: Path) -> tuple[Any, Any]:
 def _rules(draw: st.DrawFn) -> dict[str, Any]:
     """Draw a rule that there is, with options that it has."""
     name = draw(st.sampled_from(list(RULES.table)))
-    known = list(inspect.signature(RULES._factory(name)).parameters)
+    known = list(inspect.signature(RULES.factory(name)).parameters)
     template = {"w": {"shape": draw(st.lists(st.integers(0, 10**6), max_size=3)), "dtype": "float32"}}
     options = draw(st.dictionaries(st.sampled_from([*known, "lr"]), st.one_of(NUMBERS, JSON), max_size=3))
     return {"name": name, "options": options | ({"template": template} if draw(st.booleans()) else {})}
@@ -168,5 +169,5 @@ def _record(path: Path) -> tuple[Any, Any]:
 
 
 def _read_record(path: Path) -> Any:
-    arguments = argparse.Namespace(family=None, set=[], checkpoint=["a.safetensors"])
-    return repr(cli_evaluate._few_shot_family(arguments, json.loads(path.read_text())))
+    learned: Any = SimpleNamespace(metadata=json.loads(path.read_text()))
+    return repr(runs.families({"a": learned})[0])

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt import FinalLoss, InnerLoop, MetaTrainer, SumOfLosses, Truncated, Unrolled, optimizers, tasks
+from learnedopt import InnerLoop, MetaTrainer, SumOfLosses, Truncated, optimizers, tasks
 from learnedopt.training import progress
+from learnedopt.training.result import TrainingDiverged
 
 
 def trainer(path: Path) -> MetaTrainer:
-    """Return a small training whose state is in ``path``."""
+    """Return a small training whose state is in ``path``; after three meta-steps that has a carry."""
     loop = InnerLoop(tasks.make("quadratic", dim=2), optimizers.make("momentum", learn=("lr",)))
 
     def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
 
     return MetaTrainer(
-        loop, Unrolled(2), FinalLoss(), tracker=None, num_tasks=2, checkpoint=path, average=0.3, scheduler=halved,
-        config={"meta": {"lr": 0.01}},
+        loop, Truncated(2, horizon=8), SumOfLosses(), tracker=None, num_tasks=2, checkpoint=path, average=0.3,
+        scheduler=halved, config={"meta": {"lr": 0.01}},
     )  # fmt: skip
 
 
@@ -91,7 +92,18 @@ class State:
             raise
         result = plain(found), self._state()
         self._begin()
+        self._go_on(path, found.meta_step)
         return result
+
+    def _go_on(self, path: Path, meta_step: int) -> None:
+        """Take a meta-step from a state that was not refused, which must not fail for what is in it."""
+        try:
+            with _default(self._dtype):
+                self._make(path).run(meta_step + 1)
+        except TrainingDiverged:
+            pass  # numbers may be any
+        except Exception as error:
+            raise AssertionError(f"{path} was restored, and does not go on: {type(error).__name__}: {error}") from error
 
     def _state(self) -> Any:
         made = self._training

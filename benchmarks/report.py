@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.measure import MB
 from benchmarks.suite import Workload
 from learnedopt.core.files import write_atomically
+from learnedopt.evaluation.style import EMPHASIS, add_axes, new_figure, write_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "benchmarks.md", DOCS / "figures" / "benchmarks.png"
@@ -118,7 +119,7 @@ the MLP, uncompiled, has 32 MB, and 6.4 with `Execution(vet=False)`.
 Under the GNU C library this library asks malloc to keep freed memory (`learnedopt/execution/allocator.py`), the
 others run as they come; *memory kept* is one of them with the same request made for it.
 
-![CPU time and peak memory of each competitor; this library's are orange](figures/benchmarks.png)
+![CPU time and peak memory of each competitor; this library's are orange, their names bold](figures/benchmarks.png)
 """
     return "\n".join([head, *(section(one) + "\n" for one in results)])
 
@@ -159,27 +160,26 @@ def _write(path: Path, text: str) -> None:
 
 def draw(results: Mapping[str, Results]) -> Path:
     """Draw each workload's CPU time and peak memory, and return the path."""
-    # Not pyplot: it would keep the figure alive and choose a window system.
-    from matplotlib.figure import Figure
-
     heights = [len(one.measured) + 1 for one in results.values()]
-    figure = Figure(figsize=(11, 0.3 * sum(heights) + 1), layout="constrained")
-    grid = figure.subplots(len(results), 2, squeeze=False, height_ratios=heights)
-    for pair, one in zip(grid, results.values(), strict=True):
-        _bars(pair[0], one, {k: statistics.median(m.cpu_ms) for k, m in one.measured.items()}, "CPU ms")
-        _bars(pair[1], one, {k: m.peak / MB for k, m in one.measured.items()}, "peak MB")
-        pair[1].set_yticks([])
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
-    return FIGURE
+    figure = new_figure(11, 0.3 * sum(heights) + 1)
+    grid = figure.add_gridspec(len(results), 2, height_ratios=heights)
+    for i, one in enumerate(results.values()):
+        cpu, peak = (add_axes(figure, grid[i, column]) for column in (0, 1))
+        _bars(cpu, {k: statistics.median(m.cpu_ms) for k, m in one.measured.items()}, "CPU ms")
+        _bars(peak, {k: m.peak / MB for k, m in one.measured.items()}, "peak MB")
+        peak.tick_params(labelleft=False)
+        cpu.set_title(one.workload.title, fontsize=8, loc="left")
+        for name, tick in zip(one.measured, cpu.get_yticklabels(), strict=True):
+            tick.set_fontweight("bold" if ours(name) else "normal")
+    return write_figure(figure, FIGURE, dpi=75)  # tall: at more, the file is large
 
 
-def _bars(axes: Any, results: Results, values: Mapping[str, float], unit: str) -> None:
-    colours = ["#D55E00" if ours(name) else "#999999" for name in values]
+def _bars(axes: Any, values: Mapping[str, float], unit: str) -> None:
+    colours = [EMPHASIS if ours(name) else "#bbbbbb" for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colours)
+    axes.grid(visible=False)
     axes.bar_label(bars, fmt=number, padding=2, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.tick_params(labelsize=7)
-    axes.set_title(f"{results.workload.title}: {unit}", fontsize=8, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(unit, fontsize=7)

@@ -20,6 +20,7 @@ from learnedopt.evaluation.comparison import align, summarise
 from learnedopt.recipes.bmg import BOOTSTRAPPED, COMPARED
 from learnedopt.recipes.online import OnlineLearning, table
 from learnedopt.training.tracker import NullTracker
+from learnedopt.training.tracking import Tracking
 
 NAME = "bmg-mnist-permuted"
 IN_HINDSIGHT = ("ordinary, K = 1", "ordinary, K = 4", "Adam")
@@ -54,7 +55,7 @@ def main() -> None:
     folder = Path("runs") / NAME
     study = recipes.make(NAME)
     assert isinstance(study, OnlineLearning)
-    learnedopt.run.train(study, folder, "disabled")
+    learnedopt.run.train(study, folder, Tracking("disabled"))
     found = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
     print(f"\n{table(found)}\n{align(ratios(found))}")
     for label, each in found.items():

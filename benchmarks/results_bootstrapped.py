@@ -16,6 +16,7 @@ import learnedopt
 from learnedopt import FinalLoss, recipes, run
 from learnedopt.core.objective import MetaObjective
 from learnedopt.evaluation.evaluate import BASELINES, Candidate, compare
+from learnedopt.training.tracking import Tracking
 
 RUNS = Path("runs/results-bootstrapped")
 META_RATES = (1e-3, 3e-3, 1e-2)
@@ -29,7 +30,7 @@ def best(name: str, label: str, objective: MetaObjective) -> tuple[str, Candidat
     for rate in META_RATES:
         folder = RUNS / f"{name}-{label}-{rate:g}"
         varied = replace(recipe, objective=objective, meta=replace(recipe.meta, lr=rate))
-        result = run.train(varied, folder, "disabled")
+        result = run.train(varied, folder, Tracking("disabled"))
         assert result is not None
         found[rate] = result.best_value, learnedopt.load(folder)
         print(f"{name}, {label}, meta-rate {rate:g}: best validation {result.best_value:.4f}", flush=True)

@@ -7,7 +7,6 @@ stopped), or name runs to meta-train only those; ``--table`` measures those that
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -30,15 +29,18 @@ from learnedopt import (
     load_checkpoint,
     recipes,
 )
-from learnedopt.core.files import write_atomically, write_json
+from learnedopt.core.files import write_json
 from learnedopt.estimators.unrolled import Unrolled
+from learnedopt.evaluation.style import add_axes, draw_lines, floats, labelled, legend_below, new_figure, write_figure
 from learnedopt.optimizers import SGD
 from learnedopt.recipes import Recipe
 from learnedopt.recipes.distill import NUM_STEPS, mlp, rates
-from learnedopt.run import find_run, train
+from learnedopt.run import train
+from learnedopt.run_folder import find_run
 from learnedopt.tasks import ImageMLP
 from learnedopt.tasks.data import images
 from learnedopt.training.json_tracker import read_metrics
+from learnedopt.training.tracking import Tracking
 
 RUNS = Path("runs")
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "distill.png"
@@ -150,7 +152,7 @@ def meta_train(name: str) -> None:
     spent, began = folder / "cpu.json", cpu_seconds()
     before = json.loads(spent.read_text("utf-8"))["seconds"] if spent.exists() else 0.0
     try:
-        train(recipe, folder, "disabled")
+        train(recipe, folder, Tracking("disabled"))
     finally:
         write_json(spent, {"seconds": before + cpu_seconds() - began})
 
@@ -211,25 +213,17 @@ def measure(name: str, split: str = "test", seed: int = TEST_SEED) -> Row:
 
 def draw(path: Path, learned: dict[str, Theta], courses: dict[str, list[tuple[int, float]]]) -> None:
     """Draw the images, one a class and ten a class, and the validation along meta-training."""
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 1.5))
-    for axes, (label, theta), columns in zip((left, middle), learned.items(), (5, 10), strict=True):
+    figure = new_figure(10.5, 3.8)
+    grid = figure.add_gridspec(1, 3, width_ratios=(1.6, 1, 1.5))
+    for i, ((label, theta), columns) in enumerate(zip(learned.items(), (5, 10), strict=True)):
+        axes = figure.add_subplot(grid[i], title=label)
         axes.imshow(sheet(theta["images"], columns), cmap="gray", vmin=-1, vmax=1)
-        axes.set(title=label)
         axes.axis("off")
-    for (label, course), colour in zip(courses.items(), ("#D55E00", "#0072B2", "#009E73"), strict=True):
-        right.plot(*zip(*course, strict=True), color=colour, label=label)
-    right.set(xlabel="meta-step", ylabel="validation loss", yscale="log")
-    right.legend(frameon=False, fontsize="small")
-    right.spines[["top", "right"]].set_visible(False)
-    right.grid(color="#dddddd", linewidth=0.6)
-    canvas = io.BytesIO()
-    figure.savefig(canvas, format="png", dpi=100)
-    few = Image.open(canvas).convert("RGB").quantize(64, method=Image.Quantize.MAXCOVERAGE)  # a fifth of the size
-    write_atomically(path, lambda partial: few.save(partial, format="png", optimize=True))
+    right = add_axes(figure, grid[2], xlabel="meta-step", ylabel="validation loss")
+    lines = {label: (floats(step for step, _ in c), floats(value for _, value in c)) for label, c in courses.items()}
+    draw_lines(right, lines, ["the recipe"], False, True, legend=False)
+    legend_below(figure, labelled(right), ncols=3)
+    write_figure(figure, path)
 
 
 def sheet(learned: Tensor, columns: int) -> Tensor:

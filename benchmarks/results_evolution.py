@@ -35,9 +35,9 @@ from learnedopt import (
     optimizers,
     tasks,
 )
-from learnedopt.core.files import write_atomically
 from learnedopt.core.task import Batch, Split
 from learnedopt.estimators import perturbations
+from learnedopt.evaluation.style import add_axes, draw_lines, labelled, legend_below, new_figure, write_figure
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "evolution_variance.png"
 NUM_PAIRS = 4_096
@@ -225,23 +225,21 @@ def variances() -> tuple[dict[str, Panel], float]:
 
 def draw(panels: dict[str, Panel], signal: float) -> None:
     """Draw a panel for each setting, all on one vertical axis."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    for axes, (name, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        for (label, (x, y)), colour, mark in zip(lines.items(), ("#0072B2", "#D55E00", "#009E73"), "os^", strict=True):
-            axes.plot(x, y, color=colour, marker=mark, label=label)
-        axes.axhline(signal, color="#999999", dashes=(4, 3), label="squared length of the exact gradient")
-        axes.set(xscale="log", yscale="log", xlabel=AXES[name], xticks=GRID[name])
-        axes.set_xticklabels([f"{x:g}" for x in GRID[name]])
+    figure, first = new_figure(12, 4.4), None
+    for i, (name, lines) in enumerate(panels.items(), start=1):
+        axes = add_axes(figure, (1, len(panels), i), sharey=first, xlabel=AXES[name])
+        first = first or axes
+        draw_lines(axes, lines, (), True, True, legend=False)
+        axes.axhline(signal, color="#999999", linewidth=1.4, label="squared length of the exact gradient")
+        axes.set_xticks(GRID[name], [f"{x:g}" for x in GRID[name]])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.tick_params(labelleft=axes is first)
     figure.axes[0].set_ylabel("variance of an estimate, summed over theta")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    write_atomically(FIGURE, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    legend_below(figure, labelled(figure.axes[0]))
+    write_figure(figure, FIGURE)
 
 
 def main() -> None:

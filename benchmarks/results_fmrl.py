@@ -17,13 +17,14 @@ import torch
 
 import learnedopt.run
 from learnedopt import recipes
+from learnedopt.training.tracking import Tracking
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 def summary(name: str, runs: Path) -> dict[str, Any]:
     """Return what a study comes to, its figure put into the documentation."""
-    learnedopt.run.train(recipes.make(name), runs / name, "disabled")
+    learnedopt.run.train(recipes.make(name), runs / name, Tracking("disabled"))
     shutil.copyfile(runs / name / f"{name}.png", FIGURES / f"{name.replace('-', '_')}.png")
     return json.loads((runs / name / "summary.json").read_text(encoding="utf-8"))
 

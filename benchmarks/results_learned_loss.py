@@ -17,6 +17,7 @@ from torch import Tensor
 from learnedopt import InnerLoop, Tape, Tasks, Theta, recipes
 from learnedopt import optimizers as rules
 from learnedopt.run import build, train
+from learnedopt.training.tracking import Tracking
 
 RECIPE = recipes.meta_training("learned-loss-sine")
 SEEDS = (0, 1, 2)
@@ -48,7 +49,7 @@ def main() -> None:
     for seed in SEEDS:
         recipe = replace(RECIPE, seed=seed)
         loop = build(recipe)[0]
-        result = train(recipe, Path("runs") / f"{RECIPE.name}-{seed}", "disabled")
+        result = train(recipe, Path("runs") / f"{RECIPE.name}-{seed}", Tracking("disabled"))
         assert result is not None
         theta = result.best_theta
         learned, own = losses(loop, theta, test), float(theta["rule/lr"].exp())

@@ -16,7 +16,6 @@ import torch
 import learnedopt
 from learnedopt.evaluation.comparison import Comparison
 from learnedopt.evaluation.evaluate import compare
-from learnedopt.evaluation.plots import plot_curves
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "mnist.png"
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -50,8 +49,7 @@ def main(names: list[str]) -> None:
         comparison = measure(num_steps, options)
         print(f"### `{name}`: {num_steps} steps, {options or 'as meta-trained'}\n\n{comparison.markdown()}", flush=True)
         if name == "mnist":
-            curves = {label: outcome.curve for label, outcome in comparison.outcomes.items()}
-            plot_curves(FIGURE, curves, emphasis=["LSTM"], title="MLP with 20 sigmoid units on MNIST, mean over tasks")
+            comparison.draw(FIGURE, "MLP with 20 sigmoid units on MNIST")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,15 @@ from learnedopt.core.execution import Execution
 from learnedopt.evaluation.comparison import align, summarise
 from learnedopt.evaluation.grids import named
 from learnedopt.evaluation.nets import Net
+from learnedopt.evaluation.style import (
+    add_axes,
+    draw_band,
+    legend_below,
+    look,
+    new_figure,
+    scale_axis,
+    write_figure,
+)
 from learnedopt.evaluation.suite import Protocol, run_suite
 from learnedopt.evaluation.suite_table import Result, collect, thinned
 
@@ -120,28 +129,21 @@ def _ratio(ours: Result, theirs: Result) -> str:
 
 def draw(path: Path, results: Mapping[str, Mapping[str, Result]]) -> Path:
     """Draw a panel a setting: mean losses on logarithmic axes, with bands from the tenth of tasks to the ninetieth."""
-    from matplotlib.figure import Figure
-
-    from learnedopt.evaluation.plots import COLOURS, DASHES, EMPHASIS, plain_axes, scale_axis, write_figure
-
-    num_rows = -(-len(results) // 3)
-    figure, handles = Figure(figsize=(13, 3 * num_rows + 0.6), layout="constrained"), {}
+    num_rows, handles = -(-len(results) // 3), {}
+    figure = new_figure(13, 3 * num_rows + 0.6)
     for i, (name, by) in enumerate(results.items(), start=1):
-        axes = figure.add_subplot(num_rows, 3, i, xlabel="step", ylabel="train loss", title=name)
-        plain_axes(axes)
+        axes = add_axes(figure, (num_rows, 3, i), xlabel="step", ylabel="train loss", title=name)
         for label, result in by.items():
             steps, values = thinned(result.losses)
-            index = BASELINES.index(label) if label in BASELINES else None
-            colour = EMPHASIS if index is None else COLOURS[index]
-            dashes, width = ((), 1.8) if index is None else (DASHES[index + 1], 1.4)
-            name_shown = "learned, one line a meta-training" if index is None else label
-            (handles[name_shown],) = axes.plot(steps, values.mean(1).tolist(), color=colour, dashes=dashes, lw=width)
-            low, high = (values.quantile(q, dim=1).tolist() for q in (0.1, 0.9))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
+            index = BASELINES.index(label) + 1 if label in BASELINES else 0
+            shape = look(index, strong=not index) | {"linewidth": 1.4 if index else 1.8}
+            shown = label if index else "learned, a line for each meta-training"
+            (handles[shown],) = axes.plot(steps, values.mean(1).tolist(), **shape)
+            draw_band(axes, handles[shown], *(values.quantile(q, dim=1).tolist() for q in (0.1, 0.9)))
         for axis in ("x", "y"):
             scale_axis(axes, axis)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return write_figure(figure, path, dpi=90)  # nine panels: at more, the file alone is large
+    legend_below(figure, handles, ncols=5, shaded="10 % to 90 % of tasks")
+    return write_figure(figure, path, dpi=70)  # nine panels: at more, the file alone is large
 
 
 if __name__ == "__main__":

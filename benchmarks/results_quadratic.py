@@ -15,7 +15,6 @@ from torch import Tensor
 import learnedopt
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation.evaluate import compare, sample_tasks
-from learnedopt.evaluation.plots import plot_curves
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "quadratic.png"
 NUM_STEPS, NUM_TASKS = 100, 10_000
@@ -41,9 +40,7 @@ def main(runs: list[str]) -> None:
     for label, losses in (("memoryless BFGS", memoryless_bfgs(fresh)), ("conjugate gradient", conjugate(fresh))):
         sums = losses.sum(0)
         print(f"{label}: sum of losses {sums.mean():.2f} ± {1.96 * sums.std() / len(sums) ** 0.5:.2f}")
-    curves = {label: outcome.curve for label, outcome in comparison.outcomes.items() if label not in runs}
-    emphasis = ["LSTM", "tensor GRU"]
-    plot_curves(FIGURE, curves, emphasis=emphasis, title="10-d quadratics, mean over functions")
+    comparison.draw(FIGURE, "10-d quadratics", leave=runs)
 
 
 def memoryless_bfgs(tasks: Tasks) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from learnedopt import Execution, FinalLoss, InnerLoop, InnerObjective, Tape, TaskLoss, Theta, recipes
-from learnedopt.core.files import write_atomically
+from learnedopt.evaluation.style import COLOURS, EMPHASIS, add_axes, draw_lines, floats, new_figure, write_figure
 from learnedopt.inner_objectives import WeightedExamples
 from learnedopt.optimizers import SGD
 from learnedopt.tasks import NoisyImages
@@ -118,25 +118,22 @@ def main() -> None:
 
 def draw(weights: Tensor, wrong: Tensor, losses: list[float], auc: float) -> None:
     """Draw how the weights of right and wrong labels come apart, and the loss on clean images."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(10, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(10, 4)
+    figure.get_layout_engine().set(wspace=0.06)
+    left = add_axes(figure, (1, 2, 1), xlabel="learned weight of a training image", ylabel="images")
+    left.set_title(f"area under the curve {auc:.3f}")
     bins = torch.linspace(0, 1, 41).tolist()
-    for label, colour, chosen in (("label is right", "#0072B2", ~wrong), ("label is wrong", "#D55E00", wrong)):
-        left.hist(
-            weights[chosen].tolist(), bins, color=colour, alpha=0.6, label=f"{label} ({int(chosen.sum())} images)"
-        )
-    left.set(xlabel="learned weight of a training image", ylabel="images", title=f"area under the curve {auc:.3f}")
+    for label, colour, hatch, chosen in (("right", COLOURS[0], "", ~wrong), ("wrong", EMPHASIS, "////", wrong)):
+        shown = f"label is {label} ({int(chosen.sum()):,} images)"
+        style = {"histtype": "stepfilled", "facecolor": f"{colour}60", "edgecolor": colour, "hatch": hatch}
+        left.hist(weights[chosen].tolist(), bins, label=shown, **style)
     left.legend(frameon=False)
-    right.plot(range(1, len(losses) + 1), losses, color="#D55E00")
-    right.set(xlabel="meta-step", ylabel="loss after 40 inner steps", title="5,000 clean images", ylim=(0, None))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    write_atomically(FIGURE, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    right = add_axes(
+        figure, (1, 2, 2), xlabel="meta-step", ylabel="loss after 40 inner steps", title="5,000 clean images"
+    )
+    draw_lines(right, {"": (floats(range(1, len(losses) + 1)), losses)}, [""], False, False, legend=False)
+    right.set_ylim(0, None)
+    write_figure(figure, FIGURE)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from learnedopt import FinalLoss, Implicit, InnerLoop, Tasks, Theta, Unrolled, recipes
-from learnedopt.core.files import write_atomically
 from learnedopt.estimators.hessian_free import HessianFree
 from learnedopt.estimators.linear_solvers import ConjugateGradient
+from learnedopt.evaluation.style import add_axes, floats, look, new_figure, scale_axis, write_figure
 from learnedopt.inner_objectives import L2
 from learnedopt.optimizers import SGD
 from learnedopt.tasks import LinearRegression
@@ -121,26 +121,23 @@ def main() -> None:
 
 def draw(path: list[Tensor], curve: list[float], levels: dict[str, float]) -> None:
     """Draw the strengths beside their closed form, and the loss beside those of other strengths."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(10, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
-    left, right = figure.subplots(1, 2)
-    steps, orange, blue = range(len(path)), "#D55E00", "#0072B2"
+    figure = new_figure(10, 4.2)
+    figure.get_layout_engine().set(wspace=0.06)
+    left = add_axes(figure, (1, 2, 1), xlabel="meta-step", ylabel="L2 strength of a coordinate")
+    steps = floats(range(len(path)))
     for i, line in enumerate(torch.stack(path).T.tolist()):
-        colour, what = (blue, "weight matters") if i < RELEVANT else (orange, "weight is 0")
-        left.plot(steps, line, color=colour, linewidth=1, label=what if i in (0, RELEVANT) else None)
-    left.axhline(NOISE**2 / NUM_POINTS, color="black", linestyle="--", label="posterior mean, where it matters")
-    left.set(xlabel="meta-step", ylabel="L2 strength of a coordinate", yscale="log")
-    right.plot(steps, curve, color=blue, label="learned strengths")
+        shape, what = (look(0), "weight matters") if i < RELEVANT else (look(1, True), "weight is 0")
+        left.plot(steps, line, **{**shape, "linewidth": 1}, label=what if i in (0, RELEVANT) else None)
+    flat = {"color": "black", "linewidth": 1.4}
+    left.axhline(NOISE**2 / NUM_POINTS, **flat, linestyle="--", label="posterior mean, where it matters")
+    scale_axis(left, "y")
+    right = add_axes(figure, (1, 2, 2), xlabel="meta-step", ylabel=f"loss on fresh points, {NUM_TEST:,} tasks")
+    right.plot(steps, curve, **look(0), label="learned strengths")
     for (label, level), style in zip(levels.items(), ("--", ":"), strict=True):
-        right.axhline(level, color="black", linestyle=style, label=label)
-    right.set(xlabel="meta-step", ylabel=f"loss on fresh points, {NUM_TEST:,} tasks")
+        right.axhline(level, **flat, linestyle=style, label=label)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
         axes.legend(frameon=False)
-    write_atomically(FIGURE, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    write_figure(figure, FIGURE)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,18 @@ from benchmarks.workloads_evolution import ours as persistent
 from benchmarks.workloads_lstm import ours_quadratics
 from benchmarks.workloads_maml import WIDTHS, higher, narrow_problem, ours
 from learnedopt import Execution, Unrolled
+from learnedopt.evaluation.style import (
+    MARKERS,
+    add_axes,
+    drawable,
+    floats,
+    labelled,
+    legend_below,
+    look,
+    new_figure,
+    scale_axis,
+    write_figure,
+)
 
 FIGURE = report.FIGURE.with_name("scaling.png")
 LARGEST = 4  # points through which exponents are fitted: the smallest sizes are overhead
@@ -166,20 +179,18 @@ lines through the logarithms of the last {LARGEST} points: 1 is linear growth, 0
 
 
 def _draw(lines: Sequence[tuple[Sweep, dict[str, Any]]]) -> Path:
-    # Not pyplot: it would keep the figure alive and choose a window system.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4 * len(lines), 6), layout="constrained")
-    grid = figure.subplots(2, len(lines), squeeze=False)
+    figure = new_figure(3.4 * len(lines), 7)
+    seen = [name for _, found in lines for name in found]
+    order = [*dict.fromkeys(seen)]  # one look a competitor, in all panels
     for column, (sweep, found) in enumerate(lines):
         for row, (which, unit, scale) in enumerate(((1, "CPU ms", 1.0), (2, "peak MB", MB))):
-            axes = grid[row][column]
+            axes = add_axes(figure, (2, len(lines), row * len(lines) + column + 1), ylabel=unit)
+            axes.set_xlabel(textwrap.fill(sweep.label, 34))
             for name, columns in found.items():
-                axes.loglog(columns[0], [value / scale for value in columns[which]], marker="o", ms=3, label=name)
-            axes.set_xlabel(sweep.label, fontsize=8)
-            axes.set_ylabel(unit, fontsize=8)
-            axes.tick_params(labelsize=7)
-            axes.legend(fontsize=6)
-            axes.grid(alpha=0.3)
-    figure.savefig(FIGURE, dpi=110)
-    return FIGURE
+                index = order.index(name)
+                x, y = drawable(floats(columns[0]), [value / scale for value in columns[which]], True, True)
+                axes.plot(x, y, label=name, marker=MARKERS[index], markersize=4, **look(index))
+            for axis in ("x", "y"):
+                scale_axis(axes, axis)
+    legend_below(figure, labelled(*figure.axes), ncols=3)
+    return write_figure(figure, FIGURE, dpi=80)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from learnedopt.evaluation.style import add_axes, draw_band, labelled, legend_below, look, new_figure, write_figure
 
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantiles of Student's t by degrees of freedom."""
@@ -42,19 +43,18 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _draw(runs: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    above, middle, below = figure.subplots(3, 1, sharex=True)
-    for name, run in runs.items():
+    figure, top = new_figure(9, 9), None
+    names = ("total reward, thousands", "reward a step", "entropy weight")
+    panels = [top := add_axes(figure, (3, 1, i + 1), sharex=top, ylabel=name) for i, name in enumerate(names)]
+    above, middle, below = panels
+    for index, (name, run) in enumerate(runs.items()):
         steps = np.array([point["steps"] for point in run["curve"]]) / 1e6
         total, weight = (np.array([point[k] for point in run["curve"]]) for k in ("total", "weight"))
-        above.plot(steps, total.mean(1) / 1e3, label=name)
-        above.fill_between(steps, total.min(1) / 1e3, total.max(1) / 1e3, alpha=0.2)
+        (line,) = above.plot(steps, total.mean(1) / 1e3, label=name, **look(index))
+        draw_band(above, line, total.min(1) / 1e3, total.max(1) / 1e3)
         gained = np.diff(total, axis=0, prepend=0.0) / np.diff(steps, prepend=0.0)[:, None] / 1e6
-        middle.plot(steps, gained.mean(1), linewidth=0.8)
-        below.plot(steps, weight.mean(1), linewidth=0.8)
-    above.set_ylabel("total reward, thousands\n(mean and range of agents)")
-    middle.set_ylabel("reward a step")
-    below.set_ylabel("entropy weight")
+        middle.plot(steps, gained.mean(1), **{**look(index), "linewidth": 0.8})
+        below.plot(steps, weight.mean(1), **{**look(index), "linewidth": 0.8})
     below.set_xlabel("environment steps, millions")
-    above.legend()
-    figure.savefig(path, dpi=120)
+    legend_below(figure, labelled(above), shaded="lowest to highest agent")
+    write_figure(figure, path)

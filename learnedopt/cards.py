@@ -12,6 +12,7 @@ import torch
 from learnedopt.checkpoint import Checkpoint, load_checkpoint, own_theta, packaged
 from learnedopt.core import tree
 from learnedopt.core.bounded import bounded
+from learnedopt.core.containers import is_dict, is_mapping
 from learnedopt.core.counts import require_count
 from learnedopt.core.fingerprint import fingerprint
 from learnedopt.core.rule import UpdateRule
@@ -141,10 +142,10 @@ def check_card(written: Any) -> dict[str, Any]:
         ValueError: it does not, or its summary is longer than a line.
     """
     needed = (*FIELDS, HOLDS_UP_TO)
-    texts = [written.get(k) for k in FIELDS] if isinstance(written, dict) else []
-    if not isinstance(written, dict) or {*written} != {*needed} or not all(isinstance(v, str) and v for v in texts):
-        missing = [name for name in needed if not (isinstance(written, dict) and written.get(name))]
-        foreign = sorted(map(str, {*written} - {*needed})) if isinstance(written, dict) else []
+    texts = [written.get(k) for k in FIELDS] if is_dict(written) else []
+    if not is_dict(written) or {*written} != {*needed} or not all(isinstance(v, str) and v for v in texts):
+        missing = [name for name in needed if not (is_dict(written) and written.get(name))]
+        foreign = sorted(map(str, {*written} - {*needed})) if is_dict(written) else []
         raise ValueError(
             f"this is no card: without {missing}, and with {foreign} that cards do not have; a card has text for each "
             f"of {', '.join(FIELDS)}, and a number of steps for {HOLDS_UP_TO}"
@@ -198,7 +199,7 @@ def state_bytes(rule: UpdateRule, theta: Theta) -> float | None:
 
 def _template(described: Any) -> Params:
     """Return the parameters of all templates in a rule's description, as zeros."""
-    if not isinstance(described, Mapping):
+    if not is_mapping(described):
         return {}
     found: Params = {}
     for key, value in described.items():
@@ -232,8 +233,9 @@ def _from_configuration(metadata: Mapping[str, Any], rule: UpdateRule) -> dict[s
         "evaluated": "Not on record; `learnedopt evaluate` measures it beside tuned baselines.",
         "fails": "Not on record.",
     }
-    if isinstance(family, Mapping):
-        options = ", ".join(f"{k}={_short(v)}" for k, v in (family.get("options") or {}).items())
+    if is_mapping(family):
+        given: Mapping[str, Any] = family.get("options") or {}
+        options = ", ".join(f"{k}={_short(v)}" for k, v in given.items())
         last = f"{metadata.get('num_meta_steps'):,} meta-steps of {metadata.get('num_tasks')} tasks each"
         after = metadata.get("after") or metadata.get("start")
         found["trained_on"] = (

@@ -17,6 +17,7 @@ from learnedopt.core.bounded import bounded
 from learnedopt.core.checks import joined_theta
 from learnedopt.core.files import parse_json, write_json
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.plugged import needed
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.theta_file import Described
 from learnedopt.core.tree import Theta
@@ -24,6 +25,16 @@ from learnedopt.core.tree import Theta
 FORMAT = "learnedopt-rule-3"
 FORMATS = ("learnedopt-rule-1", "learnedopt-rule-2", FORMAT)
 """What is read: the first knew no inner objectives, and had the rule ``imaml``; the first two had no SHA-256."""
+
+
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Kind(NamedTuple):
+    """Shape and type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Checkpoint(NamedTuple):
@@ -108,8 +119,9 @@ def load_checkpoint(path_or_name: str | Path) -> Checkpoint:
     found = theta_file.describe(file_of(path_or_name))
     config = _description(found)
     rule, inner_objective, expected = _built(found, config)
-    _require_fit(rule, inner_objective, expected, found.shapes, str(found.path))
+    _require_fit(rule, inner_objective, _shapes(expected), found.shapes, str(found.path))
     theta = theta_file.read(found, due=config["format"] == FORMAT)
+    _require_dtypes(expected, theta, str(found.path))
     return Checkpoint(rule, inner_objective, {k: theta[k] for k in expected}, config["metadata"])
 
 
@@ -135,8 +147,8 @@ def _description(found: Described) -> dict[str, Any]:
     return config
 
 
-def _built(found: Described, config: dict[str, Any]) -> tuple[UpdateRule, InnerObjective, dict[str, torch.Size]]:
-    """Return rule and inner objective as described, and the shapes of their theta."""
+def _built(found: Described, config: dict[str, Any]) -> tuple[UpdateRule, InnerObjective, dict[str, Kind]]:
+    """Return rule and inner objective as described, and the shapes and types of their theta."""
     from learnedopt import inner_objectives, optimizers
 
     described, inner = config["rule"], config.get("inner_objective")
@@ -148,7 +160,10 @@ def _built(found: Described, config: dict[str, Any]) -> tuple[UpdateRule, InnerO
             inner_objective = TaskLoss() if inner is None else inner_objectives.build(inner)
             return rule, inner_objective, _expected(rule, inner_objective)
     except Exception as error:  # whatever a rule makes of options that nobody would choose
-        raise ValueError(f"{found.path} describes a rule or inner objective that cannot be built: {error}") from error
+        raise ValueError(
+            f"{found.path} describes a rule or inner objective that cannot be built: {error}"
+            f"{needed(config['metadata'])}"
+        ) from error
 
 
 def packaged() -> list[str]:
@@ -179,24 +194,31 @@ def file_of(path_or_name: str | Path) -> Path:
     )
 
 
-def _expected(rule: UpdateRule, inner_objective: InnerObjective | None = None) -> dict[str, torch.Size]:
+def _expected(rule: UpdateRule, inner_objective: InnerObjective | None = None) -> dict[str, Kind]:
     theta = joined_theta(rule, inner_objective or TaskLoss(), torch.Generator().manual_seed(0))
-    return {k: v.shape for k, v in theta.items()}
+    return {k: Kind(tuple(v.shape), v.dtype) for k, v in theta.items()}
+
+
+def _shapes(expected: dict[str, Kind]) -> dict[str, tuple[int, ...]]:
+    return {k: kind.shape for k, kind in expected.items()}
 
 
 def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: InnerObjective | None = None) -> None:
-    """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the owners' own."""
+    """Raise ValueError, beginning with ``where``, unless ``theta`` has the names and shapes of the owners' own.
+
+    Types may differ in precision alone: a theta is trained, and kept, in float64 or bfloat16 as well.
+    """
     got = {k: tuple(v.shape) for k, v in theta.items() if isinstance(v, Tensor)} if isinstance(theta, dict) else None
     expected = _expected(rule, inner_objective)
     if got is None or len(theta) != len(got):
         got = {k: type(v).__name__ for k, v in theta.items()} if isinstance(theta, dict) else type(theta).__name__
-    _require_fit(rule, inner_objective or TaskLoss(), expected, got, where)
+    _require_fit(rule, inner_objective or TaskLoss(), _shapes(expected), got, where)
+    _require_dtypes(expected, theta, where)
 
 
 def _require_fit(
-    rule: UpdateRule, inner_objective: InnerObjective, expected: dict[str, torch.Size], got: Any, where: str
+    rule: UpdateRule, inner_objective: InnerObjective, shapes: dict[str, tuple[int, ...]], got: Any, where: str
 ) -> None:
-    shapes = {k: tuple(v) for k, v in expected.items()}
     if shapes != got:
         plain = isinstance(inner_objective, TaskLoss)
         descends = "" if plain else f" with the inner objective {type(inner_objective).__name__}"
@@ -205,6 +227,14 @@ def _require_fit(
             f"{shapes}, got {got}; theta of a loop with an inner objective of its own is saved with "
             "inner_objective=loop.inner_objective"
         )
+
+
+def _require_dtypes(expected: dict[str, Kind], theta: Theta, where: str) -> None:
+    for k, kind in expected.items():
+        dtype, due = theta[k].dtype, kind.dtype
+        if dtype != due and not (dtype in _PRECISIONS and due in _PRECISIONS):
+            others = ", or another floating-point type of 16 to 64 bits" if due in _PRECISIONS else ""
+            raise ValueError(f"{where}: theta's {k!r} is of {dtype}, the rule's own of {due}: pass that{others}")
 
 
 def resolve_rule(rule: Any) -> tuple[UpdateRule, Theta]:

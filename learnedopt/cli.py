@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
+import importlib
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
 
-from learnedopt import cli_check, cli_diagnose, cli_evaluate, cli_hub, cli_report, cli_train
+from learnedopt import __version__
 
 BAD_INPUT = 2
 DISK_FULL = 74  # EX_IOERR of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 CLOSED_OUTPUT = 141  # 128 + SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line that names the nearest valid word, instead of argparse's usage text."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line and exit with code 2."""
-        words = [word for action in self._actions for word in action.option_strings]
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                words += [w for name, sub in action.choices.items() for w in (name, *sub._option_string_actions)]
-        choice = re.search("invalid choice: '(.*?)'", message)
-        unknown = [choice[1]] if choice else message.removeprefix("unrecognized arguments:").split()
-        near = [hit for word in unknown for hit in difflib.get_close_matches(word.partition("=")[0], words, n=1)]
-        hint = f"; did you mean {near[0]}?" if near and near[0] not in unknown else ""
-        self.exit(BAD_INPUT, f"{self.prog}: {message}{hint} ({self.prog} --help says more)\n")
+COMMANDS = {
+    "train": "cli_train:train",
+    "evaluate": "cli_evaluate:evaluate",
+    "compare": "cli_compare:compare",
+    "card": "cli_list:card",
+    "list": "cli_list:list_all",
+    "check": "cli_check:check",
+    "diagnose": "cli_diagnose:diagnose",
+    "report": "cli_report:report",
+    "hub push": "cli_hub:push",
+    "hub pull": "cli_hub:pull",
+}
+"""What a command line begins with -> module of this package:function, whose signature and docstring are its options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,30 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    command = "learnedopt"
     try:
-        for argument in argv:
-            argument.encode()  # bytes that are no text could be shown nowhere
-        arguments = _parser().parse_args(argv)
-    except SystemExit as end:  # argparse's way to say that all is said
+        command = f"learnedopt {_command(argv)}"
+        call = parse(argv)
+    except SystemExit as end:  # the parser's way to say that all is said
         return int(end.code or 0)
     except UnicodeEncodeError as error:
         print(f"learnedopt: {error.object!a} is no text: its bytes are not {error.encoding}", file=sys.stderr)
+        return BAD_INPUT
+    except ValueError as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     try:
         with warnings.catch_warnings():
             # As one line: where in the library a warning was raised does not help who runs a command.
             warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
-            return arguments.command(arguments)
+            return call()
     except BrokenPipeError:
         raise
     except (ValueError, TypeError, OSError, NotImplementedError) as error:  # what the user gave cannot work
         full = isinstance(error, OSError) and error.errno in _FULL
         why = "the disk is full, or a quota of it: " if full else ""
         then = "; make room, and start again: what was written before is whole" if full else ""
-        print(f"learnedopt {arguments.subcommand}: {why}{' '.join(str(error).split())}{then}", file=sys.stderr)
+        print(f"{command}: {why}{' '.join(str(error).split())}{then}", file=sys.stderr)
         return DISK_FULL if full else BAD_INPUT
     except KeyboardInterrupt:
-        print(f"learnedopt {arguments.subcommand}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -103,44 +98,42 @@ def _replace(number: int) -> None:
     os.close(null)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="learnedopt", description="Learned optimizers and few-shot learners: train and judge them.")
-    commands = parser.add_subparsers(title="commands", dest="subcommand", required=True, metavar="COMMAND")
-    for module in (cli_train, cli_check, cli_diagnose, cli_evaluate, cli_report, cli_hub):
-        module.add_parser(commands)
-    for add_parser in (_add_list, _add_card):
-        add_parser(commands)
-    return parser
+def parse(argv: Sequence[str]) -> Callable[[], int]:
+    """Return what the arguments ask for, not yet done.
+
+    Raises:
+        SystemExit: all is said: a help, or what is wrong.
+        ValueError: a value cannot work.
+    """
+    name = _command(argv)
+    from learnedopt import cli_parser  # only now: what lists the commands does not wait for it
+
+    return cli_parser.call(name, _function(name), argv[len(name.split()) :])
 
 
-def _add_list(commands: Any) -> None:
-    about = "list the update rules, task families, recipes and packaged optimizers"
-    parser = commands.add_parser("list", help=about, description=f"{about.capitalize()}.")
-    parser.set_defaults(command=_list)
+def _command(argv: Sequence[str]) -> str:
+    """Return which command the arguments begin with; of none print what is asked for or wrong, and exit."""
+    for argument in argv:
+        argument.encode()  # bytes that are no text could be shown nowhere
+    for name in COMMANDS:
+        if [*argv[: len(name.split())]] == name.split():
+            return name
+    if argv and argv[0] == "--version":
+        print(f"learnedopt {__version__}")
+        sys.exit(0)
+    if not {"-h", "--help"}.isdisjoint(argv[:2]):
+        print("Learned optimizers and few-shot learners: train and judge them.\n\nusage: learnedopt COMMAND ...\n")
+        print(*(f"  {name:10} {(_function(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS), sep="\n")
+        print("\nlearnedopt COMMAND --help says more of one, learnedopt --version which release this is.")
+        sys.exit(0)
+    given = " ".join(argv[: 2 if argv[:1] == ["hub"] else 1])
+    near = difflib.get_close_matches(given, [*COMMANDS, "--help", "--version"], n=1, cutoff=0.5)
+    wrong = f"there is no command {given!r}" if given else "name a COMMAND"
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"learnedopt: {wrong}{hint} (learnedopt --help lists them)", file=sys.stderr)
+    sys.exit(BAD_INPUT)
 
 
-def _list(arguments: argparse.Namespace) -> int:
-    from learnedopt import cards, checkpoint, inner_objectives, optimizers, recipes, tasks
-
-    print("Update rules:", ", ".join(optimizers.names()))
-    print("Inner objectives:", ", ".join(inner_objectives.names()))
-    print("Task families:", ", ".join(tasks.names()))
-    print("Recipes:", ", ".join(recipes.names()))
-    print("Packaged optimizers (learnedopt card NAME says more):")
-    for name in checkpoint.packaged():
-        print(f"  {name:22} {cards.card(name).sentences['summary']}")
-    return 0
-
-
-def _add_card(commands: Any) -> None:
-    about = "say what a learned optimizer was trained and measured on, where it fails, and what it costs"
-    parser = commands.add_parser("card", help=about, description=f"{about.capitalize()}.")
-    parser.add_argument("name", nargs="+", metavar="NAME", help="a packaged name, a checkpoint, or a run's folder")
-    parser.set_defaults(command=_card)
-
-
-def _card(arguments: argparse.Namespace) -> int:
-    from learnedopt import cards
-
-    print(*map(cards.card, arguments.name), sep="\n", end="")
-    return 0
+def _function(name: str) -> Callable[..., int]:
+    module, _, function = COMMANDS[name].partition(":")
+    return getattr(importlib.import_module(f"learnedopt.{module}"), function)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from learnedopt.cli_train import add_recipe_arguments, configured, list_recipes
+if TYPE_CHECKING:
+    from learnedopt.cli_recipe import Chosen
 
 FOUND = 1
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``check`` to the commands of a parser."""
-    about = "say whether a recipe's loss is differentiated right"
-    parser = commands.add_parser(
-        "check",
-        help=about,
-        description="Vet a recipe as training does before its first meta-gradient, and print what was tried and found: "
-        "whether the loss is a function of what it is given, and whether its derivatives are right. Exit code 1 where "
-        "something would make meta-gradients silently wrong.",
-    )
-    parser.set_defaults(command=run)
-    add_recipe_arguments(parser)
+def check(chosen: Chosen) -> int:
+    """Say whether a recipe's loss is differentiated right.
 
+    Vets a recipe as training does before its first meta-gradient, and prints what was tried and found: whether the loss
+    is a function of what it is given, and whether its derivatives are right. Exit code 1 where something would make
+    meta-gradients silently wrong.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Vet the recipe that the arguments name; return 0 where all is well, else 1."""
+    Args:
+        chosen: the recipe
+    """
     import torch
 
     from learnedopt.core.parts import loop_of
@@ -33,9 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from learnedopt.recipes import Study
     from learnedopt.run import build
 
-    if arguments.list:
-        return list_recipes()
-    recipe = configured(arguments)
+    recipe = chosen.recipe
     if isinstance(recipe, Study):
         raise ValueError(
             f"{recipe.name} sets several methods side by side, and each is vetted when it is trained; check a "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.report import RunRecord
@@ -12,27 +11,21 @@ if TYPE_CHECKING:
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``report`` to the commands of a parser."""
-    about = "write a run as one page: curves, tables, configuration, environment"
-    parser = commands.add_parser(
-        "report",
-        help=about,
-        description="Write what a run's folder holds as one page of HTML, which needs no other file, no network and no "
-        "scripts. The run may be finished, diverged, or still at work.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/demo")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default RUN/report.html")
-    parser.set_defaults(command=run)
+def report(run: Path, out: Path | None = None) -> int:
+    """Write a run as one page: curves, tables, configuration, environment.
 
+    Writes what a run's folder holds as one page of HTML, which needs no other file, no network and no scripts. The run
+    may be finished, diverged, or still at work.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Write the page; return 0."""
+    Args:
+        run: the run's folder, such as runs/demo
+        out: the file to write; by default RUN/report.html
+    """
     from learnedopt.core.files import write_atomically
     from learnedopt.evaluation.report import page
 
-    text = page(read_run(arguments.run)).encode()
-    out = arguments.out or arguments.run / "report.html"
+    text = page(read_run(run)).encode()
+    out = out or run / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}")
     write_atomically(out, lambda partial: _write(partial, text))

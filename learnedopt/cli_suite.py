@@ -2,79 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from learnedopt.checkpoint import Checkpoint
-    from learnedopt.evaluation.suite_table import Suite
-    from learnedopt.training.wandb_tracker import Mode, WandbTracker
+    from learnedopt.evaluation.suite import Graphs
+    from learnedopt.training.wandb_variables import Mode
 
 
-def add_arguments(evaluate: argparse.ArgumentParser) -> None:
-    """Add what is said of a suite."""
-    evaluate.add_argument(
-        "--suite", metavar="NAME", help="unseen or growth: on a fixed list of nets, beside baselines with schedules"
-    )
-    evaluate.add_argument("--nets", default="", metavar="A;B", help="of the suite, names or numbers from 1 on")
-    evaluate.add_argument("--device", metavar="DEVICE", help="of the suite, such as cuda (default cpu)")
-    evaluate.add_argument(
-        "--graphs",
-        choices=("none", "baselines", "all"),
-        help="of the suite: whose steps run as CUDA graphs (default none)",
-    )
-
-
-def run(arguments: argparse.Namespace, mode: Mode, loaded: Mapping[str, Checkpoint]) -> None:
-    """Evaluate as the arguments say: what the folder has already is not run again."""
+def run(
+    suite: str,
+    checkpoint: Sequence[str],
+    mode: Mode,
+    *,
+    nets: str | None,
+    tasks: int | None,
+    tuning_tasks: int | None,
+    tune_for: str | None,
+    baselines: str | None,
+    device: str | None,
+    graphs: Graphs | None,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Evaluate on a suite, as ``learnedopt evaluate --help`` says: what the folder has already is not run again."""
+    from learnedopt.cli_compare import load_all
     from learnedopt.core.execution import Execution
     from learnedopt.evaluation import suite_table
     from learnedopt.evaluation.grids import named
     from learnedopt.evaluation.nets import SUITES, chosen
+    from learnedopt.evaluation.runs import labelled
     from learnedopt.evaluation.suite import Protocol, run_suite
-    from learnedopt.training.wandb_tracker import WandbTracker
+    from learnedopt.followed import show_suite
+    from learnedopt.training.tracking import Tracking
 
-    unused = [name for name in ("family", "steps", "set") if getattr(arguments, name)]
-    if unused:
-        raise ValueError(
-            f"--{' and --'.join(unused)} have no effect with --suite, whose nets are fixed: leave them out"
-        )
-    nets = chosen(arguments.suite, [name.strip() for name in arguments.nets.split(";") if name.strip()])
-    given = {
-        "num_seeds": arguments.tasks, "num_tuning_tasks": arguments.tuning_tasks, "tune_for": arguments.tune_for,
-        "seed": arguments.seed,
-    }  # fmt: skip
+    names = [name.strip() for name in (nets or "").split(";") if name.strip()]
+    chosen_nets = chosen(suite, names)
+    given = {"num_seeds": tasks, "num_tuning_tasks": tuning_tasks, "tune_for": tune_for, "seed": seed}
     protocol = Protocol(**{name: value for name, value in given.items() if value is not None})
-    out = arguments.out or Path("runs") / f"suite-{arguments.suite}"
+    out = out or Path("runs") / f"suite-{suite}"
     run_suite(
-        {label: (learned.rule, learned.theta, learned.inner_objective) for label, learned in loaded.items()}, nets,
-        named(arguments.baselines or "main"), folder=out, protocol=protocol,
-        execution=Execution(device=arguments.device, vet=False), graphs=arguments.graphs or "none",
+        {label: (found.rule, found.theta, found.inner_objective) for label, found in load_all(checkpoint).items()},
+        chosen_nets, named(baselines or "main"), folder=out, protocol=protocol,
+        execution=Execution(device=device, vet=False), graphs=graphs or "none",
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
-    found = suite_table.collect(out, [net.name for net in SUITES[arguments.suite]])
+    found = suite_table.collect(out, [net.name for net in SUITES[suite]])
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figures, tables and numbers: {', '.join(map(str, paths.values()))}")
-    _show(WandbTracker(mode, group=arguments.suite, job_type="evaluate", dir=out), arguments.suite, found, paths)
-
-
-def _show(tracker: WandbTracker, name: str, found: Suite, paths: Mapping[str, Path]) -> None:
-    """Log what came of each candidate, the figures and the files to W&B."""
-    from learnedopt.evaluation.suite_table import REFERENCES
-
-    numbers = {}
-    for label in found.candidates:
-        for reference in REFERENCES:
-            ratio = found.geometric_mean(label, reference)
-            if ratio is not None:
-                numbers[f"{label}/to {reference}"] = ratio.mean
-    about = {"suite": name, "nets": [*found.results]}
-    tracker.start(about)
-    tracker.log(numbers, step=0)
-    tracker.figure("matrix", paths["png"])
-    tracker.figure("loss_curves", paths["curves"])
-    tracker.artifact(f"suite-{name}", [*paths.values()], about)
-    tracker.finish()
+    show_suite(Tracking(mode), out, labelled(checkpoint), suite, found, paths)

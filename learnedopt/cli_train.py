@@ -1,95 +1,62 @@
-"""The command ``learnedopt train``: recipes, with overrides, meta-trained in folders of their own."""
+"""The command ``learnedopt train``: recipes, with changes, meta-trained in folders of their own."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from learnedopt.recipes import Recipe, Study
+    from learnedopt.cli_recipe import Chosen
+    from learnedopt.training.tracking import Tracking
 
 DIVERGED, RANK_FAILED, INTERRUPTED = 1, 3, 130
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``train`` to the commands of a parser."""
-    about = "meta-train a recipe"
-    parser = commands.add_parser(
-        "train",
-        help=about,
-        description="Meta-train a recipe. A run writes RUNS/NAME: theta with its description, the configuration, the "
-        "metrics as JSON lines, and a figure. Started again with the same configuration it goes on where it stopped, "
-        "exactly.",
-    )
-    parser.set_defaults(command=run)
-    add_recipe_arguments(parser)
-    parser.add_argument("--name", help="the run's folder under --runs; default: the recipe's name")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    parser.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: WANDB_MODE, then offline")
-    several = parser.add_argument_group(
-        "several processes", "Started by torchrun (torchrun -m learnedopt train ...), processes share each meta-batch."
-    )
-    several.add_argument("--backend", help="of torch.distributed; default: gloo on CPUs, nccl on GPUs")
-    several.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="how long processes wait for each other (default: 600)"
-    )
+def train(
+    chosen: Chosen,
+    tracking: Tracking,
+    name: str | None = None,
+    runs: Path = Path("runs"),
+    extend: bool = False,
+    backend: str | None = None,
+    timeout: float = 600.0,
+) -> int:
+    """Meta-train a recipe.
 
+    A run writes RUNS/NAME: theta with its description, the configuration, the metrics as JSON lines, and a figure.
+    Started again with the same configuration it goes on where it stopped, exactly. Started by torchrun (torchrun -m
+    learnedopt train ...), processes share each meta-batch.
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a recipe, which ``configured`` reads."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of --list")
-    parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as meta.lr=1e-3"
-    )
-
-
-def configured(arguments: argparse.Namespace) -> Recipe | Study:
-    """Return the recipe that the arguments name, overrides applied."""
-    from learnedopt import recipes
-    from learnedopt.config import INTERCHANGEABLE, override
-
-    if arguments.recipe is None:
-        raise ValueError("name a recipe (learnedopt train --list shows all)")
-    return override(recipes.make(arguments.recipe), arguments.set, INTERCHANGEABLE)
-
-
-def list_recipes() -> int:
-    """Print the recipes, one line each, and return 0."""
-    from learnedopt import recipes
-
-    for name in recipes.names():
-        print(f"{name:24} {recipes.summary(name)}")
-    return 0
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Meta-train as the arguments say.
+    Args:
+        chosen: the recipe
+        tracking: who else is told
+        name: the run's folder under --runs; by default the recipe's name, in a sweep of W&B with
+            the trial's id behind it
+        runs: where runs are kept
+        extend: make a finished run longer: as num_meta_steps says now, all else being equal
+        backend: of torch.distributed, for several processes; by default gloo on CPUs, nccl on GPUs
+        timeout: how many seconds several processes wait for each other
 
     Returns:
         0 when done, 1 when training diverged, 3 when another process of it has failed, 130, 143 or 129 after a signal.
     """
+    from learnedopt import run
     from learnedopt.core.files import require_name
-    from learnedopt.run import device_of, train
     from learnedopt.training import launch, ranks
     from learnedopt.training.trainer import TrainingDiverged
+    from learnedopt.training.wandb_variables import folder_name
 
-    if arguments.list:
-        return list_recipes()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    recipe = configured(arguments)
-    name = arguments.recipe if arguments.name is None else arguments.name
+    recipe, name = chosen.recipe, folder_name(chosen.name) if name is None else name
     require_name(name, "--name")
-    folder = arguments.runs / name
-    timeout = ranks.TIMEOUT if arguments.timeout is None else arguments.timeout
+    folder, device = runs / name, run.device_of(recipe)
     try:
-        with launch.process_group(device_of(recipe), arguments.backend, timeout):
-            own = ranks.present(device_of(recipe), timeout)
-            result = train(recipe, folder, arguments.wandb, own)
+        with launch.process_group(device, backend, timeout):
+            own = ranks.present(device, timeout)
+            result = run.train(recipe, folder, tracking, own, extend=extend)
     except (KeyboardInterrupt, SystemExit) as stop:
         with suppress(OSError):  # the terminal may be gone: that is why it stopped
             print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)

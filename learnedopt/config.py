@@ -1,16 +1,15 @@
-"""Configurations: typed overrides ``key=value`` of nested frozen dataclasses, and configurations as plain values.
+"""Configurations: typed changes of nested frozen dataclasses, and configurations as plain values.
 
 Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, SumOfLosses
@@ -29,6 +28,7 @@ from learnedopt.objectives.matching import KLDivergence, SquaredDistance
 from learnedopt.objectives.solvers import SumOfLossesSolver
 from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
 from learnedopt.objectives.targets import BestInHindsight, Bootstrap, LastIterate, RegularizedSolution
+from learnedopt.typed_values import read_value, typed
 
 T = TypeVar("T")
 Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
@@ -43,19 +43,21 @@ INTERCHANGEABLE: Kinds = (
     (SquaredDistance, KLDivergence),
     (SumOfLossesSolver,),
     (ConjugateGradient, Neumann, GMRES),
+    (HessianFree,),
 )  # fmt: skip
 """What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
-_Change: TypeAlias = tuple[list[str], str]  # the keys that remain, and the text
+_Change: TypeAlias = tuple[list[str], Any]  # the keys that remain, and the text, or the value of a configuration
 
 
-def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
+def override(value: T, changes: Iterable[str | Mapping[str, Any]], kinds: Kinds = ()) -> T:
     """Return a copy of the dataclass ``value`` with fields replaced, all at once: no order of them is invalid.
 
     Args:
         value: a frozen dataclass; fields may be dataclasses again, reached by dots.
-        assignments: each ``path.to.field=text``; the text is read as the field's type, and of two for the same field
-            the later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another
-            (``choice=null`` none, where there may be none).
+        changes: each ``path.to.field=text``; the text is read as the field's type, and of two for the same field the
+            later counts. The options of a ``Choice`` are reached like fields, and ``choice=name`` names another
+            (``choice=null`` none, where there may be none). Or a configuration as ``as_config`` returns it, whole or
+            in part, whose values are of their types already.
         kinds: a field that holds a dataclass out of one of these groups takes the name of another class of the group;
             the fields that the two have in common are kept.
 
@@ -66,24 +68,48 @@ def override(value: T, assignments: Iterable[str], kinds: Kinds = ()) -> T:
     Example:
         >>> override(recipe, ["estimator=Unrolled", "estimator.num_steps=10"], [(Unrolled, Truncated)])
     """
-    changes = []
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
+    found: list[_Change] = []
+    for change in changes:
+        if isinstance(change, Mapping):
+            found.append(([], change))
+            continue
+        path, equals, text = change.partition("=")
         if not equals or not path:
-            raise ValueError(f"{assignment!r} is not of the form key=value, such as num_meta_steps=100")
-        changes.append((path.split("."), text))
-    return _changed(value, changes, "", kinds)
+            raise ValueError(f"{change!r} is not of the form key=value, such as num_meta_steps=100")
+        found.append((path.split("."), text))
+    found = [*_spread(found, value, type(value))]
+    for keys, other in found:
+        if not keys:
+            raise ValueError(f"this is the configuration of a {other}, and what it would change is {_a(value)}")
+    return _changed(value, found, "", kinds)
 
 
-def read_value(text: str) -> Any:
-    """Return the Python literal that ``text`` spells (also true, false, null), or the text itself."""
-    words = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # the last two of a deep nest
-        return text
+def _a(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _spread(changes: Iterable[_Change], before: Any, hint: Any) -> Iterator[_Change]:
+    """Take configurations of a ``Choice`` or a dataclass apart, into changes of what has a name in it."""
+    for keys, given in changes:
+        nothing = before is None or before is dataclasses.MISSING
+        known = _names_a_choice(hint) or dataclasses.is_dataclass(before)
+        if keys or not isinstance(given, Mapping) or not (known or (nothing and "type" in given)):
+            yield keys, given
+        elif _names_a_choice(hint):
+            yield from (([], given["name"]) for key in given if key == "name")
+            options = given.get("options") or {}
+            if given.keys() - {"name", "options"} or not isinstance(options, Mapping):
+                raise ValueError(f"{dict(given)!r} is no configuration of a choice: it has a name, and maybe options")
+            # A text of a configuration is what it is, one of a command line is read as a literal.
+            yield from (([key], repr(each) if isinstance(each, str) else each) for key, each in options.items())
+        else:
+            own = type(before).__name__
+            yield from (([], given["type"]) for key in given if key == "type" and given[key] != own)
+            yield from (([key], each) for key, each in given.items() if key != "type")
+
+
+def _names_a_choice(hint: Any) -> bool:
+    return hint is Choice or Choice in typing.get_args(hint)
 
 
 def _changed(value: Any, changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
@@ -133,29 +159,33 @@ def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change]
 
 
 def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, kinds: Kinds) -> Any:
+    changes = [*_spread(changes, before, hint)]
     below = [(keys, text) for keys, text in changes if keys]
     whole = [text for keys, text in changes if not keys]
-    if not whole:
+    if not whole or (before is not dataclasses.MISSING and whole[-1] == as_config(before)):  # it says what is there
         return _changed(before, below, f"{path}.", kinds)
     text = whole[-1]
-    if hint is Choice or Choice in typing.get_args(hint):
-        if read_value(text) is None and hint is Choice:
+    if _names_a_choice(hint):
+        if not isinstance(text, str) or (read_value(text) is None and hint is Choice):
             raise ValueError(f"{path}={text!r} names nothing, and the setting needs a name")
         return _changed(None if read_value(text) is None else Choice(text), below, f"{path}.", kinds)
     group = next((group for group in kinds if _stands_for(group, before, hint, text)), None)
     if group is None:
-        return _changed(_typed(text, hint, path), below, f"{path}.", kinds)
+        return _changed(typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
-    if text not in by_name:
-        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(text, by_name)}")
+    if not isinstance(text, str) or text not in by_name:
+        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(str(text), by_name)}")
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
-def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, text: str) -> bool:
+def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, text: Any) -> bool:
     """Whether a group's members may take the place of what is there or, where nothing is, of what the type says."""
+    # A function's type says nothing of who has it: there, and where None may stand, the name alone tells.
+    named = isinstance(text, str) and text in {kind.__name__ for kind in group}
+    if before is None:
+        return named
     if before is not dataclasses.MISSING:
         return type(before) in group
-    named = text in {kind.__name__ for kind in group}  # a function's type says nothing of who has it
     plain = isinstance(hint, type) and typing.get_origin(hint) is None  # Python 3.10: tuple[int] is a type too
     return named or (plain and any(isinstance(kind, type) and issubclass(kind, hint) for kind in group))
 
@@ -176,27 +206,6 @@ def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _typed(text: str, hint: Any, path: str) -> Any:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    literal = read_value(text)
-    if isinstance(literal, (dict, list, tuple)):  # read as YAML, a None in it would be the word "None"
-        try:
-            return parser.parse_object({"value": literal}).value
-        except ArgumentError:
-            pass  # not of the type as it is, but it may be as text
-    try:
-        return parser.parse_args([f"--value={text}"]).value
-    except ArgumentError as error:
-        args = typing.get_args(hint)
-        name = str(hint).replace("typing.", "") if args else getattr(hint, "__name__", str(hint))
-        words = args if typing.get_origin(hint) is Literal else getattr(hint, "__members__", ())  # those of an Enum
-        near = nearest(text, words)
-        raise ValueError(f"{path}={text!r} is not of the setting's type {name}{near}") from error
 
 
 def as_config(value: Any) -> Any:

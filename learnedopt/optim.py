@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from learnedopt.cards import card, past_horizon, trained_horizon
 from learnedopt.checkpoint import resolve_rule
+from learnedopt.core.containers import is_dict
 from learnedopt.core.counts import require_count
 from learnedopt.core.horizon import HorizonWarning
 from learnedopt.core.rule import UpdateRule
@@ -98,9 +99,11 @@ class LearnedOptimizer(MovedByRules):
         if num_steps is not None:
             require_count("num_steps", num_steps, least=1)
         require_state_dtype(state_dtype)
-        if not isinstance(guard, bool | Guard):
+        if not isinstance(cast("object", guard), bool | Guard):
             raise TypeError(f"guard={guard!r} is no guard; pass True, False, or learnedopt.Guard(...) with its options")
-        self.adopt_start, self.num_steps, self._state_dtype = adopt_start, num_steps, state_dtype
+        self.adopt_start = adopt_start
+        self.num_steps = num_steps
+        self._state_dtype = state_dtype
         self._player = self._resolved(rule)
         self._players: list[Player] = []  # of each group
         self._owned = False  # whether nobody else can hold the memory, so that it may be overwritten
@@ -128,8 +131,8 @@ class LearnedOptimizer(MovedByRules):
             TypeError: the group sets an option that a learned rule does not have.
             ValueError: steps have been taken and the rule ties parameters together; or as the constructor.
         """
-        param_group = dict(param_group) if isinstance(param_group, dict) else param_group
-        own = param_group.pop("rule", None) if isinstance(param_group, dict) else None
+        param_group = dict(param_group) if is_dict(param_group) else param_group
+        own = param_group.pop("rule", None) if is_dict(param_group) else None
         player = self._player if own is None else self._resolved(own)
         if self._begun() and player in self._players and not player.rule.coordinatewise:
             raise ValueError(

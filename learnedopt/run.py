@@ -1,40 +1,45 @@
 """Runs: what a recipe or a study makes, in a folder of its own, and found there again.
 
 A run's folder holds theta with its description, the configuration, the metrics as JSON lines, and a figure. Started
-again with the same configuration it goes on where it stopped, exactly.
+again with the same configuration it goes on where it stopped, exactly; one that is finished is left as it is.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from learnedopt import checkpoint
 from learnedopt.core.execution import Execution
-from learnedopt.core.files import plain_json, require_name
+from learnedopt.core.files import require_name
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.parts import loop_of
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.task_by_task import TaskByTask
+from learnedopt.execution import compile_times
 from learnedopt.execution.memory import predict_peak
 from learnedopt.meta_optimizers import registry as meta_optimizers
 from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
-from learnedopt.run_folder import configuration, enter, find_run
+from learnedopt.run_folder import configuration, enter, is_finished, record_length
+from learnedopt.run_results import report, save_theta
 from learnedopt.stages import start_theta, taken_over
-from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
+from learnedopt.training.lengthen import lengthen
 from learnedopt.training.rank_checks import require_same
 from learnedopt.training.ranks import Ranks, present
-from learnedopt.training.tracker import ConsoleTracker, Rewindable, Tracker, Trackers
+from learnedopt.training.tensorboard_tracker import require_tensorboard
+from learnedopt.training.tracker import Rewindable, Tracker
+from learnedopt.training.tracking import Tracking, trackers
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged, TrainingResult, Validation
-from learnedopt.training.wandb_tracker import Mode, WandbTracker, resolve_mode
+from learnedopt.training.wandb_variables import in_sweep, resolve_mode
 
 
 def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
@@ -111,33 +116,87 @@ def require_device(execution: Execution) -> None:
 
 
 def train(
-    recipe: Recipe | Study, folder: Path, wandb_mode: str | None = None, ranks: Ranks | None = None
+    recipe: Recipe | Study,
+    folder: Path,
+    tracking: Tracking = Tracking(),  # noqa: B008 - it is frozen
+    ranks: Ranks | None = None,
+    *,
+    extend: bool = False,
 ) -> TrainingResult | None:
     """Meta-train as the recipe says, in ``folder``, from its checkpoint where there is one; a study returns None.
 
+    A run that is finished is said to be, and nothing is written. With ``extend`` the folder's run goes on to the
+    recipe's larger ``num_meta_steps``, all else being equal, from its last checkpoint and with the rate that a run of
+    the new length has there (see ``lengthen``): where the rate is constant, that is the run of the new length to the
+    bit, but for one more validation at the end of the old.
+
     Of several processes (``ranks``; by default those of the process group that is initialised) rank 0 alone touches
     the folder and holds it.
+
+    Raises:
+        ValueError: bad input; the folder holds a run of another configuration; or none that could be extended so.
     """
     require_name(recipe.name, "the recipe's name")
     torch.set_num_threads(recipe.num_threads)
+    compile_times.logger.setLevel(logging.INFO)  # who waits is told for what
     ranks = present(device_of(recipe)) if ranks is None else ranks
     with ranks.failing_together(agreed=TrainingDiverged), ExitStack() as held:
-        if isinstance(recipe, Study) and not ranks.alone:
-            raise ValueError(f"the study {recipe.name} has no meta-batches to share: start it as one process")
-        require_same(ranks, {"recipe": configuration(recipe)})
+        if isinstance(recipe, Study):
+            require_plain(recipe, ranks, extend)
+        require_same(ranks, {"recipe": configuration(recipe), "extend": extend})
         built = None if isinstance(recipe, Study) else build(recipe)
-        mode = resolve_mode(wandb_mode)
+        resolve_mode(tracking.wandb)  # what cannot be followed so is refused before anything is written
+        if tracking.tensorboard:
+            require_tensorboard()
         if isinstance(recipe, Recipe) and built is not None:
             require_chain(recipe, built[0])
-        run_id = ranks.lead(lambda: enter(recipe, folder, held), "the opening of the run's folder")
+        if ranks.lead(lambda: is_finished(folder, recipe, extend=extend), "the look at the run's folder"):
+            return finished(recipe, folder, built, ranks)
+        run_id = ranks.lead(lambda: enter(recipe, folder, held, extend=extend), "the opening of the run's folder")
         if isinstance(recipe, Recipe):
-            train_before(recipe, folder, wandb_mode, ranks)
-        tracker = trackers(recipe, folder, mode, run_id) if ranks.leads else None
+            train_before(recipe, folder, tracking, ranks)
+        tracker = trackers(recipe, folder, tracking, run_id) if ranks.leads else None
         if isinstance(recipe, Study):
             assert tracker is not None
             return carry_out(recipe, folder, tracker)
         assert built is not None
+        if extend:
+            go_on_longer(recipe, folder, built, ranks)
         return meta_train(recipe, folder, built, tracker, ranks)
+
+
+def require_plain(study: Study, ranks: Ranks, extend: bool) -> None:
+    """Raise ValueError where a study is asked for what only a meta-training can do."""
+    if not ranks.alone:
+        raise ValueError(f"the study {study.name} has no meta-batches to share: start it as one process")
+    if extend:
+        raise ValueError(f"the study {study.name} has no num_meta_steps of which there could be more: it has its end")
+
+
+def finished(
+    recipe: Recipe | Study, folder: Path, built: tuple[InnerLoop, Validation] | None, ranks: Ranks
+) -> TrainingResult | None:
+    """Say that a run is finished, and return what it ended with; nothing is written."""
+    result, after, more = None, "", ""
+    if isinstance(recipe, Recipe) and built is not None:
+        result = trainer_of(recipe, folder, built, ranks).restored()
+        after = f" after {recipe.num_meta_steps} meta-steps"
+        more = ", --extend with more num_meta_steps makes it longer"
+    if ranks.leads:
+        told = f"{folder} holds this run, finished{after}, and is left as it is"
+        print(f"{told}: a --name of its own begins another{more}.", flush=True)
+    return result
+
+
+def go_on_longer(recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], ranks: Ranks) -> None:
+    """Let the run in ``folder`` be one of the recipe's length, from its checkpoint on."""
+    trainer = trainer_of(recipe, folder, built, ranks)
+    if trainer.restored() is not None:
+        assert isinstance(trainer.scheduler, CosineAnnealingLR)
+        lengthen(trainer.scheduler, recipe.num_meta_steps)
+        trainer.save()
+    # Only now: a kill before it leaves the run of before, which can be extended again.
+    ranks.lead(lambda: record_length(folder, recipe), "the record of the run's length")
 
 
 def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
@@ -148,36 +207,18 @@ def require_chain(recipe: Recipe, loop: InnerLoop) -> None:
         taken_over(before, own, f"{recipe.name} comes after {recipe.after.name}", partly=recipe.start_partly)
 
 
-def train_before(recipe: Recipe, folder: Path, wandb_mode: str | None, ranks: Ranks) -> None:
+def train_before(recipe: Recipe, folder: Path, tracking: Tracking, ranks: Ranks) -> None:
     """Meta-train the stage before, from where it stands; one that is finished is left as it is."""
     stage = recipe.after
     if stage is None:
         return
     own = folder / stage.name
-
-    def finished() -> bool:  # the figure is the last thing that every run leaves
-        return find_run(own, stage) is not None and (own / "training.png").exists()
-
-    if not ranks.lead(finished, "the look at the stage before"):
+    if not ranks.lead(lambda: is_finished(own, stage), "the look at the stage before"):
         if ranks.leads:
             print(f"{recipe.name} comes after {stage.name}, in {own}.", flush=True)
-        train(stage, own, wandb_mode, ranks)
+        # In a sweep W&B has one run for each trial, which is the last stage's.
+        train(stage, own, replace(tracking, wandb="disabled") if in_sweep() else tracking, ranks)
     torch.set_num_threads(recipe.num_threads)
-
-
-def trackers(recipe: Recipe | Study, folder: Path, mode: Mode, run_id: str) -> Trackers:
-    """Return where a run's metrics go: the console, a file of JSON lines, Weights & Biases."""
-    study = isinstance(recipe, Study)
-    return Trackers(
-        [
-            ConsoleTracker(total=None if study else recipe.num_meta_steps),
-            JsonLinesTracker(folder / "metrics.jsonl"),
-            WandbTracker(
-                mode, group=recipe.name, job_type="study" if study else "meta-train", name=folder.name, dir=folder,
-                run_id=run_id,
-            ),
-        ]
-    )  # fmt: skip
 
 
 def carry_out(study: Study, folder: Path, tracker: Tracker) -> None:
@@ -204,32 +245,9 @@ def meta_train(
     recipe: Recipe, folder: Path, built: tuple[InnerLoop, Validation], tracker: Tracker | None, ranks: Ranks
 ) -> TrainingResult:
     """Meta-train what was built of the recipe, and leave theta, its configuration and a figure in ``folder``."""
-    loop, validation = built
-    meta = recipe.meta
-    trainer = MetaTrainer(
-        loop,
-        recipe.estimator,
-        recipe.objective,
-        meta_optimizers.make(meta.optimizer.name, lr=meta.lr, **meta.optimizer.options),
-        tracker,
-        num_tasks=recipe.num_tasks,
-        seed=recipe.seed,
-        theta=ranks.lead(lambda: start_theta(recipe, loop, folder), "the theta to start from"),
-        max_grad_norm=meta.max_grad_norm,
-        average=meta.average,
-        rollback_above=meta.rollback_above,
-        micro_batch=meta.micro_batch,
-        max_failed_share=meta.max_failed_share,
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
-        ),
-        validation=validation,
-        checkpoint=folder / "checkpoint.pt",
-        checkpoint_every=recipe.checkpoint_every,
-        config=configuration(recipe),
-        report=lambda result, tracker: report(recipe, folder, loop, result, tracker),
-        ranks=ranks,
-    )
+    loop, _ = built
+    theta = ranks.lead(lambda: start_theta(recipe, loop, folder), "the theta to start from")
+    trainer = trainer_of(recipe, folder, built, ranks, tracker, theta)
     if ranks.leads:
         say_memory(recipe, loop, trainer.theta, ranks)
     try:
@@ -240,6 +258,42 @@ def meta_train(
         best = error.result
         path = ranks.lead(lambda: save_theta(recipe, folder, loop, best), "the saving of the best theta")
         raise error.naming(path) from error
+
+
+def trainer_of(
+    recipe: Recipe,
+    folder: Path,
+    built: tuple[InnerLoop, Validation],
+    ranks: Ranks,
+    tracker: Tracker | None = None,
+    theta: Theta | None = None,
+) -> MetaTrainer:
+    """Return the trainer of what was built of the recipe, whose checkpoint is in ``folder``."""
+    (loop, validation), meta = built, recipe.meta
+    return MetaTrainer(
+        loop,
+        recipe.estimator,
+        recipe.objective,
+        meta_optimizers.make(meta.optimizer.name, lr=meta.lr, **meta.optimizer.options),
+        tracker,
+        num_tasks=recipe.num_tasks,
+        seed=recipe.seed,
+        theta=theta,
+        max_grad_norm=meta.max_grad_norm,
+        average=meta.average,
+        rollback_above=meta.rollback_above,
+        micro_batch=meta.micro_batch,
+        max_failed_share=meta.max_failed_share,
+        scheduler=lambda optimizer: CosineAnnealingLR(
+            optimizer, recipe.num_meta_steps, eta_min=meta.final_lr_fraction * meta.lr
+        ),
+        validation=validation,
+        checkpoint=folder / "checkpoint.pt",
+        checkpoint_every=recipe.checkpoint_every,
+        config=configuration(recipe),
+        report=lambda result, tracker: report(recipe, folder, loop, result, tracker),
+        ranks=ranks,
+    )
 
 
 def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta, ranks: Ranks) -> None:
@@ -257,45 +311,3 @@ def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta, ranks: Ranks) -> N
     if peak is not None:
         of = f" on a {type(own.family).__name__}, the largest of them," if len(found) > 1 else ""
         print(f"One estimate of the meta-gradient{of} takes about {peak / 1e6:.3g} MB.", flush=True)
-
-
-def metadata_of(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
-    """Return what is said of a theta beside it."""
-    found = {"meta_step": result.meta_step, "best_validation": result.best_value}
-    return plain_json({**configuration(recipe), **found})
-
-
-def save_theta(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult) -> Path:
-    """Write the best theta with its description into the run's folder; return where."""
-    metadata, path = metadata_of(recipe, result), folder / "theta.safetensors"
-    return checkpoint.save(path, loop.rule, result.best_theta, metadata, loop.inner_objective)
-
-
-def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult, tracker: Tracker) -> None:
-    """Write the best theta and a figure into the run's folder, and tell the tracker."""
-    from learnedopt.evaluation.training_plot import plot_training, windows_of
-
-    theta = save_theta(recipe, folder, loop, result)
-    figure = folder / "training.png"
-    windows = windows_of(configuration(recipe)["estimator"])
-    plot_training(figure, read_metrics(folder / "metrics.jsonl"), windows=windows)
-    tracker.figure("training", figure)
-    tracker.artifact(recipe.name, [theta, theta.with_suffix(".json")], metadata_of(recipe, result))
-    if recipe.compare:
-        compare(recipe, folder, checkpoint.load_checkpoint(theta), tracker)
-
-
-def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracker: Tracker) -> None:
-    """Print the learned optimizer beside tuned hand-designed ones on fresh tasks, and draw their loss curves."""
-    from learnedopt import tasks
-    from learnedopt.evaluation import evaluate
-
-    options = recipe.family.options
-    fresh, others = (tasks.make(recipe.family.name, **{**options, "meta_split": split}) for split in ("test", "train"))
-    comparison = evaluate.compare(
-        {recipe.name: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
-        num_steps=recipe.validation.num_steps, num_tasks=500, report=lambda line: print(line, flush=True),
-    )  # fmt: skip
-    paths = comparison.save(folder)
-    print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
-    tracker.figure("evaluation", paths["png"])

@@ -75,8 +75,10 @@ class ModuleFamily(TaskFamily):
         loss_fn: Callable[[Any, Any], Tensor],
         data: Callable[[int, int, Split], tuple[Any, Any]],
     ) -> None:
-        self.build, self.loss_fn, self.data = build, loss_fn, data
-        self.module = self._build(seed=0)  # for its structure and constants: parameters are passed in
+        self.build = build
+        self.loss_fn = loss_fn
+        self.data = data
+        self.module: nn.Module = self._build(seed=0)  # for its structure and constants: parameters are passed in
         structure.require_pure(self.module)
         self._call = Stateless(self.module)
         if not self._call.trained:

@@ -38,6 +38,7 @@ from learnedopt.meta_optimizers import registry
 from learnedopt.optimizers import as_meta_sgd
 from learnedopt.recipes import HeldOut, MetaLearning, Recipe
 from learnedopt.run import train
+from learnedopt.training.tracking import Tracking
 from learnedopt.training.validation import task_generator
 
 EPS, ZETA, NUM_STEPS = 0.3, 0.8, 4
@@ -275,7 +276,7 @@ def test_a_recipe_of_it_trains_and_leaves_what_can_be_exported(tmp_path: Path) -
         "aruba-sine", Choice("sine"), Choice("aruba", {"eps": 0.01}), Unrolled(0), MomentMatching(5), 4, num_tasks=3,
         meta=MetaLearning(lr=1.0, optimizer=Choice("aruba", {"power": 2.0})), validation=HeldOut(FinalLoss(), 5, 4, 2),
     )  # fmt: skip
-    assert train(recipe, tmp_path / "run", "disabled") is not None
+    assert train(recipe, tmp_path / "run", Tracking("disabled")) is not None
     rule, theta = as_meta_sgd(*learnedopt.load(tmp_path / "run"))
     assert isinstance(rule.rule, optimizers.LearnedRates) and len(theta) == 2 * len(rule.template)
     assert not torch.equal(theta["rule/lr/layer0.bias"], torch.full_like(theta["rule/lr/layer0.bias"], 0.01))

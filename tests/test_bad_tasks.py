@@ -36,6 +36,7 @@ from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Failure
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.ranks import Ranks
+from learnedopt.training.tracking import Tracking
 from learnedopt.training.validation import Judgement
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -119,6 +120,12 @@ def test_one_process_alone_warns_of_the_first_failures(caplog: pytest.LogCapture
             told = made.told(failures, 1, 4)
         assert told == {"failed_tasks": 1, "failed": "task 3 of episode 4: loss at inner step 2 (task seed 7)"}
         assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+
+
+def test_tasks_that_the_estimator_draws_are_of_no_episode_that_is_counted() -> None:
+    fault = Failure(3, Fault("loss", 2, 7))
+    told = Failures(PersistentES(2, 4, 2, 0.1).renews_tasks, warns=False).told([fault], 1, 0)
+    assert told == {"failed_tasks": 1, "failed": "task 3: loss at inner step 2 (task seed 7)"}
 
 
 def test_an_episode_that_loses_too_many_tasks_is_given_up() -> None:
@@ -327,7 +334,7 @@ def test_the_best_theta_of_a_training_that_diverged_is_written_and_named(
     with pytest.raises(
         TrainingDiverged, match=r"The best theta so far \(validation [\d.]+\) is in .*theta.safetensors"
     ):
-        run.train(recipe, tmp_path / "run", "disabled")
+        run.train(recipe, tmp_path / "run", Tracking("disabled"))
     saved = load_checkpoint(tmp_path / "run" / "theta.safetensors")
     _, validation = run.build(recipe)
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation" in row]

@@ -229,7 +229,7 @@ def test_it_stands_beside_the_baselines_of_the_command(
 
 def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "lstm-mnist", "--import", "no.such.module", "--family", "quadratic"]) == 2
-    assert "--import no.such.module: No module named 'no'" in capsys.readouterr().err
+    assert "--import no.such.module: there is no module 'no'" in capsys.readouterr().err
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:

@@ -217,6 +217,15 @@ def test_estimates_that_are_not_finite_are_counted_and_not_averaged() -> None:
     assert diagnosis.recommendation.chosen == "whole"
 
 
+def test_a_mistake_in_an_estimator_is_not_told_as_its_refusal() -> None:
+    class Mistaken(learnedopt.GradientEstimator):
+        def estimate(self, loop: InnerLoop, theta: Theta, objective: Any, carry: Any) -> learnedopt.Estimate:
+            raise TypeError("'int' object is not iterable")
+
+    with pytest.raises(TypeError, match="is not iterable"):
+        of_distance(SumOfLosses(), {"mistaken": Mistaken(), "whole": Unrolled(4)})
+
+
 def test_every_kind_of_estimator_has_a_hint_and_is_in_the_table() -> None:
     assert {*HINTS} == {*INTERCHANGEABLE[0]}
     tried = suggested(Facts(4, 1, 1.0))
@@ -364,7 +373,7 @@ SHORT = ("--set", "estimator=Unrolled", "--set", "estimator.num_steps=1")
         (("demo", "--tasks", "0"), "num_tasks=0"),
         (("demo", "--truth-batches", "2"), "num_truth_batches=2"),
         (("demo", "--budget", "0"), "seconds of compute"),
-        (("demo", "--memory-limit", "inf"), "--memory-limit inf is no size"),
+        (("demo", "--memory-limit", "inf"), "--memory-limit='inf' is not of the option's type float"),
         (("demo", "--memory-limit", "0"), "--memory-limit 0.0 is no size"),
         (("demo", "--theta", "tensor-gru-quadratic"), "another rule's"),
         (("demo", "--theta", "nowhere"), "nowhere"),

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -18,7 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import learnedopt
-from learnedopt import cli
+from learnedopt import cli, recipes
 
 sybil = pytest.importorskip("sybil", reason="sybil is not installed (it needs Python 3.11)")
 markdown = pytest.importorskip("sybil.parsers.markdown")
@@ -36,8 +37,13 @@ def read(page: str) -> str:
     return (ROOT / page).read_text("utf-8")
 
 
+@cache
+def parsed(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(text)
+
+
 def tokens(page: str) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(read(page))
+    return parsed(read(page))
 
 
 def inline(page: str) -> Iterator[Token]:
@@ -53,6 +59,7 @@ def clean_registries() -> Iterator[None]:
     """Forget what a page registers: other tests count what there is."""
     kinds = [learnedopt.optimizers.registry, learnedopt.tasks.registry, learnedopt.inner_objectives.registry]
     tables = [value.registered for kind in kinds for value in vars(kind).values() if hasattr(value, "registered")]
+    tables.append(recipes._registered)
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):
@@ -137,13 +144,14 @@ def test_every_command_is_one(
     monkeypatch.chdir(tmp_path)
     trained: list[Any] = []
     # The recipes themselves are trained by test_train_meta.py and test_studies.py, made tiny.
-    monkeypatch.setattr("learnedopt.run.train", lambda recipe, *_: trained.append(recipe))
+    monkeypatch.setattr("learnedopt.run.train", lambda recipe, *_, **__: trained.append(recipe))
     for line in commands(page):
         words = shlex.split(line, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]
         check_command(words, line)
-    told = [found[1] for line in commands(page) if (found := re.search(r"learnedopt train ([a-z][\w-]*)", line))]
+    lines = [line for line in commands(page) if not {"--help", "--print_config"} & {*line.split()}]
+    told = [found[1] for line in lines if (found := re.search(r"learnedopt train ([a-z][\w-]*)", line))]
     assert [recipe.name for recipe in trained] == told
     capsys.readouterr()
 
@@ -155,9 +163,9 @@ def check_command(words: list[str], line: str) -> None:
     elif program == "torchrun" and "-m" in rest:
         check_command(rest[rest.index("-m") + 1 :], line)
     elif program in ("python", "torchrun"):
-        assert any((ROOT / word).is_file() for word in rest if word.endswith(".py")), line
-    elif program == "learnedopt" and rest[0] in ("evaluate", "diagnose"):  # runs that are not here; minutes
-        cli._parser().parse_args(rest)
+        assert any((ROOT / word).is_file() for word in rest if word.endswith((".py", ".yaml"))), line
+    elif program == "learnedopt" and rest[0] in ("evaluate", "compare", "diagnose"):  # runs that are not here; minutes
+        cli.parse(rest)
     elif program == "learnedopt" and rest[0] == "check":
         require_data()
         assert cli.main(rest) == 0, line

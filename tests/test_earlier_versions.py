@@ -23,7 +23,8 @@ from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import as_config, split_imaml, up_to_date
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.tree import Theta
-from learnedopt.run import configuration, find_run
+from learnedopt.run import configuration
+from learnedopt.run_folder import find_run
 from learnedopt.training.json_tracker import read_metrics
 
 DATA = Path(__file__).resolve().parent / "data" / "version_0_1"

@@ -207,7 +207,7 @@ def test_a_program_serves_every_window_and_its_compilation_is_told_once(
             carry = found.carry or carry
     assert told == [True, True, False, False]  # the first window begins the rule's state as well
     assert len(uncompiled_programs) == 2
-    assert [record.message[:8] for record in caplog.records] == ["compiled"] * 2
+    assert [record.message[:8] for record in caplog.records] == ["Compilin", "Compiled"] * 2
 
 
 def test_what_is_not_compiled_says_why_and_runs(uncompiled_programs: list[Any]) -> None:

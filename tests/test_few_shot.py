@@ -376,7 +376,6 @@ def test_bad_input_ends_in_one_line(clusters: None, tmp_path: Path, capsys: pyte
     told = refusal(capsys, run, "--few-shot", "--family", "clusters", "--set", "width=5", *out)
     assert "maml does not fit" in told and "(3, 4)" in told and "(3, 5)" in told
     assert "meta-trained on clusters with {'shots': 2}" in told
-    assert "only with --few-shot" in refusal(capsys, run, run, "--family", "clusters", *out)
     assert "named twice" in refusal(capsys, run, run, "--few-shot", *out)
     assert "--tune-for have no effect" in refusal(capsys, run, "--few-shot", "--tune-for", "last_ten", *out)
     assert "num_tasks=1 is not a count" in refusal(capsys, run, "--few-shot", "--tasks", "1", *out)

@@ -17,8 +17,9 @@ from learnedopt.core.estimator import GradientEstimator
 from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.task_by_task import TaskByTask
 from learnedopt.estimators.unrolled import Truncated, Unrolled
-from learnedopt.evaluation import adaptation_plot, plots, training_plot
+from learnedopt.evaluation import adaptation_plot, plots, style, training_plot
 from learnedopt.evaluation.comparison import interval_of_means, summarise
+from learnedopt.recipes import one_run
 
 
 @pytest.fixture
@@ -108,6 +109,42 @@ def test_a_diverged_curve_ends_with_a_cross_and_flattens_no_other(tmp_path: Path
     assert [text.get_text() for text in legend.get_texts()] == ["mine", "SGD (diverged: ×)", "back"]
 
 
+def test_bands_are_named_in_the_legend_and_not_drawn_of_what_diverges(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = {"mine": [3.0, 1.0, 0.5], "SGD": [3.0, 9.0, 1e4]}
+    bands = {label: ([0.5 * v for v in values], [2.0 * v for v in values]) for label, values in curves.items()}
+    plots.plot_curves(tmp_path / "curves.png", curves, bands=bands, shaded="lowest to highest seed")
+    (axes,) = drawn[0].axes
+    legend = axes.get_legend()
+    assert legend is not None and legend.get_texts()[-1].get_text() == "lowest to highest seed"
+    assert len(axes.collections) == 1  # the other's mean says nothing, nor does its interval
+    lines = {label: ([1, 2, 3], values) for label, values in curves.items()}
+    plots.plot_panels(tmp_path / "panels.png", {"loss": lines}, "step", bands={"loss": {"mine": bands["mine"]}})
+    assert drawn[1].legends[0].get_texts()[-1].get_text() == "95 % interval"
+
+
+def test_no_two_lines_are_told_apart_by_colour_alone(tmp_path: Path, drawn: list[Figure]) -> None:
+    count = len(style.COLOURS)
+    assert len({style.look(i)["dashes"] for i in range(count)}) == count
+    plots.plot_curves(tmp_path / "curves.png", {str(i): [i + 1.0] * 5 for i in range(count)})
+    assert len({line.get_marker() for line in drawn[0].axes[0].lines}) == count
+    plots.plot_curves(tmp_path / "long.png", {"a": [1.0] * 100})
+    assert drawn[1].axes[0].lines[0].get_marker() == "None"
+
+
+def test_the_course_of_one_run_is_seen_at_both_ends() -> None:
+    steps, means = one_run.recent([[float(t) for t in range(1, 1001)]] * 2)
+    assert steps[0] == 1 and steps[-1] == 1000 and means[0] == 1
+    assert means[-1] == pytest.approx(sum(range(901, 1001)) / 100)
+    assert steps == sorted({*steps}) and sum(step <= 100 for step in steps) > 30
+
+
+def test_all_figures_and_weights_stay_below_a_megabyte() -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("docs/figures/*"), *root.glob("learnedopt/pretrained/*.safetensors")]
+    assert len(files) > 20
+    assert sum(path.stat().st_size for path in files) < 1e6
+
+
 def test_few_shot_curves_are_zoomed_where_the_first_step_does_most(tmp_path: Path, drawn: list[Figure]) -> None:
     def points(values: list[float]) -> list[tuple[float, float, float]]:
         return [(v, v - 0.01, v + 0.01) for v in values]
@@ -121,12 +158,20 @@ def test_few_shot_curves_are_zoomed_where_the_first_step_does_most(tmp_path: Pat
     assert len(drawn[1].axes) == 1
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.31, 0.36), (0.9, 2.4), (0.03, 1.5), (1e-6, 1e3)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.31, 0.36), (0.9, 2.4), (6.8, 31.0), (0.03, 1.5), (1.0, 900.0), (1e-6, 1e3)]
+)
 def test_every_logarithmic_axis_has_ticks(tmp_path: Path, drawn: list[Figure], low: float, high: float) -> None:
     plots.plot_lines(tmp_path / "lines.png", {"a": ([1, 2], [low, high])}, "x", "y", logy=True)
     axes = drawn[0].axes[0]
     bottom, top = axes.get_ylim()
-    assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 3
+    shown = [
+        text.get_text()
+        for tick, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+        if bottom <= tick <= top
+    ]
+    assert len(shown) >= 3
+    assert any("10^" in text for text in shown) is (low < 1e-3)  # plain numbers where they are short
 
 
 def test_intervals_of_means_are_those_of_the_table() -> None:

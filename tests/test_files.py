@@ -36,11 +36,12 @@ from learnedopt import (
     inner_objectives,
     optimizers,
     recipes,
-    run,
+    run_folder,
     tasks,
 )
 from learnedopt.core import sealed
 from learnedopt.core.files import parse_json
+from learnedopt.evaluation.training_plot import plot_training
 from learnedopt.optimizers import SGD, describe
 from learnedopt.recipes.study import remember
 from learnedopt.tasks.data import image_array
@@ -240,6 +241,24 @@ def test_a_few_numbers_for_a_large_model_are_loaded(per: Any, tmp_path: Path) ->
     assert checkpoint.load_checkpoint(path).theta.keys() == theta.keys() and path.stat().st_size < 2000
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float64, torch.bfloat16])
+def test_theta_of_another_type_than_the_rules_is_refused_unless_it_differs_in_precision(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = {"format": checkpoint.FORMATS[1], "rule": describe(SGD(lr=0.1, learn=("lr",)))}
+    path = tmp_path / "a.safetensors"
+    save_file({"lr": torch.ones((), dtype=dtype)}, path, metadata={"learnedopt": json.dumps(config)})
+    if dtype.is_floating_point:
+        assert learnedopt.load(path)[1]["lr"].dtype == dtype
+        return
+    with pytest.raises(
+        ValueError, match=rf"a\.safetensors: theta's 'lr' is of {dtype}, the rule's own of torch.float32"
+    ):
+        learnedopt.load(path)
+    with pytest.raises(ValueError, match="theta's 'lr' is of"):
+        learnedopt.save(tmp_path / "b", SGD(lr=0.1, learn=("lr",)), {"lr": torch.ones((), dtype=dtype)})
+
+
 def archive(pickled: bytes, stored: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
@@ -352,11 +371,35 @@ def test_a_line_that_does_not_end_is_not_read_whole(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "a": 2}]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": -1, "meta_loss": 1.0}', '{"step": 1%s, "meta_loss": 1.0}' % ("0" * 400), '{"step": "2"}',
+        '{"step": 2, "meta_loss": 1%s}' % ("0" * 400), '{"step": 2, "meta_loss": {"a": 1}}', '{"step": 2, "a": [[1]]}',
+        '{"step": 2, "a": ["x"]}', '{"step": 2, "a": [1%s]}' % ("0" * 400), '{"step": 2, "meta_loss": null}',
+    ],
+    ids=["negative", "huge step", "text step", "huge", "nested", "curves", "text in a list", "huge in a list", "null"],
+)  # fmt: skip
+def test_a_line_that_holds_no_metrics_is_named(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"event": "start"}}\n{{"step": 1, "meta_loss": "NaN", "a": ["Infinity", 2], "b": "c"}}\n{row}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1.0]"])
+def test_a_metric_that_cannot_be_drawn_is_named(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "meta_loss": 0.5}}\n{{"step": 2, "meta_loss": {value}}}\n')
+    with pytest.raises(ValueError, match=r"at the step 2 the metric meta_loss is ['\[].*, which is no number; mend"):
+        plot_training(tmp_path / "a.png", read_metrics(path))
+
+
 @pytest.mark.parametrize("config", [5, "[1]", "3", "{", None], ids=["5", "list", "3", "cut", "none"])
 def test_a_configuration_in_a_checkpoint_is_one(config: Any, trained: bytes, tmp_path: Path) -> None:
     changed(trained, tmp_path / "checkpoint.pt", lambda content: content.update(config=config))
     with pytest.raises(ValueError, match=r"checkpoint"):
-        run.find_run(tmp_path, recipes.make("lstm-quadratic"))
+        run_folder.find_run(tmp_path, recipes.make("lstm-quadratic"))
 
 
 def test_json_that_is_nested_too_deeply() -> None:

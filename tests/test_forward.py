@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from test_resume import LAST, killed_and_resumed, rows, same, trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from turns import by_turns
 
 from learnedopt import (
     BootstrappedTarget,
@@ -168,8 +169,10 @@ def test_a_begun_carry_is_a_fixed_start() -> None:
 # Whole episodes
 
 
-@pytest.mark.parametrize("rule", sorted({*optimizers.names(), *RULES} - {"lstm", "recurrent-hyperparameters", "fixed"}))
-@pytest.mark.parametrize("num_blocks", [2, 5])
+ALL_RULES = sorted({*optimizers.names(), *RULES} - {"lstm", "recurrent-hyperparameters"})
+
+
+@pytest.mark.parametrize(("rule", "num_blocks"), by_turns(product(ALL_RULES), [(2,), (5,)]))
 def test_blocks_equal_all_at_once(rule: str, num_blocks: int) -> None:
     """The last block is shorter, where theta allows."""
     loop = loop_of(rule, "l2" if rule in RULES and rule not in optimizers.names() else "task-loss")

@@ -172,7 +172,7 @@ def test_what_is_no_theta_is_refused_and_nothing_is_written_or_executed(
         (("pull", ".", "--as", "x", "--revision", "main"), "is a folder, which has no revision 'main'"),
         (("push", "genral", "--to", "away"), "did you mean 'general'"),
         (("push", "general"), "the following arguments are required: --to"),
-        (("psuh", "general"), "did you mean push?"),
+        (("psuh", "general"), "did you mean hub push?"),
     ],
     ids=["missing", "a-word", "deep", "name", "revision", "packaged", "to", "action"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from problems import (
     tied_loop,
 )
 from torch import Tensor
+from turns import by_turns
 
 from learnedopt import (
     GMRES,
@@ -77,12 +79,10 @@ def closed_form(theta: Theta, tasks: dict[str, Tensor], damping: float = 0.0) ->
     }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3])
-@pytest.mark.parametrize(
-    "solver",
-    [ConjugateGradient(5), GMRES(), Neumann(120), Neumann(120, step_size=0.3), ConjugateGradient(5, damping=0.6)],
-    ids=str,
-)
+SOLVERS = [ConjugateGradient(5), GMRES(), Neumann(120), Neumann(120, step_size=0.3), ConjugateGradient(5, damping=0.6)]
+
+
+@pytest.mark.parametrize(("solver", "chunk_size"), by_turns(product(SOLVERS), [(1,), (2,), (3,)]), ids=str)
 def test_quadratics_match_the_closed_form(solver: LinearSolver, chunk_size: int) -> None:
     tasks = sample(STILL, 3)
     loop = imaml_loop(STILL, Execution(chunk_size), learn=True, lr=0.3)
@@ -241,8 +241,7 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("name", "chunk_size"), by_turns(product(MAPS), [(1,), (2,)]))
 def test_fixed_points_match_a_long_unroll(name: str, chunk_size: int) -> None:
     objective = Tied() if name == "tied" else TaskLoss()
     loop = InnerLoop(STILL, MAPS[name](STILL), Execution(chunk_size), objective)

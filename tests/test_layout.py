@@ -28,12 +28,14 @@ LAW: dict[str, tuple[str, ...]] = {
 # The edge may import every room, those with a registry only inside functions; no room imports the edge, and nothing at
 # all imports the bridges: users do, by name.
 EDGE = (
-    "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "run", "run_folder", "stages",
-    "cli", "cli_check", "cli_diagnose", "cli_train", "cli_evaluate", "cli_hub", "cli_report", "cli_suite",
+    "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
+    "run_folder", "run_results", "stages", "sweep_file", "sweeps", "typed_values", "followed",
+    "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_hub", "cli_list",
+    "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_train",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
-WANDB = ("learnedopt.training.wandb_tracker",)  # the modules that may import wandb, inside functions
+WANDB = ("learnedopt.training.wandb_tracker", "learnedopt.training.wandb_files")  # may import wandb, inside functions
 BRIDGED = ("higher", "torchopt")  # packages that the modules of the bridges may import, but not the bridges' own
 HEAVY = (*BRIDGED, "wandb", "matplotlib", "PIL", "pooch", "jsonargparse", "rich")
 
@@ -197,9 +199,14 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_importing_the_package_is_light() -> None:
-    loaded = loaded_after("import learnedopt")
-    assert "torch" in loaded
-    assert not loaded & {*HEAVY, *FOLDERS}
+    assert not loaded_after("import learnedopt") & {"torch", *HEAVY, *FOLDERS}
+    engine = loaded_after("from learnedopt import InnerLoop, Unrolled")
+    assert "torch" in engine and not engine & {*HEAVY, *FOLDERS}
+
+
+def test_help_and_version_of_the_command_wait_for_no_tensors() -> None:
+    for word in ("--help", "--version", "report --help"):
+        assert "torch" not in loaded_after(f"from learnedopt import cli\nassert cli.main({word.split()}) == 0")
 
 
 def test_no_module_of_the_package_is_loaded_twice() -> None:

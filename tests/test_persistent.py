@@ -10,6 +10,7 @@ import torch
 from oracles import relative_error
 from problems import Quadratic, generic_theta, sample, template
 from torch import Tensor
+from turns import by_turns
 
 from learnedopt import (
     Execution,
@@ -69,8 +70,11 @@ def exact_and_windows(loop: InnerLoop) -> tuple[Theta, Theta]:
     return exact, total
 
 
-@pytest.mark.parametrize("reuse", [False, True], ids=["fresh noise", "noise reuse"])
-@pytest.mark.parametrize("num_pairs", [64, 3], ids=["all phases", "fewer pairs than phases"])
+@pytest.mark.parametrize(
+    ("reuse", "num_pairs"),
+    by_turns([(False,), (True,)], [(64,), (3,)]),
+    ids={False: "fresh noise", True: "noise reuse", 64: "all phases", 3: "fewer pairs than phases"}.get,
+)
 def test_it_is_unbiased_where_windows_are_off_by_more_than_a_fifth(reuse: bool, num_pairs: int) -> None:
     loop = loop_of()
     exact, windows = exact_and_windows(loop)

@@ -44,6 +44,7 @@ DIFFERENCES = {
     "seed": r"seed is '5\.0' on rank 1, '0\.0' on rank 0",
     "torch": r"torch is '1\.0' on rank 1",
     "estimator": r"estimator is 'Unrolled",
+    "rule": r"; rule is 'Clip|: rule is 'Clip",
     "recipe": r"config\.meta\.lr is '0\.1' on rank 1, '0\.2' on rank 0",
 }
 
@@ -187,7 +188,7 @@ def test_pairs_that_are_not_finite_on_one_rank_cost_no_other(answers: list[dict[
     rows = answers[0]["pes, high 3"]["rows"][1:]
     assert [(row["not_finite"], row["skipped"]) for row in rows] == [(1, 0), (1, 0), (2, 1), (3, 2)]
     assert [row["failed_tasks"] for row in rows] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1])
-    assert all(row["failed"].startswith("task 0 of") for row in rows)
+    assert all(row["failed"].startswith("task 0: ") for row in rows)
 
 
 @pytest.mark.parametrize("kind", RESUMED)

@@ -337,13 +337,22 @@ def killed_and_resumed(make: Make, folder: Path, kills: Sequence[int]) -> Traini
     return make(folder).run(LAST)
 
 
+# Before the first checkpoint and right at one, in an episode and at its end, at the last step; and repeatedly.
+ONCE, REPEATEDLY = ([1], [2], [3], [5], [9]), [3, 3, 6, 7]
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("case", CASES)
-def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "moments"),
+    [pytest.param(case, (ONCE[i % len(ONCE)], REPEATEDLY), id=case) for i, case in enumerate(CASES)]
+    + [pytest.param(case, (*ONCE, REPEATEDLY), id=f"{case}, all", marks=pytest.mark.long) for case in CASES],
+)
+def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(
+    case: str, moments: Sequence[list[int]], tmp_path: Path
+) -> None:
     make = CASES[case]
     expected = make(tmp_path / "whole").run(LAST)
-    # Before the first checkpoint and right at one, in an episode and at its end, at the last step; and repeatedly.
-    for kills in ([1], [2], [3], [5], [9], [3, 3, 6, 7]):
+    for kills in moments:
         folder = tmp_path / f"killed-{kills}"
         assert same(killed_and_resumed(make, folder, kills), expected)
         assert same(rows(folder), rows(tmp_path / "whole"))
@@ -532,7 +541,15 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert not [*folder.glob(".*")]
 
 
-@pytest.mark.parametrize(("case", "num_kills"), [("learned start", 3), ("bootstrapped", 2), ("persistent", 2)])
+# What else is in a carry is killed in one process, above, and by ``make soak``.
+@pytest.mark.parametrize(
+    ("case", "num_kills"),
+    [
+        ("learned start", 3),
+        pytest.param("bootstrapped", 2, marks=pytest.mark.long),
+        pytest.param("persistent", 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_process_killed_at_random_moments_ends_where_it_would_have(
     case: str, num_kills: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from learnedopt.recipes import HeldOut, MetaLearning, Recipe
 from learnedopt.stages import start_theta
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import Trackers
+from learnedopt.training.tracking import Tracking
 
 MIXTURE = Choice(
     "mixture",
@@ -81,14 +82,14 @@ def killing(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
 def test_a_chain_trains_from_nothing_each_stage_in_a_folder_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = runs.train(second(), tmp_path / "run", "disabled")
+    result = runs.train(second(), tmp_path / "run", Tracking("disabled"))
     assert result is not None and result.meta_step == 2
     before = theta_of(tmp_path / "run" / "core")
     told = capsys.readouterr().out
     assert f"whole comes after core, in {tmp_path / 'run' / 'core'}." in told
     assert "hidden/weight" in told and "'log_rate'" in told
     # The stage alone gives the same theta, and the next one starts from it.
-    runs.train(first(), tmp_path / "alone", "disabled")
+    runs.train(first(), tmp_path / "alone", Tracking("disabled"))
     assert same(theta_of(tmp_path / "alone"), before)
     loop = runs.build(second())[0]
     start = start_theta(second(), loop, tmp_path / "run")
@@ -107,30 +108,30 @@ def test_a_chain_trains_from_nothing_each_stage_in_a_folder_of_its_own(
 def test_a_chain_that_is_killed_goes_on_exactly_and_finished_stages_are_left_alone(
     stage: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = runs.train(second(), tmp_path / "whole", "disabled")
+    whole = runs.train(second(), tmp_path / "whole", Tracking("disabled"))
     with monkeypatch.context() as patched:
         killing(patched, stage, at)
         with pytest.raises(Killed):
-            runs.train(second(), tmp_path / "killed", "disabled")
+            runs.train(second(), tmp_path / "killed", Tracking("disabled"))
     done = tmp_path / "killed" / "core" / "theta.safetensors"
     written = done.stat().st_mtime_ns if done.exists() else None
     assert (written is not None) == (stage == "whole")
-    found = runs.train(second(), tmp_path / "killed", "disabled")
+    found = runs.train(second(), tmp_path / "killed", Tracking("disabled"))
     assert whole is not None and found is not None and same(found._asdict(), whole._asdict())
     assert written is None or done.stat().st_mtime_ns == written
     # Finished: the same once more, and nothing of the first stage is touched.
     record = (tmp_path / "killed" / "core" / "metrics.jsonl").read_bytes()
-    again = runs.train(second(), tmp_path / "killed", "disabled")
+    again = runs.train(second(), tmp_path / "killed", Tracking("disabled"))
     assert again is not None and same(again._asdict(), whole._asdict())
     assert (tmp_path / "killed" / "core" / "metrics.jsonl").read_bytes() == record
 
 
 def test_another_first_stage_is_another_run(tmp_path: Path) -> None:
-    runs.train(second(), tmp_path, "disabled")
+    runs.train(second(), tmp_path, Tracking("disabled"))
     changed = override(second(), ["after.num_meta_steps=3"], INTERCHANGEABLE)
     assert changed.after is not None and changed.after.num_meta_steps == 3
     with pytest.raises(ValueError, match=r"another configuration \(different: after\)"):
-        runs.train(changed, tmp_path, "disabled")
+        runs.train(changed, tmp_path, Tracking("disabled"))
 
 
 def test_the_command_trains_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_the_horizons_of_training_and_validation_are_told() -> None:
 
 def test_all_of_a_theta_is_taken_where_the_names_are_the_same(tmp_path: Path) -> None:
     longer = replace(second(), rule=Choice("normalised", {}), start_partly=False)
-    result = runs.train(longer, tmp_path, "disabled")
+    result = runs.train(longer, tmp_path, Tracking("disabled"))
     assert result is not None and result.theta.keys() == theta_of(tmp_path / "core").keys()
     loop = runs.build(longer)[0]
     assert same(start_theta(longer, loop, tmp_path), theta_of(tmp_path / "core"))
@@ -193,5 +194,5 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_chains_are_refused_before_the_first_step(case: str, tmp_path: Path) -> None:
     make, told = BAD[case]
     with pytest.raises(ValueError, match=told):
-        runs.train(make(), tmp_path / "run", "disabled")
+        runs.train(make(), tmp_path / "run", Tracking("disabled"))
     assert not [*tmp_path.rglob("checkpoint.pt")] and not [*tmp_path.rglob("theta.safetensors")]

@@ -14,6 +14,7 @@ from learnedopt.recipes import Study, study
 from learnedopt.run import carry_out, configuration, train
 from learnedopt.training.json_tracker import read_metrics
 from learnedopt.training.tracker import NullTracker, Tracker
+from learnedopt.training.tracking import Tracking
 
 TINY: dict[str, list[str]] = {
     "hyper-fashion": [
@@ -98,10 +99,10 @@ def test_a_study_that_does_not_end_well_says_so(
 
 def test_a_study_of_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="without its figure"):
-        train(_Blank("blank"), tmp_path, "disabled")
+        train(_Blank("blank"), tmp_path, Tracking("disabled"))
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["recipe"] == configuration(_Blank("blank"))
     with pytest.raises(ValueError, match="another configuration"):
-        train(_Blank("blank", num_threads=2), tmp_path, "disabled")
+        train(_Blank("blank", num_threads=2), tmp_path, Tracking("disabled"))
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class _CutShort(Study):
 
 def test_parts_of_a_study_of_other_settings_are_not_taken_for_its_own(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(_CutShort("short"), tmp_path, "disabled")
+        train(_CutShort("short"), tmp_path, Tracking("disabled"))
     with pytest.raises(ValueError, match="another configuration"):  # though no number was told yet
-        train(_CutShort("short", num_threads=2), tmp_path, "disabled")
+        train(_CutShort("short", num_threads=2), tmp_path, Tracking("disabled"))
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,14 @@ def test_console_prints_sentences_when_piped(capsys: pytest.CaptureFixture[str])
 def test_console_rewrites_its_line_on_a_terminal() -> None:
     terminal, clock = Terminal(), Clock()
     console = ConsoleTracker(interval=0, stream=terminal, clock=clock)
+    console.log({"validation": 3.0}, 0)
     console.log({"meta_loss": 2.0}, 1)
     clock.now = 0.5
     console.log({"meta_loss": 1.0}, 2)
     console.finish()
     assert terminal.getvalue() == (
-        "\r\x1b[KMeta-step 1: meta-loss 2.\r\x1b[KMeta-step 2 (2 meta-steps/s): meta-loss 1.\n"
+        "Meta-step 0: validation 3.\n\r\x1b[KMeta-step 1: meta-loss 2, validation 3."
+        "\r\x1b[KMeta-step 2 (2 meta-steps/s): meta-loss 1, validation 3.\n"
         "Meta-training ended after meta-step 2.\n"
     )
 

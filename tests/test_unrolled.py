@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from oracles import Reference, data, gradient_of, relative_error
@@ -21,6 +24,7 @@ from problems import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from turns import by_turns
 
 from learnedopt import (
     GMRES,
@@ -48,7 +52,7 @@ from learnedopt import (
     UpdateRule,
     optimizers,
 )
-from learnedopt.core.objective import MetaObjective
+from learnedopt.core.objective import MetaObjective, TaskMean
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -93,13 +97,18 @@ def loop_of(name: str, family: TaskFamily, execution: Execution = Execution()) -
     return InnerLoop(family, rule, execution, horizon=HORIZON if rule.reads_horizon else None)
 
 
-def objective_id(objective: MetaObjective) -> str:
-    return "kl" if objective is OBJECTIVES[-1] else type(objective).__name__
+def told(value: Any) -> str | None:
+    """Return how a value is called in the name of a test."""
+    if isinstance(value, TaskMean):
+        return "kl" if value is OBJECTIVES[-1] else type(value).__name__
+    return value.value if isinstance(value, Tape) else type(value).__name__ if isinstance(value, UpdateRule) else None
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=objective_id)
-@pytest.mark.parametrize("name", [*optimizers.names(), *variants(TanhMLP()), *PROXIMAL])
+@pytest.mark.parametrize(
+    ("tape", "name", "objective"),
+    by_turns(product(TAPES, [*optimizers.names(), *variants(TanhMLP()), *PROXIMAL]), [*product(OBJECTIVES)]),
+    ids=told,
+)
 def test_a_network_matches_finite_differences(name: str, objective: MetaObjective, tape: Tape) -> None:
     """Detached tapes with the recorded gradients and losses held; a bootstrapped target at its base value."""
     family, num_steps = TanhMLP(), 3
@@ -120,9 +129,9 @@ def test_a_network_matches_finite_differences(name: str, objective: MetaObjectiv
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=objective_id)
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("rule", [Anchored(), Skewed(), Sensitive()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=told)
+@pytest.mark.parametrize("tape", TAPES, ids=told)
+@pytest.mark.parametrize("rule", [Anchored(), Skewed(), Sensitive()], ids=told)
 def test_awkward_rules_match_a_plain_loop(
     rule: UpdateRule, objective: MetaObjective, chunk_size: int, tape: Tape
 ) -> None:
@@ -134,7 +143,7 @@ def test_awkward_rules_match_a_plain_loop(
         assert relative_error(found.grads, expected) < 1e-12
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
+@pytest.mark.parametrize("tape", TAPES, ids=told)
 @pytest.mark.parametrize("name", ["lstm", "adam", "meta-sgd", "lstm on a learned start", "partition", "imaml"])
 def test_segments_match_the_plain_unroll(name: str, tape: Tape) -> None:
     family = TanhMLP()
@@ -184,9 +193,11 @@ def test_segments_go_on_from_a_begun_carry() -> None:
     assert relative_error(found.grads, plain.grads) < 1e-12
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
-@pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("name", [*optimizers.names(), "imaml"])
+@pytest.mark.parametrize(
+    ("name", "tape", "chunk_size"),
+    by_turns(product([*optimizers.names(), "imaml"]), [*product(TAPES, (1, 2))]),
+    ids=told,
+)
 def test_one_window_as_long_as_the_horizon_is_the_unroll_exactly(name: str, chunk_size: int, tape: Tape) -> None:
     family = TanhMLP()
     loop = loop_of(name, family, Execution(chunk_size))
@@ -197,7 +208,7 @@ def test_one_window_as_long_as_the_horizon_is_the_unroll_exactly(name: str, chun
     assert all(torch.equal(window.grads[k], g) for k, g in whole.grads.items())
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
+@pytest.mark.parametrize("tape", TAPES, ids=told)
 @pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("name", ["lstm", "adam", "imaml", "meta-sgd", "lstm on a learned start"])
 def test_windows_are_unrolls_detached_by_hand_and_the_episode_ends(name: str, chunk_size: int, tape: Tape) -> None:
@@ -244,7 +255,7 @@ class PartlyDead(Quadratic):
         return super().loss({**params, "w": params["w"] * alive}, batch)
 
 
-@pytest.mark.parametrize("tape", TAPES, ids=lambda tape: tape.value)
+@pytest.mark.parametrize("tape", TAPES, ids=told)
 @pytest.mark.parametrize("name", [*optimizers.names(), *variants(Quadratic()), *PROXIMAL])
 def test_coordinates_without_a_gradient_leave_no_nan(name: str, tape: Tape) -> None:
     """Roots and logarithms have no derivative at 0."""

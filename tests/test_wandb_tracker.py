@@ -21,7 +21,9 @@ from PIL import Image
 import train_meta
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Tracker, Trackers
-from learnedopt.training.wandb_tracker import WandbTracker, resolve_mode
+from learnedopt.training.wandb_files import last_step, remove_unneeded
+from learnedopt.training.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_variables import resolve_mode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +75,15 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
             items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             rows.append({name: value for name, value in items.items() if not name.startswith("_")})
     return rows
+
+
+def settings(found: list[Any]) -> dict[str, Any]:
+    """Return the configuration that the records end with."""
+    updates = [record.run.config.update for record in found if record.HasField("run")]
+    updates += [record.config.update for record in found if record.HasField("config")]
+    return {
+        item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for u in updates for item in u
+    }
 
 
 def service_of(pid: int) -> int:
@@ -239,17 +250,78 @@ def test_a_run_of_particles_tells_their_variance_and_cost(estimator: str, tmp_pa
 
 
 @pytest.mark.usefixtures("wandb_home")
-def test_a_resumed_run_keeps_its_identity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for folder, first in [("a", 1), ("b", 3)]:
-        tracker = WandbTracker("offline", dir=tmp_path / folder, run_id="kept")
+def test_the_fragments_of_a_resumed_run_are_one_run_and_leave_nothing_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "theta.safetensors").write_bytes(b"theta")
+    for first in (1, 3):  # the second repeats a step
+        tracker = WandbTracker("offline", dir=tmp_path, run_id="kept")
         tracker.start({"seed": 0})
-        train(tracker, first, first + 1)
+        train(tracker, first, first + 2)
+        tracker.artifact("theta", [tmp_path / "theta.safetensors"], {})
         tracker.finish()
-    for folder, steps in [("a", [1, 2]), ("b", [3, 4])]:
-        found = records(run_file(tmp_path / folder))
-        assert [record.run.run_id for record in found if record.HasField("run")] == ["kept"]
-        assert [row["meta_step"] for row in history(found) if "meta_loss" in row] == steps
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    both = [records(path) for path in files]
+    assert [record.run.run_id for found in both for record in found if record.HasField("run")] == ["kept"] * 2
+    assert [[row["meta_step"] for row in history(found) if "meta_loss" in row] for found in both] == [
+        [1, 2, 3],
+        [3, 4, 5],
+    ]
+    steps = [record.history.step.num for found in both for record in found if record.HasField("history")]
+    assert steps == [*range(len(steps))]  # not one anew
+    assert last_step(files[0]) == steps[-1] - len(history(both[1]))
+    # Of the copies that wait for an upload all are there that one of them names, and no other.
+    entries = [e for found in both for r in found if r.HasField("artifact") for e in r.artifact.manifest.contents]
+    kept = {str(path) for path in tmp_path.rglob("staging/*")}
+    assert kept == {entry.local_path for entry in entries} and len(kept) == 7
     assert not reports(caplog)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_copies_stay_until_the_file_that_names_them_is_whole(tmp_path: Path) -> None:
+    tracker = WandbTracker("offline", dir=tmp_path, run_id="cut")
+    tracker.start({})
+    train(tracker, 1, 1)
+    tracker.finish()
+    path = run_file(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])  # its last record, which says that it has ended
+    copies = [tmp_path / "staging" / name for name in ("one", "other")]
+    copies[0].parent.mkdir()
+    for copy in copies:
+        copy.touch()
+    remove_unneeded(copies[0].parent, [], path, patience=0.1)
+    remove_unneeded(copies[0].parent, [], tmp_path / "not-yet.wandb", patience=0.1)
+    assert all(copy.exists() for copy in copies)
+    path.write_bytes(whole)
+    remove_unneeded(copies[0].parent, [], path)
+    assert not any(copy.exists() for copy in copies)
+
+
+@pytest.mark.usefixtures("wandb_home")
+def test_an_evaluation_tells_what_it_used_and_draws_the_others_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "theta.safetensors").write_bytes(b"theta")
+    trained = WandbTracker("offline", dir=tmp_path / "trained")
+    trained.start({})
+    trained.artifact("lstm", [tmp_path / "theta.safetensors"], {"rule": "lstm"})
+    trained.finish()
+    (theta,) = [r.artifact for r in records(run_file(tmp_path / "trained")) if r.HasField("artifact")]
+
+    tracker = WandbTracker("offline", dir=tmp_path / "evaluated")
+    tracker.start({"num_steps": 3})
+    tracker.use("mine", "lstm", [tmp_path / "theta.safetensors"], {"run_id": trained.run_id})
+    tracker.use("its", "other", [tmp_path / "theta.safetensors"], {})
+    tracker.lines("losses", {"lstm": [3.0, 1.0, 0.5], "adam": [3.0, 2.0, math.inf]}, "inner step")
+    tracker.finish()
+    found = records(run_file(tmp_path / "evaluated"))
+    config = settings(found)
+    assert config["used/mine"] == {"run_id": trained.run_id, "artifact": theta.name, "digest": theta.digest}
+    assert config["used/its"] == {"artifact": "other", "digest": theta.digest}
+    (chart,) = [row for row in history(found) if "losses_table.path" in row]
+    media = run_file(tmp_path / "evaluated").parent / "files"
+    rows = json.loads((media / chart["losses_table.path"]).read_text("utf-8"))["data"]
+    assert rows[:3] == [[0, "lstm", 3.0], [1, "lstm", 1.0], [2, "lstm", 0.5]]
+    assert [name for _, name, _ in rows[3:]] == ["adam"] * 3
 
 
 @pytest.mark.usefixtures("wandb_home")
@@ -280,6 +352,7 @@ def test_training_and_its_exit_outlive_a_service_that_hangs(tmp_path: Path) -> N
     code = """
 import logging, os, signal, sys
 from pathlib import Path
+from learnedopt.training.wandb_files import last_step, remove_unneeded
 from learnedopt.training.wandb_tracker import WandbTracker
 from tests.test_wandb_tracker import service_of, train
 logging.basicConfig(format="reported: %(message)s")

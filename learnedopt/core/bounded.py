@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from learnedopt.core.containers import is_list_or_tuple
 
 _LEAST = 1 << 16
 """Numbers that anybody may make."""
@@ -26,7 +28,7 @@ _MAKERS = frozenset({
 
 
 @contextmanager
-def bounded(numbers: int, tensors: int) -> Iterator[None]:
+def bounded(numbers: int, tensors: int) -> Generator[None, None, None]:
     """Refuse work far beyond what makes ``tensors`` tensors of ``numbers`` numbers in all.
 
     What a function of torch is asked for is read off its arguments before it makes anything.
@@ -44,7 +46,9 @@ class _Bounded(TorchFunctionMode):
         super().__init__()
         self._numbers, self._operations = numbers, operations
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given, name = kwargs or {}, getattr(func, "__name__", "")
         self._operations -= 1
         if self._operations < 0:
@@ -60,6 +64,6 @@ def _asked(name: str, arguments: tuple[Any, ...]) -> int:
     largest = max((value.numel() for value in arguments if isinstance(value, Tensor)), default=0)
     if name not in _MAKERS:
         return largest
-    sizes = [math.prod(value) for value in arguments if isinstance(value, tuple | list)]  # a Size is a tuple
+    sizes = [math.prod(value) for value in arguments if is_list_or_tuple(value)]  # a Size is a tuple
     numbers = [value for value in arguments if type(value) is int and value > 0]
     return max([largest, *(sizes or [math.prod(numbers)])])

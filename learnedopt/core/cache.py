@@ -59,12 +59,12 @@ class Cache:
         answer = self.get(key)
         return self.put(key, find()) if answer is MISSING else answer
 
-    def seen(self, thing: Any, *what: Hashable) -> bool:
+    def seen(self, thing: object, *what: Hashable) -> bool:
         """Whether ``saw(thing, *what)`` was told of this very object; it is not kept alive by that."""
         reference = self.get(("seen", id(thing), *what))
         return reference is not MISSING and reference() is thing
 
-    def saw(self, thing: Any, *what: Hashable) -> None:
+    def saw(self, thing: object, *what: Hashable) -> None:
         """Note an object; one that cannot be referred to weakly is forgotten at once."""
         if getattr(type(thing), "__weakrefoffset__", 0):
             self.put(("seen", id(thing), *what), weakref.ref(thing))

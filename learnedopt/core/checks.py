@@ -6,12 +6,13 @@ Each question is asked before the first inner step, the one about an update at e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.containers import is_dict, is_tuple
 from learnedopt.core.inner_objective import InnerObjective, Penalty
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import Batch, Split, TaskFamily
@@ -19,10 +20,9 @@ from learnedopt.core.tree import Params, Theta
 
 if TYPE_CHECKING:
     from learnedopt.core.carry import Carry
-    from learnedopt.core.execution import Execution
 
 
-def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, objective: InnerObjective) -> None:
+def require_parts(family: object, rule: object, execution: object, objective: object) -> None:
     """Raise TypeError unless an inner loop is made of what it is made of; ValueError where that contradicts itself."""
     parts = ((family, "loss"), (rule, "update"))
     if any(isinstance(part, type) or not hasattr(part, method) for part, method in parts):
@@ -38,12 +38,13 @@ def require_parts(family: TaskFamily, rule: UpdateRule, execution: Execution, ob
             f"inner_objective={objective!r} is no InnerObjective; pass an instance, such as TaskLoss(), or one of a "
             "class of your own that derives from InnerObjective"
         )
-    if objective.penalty is not None and not isinstance(objective.penalty, Penalty):
+    penalty = cast("object", objective.penalty)
+    if penalty is not None and not isinstance(penalty, Penalty):
         raise TypeError(
-            f"{type(objective).__name__}.penalty is {type(objective.penalty).__name__}, not a Penalty; derive a class "
+            f"{type(objective).__name__}.penalty is {type(penalty).__name__}, not a Penalty; derive a class "
             "from Penalty with value(theta, params), and set penalty to an instance of it"
         )
-    if objective.penalty is not None and not objective.descends_task_loss:
+    if penalty is not None and not objective.descends_task_loss:
         raise ValueError(
             f"{type(objective).__name__} has a loss of its own and a penalty, which stands in place of one: define "
             "loss, with the penalty in it, or set penalty, and leave the loss as it is"
@@ -56,11 +57,11 @@ def joined_theta(rule: UpdateRule, objective: InnerObjective, generator: torch.G
     Raises:
         ValueError: ``init_theta`` does not return tensors; both have a meta-parameter of the same name.
     """
-    parts = []
+    parts: list[Theta] = []
     for owner in (rule, objective):
-        theta = owner.init_theta(generator)
-        if not isinstance(theta, dict) or not all(isinstance(v, Tensor) for v in theta.values()):
-            kinds = {k: type(v).__name__ for k, v in theta.items()} if isinstance(theta, dict) else type(theta).__name__
+        theta = cast("object", owner.init_theta(generator))
+        if not is_dict(theta) or not all(isinstance(v, Tensor) for v in theta.values()):
+            kinds = {k: type(v).__name__ for k, v in theta.items()} if is_dict(theta) else type(theta).__name__
             raise ValueError(f"{type(owner).__name__}.init_theta must return a dict of tensors, got {kinds}")
         parts.append(theta)
     both = sorted(parts[0].keys() & parts[1].keys())
@@ -80,7 +81,7 @@ def theta_shapes(rule: UpdateRule, objective: InnerObjective) -> tuple[dict[str,
 
 
 def require_theta(
-    rule: UpdateRule, objective: InnerObjective, theta: Theta, expected: dict[str, torch.Size], num_tasks: int | None
+    rule: UpdateRule, objective: InnerObjective, theta: object, expected: dict[str, torch.Size], num_tasks: int | None
 ) -> None:
     """Raise ValueError unless theta has the expected names and shapes, and is floating-point.
 
@@ -88,7 +89,7 @@ def require_theta(
     """
     if num_tasks is not None:
         expected = {k: torch.Size((num_tasks, *shape)) for k, shape in expected.items()}
-    if not isinstance(theta, dict) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
+    if not is_dict(theta) or {k: getattr(v, "shape", None) for k, v in theta.items()} != expected:
         owner = type(rule).__name__ + ("" if objective.is_task_loss else f" on {type(objective).__name__}")
         each = "" if num_tasks is None else f" for each of {num_tasks} tasks (theta_per_task=True)"
         raise ValueError(
@@ -154,7 +155,7 @@ def require_tensors(rule: UpdateRule, state: State) -> None:
 def params_and_state(rule: UpdateRule, method: str, result: Any, params: Params) -> tuple[Params, State]:
     """Return what ``update`` or the kernel returned; raise ValueError unless each parameter has its tensor in it."""
     name, what = f"{type(rule).__name__}.{method}", {"update": "delta", "kernel.step": "new value"}[method]
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], dict):
+    if not is_tuple(result) or len(result) != 2 or not is_dict(result[0]):
         raise ValueError(f"{name} must return ({what}s, state), got {type(result).__name__}")
     found, state = result
     if found.keys() != params.keys() or any(found[k].shape != p.shape for k, p in params.items()):
@@ -171,7 +172,7 @@ def penalty_like(penalty: Penalty, found: Any, params: Params) -> Params:
     Raises:
         ValueError: it is not one tensor shaped as each parameter.
     """
-    if not isinstance(found, dict) or {k: x.shape for k, x in found.items()} != {k: p.shape for k, p in params.items()}:
+    if not is_dict(found) or {k: x.shape for k, x in found.items()} != {k: p.shape for k, p in params.items()}:
         raise ValueError(
             f"{type(penalty).__name__}.gradient must return one gradient of the same shape per parameter: expected "
             f"{shapes(params)}, got {shapes(found)}"
@@ -213,7 +214,7 @@ def losses_by_owner(
     return [(name, _scalar(name, loss)) for name, loss in named]
 
 
-def _scalar(name: str, loss: Callable[..., Tensor]) -> Callable[[Theta, Params, Batch], Tensor]:
+def _scalar(name: str, loss: Callable[..., object]) -> Callable[[Theta, Params, Batch], Tensor]:
     def checked(theta: Theta, params: Params, batch: Batch) -> Tensor:
         value = loss(theta, params, batch)
         if not isinstance(value, Tensor) or value.ndim:
@@ -249,16 +250,17 @@ def require_trainable(name: str, losses: Tensor, params: Params) -> None:
     """Raise ValueError unless the losses (num_tasks,) depend on ``params``, which are leaves, and one is finite: a task
     that fails is no fault of the others'."""
     if not losses.isfinite().any():
-        raise NotFinite(f"{name} is not finite at the start: {losses.detach().tolist()}; check data and initialisation")
-    found: tuple[Tensor | None, ...] = ()
+        found = tree.numbers(losses.detach())
+        raise NotFinite(f"{name} is not finite at the start: {found}; check data and initialisation")
+    found: list[Tensor | None] = []
     if losses.requires_grad:
-        found = torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)
+        found = [*torch.autograd.grad(losses.sum(), [*params.values()], allow_unused=True)]
     if all(g is None for g in found):
         raise ValueError(f"{name} does not depend on the parameters {sorted(params)}: there is nothing to train")
 
 
 def shapes(tensors: Any) -> Any:
     """Return the shapes in a dict of tensors for a message, and the type's name of anything else."""
-    if not isinstance(tensors, dict):
+    if not is_dict(tensors):
         return type(tensors).__name__
     return {k: tuple(getattr(v, "shape", v)) if not isinstance(v, int | float) else v for k, v in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from learnedopt.core.containers import is_dict
 from learnedopt.core.tree import Theta
 
 
@@ -47,10 +48,10 @@ def clip(grads: Theta, norm: Norm, limit: float | None) -> Theta:
     return {k: (g.double() * unit * scale).to(g.dtype) for k, g in grads.items()}
 
 
-def require_grads(estimator: object, grads: Theta, theta: Theta) -> None:
+def require_grads(estimator: object, grads: object, theta: Theta) -> None:
     """Raise ValueError unless there is one gradient, shaped as it, for every meta-parameter."""
     wanted = {k: tuple(v.shape) for k, v in theta.items()}
-    found = {k: tuple(g.shape) for k, g in grads.items()} if isinstance(grads, dict) else type(grads).__name__
+    found = {k: tuple(g.shape) for k, g in grads.items()} if is_dict(grads) else type(grads).__name__
     if found != wanted:
         raise ValueError(
             f"{type(estimator).__name__}.estimate must return one gradient for every meta-parameter, {wanted}, got "

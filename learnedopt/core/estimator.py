@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from learnedopt.core import checks, shares, tree
 from learnedopt.core.carry import Carry, Rollout, Tape, detach, narrow
+from learnedopt.core.containers import is_tuple
 from learnedopt.core.estimate import Estimate
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop, InnerSolver
@@ -47,6 +48,9 @@ class GradientEstimator(ABC):
     inner: InnerSolver | None = None
     """What solves the inner problem in place of the rule's own steps; validation and evaluation take it too."""
 
+    renews_tasks: ClassVar[bool] = False
+    """Whether it draws fresh tasks by itself, so that its carries go on where an episode ends."""
+
     @property
     def takes_second_derivatives(self) -> bool:
         """Whether estimates take second derivatives of the inner objective; they are vetted where it may be so."""
@@ -67,6 +71,18 @@ class GradientEstimator(ABC):
         A ``Carry`` by default. ``generator`` is for an estimator that draws numbers of its own, into its carry.
         """
         return loop.start(tasks)
+
+    def forms(self, loop: InnerLoop, theta: Theta, carry: Any) -> list[Any]:
+        """Return carries of every structure that one may come to have which starts as ``carry``, of the same tasks.
+
+        A checkpoint's is compared with them: classes, keys, lengths of tuples, types, and shapes but for the number of
+        tasks; where all of them have None there may be anything. By default those of a ``Carry``, as it is and begun;
+        of another nest none, which says that nothing is known of it: only the ``Carry``s in it are compared.
+        """
+        return [carry, loop.begin(theta, carry)] if isinstance(carry, Carry) else []
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:  # noqa: B027 - by default nothing is known of it
+        """Raise TypeError or ValueError where a carry is none of this estimator's, as far as it can be told at once."""
 
     def count_tasks(self, carry: Any) -> int:
         """Return of how many tasks a carry is."""
@@ -150,11 +166,11 @@ def check_loop(loop: InnerLoop, theta: Theta, carry: Carry, *, second_derivative
 
 
 def call_objective(
-    objective: MetaObjective, loop: InnerLoop, theta: Theta, rollout: Rollout
+    objective: Callable[[InnerLoop, Theta, Rollout], object], loop: InnerLoop, theta: Theta, rollout: Rollout
 ) -> tuple[Tensor, Carry | None]:
     """Return the objective's scalar, and the carry that training goes on from where it names one."""
     result = objective(loop, theta, rollout)
-    value, carry = result if isinstance(result, tuple) else (result, None)
+    value, carry = result if is_tuple(result) else (result, None)
     if not isinstance(value, Tensor) or value.ndim:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"a meta-objective must return a scalar tensor, got {got}; take the mean over tasks")
@@ -198,7 +214,8 @@ def check_objective(
     spread = torch.linspace(1.0, 2.0, len(start_losses), dtype=fall.dtype, device=fall.device)  # starts may be alike
     losses = (fall[:, None] * start_losses * spread).requires_grad_()
     first, last = (0, 1), (tree.size(begun.params) - 1, tree.size(begun.params))
-    values, starts = [], []
+    values: list[Tensor] = []
+    starts: list[Tensor] = []
     with torch.enable_grad():
         for picks in ([first, last], [first], [last]):
             part = tree.concatenate([tree.narrow((begun.tasks, begun.params, begun.state), *pick) for pick in picks])
@@ -208,7 +225,8 @@ def check_objective(
             starts += start.params.values()
             rollout = Rollout(start, stand_in._replace(step=begun.step + num_steps), part_losses)
             values.append(call_objective(objective, loop, theta, rollout)[0])
-    both, *alone = torch.stack([value.detach() for value in values]).tolist()
+    found: list[float] = tree.numbers(torch.stack([value.detach() for value in values]))
+    both, *alone = found
     eps = max(torch.finfo(x.dtype).eps for x in (losses, values[0]) if x.is_floating_point())
     tolerance = eps**0.5 * max(map(abs, (both, *alone)))
     if abs(both - sum(alone) / 2) > tolerance:  # False for what is not finite, of which nothing can be said
@@ -217,15 +235,15 @@ def check_objective(
             f"{alone[0]:.6g} and {alone[1]:.6g}; take the mean over the tasks' dimension"
         )
     if (end_only or not from_start) and values[0].requires_grad:
-        through = torch.autograd.grad(values[0], starts, allow_unused=True, retain_graph=True)
+        through: list[Tensor | None] = [*torch.autograd.grad(values[0], starts, allow_unused=True, retain_graph=True)]
         if any(g is not None for g in through):
             raise ValueError(
                 f"{name} reads the rollout's start, through which no gradient flows here; use an objective of the end, "
                 "such as FinalLoss, or Unrolled"
             )
     if end_only and values[0].requires_grad:
-        along = torch.autograd.grad(values[0], losses, allow_unused=True)[0]
-        if along is not None:
+        along: list[Tensor | None] = [*torch.autograd.grad(values[0], losses, allow_unused=True)]
+        if along[0] is not None:
             raise ValueError(_reads_path(name))
     loop.cache.saw(objective, num_steps, end_only, from_start)
 
@@ -257,7 +275,7 @@ def check_paths(
     Raises:
         ValueError: a meta-parameter has no path to the objective.
     """
-    read = frozenset() if objective is None else frozenset(read_directly(objective, theta))
+    read = frozenset[str]() if objective is None else frozenset(read_directly(objective, theta))
     key = ("paths", carry.state is None, num_steps, tape, from_start, read)
     if key not in loop.cache:
         few = min(num_steps, 3)  # by the third update of most rules whatever enters a state has come out of it
@@ -305,7 +323,7 @@ def _reached(
             total = total + loop.inner_objective.outer_loss(leaves, loop.family, params, batch)
         if not total.requires_grad:
             return set()
-        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        grads: list[Tensor | None] = [*torch.autograd.grad(total, list(leaves.values()), allow_unused=True)]
     return {k for k, g in zip(leaves, grads, strict=True) if g is not None}
 
 

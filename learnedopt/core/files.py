@@ -7,12 +7,14 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from learnedopt.core.containers import is_dict, is_list_or_tuple, is_mapping
 
 MAX_DEPTH = 100
 """How deeply JSON may be nested."""
@@ -43,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Generator[None, None, None]:
     """Hold an existing folder for this process alone; the hold of a process ends with it, however it ends.
 
     A file system without locks gives a warning, and no hold.
@@ -54,7 +56,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / "lock", timeout=0)
     try:
-        lock.acquire()
+        lock.acquire()  # pyright: ignore[reportUnknownMemberType] - filelock picks the lock's class as it runs
     except Timeout as error:
         raise ValueError(
             f"another process is at work in {folder}; wait for it to end, or give this run a name of its own"
@@ -93,14 +95,18 @@ def parse_json(text: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from error
-    level, depth = [value], 0
+    level: list[Any] = [value]
+    depth = 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-        nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
-        level = [child for node in nodes for child in node]
+        level = [child for node in level for child in _children(node)]
     return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if is_dict(node) else node if is_list_or_tuple(node) else ()
 
 
 def require_plain_file(path: Path) -> None:
@@ -142,9 +148,9 @@ def _umask() -> int:
 
 def plain_json(value: Any) -> Any:
     """Return ``value`` as nested dicts and lists of what JSON can hold; non-finite floats and the rest as strings."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if is_list_or_tuple(value):
         return [plain_json(item) for item in value]
     if value is None or isinstance(value, bool | int | str):
         return value

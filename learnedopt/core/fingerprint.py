@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_list_or_tuple, is_mapping
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 
@@ -52,12 +53,12 @@ def words(option: Any) -> Iterator[str]:
         parts = {field.name: getattr(option, field.name) for field in dataclasses.fields(option) if field.init}
         yield type(option).__name__
         yield from words(parts)
-    elif isinstance(option, Mapping):
+    elif is_mapping(option):
         yield f"mapping {len(option)}"
         for key in sorted(option, key=str):  # in files the order of keys need not be what it was
             yield str(key)
             yield from words(option[key])
-    elif isinstance(option, tuple | list):  # files know lists only
+    elif is_list_or_tuple(option):  # files know lists only
         yield f"sequence {len(option)}"
         for part in option:
             yield from words(part)

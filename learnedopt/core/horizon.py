@@ -40,13 +40,14 @@ class Timed(UpdateRule):
     rule: UpdateRule
     horizon: int
 
+    # The base has plain attributes: what a wrapper answers for the rule inside is read, and never set.
     @property
-    def coordinatewise(self) -> bool:
+    def coordinatewise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the rule is: progress is the same for all coordinates."""
         return self.rule.coordinatewise
 
     @property
-    def kernel(self) -> Kernel | None:
+    def kernel(self) -> Kernel | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The rule's, told progress."""
         return None if self.rule.kernel is None else TimedKernel(self.rule.kernel, self)
 
@@ -144,7 +145,8 @@ class TimedKernel(Kernel):
 
     def _has(self, method: str) -> bool:
         """Whether the rule's kernel has a method of its own: those of the base know no progress."""
-        return getattr(type(self.kernel), method) is not getattr(Kernel, method)
+        kernel: object = self.kernel
+        return getattr(type(kernel), method) is not getattr(Kernel, method)
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,11 @@ class InnerLoop:
         self.require_theta(theta)
         if "losses" not in self.cache:
             num_tasks = tree.size(carry.params)
-            checks.on_finite_tasks(num_tasks, lambda *two: self.begin(theta, narrow(carry, *two)))
+
+            def look(start: int, stop: int) -> None:
+                self.begin(theta, narrow(carry, start, stop))
+
+            checks.on_finite_tasks(num_tasks, look)
 
     @outside_inference_mode
     def run(
@@ -145,7 +149,7 @@ class InnerLoop:
         theta = tree.detach(theta) if tape is Tape.NONE else theta
         with torch.set_grad_enabled(tape is not Tape.NONE):
             carry = self.begin(theta, carry, theta_per_task)
-            pieces = []
+            pieces: list[tuple[Params, State, Tensor]] = []
             for bounds in self._bounds(carry.params):
                 own = tree.narrow(theta, *bounds) if theta_per_task else theta
                 pieces.append(self._run_chunk(own, narrow(carry, *bounds), num_steps, tape, theta_per_task))
@@ -180,7 +184,7 @@ class InnerLoop:
 
     def over_tasks(self, fn: Callable[..., Any], shared: tuple[tree.Tree, ...], *batched: tree.Tree) -> Any:
         """Call ``fn(*shared, *each)``, a function of ONE task, on batched trees; its results come back batched."""
-        results = []
+        results: list[tree.Tree] = []
         for start, stop in self._bounds(batched[-1]):
             task_map = TaskMap(stop - start)
             each = [task_map.unbatch(tree.narrow(x, start, stop)) for x in batched]
@@ -215,7 +219,7 @@ class InnerLoop:
 
     def mixed_plans(self) -> dict[Hashable, Any] | None:
         """Return what mixed mode has found out about the inner loss so far; None where it is not asked for."""
-        return self.cache.remember("mixed mode", dict) if self.execution.mixed_mode else None
+        return self.cache.remember("mixed mode", dict[Hashable, Any]) if self.execution.mixed_mode else None
 
     def move(
         self, task_map: ThetaMap, theta: Theta, grads: Params, state: State, params: Params, loss: Tensor
@@ -256,7 +260,7 @@ class InnerLoop:
         self, fn: Callable[..., Any], carry: Carry, split: Split, shared: tuple[Theta, ...] = (), *per_task: Theta
     ) -> Any:
         checks.require_begun(carry, split)
-        results = []
+        results: list[tree.Tree] = []
         for bounds in self._bounds(carry.params):
             chunk = narrow(carry, *bounds)
             task_map = TaskMap(tree.size(chunk.params))
@@ -274,7 +278,7 @@ class InnerLoop:
         theta = task_map.unbatch(theta) if theta_per_task else theta
         if tape is Tape.NONE:
             params, state = tree.detach(params), tree.detach(state)
-        losses = []
+        losses: list[Tensor] = []
         for step in range(carry.step, carry.step + num_steps):
             batch = task_map.unbatch(self.batch(carry.tasks, step, "train"))
             found = self.gradient(task_map, theta, params, batch, tape)
@@ -324,9 +328,9 @@ def solve_inner(
     """
     if inner is None:
         return loop.run(theta, carry, num_steps, Tape.NONE)
-    ends = []
+    ends: list[Carry] = []
     for chunk in loop.split(carry):
-        end = inner(loop, theta, chunk, num_steps)
+        end = cast("object", inner(loop, theta, chunk, num_steps))
         if not isinstance(end, Carry) or end.state is None:
             raise TypeError(
                 f"the inner solver {inner!r} must return a begun Carry, such as carry._replace(params=...), "

@@ -97,7 +97,9 @@ def _outer(
     loss, grads = descended
     if objective.descends_task_loss and objective.reads_task_loss:
         if tape is Tape.FIRST_ORDER:
-            return _KnownGradient.apply(loss.detach(), len(grads), *params.values(), *grads)
+            arguments = (loss.detach(), len(grads), *params.values(), *grads)
+            # torch gives it no types.
+            return _KnownGradient.apply(*arguments)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         return loss if tape is Tape.FULL else loss.detach()
 
     def outer_loss(theta: Theta, params: Params, batch: Batch) -> Tensor:
@@ -117,7 +119,9 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:  # (num_tasks,), or () of one task
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's decorator loses the arguments' names
+        ctx: Any, cotangent: Tensor
+    ) -> tuple[Any, ...]:  # (num_tasks,), or () of one task
         grads = ctx.saved_tensors
         scaled = [cotangent.reshape(cotangent.shape + (1,) * (g.ndim - cotangent.ndim)) * g for g in grads]
         return None, None, *scaled, *[None] * len(grads)

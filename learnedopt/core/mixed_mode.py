@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def value_and_gradient(
     at, fixed = {k: p.detach().requires_grad_() for k, p in params.items()}, tree.detach(theta)
     with torch.enable_grad():
         values = losses(at, fixed)
-        found = torch.autograd.grad(values.sum(), list(at.values()), allow_unused=True)
+        found: list[Tensor | None] = [*torch.autograd.grad(values.sum(), list(at.values()), allow_unused=True)]
     values = values.detach()
     read = [k for k, g in zip(params, found, strict=True) if g is not None]
     learned = {k: x for k, x in theta.items() if x.requires_grad}
@@ -113,7 +113,10 @@ def value_and_gradient(
 
     grads = {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(rest.items(), found, strict=True)}
     inputs = [params[k] for k in read] + [learned[k] for k in plan.theta]
-    values, *through = _Gradient.apply(of(plan.theta), plan, (values, *(grads[k] for k in read)), *inputs)
+    arguments = (of(plan.theta), plan, (values, *(grads[k] for k in read)), *inputs)
+    # torch gives it no types.
+    applied = cast("tuple[Tensor, ...]", _Gradient.apply(*arguments))  # pyright: ignore[reportUnknownMemberType]
+    values, *through = applied
     return values, list((grads | dict(zip(read, through, strict=True))).values())
 
 
@@ -130,7 +133,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_values: Tensor | None, *of_grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's decorator loses the arguments' names
+        ctx: Any, of_values: Tensor | None, *of_grads: Tensor | None
+    ) -> tuple[Any, ...]:
         mode = _reverse_over_reverse if ctx.plan.reason else _forward_over_reverse
         found = mode(ctx.losses, ctx.saved_tensors, of_values, of_grads)
         if ctx.plan.by_grads is not None:
@@ -149,13 +154,21 @@ def _forward_over_reverse(
     params, theta = inputs[: len(of_grads)], inputs[len(of_grads) :]
     along = [torch.zeros_like(p) if c is None else c.contiguous() for p, c in zip(params, of_grads, strict=True)]
     with torch.enable_grad(), forward_ad.dual_level():
-        duals = [*(forward_ad.make_dual(p, c) for p, c in zip(params, along, strict=True)), *theta]
+        duals = [*(_dual(p, c) for p, c in zip(params, along, strict=True)), *theta]
         values = losses(duals)
-        ones = torch.ones_like(forward_ad.unpack_dual(values).primal.detach())
-        weights = forward_ad.make_dual(ones, torch.zeros_like(ones) if of_values is None else of_values.contiguous())
+        ones = torch.ones_like(_parts(values)[0].detach())
+        weights = _dual(ones, torch.zeros_like(ones) if of_values is None else of_values.contiguous())
         grads = torch.autograd.grad(values, duals, weights, materialize_grads=True)
-        tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
+        tangents = [_parts(g)[1] for g in grads]
     return [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    return forward_ad.make_dual(primal, tangent)  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
+
+
+def _parts(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    return forward_ad.unpack_dual(dual)  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
 
 
 def _reverse_over_reverse(
@@ -192,8 +205,9 @@ def _plan(losses: Losses, inputs: Sequence[Tensor], names: Sequence[str], values
     again, *grads = outputs = _recorded(losses, inputs, num_params)
     eps = torch.finfo(values.dtype).eps
     if not torch.allclose(again, values, rtol=eps**0.5, atol=0.0, equal_nan=True):
+        first, second = tree.numbers(values), tree.numbers(again)
         raise ValueError(
-            f"the loss gives {values.tolist()} and then {again.tolist()} for the same arguments, but mixed_mode=True "
+            f"the loss gives {first} and then {second} for the same arguments, but mixed_mode=True "
             "calls it again on the way back; take randomness (dropout, noise) and memory out of it, or leave mixed_mode"
         )
     operations = _operations(again)

@@ -44,7 +44,8 @@ def recording_gradients(method: Method) -> Method:
 
 def taking_tangents() -> bool:
     """Whether forward-mode derivatives are being taken: a compiled function without them has to stand back then."""
-    return forward_ad._current_level >= 0  # torch has no public name for it
+    # torch has neither a public name nor a type for it, and its compiler meets this line.
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _ordinary(x: Any) -> Any:

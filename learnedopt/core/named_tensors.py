@@ -16,7 +16,7 @@ class NamedTensors(list[Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors.values())
-        self.names = [*tensors]
+        self.names: list[str] = [*tensors]
 
 
 def names_of(params: Sequence[Tensor], who: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, cast
 
@@ -48,7 +48,7 @@ def parts_of(loop: InnerLoop, tasks: Tasks) -> list[Part]:
     """
     if loop.family.families[0] is loop.family:
         return [Part(loop, tasks, tuple(range(tree.size(tasks))), 0)]
-    found = []
+    found: list[Part] = []
     for family, own, positions in cast(Mixed, loop.family).split(tasks):
         places = tuple(int(place) for place in positions)
         member = _member(loop.family, family)
@@ -67,7 +67,8 @@ def loop_of(loop: InnerLoop, member: int, horizon: int | None = None) -> InnerLo
     It is made once and kept in the loop's cache, so that what was vetted and compiled for it is kept as well.
     """
     family = loop.family.families[member]
-    parts = loop.cache.remember("parts", dict)  # all are kept: there are no more than members times horizons
+    # All are kept: there are no more than members times horizons.
+    parts = loop.cache.remember("parts", dict[Hashable, InnerLoop])
     own = loop
     if family is not loop.family:
         if member not in parts:

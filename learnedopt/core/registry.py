@@ -9,11 +9,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_list_or_tuple, is_mapping, is_tuple
 from learnedopt.core.tree import Params
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Choice:
     """A registered thing: its name, and options that the registry checks when it is made."""
 
     name: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,9 +64,9 @@ class Registry(Generic[T]):
     package: str
     table: Mapping[str, str]
     templated: bool = False
-    retired: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    registered: dict[str, Callable[..., T]] = dataclasses.field(default_factory=dict)
-    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    retired: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    registered: dict[str, Callable[..., T]] = dataclasses.field(default_factory=dict[str, Callable[..., T]])
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def names(self) -> list[str]:
         """Return all names, the users' last."""
@@ -84,7 +85,7 @@ class Registry(Generic[T]):
             TypeError: ``name`` is not a string or ``factory`` cannot be called.
             ValueError: the name is taken.
         """
-        if not isinstance(name, str) or not callable(factory):
+        if not isinstance(cast("object", name), str) or not callable(factory):
             raise TypeError(
                 f"register({name!r}, {factory!r}): pass a name, and the class or function that makes the {self.noun}"
             )
@@ -110,7 +111,7 @@ class Registry(Generic[T]):
             >>> learnedopt.optimizers.make("momentum", lr=0.1, learn=("lr",))
             Momentum(learn=('lr',), lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0)
         """
-        factory = self._factory(name)
+        factory = self.factory(name)
         parameters = inspect.signature(factory).parameters
         given = {key: self._decode(value, template if self.templated else None) for key, value in options.items()}
         if template is not None and ("template" in parameters or not self.templated):
@@ -135,7 +136,7 @@ class Registry(Generic[T]):
         """
         return self._describe(self._name_of(type(thing)), thing)
 
-    def _describe(self, name: str, thing: Any) -> dict[str, Any]:
+    def _describe(self, name: str, thing: object) -> dict[str, Any]:
         if dataclasses.is_dataclass(thing):
             fields = [field.name for field in dataclasses.fields(thing) if field.init]
         elif not inspect.signature(type(thing)).parameters:
@@ -164,7 +165,12 @@ class Registry(Generic[T]):
         _check_options(name, inspect.signature(factory).parameters, {**options}, get_type_hints(factory))
         return factory(**options)
 
-    def _factory(self, name: str) -> Callable[..., T]:
+    def factory(self, name: str) -> Callable[..., T]:
+        """Return the class or function that makes the thing of that name.
+
+        Raises:
+            ValueError: the name is unknown; the message names the nearest.
+        """
         if name in self.registered:
             return self.registered[name]
         if name in self.retired:
@@ -193,7 +199,7 @@ class Registry(Generic[T]):
         module, _, attribute = target.partition(":")
         return (kind.__module__, kind.__qualname__) == (f"{self.package}.{module}", attribute)
 
-    def _encode(self, value: Any, where: str, key: str) -> Any:
+    def _encode(self, value: object, where: str, key: str) -> Any:
         if isinstance(value, self.kind):
             return self.describe(value)
         for name, target in self.parts.items():
@@ -201,9 +207,9 @@ class Registry(Generic[T]):
                 return self._describe(name, value)
         if isinstance(value, Tensor) and key == "template":
             return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+        if is_mapping(value) and all(isinstance(k, str) for k in value):
             return {k: self._encode(v, f"{where}[{k!r}]", key) for k, v in value.items()}
-        if isinstance(value, tuple | list):
+        if is_list_or_tuple(value):
             return [self._encode(v, f"{where}[{i}]", key) for i, v in enumerate(value)]
         if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
             return value
@@ -219,11 +225,11 @@ class Registry(Generic[T]):
             if value["name"] in self.parts:
                 return self._part(value["name"], options)
             return self.make(value["name"], **({} if template is None else {"template": template}) | options)
-        if isinstance(value, Mapping) and value.keys() == {"shape", "dtype"} and isinstance(value["dtype"], str):
+        if is_mapping(value) and set(value) == {"shape", "dtype"} and isinstance(value["dtype"], str):
             return _zeros(value["shape"], value["dtype"])
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             return {k: self._decode(v, template) for k, v in value.items()}
-        return tuple(self._decode(v, template) for v in value) if isinstance(value, list | tuple) else value
+        return tuple(self._decode(v, template) for v in value) if is_list_or_tuple(value) else value
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -283,17 +289,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str | int) and value in args
     if origin is tuple:
-        each = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+        each = args[:1] * len(value) if is_tuple(value) and args[1:] == (...,) else args
+        return is_tuple(value) and len(value) == len(each) and all(map(_fits, value, each))
     if origin in (dict, Mapping):
-        return isinstance(value, origin) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+        pairs = cast("Mapping[Any, Any]", value)
+        return isinstance(value, origin) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in pairs.items())
     if hint in (int, float):
         return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, NoneType if hint is None else hint) if isinstance(hint, type) or hint is None else True
 
 
 def _zeros(shape: Any, dtype: str) -> Tensor:
-    sizes = isinstance(shape, list | tuple) and all(_fits(n, int) and n >= 0 for n in shape)
+    sizes = is_list_or_tuple(shape) and all(_fits(n, int) and n >= 0 for n in shape)
     if not sizes or dtype not in _DTYPES:
         raise ValueError(
             f"shape={shape!r}, dtype={dtype!r} describe no tensor; shape is a list of sizes, dtype one of {[*_DTYPES]}"
@@ -301,10 +308,10 @@ def _zeros(shape: Any, dtype: str) -> Tensor:
     return torch.zeros((), dtype=_DTYPES[dtype]).expand(tuple(shape))  # one zero: a wrong shape on file costs no memory
 
 
-def _is_configuration(value: Any) -> bool:
+def _is_configuration(value: object) -> TypeGuard[Mapping[str, Any]]:
     return (
-        isinstance(value, Mapping)
-        and value.keys() == {"name", "options"}
+        is_mapping(value)
+        and set(value) == {"name", "options"}
         and isinstance(value["name"], str)
         and isinstance(value["options"], Mapping)
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from learnedopt.core.containers import is_dict
 from learnedopt.core.files import parse_json, require_plain_file, write_atomically
 
 BLANK = "0" * 64
@@ -93,7 +94,7 @@ def read_record(path: Path, of_before: tuple[type, ...] = (dict,)) -> Any:
         text = path.read_bytes()
         value = parse_json(text)
         # One of the three is still there where another was changed.
-        due = [key for key in _OWN if isinstance(value, dict) and key in value]
+        due = [key for key in _OWN if is_dict(value) and key in value]
         if due or b"sha256" in text or RECORD.encode() in text:
             if len(due) < len(_OWN) or value["format"] != RECORD or not is_sealed(path):
                 raise ValueError("its SHA-256 is not in its place")

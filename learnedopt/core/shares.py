@@ -20,6 +20,13 @@ class Indivisible(ValueError):
     """A meta-batch of this estimator cannot be estimated in shares of its tasks."""
 
 
+def even(num: int, num_shares: int, index: int) -> tuple[int, int]:
+    """Return where share ``index`` of ``num`` things starts and stops: as even as can be, the first ones larger."""
+    least, more = divmod(num, num_shares)
+    first, after = (i * least + min(i, more) for i in (index, index + 1))
+    return first, after
+
+
 class Places(NamedTuple):
     """Where the tasks of a share stand in their meta-batch of ``num_tasks``: what is drawn for a task depends on that
     and not on the share."""
@@ -86,7 +93,7 @@ def put_together(carries: Sequence[Any], whose: str) -> Any:
     parts = [_leaves(carry, whose) for carry in carries]
     if any(spec != parts[0][1] for _, spec in parts):
         raise ValueError(f"shares of a carry of {whose} differ in structure: they are not of one meta-batch")
-    joined = []
+    joined: list[Any] = []
     for each in zip(*(leaves for leaves, _ in parts), strict=True):
         if isinstance(each[0], Carry):
             require_same("step", [x.step for x in each], whose)

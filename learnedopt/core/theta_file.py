@@ -63,8 +63,9 @@ def describe(path: Path) -> Described:
             length = _header_length(file.read(8))
             if not 0 < length <= min(size - 8, _MAX_HEADER):
                 raise ValueError(f"its header is of {length} bytes, and the file of {size}")
-        with safe_open(str(path), framework="pt") as file:  # which compares the header with the size
-            text = (file.metadata() or {}).get("learnedopt")
+        with _opened(path) as file:  # which compares the header with the size
+            metadata: dict[str, str] = file.metadata() or {}
+            text = metadata.get("learnedopt")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     # What the header's parsers make of bytes that are none.
     except (SafetensorError, OSError, ValueError, struct.error) as error:
@@ -94,10 +95,15 @@ def read(found: Described, *, due: bool) -> Theta:
     """
     require_whole(found, due=due)
     try:
-        with safe_open(str(found.path), framework="pt") as file:
+        with _opened(found.path) as file:
             return {k: file.get_tensor(k) for k in found.shapes}
     except Exception as error:  # a type that this torch lacks, or a file that was cut in the meantime
         raise ValueError(f"the tensors of {found.path} cannot be read ({error}); write it again") from error
+
+
+def _opened(path: Path) -> Any:
+    # Its methods have no types.
+    return safe_open(str(path), framework="pt")
 
 
 def num_numbers(found: Described) -> int:

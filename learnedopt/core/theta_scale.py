@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from learnedopt.core.cache import Cache
+from learnedopt.core.containers import is_dict
 from learnedopt.core.inner_objective import InnerObjective
 from learnedopt.core.named_tensors import NamedTensors
 from learnedopt.core.registry import nearest
@@ -40,8 +41,8 @@ def scales_of(rule: UpdateRule, objective: InnerObjective, theta: Theta, own: se
 
 
 def _declared(owner: UpdateRule | InnerObjective, theta: Theta) -> Theta:
-    name, said = f"{type(owner).__name__}.theta_scale", owner.theta_scale()
-    if not isinstance(said, dict):
+    name, said = f"{type(owner).__name__}.theta_scale", cast("object", owner.theta_scale())
+    if not is_dict(said):
         raise ValueError(f"{name} must return a dict of scales by name, got {type(said).__name__}")
     unknown = [k for k in said if k not in theta]
     if unknown:
@@ -105,7 +106,7 @@ class Scaled:
 
     def require_movable(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError where ``optimizer`` is one of theta itself and would be handed something else."""
-        taken = {id(p) for p in optimizer.taken_as_theta()} if isinstance(optimizer, ThetaItself) else set()
+        taken = {id(p) for p in optimizer.taken_as_theta()} if isinstance(optimizer, ThetaItself) else set[int]()
         wrong = [k for k in self._scale if id(self.phi[k]) in taken]
         if wrong:
             raise ValueError(

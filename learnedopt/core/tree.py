@@ -7,11 +7,13 @@ Everything that flows through the engine (parameters, rule states, batches, desc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from learnedopt.core.containers import is_dict
 
 Params: TypeAlias = dict[str, Tensor]
 """The optimizee's parameters by name."""
@@ -19,9 +21,15 @@ Theta: TypeAlias = dict[str, Tensor]
 """The meta-parameters of an update rule by name."""
 Tree: TypeAlias = Any
 """Nested dicts, lists, tuples and named tuples with tensors as leaves."""
+_Node: TypeAlias = "Tensor | dict[Any, Tree] | tuple[Tree, ...] | list[Tree] | float | None"
+"""What stands at one place of it."""
 
 
-def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+@overload
+def tree_map(fn: Callable[[Any], Any], tree: Tree) -> Tree: ...
+@overload
+def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree: ...
+def tree_map(fn: Callable[..., Any], tree: _Node, *rest: Tree) -> Tree:
     """Apply ``fn`` to corresponding leaves and return a tree of the same structure.
 
     Raises:
@@ -43,7 +51,7 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return pytree.tree_map(fn, tree, *rest)
 
 
-def _map(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+def _map(fn: Callable[[Any], Any], tree: _Node) -> Tree:
     if isinstance(tree, Tensor):
         return fn(tree)
     if type(tree) is dict:
@@ -54,10 +62,10 @@ def _map(fn: Callable[[Any], Any], tree: Tree) -> Tree:
 
 
 def _others(trees: Sequence[Tree]) -> str:
-    return ", ".join(f"{type(x).__name__} {list(x) if isinstance(x, dict) else ''}".strip() for x in trees)
+    return ", ".join(f"{type(x).__name__} {list(x) if is_dict(x) else ''}".strip() for x in trees)
 
 
-def leaves(tree: Tree) -> list[Any]:
+def leaves(tree: _Node) -> list[Any]:
     """Return the leaves in a fixed order (dicts in insertion order)."""
     if type(tree) is dict and all(isinstance(x, Tensor) for x in tree.values()):
         return list(tree.values())
@@ -77,7 +85,11 @@ def detach(tree: Tree) -> Tree:
 
 def arrange(tree: Tree, like: Tree) -> Tree:
     """Return ``tree`` with its dicts in the order of ``like``'s; ValueError where the structures differ."""
-    return tree_map(lambda _, x: x, like, tree)
+
+    def second(_: Any, x: Any) -> Any:
+        return x
+
+    return tree_map(second, like, tree)
 
 
 def size(tree: Tree) -> int:
@@ -112,7 +124,11 @@ def concatenate(trees: Sequence[Tree]) -> Tree:
     """Join batched trees along their leading dimension."""
     if len(trees) == 1:
         return trees[0]
-    return tree_map(lambda *xs: torch.cat(xs), trees[0], *trees[1:])
+
+    def joined(*each: Tensor) -> Tensor:
+        return torch.cat(each)
+
+    return tree_map(joined, trees[0], *trees[1:])
 
 
 def squeeze(tree: Tree) -> Tree:
@@ -144,5 +160,22 @@ def ravel(tensors: Sequence[Tensor]) -> Tensor:
 
 def unravel(matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cut a matrix (num_tasks, dim) into tensors shaped as ``like``; the inverse of ``ravel``."""
-    pieces = matrix.split([x[0].numel() for x in like], dim=1)
+    pieces = torch.split(matrix, [x[0].numel() for x in like], dim=1)
     return [piece.reshape(x.shape) for piece, x in zip(pieces, like, strict=True)]
+
+
+def numbers(x: Tensor) -> Any:
+    """Return a tensor's values as Python's numbers, in nested lists, on one way from its device."""
+    # torch does not say of what the lists are.
+    return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def length(x: Tensor) -> Tensor:
+    """Return the Euclidean length of all its entries, a scalar."""
+    # torch gives it no types.
+    return x.norm()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def row_lengths(matrix: Tensor) -> Tensor:
+    """Return the Euclidean length (num_tasks,) of each row of a matrix (num_tasks, dim)."""
+    return matrix.norm(dim=1)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 _INSIDE = ("learnedopt", "torch")
@@ -10,7 +10,7 @@ _INSIDE = ("learnedopt", "torch")
 
 def warn_user(message: str, category: type[Warning]) -> None:
     """Warn, as of the nearest line that is neither this library's nor torch's."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, final, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, cast, final, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def resolve(weights: Weights | WeightsName) -> Weights:
             f"{', '.join(get_args(WeightsName))}, or a function of a tensor of steps"
         )
     steps = torch.arange(1, _LOOK_AHEAD + 1, dtype=torch.float64)
-    found = weights(steps)
+    found = cast("object", weights(steps))  # who knows what a user's own returns
     if not isinstance(found, Tensor) or found.shape != steps.shape:
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise ValueError(
@@ -105,7 +105,7 @@ def _not_positive(weights: Weights, value: float, step: int) -> ValueError:
     )
 
 
-def require_positive(owner: str, name: str, value: float) -> None:
+def require_positive(owner: str, name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a positive, finite number; TypeError for no number at all."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{owner}: {name}={value!r} is a {type(value).__name__}; pass a positive number")

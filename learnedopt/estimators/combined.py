@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, final
+from itertools import zip_longest
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast, final
 
 import torch
 from torch import Tensor
 
+from learnedopt.core.carry import Carry
 from learnedopt.core.estimator import Estimate, GradientEstimator, Recording
 from learnedopt.core.inner import InnerLoop, InnerSolver
 from learnedopt.core.modes import outside_inference_mode
@@ -27,7 +29,7 @@ class Moments(NamedTuple):
 
     mean: Theta
     spread: Theta
-    count: dict[str, int]
+    count: dict[str, int]  # pyright: ignore[reportIncompatibleMethodOverride] - no use of a tuple's method
 
 
 class CombinedCarry(NamedTuple):
@@ -87,6 +89,7 @@ class Combined(GradientEstimator):
     back_propagated: GradientEstimator
     perturbed: GradientEstimator
     decay: float = 0.9
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("back_propagated", "perturbed"):
@@ -105,8 +108,9 @@ class Combined(GradientEstimator):
                 f"{self.perturbed.inner!r} in the other (None: the rule's own steps), so that they have gradients of "
                 "two different things; give both the same"
             )
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay < 1:
-            raise ValueError(f"Combined: decay={self.decay!r} is out of range; pass a number of at least 0 and below 1")
+        decay = cast("object", self.decay)
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ValueError(f"Combined: decay={decay!r} is out of range; pass a number of at least 0 and below 1")
 
     @property
     def inner(self) -> InnerSolver | None:  # pyright: ignore[reportIncompatibleVariableOverride] - that of both
@@ -129,6 +133,37 @@ class Combined(GradientEstimator):
         first, second = (part.start(loop, theta, tasks, generator) for part in (self.back_propagated, self.perturbed))
         return CombinedCarry(first, second, (_no_moments(theta), _no_moments(theta)), seed, 0, size(tasks))
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: CombinedCarry) -> list[Any]:
+        """Return those of both parts, which may also be over."""
+        first = [None, *self.back_propagated.forms(loop, theta, carry.back_propagated)]
+        second = [None, *self.perturbed.forms(loop, theta, carry.perturbed)]
+        return [carry._replace(back_propagated=x, perturbed=y) for x, y in zip_longest(first, second)]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class, ValueError where it is of another theta."""
+        if not isinstance(carry, CombinedCarry):
+            raise TypeError(
+                f"Combined keeps two episodes and their variances in a carry of its own, got a {type(carry).__name__}; "
+                "begin with estimator.start(loop, theta, tasks, generator)"
+            )
+        here = {k: tuple(v.shape) for k, v in theta.items()}
+        for kind in (kind for moments in carry.moments for kind in (moments.mean, moments.spread)):
+            found = {k: tuple(v.shape) for k, v in kind.items()}
+            if found != here:
+                raise ValueError(
+                    f"the carry's variances are of a theta of shapes {found}, this one has {here}; go on with the "
+                    "theta that it came from, or begin anew with estimator.start(...)"
+                )
+        parts = ((self.back_propagated, carry.back_propagated), (self.perturbed, carry.perturbed))
+        for part, own in parts:
+            if own is not None:
+                part.require_carry(theta, own)
+
+    def standing(self, loop: InnerLoop, carry: CombinedCarry) -> list[tuple[InnerLoop, Carry, int | None]]:
+        """Return the inner loops of both."""
+        parts = ((self.back_propagated, carry.back_propagated), (self.perturbed, carry.perturbed))
+        return [each for part, own in parts if own is not None for each in part.standing(loop, own)]
+
     def count_tasks(self, carry: CombinedCarry) -> int:
         """Return of how many tasks each episode is."""
         return carry.num_tasks
@@ -143,7 +178,7 @@ class Combined(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: CombinedCarry) -> Estimate:
         """Take an estimate of each, and weigh them."""
-        _require_carry(carry, theta)
+        self.require_carry(theta, carry)
         carry = self._restarted(loop, theta, carry)
         found = (
             self.back_propagated.estimate(loop, theta, objective, carry.back_propagated),
@@ -249,19 +284,3 @@ def _joined(first: dict[str, Any], second: dict[str, Any], leading: Estimate) ->
         info["inner_steps"] = first["inner_steps"] + second["inner_steps"]
     zero = sorted({*first.get("zero_gradient", [])} & {*second.get("zero_gradient", [])})
     return {**info, "zero_gradient": zero} if zero else info
-
-
-def _require_carry(carry: Any, theta: Theta) -> None:
-    if not isinstance(carry, CombinedCarry):
-        raise TypeError(
-            f"Combined keeps two episodes and their variances in a carry of its own, got a {type(carry).__name__}; "
-            "begin with estimator.start(loop, theta, tasks, generator)"
-        )
-    here = {k: tuple(v.shape) for k, v in theta.items()}
-    for moments in carry.moments:
-        found = {k: tuple(v.shape) for k, v in moments.mean.items()}
-        if found != here:
-            raise ValueError(
-                f"the carry's variances are of a theta of shapes {found}, this one has {here}; go on with the theta "
-                "that it came from, or begin anew with estimator.start(...)"
-            )

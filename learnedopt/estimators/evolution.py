@@ -94,6 +94,18 @@ class EvolutionStrategies(GradientEstimator):
         """Return a fresh episode with a seed of its own."""
         return EvolutionCarry(loop.start(tasks), perturbations.draw_seed(generator), 0)
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: EvolutionCarry) -> list[Any]:
+        """Return the carry as it starts, and begun."""
+        return [carry, carry._replace(inner=loop.begin(theta, carry.inner))]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class."""
+        if not isinstance(carry, EvolutionCarry):
+            raise TypeError(
+                "EvolutionStrategies draws its perturbations from a carry of its own, got a "
+                f"{type(carry).__name__}; begin an episode with estimator.start(loop, theta, tasks, generator)"
+            )
+
     def narrow(self, carry: EvolutionCarry, start: int, stop: int) -> EvolutionCarry:
         """Return a share of the tasks, which sees the same perturbations."""
         perturbations.require_unranked(self)
@@ -127,7 +139,7 @@ class EvolutionStrategies(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: EvolutionCarry) -> Estimate:
         """Run every particle through the episode, or one window of it."""
-        _require_carry(carry)
+        self.require_carry(theta, carry)
         inner, theta = carry.inner, tree.detach(theta)
         still = perturbations.check(loop, theta, objective, inner.tasks, self.num_steps, self.sigma)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
@@ -184,11 +196,3 @@ def _spread(loop: InnerLoop, thetas: Theta, inner: Carry) -> Particles:
 
     params, state = tree.tree_map(copies, (inner.params, inner.state))
     return Particles(inner.tasks, (inner.step,) * num_slots, thetas, params, state)
-
-
-def _require_carry(carry: Any) -> None:
-    if not isinstance(carry, EvolutionCarry):
-        raise TypeError(
-            f"EvolutionStrategies draws its perturbations from a carry of its own, got a {type(carry).__name__}; begin "
-            "an episode with estimator.start(loop, theta, tasks, generator)"
-        )

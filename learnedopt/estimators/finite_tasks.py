@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import MetaObjective
 from learnedopt.estimators.perturbations import finite_pairs, values
@@ -39,10 +40,10 @@ def finite_values(
     if finite_pairs(found, num_pairs).any():
         return Values(found, losses, [], [])
     pieces = zip(particles.split(before, [1] * num_tasks), particles.split(after, [1] * num_tasks), strict=True)
-    own = zip(pieces, losses.split(1, dim=1), strict=True)
+    own = zip(pieces, torch.split(losses, 1, dim=1), strict=True)
     each = torch.stack([values(loop, objective, *ends, curve) for ends, curve in own])
     kept = torch.stack([finite_pairs(x, num_pairs).any() for x in each])
-    failed = (~kept).nonzero().flatten().tolist()
+    failed: list[int] = tree.numbers((~kept).nonzero().flatten())
     alive = torch.stack([_rows(x).isfinite().all(2).any(1) for x in before.params.values()]).all(0)
     newly = [i for i in failed if alive[i]]
     if not kept.any():

@@ -99,6 +99,19 @@ class ForwardMode(GradientEstimator):
         carry = loop.start(tasks)
         return carry if self.horizon is None else ForwardCarry(carry)
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: Carry | ForwardCarry) -> list[Any]:
+        """Return the carry as it starts, and begun, in windows with tangents."""
+        if not isinstance(carry, ForwardCarry):
+            return super().forms(loop, theta, carry)
+        inner, sizes = loop.begin(theta, carry.inner), _sizes(theta)
+        tangents = [x.new_empty(len(x), sum(sizes.values()), *x.shape[1:], device="meta") for x in moving(inner)]
+        params = dict(zip(inner.params, tangents, strict=False))
+        return [carry, ForwardCarry(inner, params, (*tangents[len(params) :],), sizes)]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class, ValueError where its tangents are of another theta."""
+        self._opened(theta, carry)
+
     def count_tasks(self, carry: Carry | ForwardCarry) -> int:
         """Return of how many tasks a carry is."""
         return super().count_tasks(carry.inner if isinstance(carry, ForwardCarry) else carry)
@@ -128,7 +141,8 @@ class ForwardMode(GradientEstimator):
         self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry | ForwardCarry
     ) -> Estimate:
         """Run ``num_steps`` steps from where the carry stands, tangents along."""
-        inner, before = self._opened(loop, theta, carry)
+        loop.require_theta(theta)
+        inner, before = self._opened(theta, carry)
         check_loop(loop, theta, inner, second_derivatives=self.num_steps > 0)
         check_objective(loop, theta, objective, inner, self.num_steps)
         # Where tangents have come along, theta's way through the start is open as it is from the start itself.
@@ -138,7 +152,8 @@ class ForwardMode(GradientEstimator):
         if self.num_steps > 0:
             require_forward_mode(loop, theta, inner)
         run = ForwardRun(loop, tree.detach(theta), objective, self.num_steps, self.block_size, self.horizon is not None)
-        chunks, num_tasks, done = [], tree.size(inner.params), 0
+        chunks: list[ForwardChunk] = []
+        num_tasks, done = tree.size(inner.params), 0
         for chunk in loop.split(inner):
             count = tree.size(chunk.params)
             own = None if before is None else tree.narrow(before, done, done + count)
@@ -156,9 +171,8 @@ class ForwardMode(GradientEstimator):
         onward = self._onward(loop, theta, inner, chunks)
         return Estimate(torch.stack([x.value for x in chunks]).sum(), grads, onward, info)
 
-    def _opened(self, loop: InnerLoop, theta: Theta, carry: Any) -> tuple[Carry, Tangents | None]:
+    def _opened(self, theta: Theta, carry: Any) -> tuple[Carry, Tangents | None]:
         """Return the inner loop's carry, and the tangents that have come along."""
-        loop.require_theta(theta)
         if isinstance(carry, Carry):
             return carry, None
         if not isinstance(carry, ForwardCarry):
@@ -205,7 +219,9 @@ class ForwardMode(GradientEstimator):
 
 def _gradient(theta: Theta, chunks: list[ForwardChunk], zero: list[str]) -> tuple[Theta, list[str]]:
     """Return the gradient by name, and the names of which nothing at all came."""
-    total, grads, lost, offset = torch.stack([x.gradient for x in chunks]).sum(0), {}, [], 0
+    total, offset = torch.stack([x.gradient for x in chunks]).sum(0), 0
+    grads: Theta = {}
+    lost: list[str] = []
     for i, (name, value) in enumerate(theta.items()):
         through = total[offset : offset + value.numel()].reshape(value.shape).to(value.dtype)
         direct = [x for x in (chunk.read.of_theta[i] for chunk in chunks) if x is not None]

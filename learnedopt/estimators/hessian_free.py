@@ -67,7 +67,7 @@ class HessianFree:
                 "one that theta enters, such as inner_objective=Proximal(template, 2.0), or take the rule's steps"
             )
         theta = tree.detach(theta)
-        chunks = []
+        chunks: list[Carry] = []
         for chunk in loop.split(detach(loop.begin(theta, carry))):
             start = chunk
             for _ in range(num_steps):

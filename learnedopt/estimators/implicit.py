@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Implicit(GradientEstimator):
 
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps)
-        if not isinstance(self.solver, LinearSolver):
+        if not isinstance(cast("object", self.solver), LinearSolver):
             raise TypeError(
                 f"solver={self.solver!r} is no LinearSolver; pass ConjugateGradient(10), Neumann(10) or GMRES(50)"
             )
@@ -106,7 +106,12 @@ class Implicit(GradientEstimator):
         forgotten = require_solution_moves(loop, fixed, carry, objective, stationary=stationary)
 
         num_tasks = tree.size(carry.params)
-        total, sums, reports, curves, still, read = torch.zeros(()), {}, [], [], [], set()
+        total, read = torch.zeros(()), set[str]()
+        sums: Theta = {}
+        reports: list[tuple[Tensor, Tensor, Tensor]] = []
+        curves: list[Tensor] = []
+        kinds: list[type[System]] = []
+        still: list[set[str] | None] = []
         for fresh in loop.split(carry):
             chunk = detach(loop.begin(fixed, fresh))
             weight = tree.size(chunk.params) / num_tasks
@@ -114,15 +119,16 @@ class Implicit(GradientEstimator):
             system = self._system(loop, leaves, chunk, rollout.end, stationary=stationary)
             value, grads, solution, direct = self._differentiate(loop, leaves, objective, rollout, system, fresh)
             read |= direct
+            kinds.append(type(system))
             still.append(self._vanishing(loop, system))
             for k, g in grads.items():
                 sums[k] = sums[k] + weight * g if k in sums else weight * g
             total = total + weight * value
             reports.append((solution.residual, solution.iterations, system.stationarity()))
             curves.append(weight * rollout.losses.mean(1))
-        self._refuse_vanishing(loop, still, type(system), read)
+        self._refuse_vanishing(loop, still, kinds[-1], read)
         residual, iterations, stationarity = (float(torch.cat(found).max()) for found in zip(*reports, strict=True))
-        info = {
+        info: dict[str, Any] = {
             "residual": residual,
             "iterations": int(iterations),
             "stationarity": stationarity,
@@ -174,9 +180,9 @@ class Implicit(GradientEstimator):
             end = system.end._replace(params=params)
             value, _ = call_objective(objective, loop, leaves, rollout._replace(end=end))
             wanted = [*params.values(), *leaves.values()]
-            found = [None] * len(wanted)
+            found: list[Tensor | None] = [None] * len(wanted)
             if value.requires_grad:
-                found = torch.autograd.grad(value, wanted, allow_unused=True)
+                found = [*torch.autograd.grad(value, wanted, allow_unused=True)]
         read = {k for k, g in zip(leaves, found[len(params) :], strict=True) if g is not None}
         if all(g is None for g in found[: len(params)]) and leaves.keys() - read:
             name, lost = getattr(objective, "__name__", type(objective).__name__), sorted(leaves.keys() - read)
@@ -211,7 +217,7 @@ class Implicit(GradientEstimator):
         judged = [names for names in still if names is not None]
         if len(judged) < len(still):
             return
-        everywhere = set.intersection(*judged)
+        everywhere = judged[0].intersection(*judged[1:])
         if not everywhere:
             loop.cache.put(("vanishing", system), True)
         elif everywhere - read:
@@ -254,5 +260,5 @@ def _through_start(loop: InnerLoop, leaves: Theta, fresh: Carry, cotangents: lis
     if not pairs:
         return {}
     outputs, given = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+    found: list[Tensor | None] = [*torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)]
     return {k: g for k, g in zip(leaves, found, strict=True) if g is not None}

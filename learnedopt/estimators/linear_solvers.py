@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 
 Operator = Callable[[Tensor], Tensor]
@@ -83,7 +84,7 @@ class ConjugateGradient(LinearSolver):
             ap = torch.add(operator(p), p, alpha=self.damping)
             pap = _dot(p, ap)
             if self.truncate:
-                level = active & (pap <= torch.finfo(pap.dtype).eps * p.norm(dim=1) * ap.norm(dim=1))
+                level = active & (pap <= torch.finfo(pap.dtype).eps * tree.row_lengths(p) * tree.row_lengths(ap))
                 if i == 0:
                     x, r = torch.where(level[:, None], rhs, x), torch.where(level[:, None], rhs - ap, r)
                 active, stopped = active & ~level, stopped | level
@@ -160,9 +161,10 @@ class GMRES(LinearSolver):
     def solve(self, operator: Operator, rhs: Tensor) -> Solution:
         """Build one Arnoldi basis a task, and minimise the residual over it by Givens rotations."""
         num_tasks, dim = rhs.shape
-        norm = rhs.norm(dim=1)
+        norm = tree.row_lengths(rhs)
         steps = min(self.num_iterations, dim)
-        basis, rotations = [_safe_divide(rhs, norm)], []
+        basis = [_safe_divide(rhs, norm)]
+        rotations: list[tuple[Tensor, Tensor]] = []
         triangle, target = rhs.new_zeros(num_tasks, steps, steps), rhs.new_zeros(num_tasks, steps + 1)
         target[:, 0] = norm
         residual, iterations = torch.where(norm == 0, 0.0, torch.ones_like(norm)), torch.zeros_like(norm)
@@ -191,9 +193,9 @@ def _orthogonalise(w: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
             h = _dot(q, w)
             total[:, i] += h
             w = w - h[:, None] * q
-    length = w.norm(dim=1)
+    length = tree.row_lengths(w)
     # Where the basis is complete, what is left is round-off: end it there instead of normalising noise.
-    noise = 1e2 * torch.finfo(w.dtype).eps * total.norm(dim=1)
+    noise = 1e2 * torch.finfo(w.dtype).eps * tree.row_lengths(total)
     total[:, -1] = torch.where(length <= noise, 0.0, length)
     return total, torch.where((length <= noise)[:, None], 0.0, _safe_divide(w, length))
 
@@ -218,7 +220,9 @@ def _back_substitute(triangle: Tensor, target: Tensor) -> Tensor:
     vanished = pivots <= 1e2 * torch.finfo(triangle.dtype).eps * pivots.amax(dim=1, keepdim=True)
     safe = triangle + torch.diag_embed(vanished.to(triangle.dtype))
     right = torch.where(vanished, 0.0, target)
-    return torch.linalg.solve_triangular(safe, right[:, :, None], upper=True).squeeze(-1)
+    # torch gives it no types.
+    solve = cast("Callable[..., Tensor]", torch.linalg.solve_triangular)  # pyright: ignore[reportUnknownMemberType]
+    return solve(safe, right[:, :, None], upper=True).squeeze(-1)
 
 
 def asymmetry(operator: Operator, like: Tensor) -> Tensor:
@@ -226,15 +230,17 @@ def asymmetry(operator: Operator, like: Tensor) -> Tensor:
     generator = torch.Generator(device=like.device).manual_seed(0)
     a, b = (torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device) for _ in range(2))
     ma, mb = operator(a), operator(b)
-    return (_dot(a, mb) - _dot(b, ma)).abs() / (a.norm(dim=1) * mb.norm(dim=1) + b.norm(dim=1) * ma.norm(dim=1))
+    sizes = tree.row_lengths(a) * tree.row_lengths(mb) + tree.row_lengths(b) * tree.row_lengths(ma)
+    return (_dot(a, mb) - _dot(b, ma)).abs() / sizes
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    # torch gives it no types.
+    return torch.linalg.vecdot(a, b)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _relative(residual: Tensor, rhs: Tensor) -> Tensor:
-    return _safe_scalar(residual.norm(dim=1), rhs.norm(dim=1))
+    return _safe_scalar(tree.row_lengths(residual), tree.row_lengths(rhs))
 
 
 def _safe_scalar(a: Tensor, b: Tensor) -> Tensor:

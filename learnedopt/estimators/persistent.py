@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class PersistentES(GradientEstimator):
     sigma: float
     reuse_noise: bool = False
     ranked: bool = False
+    renews_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         perturbations.require_pairs(self.num_pairs, self.sigma)
@@ -106,6 +107,17 @@ class PersistentES(GradientEstimator):
                 cohorts[i] = each.cohort
         places = shares.all_places(tree.size(tasks))
         return PersistentCarry(tuple(cohorts), seed, windows, float(self.sigma), self.reuse_noise, places)
+
+    def forms(self, loop: InnerLoop, theta: Theta, carry: PersistentCarry) -> list[Any]:
+        """Return the carry with all of its cohorts fresh, and with all of them begun."""
+        theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
+        fresh = [self._fresh(loop, theta, tasks, tree.size(each.drift), 0) for each in carry.cohorts]
+        begun = []
+        for each in fresh:
+            many = {k: x.expand(2 * tree.size(each.drift), *x.shape) for k, x in theta.items()}
+            placed = _placed(loop, perturbations.for_slots(many, tree.size(each.params)), each)
+            begun.append(each._replace(params=placed.params, state=placed.state))
+        return [carry._replace(cohorts=(*cohorts,)) for cohorts in (fresh, begun)]
 
     def count_tasks(self, carry: PersistentCarry) -> int:
         """Return of how many tasks each cohort is."""
@@ -154,7 +166,7 @@ class PersistentES(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: PersistentCarry) -> Estimate:
         """Run every particle through one window of its episode."""
-        self._require_carry(carry, theta)
+        self.require_carry(theta, carry)
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
         still = perturbations.check(loop, theta, objective, tasks, self.num_steps, self.sigma, self.horizon)
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
@@ -203,7 +215,8 @@ class PersistentES(GradientEstimator):
     ) -> list[_Moved]:  # fmt: skip
         """Run cohorts through a window, those of one size together."""
         lengths = perturbations.lengths_of(loop, theta, self.sigma)
-        befores, drifts = [], []
+        befores: list[Particles] = []
+        drifts: list[Theta] = []
         for i, cohort in zip(indices, cohorts, strict=True):
             noise = self._noise(theta, cohort, perturbations.generator(seed, 0, window, i), still)
             thetas = perturbations.for_slots(perturbations.perturbed(theta, noise, lengths), tree.size(cohort.params))
@@ -215,9 +228,9 @@ class PersistentES(GradientEstimator):
             members = [j for j, drift in enumerate(drifts) if tree.size(drift) == size]
             after, losses = particles.run(loop, particles.concatenate([befores[j] for j in members]), self.num_steps)
             slots = [len(befores[j].steps) for j in members]
-            ends = zip(particles.split(after, slots), losses.split(slots, dim=1), strict=True)
+            ends = zip(particles.split(after, slots), torch.split(losses, slots, dim=1), strict=True)
             afters.update(zip(members, ends, strict=True))
-        moved = []
+        moved: list[_Moved] = []
         for j, cohort in enumerate(cohorts):
             after, losses = afters[j]
             onward = cohort._replace(params=after.params, state=after.state, step=after.steps[0], drift=drifts[j])
@@ -245,7 +258,8 @@ class PersistentES(GradientEstimator):
             tasks = tree.tree_map(lambda x: x[list(places.positions)], tasks)
         return self._fresh(loop, theta, tasks, tree.size(cohort.drift), episode)
 
-    def _require_carry(self, carry: Any, theta: Theta) -> None:
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class, ValueError where other pairs or another theta made it."""
         if not isinstance(carry, PersistentCarry):
             raise TypeError(
                 f"PersistentES keeps its particles in a carry of its own, got a {type(carry).__name__}; begin with "
@@ -270,13 +284,14 @@ class PersistentES(GradientEstimator):
                 f"this estimator has sigma={self.sigma:g} and reuse_noise={self.reuse_noise}: what they remember would "
                 "be taken for other perturbations; go on with the estimator that it came from, or begin anew"
             )
-        drifts = {k: tuple(x.shape[1:]) for k, x in carry.cohorts[0].drift.items()}
         here = {k: tuple(x.shape) for k, x in theta.items()}
-        if drifts != here:
-            raise ValueError(
-                f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
-                "theta that it came from, or begin anew with estimator.start(...)"
-            )
+        for cohort in carry.cohorts:
+            drifts = {k: tuple(x.shape[1:]) for k, x in cohort.drift.items()}
+            if drifts != here:
+                raise ValueError(
+                    f"the carry's perturbations are of a theta of shapes {drifts}, this one has {here}; go on with the "
+                    "theta that it came from, or begin anew with estimator.start(...)"
+                )
 
 
 class _Moved(NamedTuple):

@@ -26,7 +26,7 @@ from learnedopt.execution import particles
 from learnedopt.execution.particles import Particles
 
 
-def require_pairs(num_pairs: int, sigma: float) -> None:
+def require_pairs(num_pairs: int, sigma: object) -> None:
     """Raise TypeError or ValueError unless there is a pair, and a length to perturb by."""
     require_count("num_pairs", num_pairs, least=1)
     if isinstance(sigma, bool) or not isinstance(sigma, int | float):
@@ -64,7 +64,7 @@ def draw(theta: Theta, num_pairs: int, source: torch.Generator, still: list[str]
 
     In float64 first, so that a theta in float32 is perturbed by the same ones but for rounding.
     """
-    noise = {}
+    noise: Theta = {}
     for k, x in theta.items():
         drawn = torch.randn((num_pairs, *x.shape), generator=source, dtype=torch.float64).to(x.device, x.dtype)
         noise[k] = torch.zeros_like(drawn) if k in still else drawn
@@ -99,9 +99,9 @@ def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: 
     """
     if isinstance(objective, OfLosses):
         end = particles.losses(loop, after, objective.split)
-        found = objective.of_losses(losses.flatten(1), end.flatten()).unflatten(0, end.shape)
+        found = objective.of_losses(losses.flatten(1), end.flatten()).reshape(end.shape)
         return found.double().mean(0)  # a mean in float32 would hide differences between particles in its rounding
-    found = []
+    values: list[Tensor] = []
     with torch.no_grad():
         for i in range(losses.shape[2]):
             theta = {k: x[0, i] for k, x in after.theta.items()}
@@ -112,8 +112,8 @@ def values(loop: InnerLoop, objective: MetaObjective, before: Particles, after: 
                     f"{_name(objective)} names a carry that training goes on from, but perturbed particles go on from "
                     "where they are; return the scalar alone, or use an estimator that back-propagates"
                 )
-            found.append(value)
-    return torch.stack(found)
+            values.append(value)
+    return torch.stack(values)
 
 
 def _carry(at: Particles, i: int) -> Carry:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Params, Theta
 
 ONE = TaskMap(1)
+Key = TypeVar("Key")
 
 
 def is_stationary_point(loop: InnerLoop, theta: Theta, begun: Carry) -> bool:
@@ -178,7 +180,7 @@ def does_not_move(names: Sequence[str], why: str) -> str:
     )
 
 
-def random_like(tensors: dict, seed: int) -> dict:
+def random_like(tensors: Mapping[Key, Tensor], seed: int) -> dict[Key, Tensor]:
     """Return standard normal tensors of the same shapes, dtypes and devices."""
     generator = torch.Generator().manual_seed(0x7E57 * 0x10001 + seed)  # not a seed that tasks are drawn with
     return {k: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for k, x in tensors.items()}

@@ -60,10 +60,16 @@ class OptimalitySystem(System):
     """``grad(inner objective) = 0``: the operator is the Hessian, symmetric."""
 
     symmetric = True
+    theta: Theta
+    params: list[Tensor]
+    grads: list[Tensor]
+    term_grads: list[Tensor]
+    scale: Tensor
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record the gradient's graph; without a penalty, measure the gradient at the start for scale."""
-        self.end, self.theta = end, theta
+        self.end = end
+        self.theta = theta
         self.params, found = _gradient(loop, theta, start, end)
         self.grads = list(found.grads.values())
         if found.penalty is None:
@@ -107,8 +113,9 @@ class PublishedSystem(OptimalitySystem):
         ValueError: the penalty is not ``lambda/2 |params - start|^2`` with one lambda for all coordinates.
     """
 
-    damping = 1.0
-    offset = 10.0
+    damping: float = 1.0
+    offset: float = 10.0
+    strength: Tensor
 
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record the gradient's graph, and read lambda off the penalty."""
@@ -140,14 +147,26 @@ class StepMapSystem(System):
     is the start itself, and its cotangent goes to whatever the start depends on.
     """
 
+    loop: InnerLoop
+    theta: Theta
+    start: Carry
+    num_params: int
+    z: list[Tensor]
+    image: list[Tensor]
+    first_step: Tensor
+    last_step: Tensor
+    free: Tensor
+    all_free: bool
+
     def __init__(self, loop: InnerLoop, theta: Theta, start: Carry, end: Carry) -> None:
         """Record one step's graph at the end, and measure the first step for scale."""
-        self.loop, self.theta, self.start, self.end = loop, theta, start, end
+        self.loop, self.theta, self.start = loop, theta, start
+        self.end = end
         self.num_params = len(end.params)
         self.z, self.image = _step(loop, theta, start, end)
         z, image = _step(loop, theta, start, start)
-        self.first_step = (tree.ravel(image) - tree.ravel(z)).detach().norm(dim=1)
-        self.last_step = (tree.ravel(self.image) - tree.ravel(self.z)).detach().norm(dim=1)
+        self.first_step = tree.row_lengths((tree.ravel(image) - tree.ravel(z)).detach())
+        self.last_step = tree.row_lengths((tree.ravel(self.image) - tree.ravel(self.z)).detach())
         params = zip(start.params.values(), end.params.values(), self.image, strict=False)
         moved = [(first != last) | (image != last) for first, last, image in params]
         whole = [torch.ones_like(x, dtype=torch.bool) for x in self.z[self.num_params :]]
@@ -223,10 +242,10 @@ class StepMapSystem(System):
             return []  # theta may move the solution in other tasks, where this coordinate is free
         near_start = self.loop.run(tree.detach(self.theta), self.start, 1, Tape.NONE).end
         begun, reference = _step(self.loop, self.theta, self.start, near_start)
-        length = (tree.ravel(reference) - tree.ravel(begun)).detach().norm()
-        if not length > self._round_off().norm():
+        length = tree.length((tree.ravel(reference) - tree.ravel(begun)).detach())
+        if not length > tree.length(self._round_off()):
             return []  # one step solves the problem: there is no step to compare with
-        ratio = (self.last_step + self._round_off()).norm() / length
+        ratio = tree.length(self.last_step + self._round_off()) / length
         near, here = self._effects(reference), self._effects(self.image)
         return sorted(k for k in self.theta if bool((here[k] <= 5 * ratio * near[k]) & (near[k] > 0)))
 
@@ -245,7 +264,7 @@ class StepMapSystem(System):
 
     def _round_off(self) -> Tensor:
         """Return the length (num_tasks,) below which a step is not seen."""
-        return torch.finfo(self.last_step.dtype).eps * tree.ravel(self.z).detach().norm(dim=1)
+        return torch.finfo(self.last_step.dtype).eps * tree.row_lengths(tree.ravel(self.z).detach())
 
 
 def _last_batch(loop: InnerLoop, start: Carry, end: Carry) -> tree.Tree:
@@ -269,7 +288,7 @@ def _gradient(
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return each task's norm (num_tasks,)."""
-    return tree.ravel(tensors).detach().norm(dim=1)
+    return tree.row_lengths(tree.ravel(tensors).detach())
 
 
 def _step(loop: InnerLoop, theta: Theta, start: Carry, at: Carry) -> tuple[list[Tensor], list[Tensor]]:

@@ -159,6 +159,18 @@ class TaskByTask(GradientEstimator):
         self._require_members(loop)
         return TaskByTaskCarry(tree.detach(tasks), perturbations.draw_seed(generator), all_places(tree.size(tasks)))
 
+    def forms(self, loop: InnerLoop, theta: Theta, carry: TaskByTaskCarry) -> list[Any]:
+        """Return the carry as it starts: it is never anything else."""
+        return [carry]
+
+    def require_carry(self, theta: Theta, carry: Any) -> None:
+        """Raise TypeError where a carry is of another class."""
+        if not isinstance(carry, TaskByTaskCarry):
+            raise TypeError(
+                f"TaskByTask keeps tasks and a seed in a carry of its own, got a {type(carry).__name__}; begin with "
+                "estimator.start(loop, theta, tasks, generator)"
+            )
+
     def count_tasks(self, carry: TaskByTaskCarry) -> int:
         """Return how many tasks there are."""
         return tree.size(carry.tasks)
@@ -177,10 +189,12 @@ class TaskByTask(GradientEstimator):
     @outside_inference_mode
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: TaskByTaskCarry) -> Estimate:
         """Take each task's estimate, and the mean of those that serve."""
-        _require_carry(carry)
+        self.require_carry(theta, carry)
         self._require_members(loop)
         scale = loop.theta_scale(theta)
-        kept, failed, counts = [], [], {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
+        kept: list[_Found] = []
+        failed: list[int] = []
+        counts = {"dropped": 0, "clipped": 0, "instead": 0, "inner_steps": 0}
         for task in self._tasks(loop, carry):
             found = self._one(task, theta, objective, scale, carry.seed, counts)
             if not found.finite:
@@ -193,7 +207,7 @@ class TaskByTask(GradientEstimator):
             grads = clip(found.estimate.grads, found.norm, self.max_task_grad_norm)
             kept.append(found._replace(estimate=found.estimate._replace(grads=grads)))
         found = _mean(kept, theta, counts)
-        told = {"num_tasks": len(kept)} if counts["dropped"] else {}
+        told: dict[str, Any] = {"num_tasks": len(kept)} if counts["dropped"] else {}
         told |= {"failed_tasks": len(failed), "failed": failed} if failed else {}
         return found._replace(info=found.info | told)
 
@@ -203,7 +217,8 @@ class TaskByTask(GradientEstimator):
 
     def _tasks(self, loop: InnerLoop, carry: TaskByTaskCarry) -> list[_Task]:
         """Return the tasks one by one, in the order of the batch."""
-        found, places = [], _places(carry)
+        found: list[_Task] = []
+        places = _places(carry)
         drawn = self._drawn(carry.seed, places.num_tasks)
         for part in parts_of(loop, carry.tasks):
             for i, place in enumerate(part.positions):
@@ -222,7 +237,7 @@ class TaskByTask(GradientEstimator):
             return None
         weights = torch.tensor([weight for _, weight in self.horizons], dtype=torch.float64)
         picks = torch.multinomial(weights, num_tasks, replacement=True, generator=perturbations.generator(seed))
-        return [self.horizons[i][0] for i in picks.tolist()]
+        return [self.horizons[i][0] for i in tree.numbers(picks)]
 
     def _one(
         self, task: _Task, theta: Theta, objective: MetaObjective, scale: Theta, seed: int, counts: dict[str, int]
@@ -273,7 +288,8 @@ def _mean(kept: list[_Found], theta: Theta, counts: dict[str, int]) -> Estimate:
     curves = [each.info["losses"] for each in estimates if "losses" in each.info]
     if len(curves) == len(kept) and len({len(curve) for curve in curves}) == 1:
         info["losses"] = _average([curve.to(curves[0]) for curve in curves])
-    zero = set.intersection(*({*each.info.get("zero_gradient", [])} for each in estimates))
+    first, *rest = (set[str](each.info.get("zero_gradient", [])) for each in estimates)
+    zero = first.intersection(*rest)
     if zero:
         info["zero_gradient"] = sorted(zero)
     seconds = sum(each.info.get("compile_seconds", 0.0) for each in estimates)
@@ -295,11 +311,3 @@ def _require_positive(name: str, value: Any) -> None:
 
 def _places(carry: TaskByTaskCarry) -> Places:
     return carry.places or all_places(tree.size(carry.tasks))
-
-
-def _require_carry(carry: Any) -> None:
-    if not isinstance(carry, TaskByTaskCarry):
-        raise TypeError(
-            f"TaskByTask keeps tasks and a seed in a carry of its own, got a {type(carry).__name__}; begin with "
-            "estimator.start(loop, theta, tasks, generator)"
-        )

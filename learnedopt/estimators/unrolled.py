@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from learnedopt.core import carry as carries
 from learnedopt.core import tree
@@ -52,7 +54,11 @@ def back_propagate(
     )
     leaves = as_leaves(theta)
     num_tasks = tree.size(carry.params)
-    values, sums, ends, curves, named = [], {}, [], [], False
+    values: list[Tensor] = []
+    curves: list[Tensor] = []
+    ends: list[Carry] = []
+    sums: Theta = {}
+    named = False
     for chunk in loop.split(carry):
         weight = tree.size(chunk.params) / num_tasks
         found = adjoint.differentiate(loop, leaves, objective, chunk, weight)
@@ -126,7 +132,7 @@ class Unrolled(GradientEstimator):
     @property
     def recording(self) -> Recording:
         """All steps, or a segment of them at a time."""
-        return Recording(self.num_steps, self.tape, lambda n: Unrolled(n, self.tape), self.segment)
+        return Recording(self.num_steps, self.tape, partial(Unrolled, tape=self.tape), self.segment)
 
     @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:
@@ -174,7 +180,7 @@ class Truncated(GradientEstimator):
     @property
     def recording(self) -> Recording:
         """One window."""
-        return Recording(self.num_steps, self.tape, lambda n: Unrolled(n, self.tape), goes_on=True)
+        return Recording(self.num_steps, self.tape, partial(Unrolled, tape=self.tape), goes_on=True)
 
     @recording_gradients
     def estimate(self, loop: InnerLoop, theta: Theta, objective: MetaObjective, carry: Carry) -> Estimate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from learnedopt.core.containers import is_list_or_tuple
 from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.unrolled import TruncatedBackprop, Unrolled
@@ -51,6 +52,6 @@ def pairs_of(horizons: Any) -> tuple[tuple[int, float], ...]:
     """
     if horizons is None:
         return ()
-    if not horizons or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in horizons):
+    if not horizons or not all(is_list_or_tuple(pair) and len(pair) == 2 for pair in horizons):
         raise ValueError(f"horizons={horizons!r} must be pairs of steps and weight, such as ((50, 0.5), (100, 0.5))")
     return tuple((steps, weight) for steps, weight in horizons)

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from learnedopt.evaluation.plots import (
+from learnedopt.evaluation.style import (
+    add_axes,
+    draw_band,
     draw_lines,
-    drawable,
     floats,
-    plain_axes,
+    legend_beside,
+    new_figure,
     require_lines,
     scale_axis,
     whole_ticks,
@@ -24,8 +26,9 @@ _LONGER = 3  # times the shortest curve, from which on steps are drawn by logari
 
 
 def plot_adaptation(
-    path: str | Path, curves: Mapping[str, Curve], *, ylabel: str, logy: bool = False, title: str = ""
-) -> Path:
+    path: str | Path, curves: Mapping[str, Curve], *, ylabel: str, shaded: str = "95 % interval", logy: bool = False,
+    title: str = "",
+) -> Path:  # fmt: skip
     """Draw what methods reach after each number of adaptation steps, with bands, and return the path written.
 
     Where the first step does most, as from chance to 95 %, a second panel shows the steps from 1 on, on an axis of
@@ -35,28 +38,26 @@ def plot_adaptation(
         path: of the PNG file.
         curves: label -> the numbers of steps, and for each of them (value, low, high).
         ylabel: what the values are.
+        shaded: what the bands are, for the legend.
         logy: logarithmic y-axis; a band ends where it is not positive.
         title: of the figure.
 
     Raises:
         ValueError: there is nothing finite to draw.
     """
-    from matplotlib.figure import Figure
-
     later = {label: _from_first(curve) for label, curve in curves.items()}
     zoomed = _span(later, logy) < _SQUEEZED * _span(curves, logy) and all(steps for steps, _ in later.values())
-    figure = Figure(figsize=(10 if zoomed else 8, 4.5), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(10 if zoomed else 8, 4.5, title)
     grid = figure.add_gridspec(1, 2 if zoomed else 1, width_ratios=(1, 2) if zoomed else None)
-    axes = figure.add_subplot(grid[0], xlabel="adaptation steps", ylabel=ylabel)
+    axes = add_axes(figure, grid[0], xlabel="adaptation steps", ylabel=ylabel)
     _draw(axes, curves, logy, logx=False)
     if zoomed:
         axes.set_title("all", fontsize=9)
-        axes = figure.add_subplot(grid[1], xlabel="adaptation steps", title="from the first step on")
+        axes = add_axes(figure, grid[1], xlabel="adaptation steps", title="from the first step on")
         axes.title.set_fontsize(9)
         ends = [steps[-1] for steps, _ in later.values()]
         _draw(axes, later, logy, logx=max(ends) >= _LONGER * min(ends))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.5)
+    legend_beside(axes, shaded)
     require_lines(path, figure.axes[0])
     return write_figure(figure, path)
 
@@ -75,14 +76,10 @@ def _span(curves: Mapping[str, Curve], logy: bool) -> float:
 
 
 def _draw(axes: Any, curves: Mapping[str, Curve], logy: bool, logx: bool) -> None:
-    plain_axes(axes)
     lines = {label: (floats(steps), [value for value, _, _ in points]) for label, (steps, points) in curves.items()}
     draw_lines(axes, lines, (), logx, logy, legend=False)
-    for line, (steps, points) in zip(axes.get_lines(), curves.values(), strict=True):
-        low, high = (drawable(floats(steps), [point[i] for point in points], logx, logy)[1] for i in (1, 2))
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        if len(steps) == 1:  # a band of no width
-            axes.vlines(steps, low, high, color=line.get_color(), linewidth=1.2)
+    for line, (_, points) in zip(axes.get_lines(), curves.values(), strict=True):
+        draw_band(axes, line, *([point[i] for point in points] for i in (1, 2)))
     if logx:
         scale_axis(axes, "x")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -171,11 +172,20 @@ class Comparison:
         paths = {suffix: Path(folder) / f"evaluation.{suffix}" for suffix in ("json", "md", "png")}
         write_json(paths["json"], self.describe())
         write_text(paths["md"], self.markdown())
-        curves = {label: outcome.curve for label, outcome in self.outcomes.items()}
-        bands = {k: (o.interval[0], o.interval[1]) for k, o in self.outcomes.items() if o.interval is not None}
-        title = f"Training loss before each update, mean over {self.settings['num_tasks']} tasks and its 95 % interval"
-        plot_curves(paths["png"], curves, emphasis=self.candidates, title=title, bands=bands)
+        self.draw(paths["png"])
         return paths
+
+    def draw(
+        self, path: str | Path, title: str = "Training loss before each update", leave: Collection[str] = ()
+    ) -> Path:
+        """Draw the loss curves of all optimizers but those in ``leave``, with bands, and return the path."""
+        kept = {label: outcome for label, outcome in self.outcomes.items() if label not in leave}
+        curves = {label: outcome.curve for label, outcome in kept.items()}
+        bands = {k: (o.interval[0], o.interval[1]) for k, o in kept.items() if o.interval is not None}
+        emphasis = [label for label in self.candidates if label in kept]
+        title = f"{title}, mean over {self.settings['num_tasks']:,} tasks"
+        shaded = "95 % interval of the mean"
+        return plot_curves(path, curves, emphasis=emphasis, title=title, bands=bands, shaded=shaded)
 
 
 def align(rows: list[list[str]]) -> str:

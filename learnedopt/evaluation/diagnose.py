@@ -31,8 +31,8 @@ from learnedopt.evaluation.diagnose_plans import Facts, Tried, spelled, suggeste
 from learnedopt.evaluation.diagnose_report import Diagnosis, Row, recommend
 from learnedopt.execution.memory import peak_of
 
-REFUSALS = (ValueError, TypeError, NotImplementedError)
-"""What an estimator raises for a loop or an objective that it cannot work with."""
+REFUSALS = (ValueError, NotImplementedError)
+"""What an estimator raises for a loop or an objective that it cannot work with; a TypeError is a mistake in either."""
 
 
 def diagnose(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learnedopt.evaluation.plots import COLOURS, EMPHASIS, plain_axes, scale_axis, write_figure
+from learnedopt.evaluation.style import COLOURS, EMPHASIS, add_axes, new_figure, scale_axis, write_figure
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.diagnose_report import Diagnosis, Row
@@ -23,21 +23,17 @@ def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     Raises:
         ValueError: no estimator has numbers.
     """
-    from matplotlib.figure import Figure
-
     rows = sorted((row for row in found.rows if row.accuracy is not None), key=_error, reverse=True)
     if not rows:
         raise ValueError(f"{path}: nothing to draw, no estimator has enough finite estimates of a known gradient")
-    figure = Figure(figsize=(11, 1.5 + 0.3 * len(rows)), layout="constrained")
+    figure = new_figure(11, 1.5 + 0.3 * len(rows))
     grid = figure.add_gridspec(1, 4, width_ratios=(2.2, 1.2, 1, 1))
-    first = figure.add_subplot(grid[0])
-    panels = [first, *(figure.add_subplot(grid[i], sharey=first) for i in (1, 2, 3))]
+    first = add_axes(figure, grid[0])
+    panels = [first, *(add_axes(figure, grid[i], sharey=first) for i in (1, 2, 3))]
     unit = "the true gradient's length" if found.truth.known else "a batch's median length"
-    names = (f"error, of {unit}", "cosine of one estimate", "seconds an episode", "peak MB")
+    names = (f"error, of {unit}", "cosine of one estimate:\nmedian and quartiles", "seconds an episode", "peak MB")
     colours = [EMPHASIS if row.label == found.recommendation.chosen else "#999999" for row in rows]
     for axes, name in zip(panels, names, strict=True):
-        plain_axes(axes)
-        axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.tick_params(labelleft=axes is first, axis="y", length=0)
     _draw_errors(first, rows, colours)
@@ -49,8 +45,9 @@ def plot_diagnosis(path: str | Path, found: Diagnosis) -> Path:
     first.set_yticks(places, [row.label for row in rows], fontsize=8)
     for tick, row in zip(first.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.label == found.recommendation.chosen else "normal")
+    first.set_ylim(-0.6, len(rows) - 0.4)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return write_figure(figure, path, dpi=110)
+    return write_figure(figure, path)
 
 
 def _draw_errors(axes: Any, rows: list[Row], colours: list[str]) -> None:

@@ -18,6 +18,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
+from learnedopt.core.pace import Pace
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -203,15 +204,18 @@ def compare(
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
     for candidate in candidates.values():  # one that does not fit is refused before anything is run
         measure(candidate, family, tree.narrow(fresh, 0, 1), 0, execution)
-    outcomes = {}
+    outcomes, sizes = {}, {label: _runs_of(baseline, num_tuning_tasks) for label, baseline in baselines.items()}
+    pace = Pace(len(candidates) + sum(sizes.values()), report)
     for label, candidate in candidates.items():
         report(f"Running {label} on {num_tasks} tasks")
+        pace.begin(1)
         outcomes[label] = measure(candidate, family, fresh, num_steps, execution)
     others_family = tuning_family or family
     others = sample_tasks(others_family, num_tuning_tasks, "tuning", seed)
     for label, baseline in baselines.items():
-        report(f"Tuning {label} on {num_tuning_tasks} other tasks")
-        tuning, tuned = _tune(label, baseline, others_family, others, num_steps, tune_for, execution)
+        pace.begin(sizes[label])
+        report(f"Tuning {label} on {num_tuning_tasks} other tasks ({pace.words()})")
+        tuning, tuned = _tune(label, baseline, others_family, others, num_steps, tune_for, execution, pace)
         report(f"Running {label} at learning rate {tuning.rate:.3g} on {num_tasks} tasks")
         outcome = measure(tuned, family, fresh, num_steps, execution)
         outcomes[label] = replace(outcome, tuning=tuning)
@@ -248,17 +252,20 @@ def _fitting_execution(family: TaskFamily, tasks: Tasks) -> Execution:
 
 def _tune(
     label: str, baseline: Baseline | Grid, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure,
-    execution: Execution,
+    execution: Execution, pace: Pace,
 ) -> tuple[Tuning, Candidate]:  # fmt: skip
     """Return what was found, and the rule with its theta; warn where a better rate may lie beyond."""
+    ran = partial(pace.ran, f"Tuning {label}")
 
     def score(rate: float) -> float:
         assert isinstance(baseline, Baseline)
-        return float(measure(baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
+        found = float(measure(baseline.make(rate), family, tasks, num_steps, execution).values[by].mean())
+        ran()
+        return found
 
     try:
         if isinstance(baseline, Grid):
-            tuning, tuned = _tune_grid(baseline, family, tasks, num_steps, by, execution)
+            tuning, tuned = _tune_grid(baseline, family, tasks, num_steps, by, execution, ran)
         else:
             tuning = tune(score, baseline.rates)
             tuned = baseline.make(tuning.rate)
@@ -274,19 +281,30 @@ def _tune(
 
 
 def _tune_grid(
-    grid: Grid, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution
-) -> tuple[Tuning, Candidate]:
+    grid: Grid, family: TaskFamily, tasks: Tasks, num_steps: int, by: Measure, execution: Execution,
+    ran: Callable[[float], None],
+) -> tuple[Tuning, Candidate]:  # fmt: skip
     rule = grid.make(num_steps)
 
     def score(points: Sequence[Point], few: bool) -> list[float]:
         thetas = lanes.points(rule, [grid.values(point) for point in points])
         some = tree.narrow(tasks, 0, min(FEW, tree.size(tasks))) if few else tasks
-        return _measured(*lanes.train(rule, thetas, family, some, num_steps, execution))[by].mean(0).tolist()
+        found = _measured(*lanes.train(rule, thetas, family, some, num_steps, execution))[by].mean(0).tolist()
+        ran(len(points) * tree.size(some) / tree.size(tasks))
+        return found
 
     found = search(score, grid)
     scores = {point.rate: value for point, value in found.scores.items() if point.choice == found.best.choice}
     (theta,) = lanes.points(rule, [grid.values(found.best)])
     return Tuning(found.best.rate, scores, dict(grid.choices[found.best.choice])), (rule, theta)
+
+
+def _runs_of(baseline: Baseline | Grid, num_tasks: int) -> float:
+    """Return about how many runs on all tuning tasks it takes to tune a baseline, the one that is reported included."""
+    if isinstance(baseline, Baseline):
+        return len(baseline.rates) + 2 * _REFINEMENTS + 1
+    screened = len(baseline.rates) * len(baseline.choices) * min(FEW, num_tasks) / num_tasks
+    return screened + 16  # about as many around the best few
 
 
 def _differences(outcomes: Mapping[str, Outcome]) -> list[Difference]:

@@ -192,7 +192,7 @@ class FewShot:
             for label, adaptation in self.adaptations.items()
         }
         logy = name == LOSS and all(mean > 0 for _, points in curves.values() for mean, _, _ in points)
-        return plot_adaptation(path, curves, ylabel=f"{name}, mean and 95 % interval", logy=logy, title=title)
+        return plot_adaptation(path, curves, ylabel=f"{name}, mean over tasks", logy=logy, title=title)
 
     def _names(self) -> list[str]:
         names = [*next(iter(self.adaptations.values())).values]

@@ -51,9 +51,11 @@ class RecordedTasks(TaskMean):
     """
 
     def __init__(self, objective: TaskMean) -> None:
-        self.objective, self._met = objective, list[tuple[Theta, Tasks]]()
-        self.end_only, self.reads_theta = objective.end_only, objective.reads_theta
-        self.holds_fixed = objective.holds_fixed
+        self.objective = objective
+        self._met = list[tuple[Theta, Tasks]]()
+        self.end_only: bool = objective.end_only
+        self.reads_theta: tuple[str, ...] = objective.reads_theta
+        self.holds_fixed: bool = objective.holds_fixed
 
     def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor | tuple[Tensor, Carry]:
         """Return what the objective does."""

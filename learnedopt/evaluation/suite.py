@@ -21,6 +21,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json
 from learnedopt.core.inner_objective import TaskLoss
+from learnedopt.core.pace import duration
 from learnedopt.core.sealed import read_record, write_record
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation import lanes
@@ -93,14 +94,17 @@ def run_suite(
         raise ValueError(f"graphs={graphs!r} is none of {', '.join(get_args(Graphs))}")
     if twice := candidates.keys() & baselines.keys():
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
+    num_each = len(candidates) + len(baselines)
+    left, begun, num_done = len(nets) * num_each, time.perf_counter(), 0
     for net in nets:
         missing = []
         for label, what in (*candidates.items(), *baselines.items()):
             path, about = result_path(folder, net, label), _about(net, what, protocol)
             if not _is_done(path, about):
                 missing.append((label, what, path, about))
+        left -= num_each - len(missing)
         if not missing:
-            report(f"{net.name}: all {len(candidates) + len(baselines)} results are there")
+            report(f"{net.name}: all {num_each} results are there")
             continue
         at = _NetRun(net, protocol, execution, graphs)
         for label, what, path, about in missing:
@@ -109,7 +113,12 @@ def run_suite(
             seconds = time.perf_counter() - began
             result = {"net": net.name, "optimizer": label, "about": about, **found, "seconds": round(seconds, 2)}
             write_record(path, plain_json({**result, "made_with": _machine(execution)}))
-            report(f"{net.name}: {label} {_mean(found['last_twenty']):.4g} in {seconds:.1f} s{_tuned(found)}")
+            left, num_done = left - 1, num_done + 1
+            ahead = duration(left * (time.perf_counter() - begun) / num_done)  # as if those ahead were like these
+            report(
+                f"{net.name}: {label} {_mean(found['last_twenty']):.4g} in {seconds:.1f} s{_tuned(found)}; "
+                f"{left} to do, about {ahead}"
+            )
 
 
 def result_path(folder: str | Path, net: Net, label: str) -> Path:

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learnedopt.evaluation.plots import COLOURS, DASHES, EMPHASIS, mark_end, plain_axes, scale_axis, write_figure
+from learnedopt.evaluation.style import (
+    COLOURS,
+    add_axes,
+    draw_band,
+    legend_below,
+    look,
+    mark_end,
+    new_figure,
+    scale_axis,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.suite_table import Suite
@@ -26,11 +36,10 @@ def plot_matrix(path: str | Path, suite: Suite) -> Path:
     that was not run.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     labels, nets = [*suite.candidates, *suite.baselines], [*suite.results]
     table = [[_over_best(suite, net, label) for net in nets] for label in labels]
-    figure = Figure(figsize=(2.5 + 0.62 * len(nets), 2.4 + 0.3 * len(labels)), layout="constrained")
+    figure = new_figure(2.5 + 0.62 * len(nets), 2.4 + 0.3 * len(labels))
     axes = figure.add_subplot()
     shown = [[value if value is not None and math.isfinite(value) else math.nan for value in row] for row in table]
     image = axes.imshow(shown, cmap="cividis", norm=LogNorm(1 / _FACTOR, _FACTOR), aspect="auto")
@@ -57,24 +66,19 @@ def plot_suite_curves(path: str | Path, suite: Suite) -> Path:
 
     A line that ends with a cross diverged there: over three times the first loss, or not finite.
     """
-    from matplotlib.figure import Figure
-
     num_rows = -(-len(suite.results) // _COLUMNS)
-    figure = Figure(figsize=(4.3 * _COLUMNS, 2.9 * num_rows + 0.6), layout="constrained")
+    figure = new_figure(4.3 * _COLUMNS, 2.9 * num_rows + 0.6)
     handles: dict[str, Any] = {}
     for i, (net, by) in enumerate(suite.results.items(), start=1):
-        axes = figure.add_subplot(num_rows, _COLUMNS, i, xlabel="step", ylabel="train loss")
+        axes = add_axes(figure, (num_rows, _COLUMNS, i), xlabel="step", ylabel="train loss")
         axes.set_title(net, fontsize=9)
-        plain_axes(axes)
         for label in _drawn(suite):
             if label in by:
                 handles[label] = _draw(axes, suite, net, label)
         for name in ("x", "y"):
             scale_axis(axes, name)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, handlelength=3.5
-    )
-    return write_figure(figure, path)
+    legend_below(figure, handles, shaded="lowest to highest seed")
+    return write_figure(figure, path, dpi=72)  # many panels: at more, the file is large
 
 
 def _drawn(suite: Suite) -> Sequence[str]:
@@ -87,17 +91,15 @@ def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
 
     steps, values = thinned(suite.results[net][label].losses)
     values = values.masked_fill(~(values <= _CEILING * values[0].max()), math.nan)
-    index = suite.candidates.index(label) if label in suite.candidates else _drawn(suite).index(label)
-    first = index == 0 and label in suite.candidates
-    colour = EMPHASIS if first else COLOURS[index % len(COLOURS)]
-    strong = label in suite.candidates
-    (line,) = axes.plot(
-        steps, values.mean(1).tolist(), color=colour, linewidth=2.4 if strong else 1.4, label=label,
-        dashes=DASHES[(index if strong else index + 1) % len(DASHES)],
-    )  # fmt: skip
+    index, strong = _drawn(suite).index(label), label in suite.candidates
+    front = label in suite.candidates[:1]
+    shape = look(index, front) | {
+        "linewidth": 2.4 if strong else 1.4,
+        "dashes": () if front else look(index + 1)["dashes"],
+    }
+    (line,) = axes.plot(steps, values.mean(1).tolist(), label=label, **shape)
     mark_end(axes, line)
-    low, high = values.amin(1).tolist(), values.amax(1).tolist()
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    draw_band(axes, line, values.amin(1).tolist(), values.amax(1).tolist())
     return line
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learnedopt.evaluation.plots import (
+from learnedopt.evaluation.style import (
     COLOURS,
+    add_axes,
     draw_lines,
     drawable,
-    plain_axes,
+    new_figure,
     require_lines,
     whole_ticks,
     write_figure,
@@ -54,25 +55,23 @@ def plot_training(
         title: of the figure.
 
     Raises:
-        ValueError: there is nothing finite to draw.
+        ValueError: there is nothing finite to draw, or one of both is no number.
     """
-    from matplotlib.figure import Figure
-
     rows = [*rows]
     losses, validation = points(rows, "meta_loss"), points(rows, "validation")
     panels = [found for found in (validation, losses) if found[0]] or [losses]
-    figure = Figure(figsize=(8, 2.6 * len(panels) + 0.6), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(8, 2.6 * len(panels) + 0.6, title)
     shared: Any = None
     for i, found in enumerate(panels, start=1):
-        axes = shared = figure.add_subplot(len(panels), 1, i, sharex=shared)
-        plain_axes(axes)
+        axes = shared = add_axes(figure, (len(panels), 1, i), sharex=shared)
         logy = all(v > 0 for v in found[1] if math.isfinite(v))
         if found is losses:
             axes.set(xlabel="meta-step", ylabel=f"meta-loss,\n{what_is_a_step(windows)}")
             x, y = drawable(*losses, False, logy)
-            axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, marker="." if len(x) == 1 else None)
+            dot = "." if len(x) == 1 else None
+            axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.35, marker=dot, label="each meta-step")
             draw_lines(axes, {"running mean": running_mean(*losses, windows)}, (), False, logy, legend=False)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=2, fontsize="small")
         else:
             axes.set(ylabel="validation loss,\nwhole episodes")
             draw_lines(axes, {"validation": validation}, ("validation",), False, logy, legend=False)
@@ -89,9 +88,23 @@ def what_is_a_step(windows: int | None) -> str:
 
 
 def points(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps of the rows that have this metric, and its values."""
-    found = [(float(row["step"]), float(row[name])) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    """Return the steps of the rows that have this metric, and its values.
+
+    Raises:
+        ValueError: one of them, whose step is named, is no number.
+    """
+    steps, values = [], []
+    for row in rows:
+        if name in row:
+            try:
+                steps.append(float(row["step"]))
+                values.append(float(row[name]))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"at the step {row['step']!r:.40} the metric {name} is {row[name]!r:.40}, which is no number; mend "
+                    "that line of the record (metrics.jsonl), or delete it"
+                ) from error
+    return steps, values
 
 
 def running_mean(x: Sequence[float], y: Sequence[float], windows: int | None) -> tuple[list[float], list[float]]:

@@ -159,10 +159,12 @@ class WindowState:
     """How a rule's state is held during a window: flat, and of all tasks as one where no part of it is a task's own."""
 
     def __init__(self, like: State, axes: Axes, begun: Carry) -> None:
-        self.like, self.axes, self.begun = like, axes, begun
-        self.num_tasks = tree.size(begun.params)
-        self.joined = None not in axes
-        self.task_map = TaskMap(1 if self.joined else self.num_tasks)
+        self.like = like
+        self.axes = axes
+        self.begun = begun
+        self.num_tasks: int = tree.size(begun.params)
+        self.joined: bool = None not in axes
+        self.task_map: TaskMap = TaskMap(1 if self.joined else self.num_tasks)
 
     def enter(self, state: State) -> State:
         """Return a batched state as it is held."""

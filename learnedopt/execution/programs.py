@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from learnedopt.core import tree
 from learnedopt.core.inner import InnerLoop
+from learnedopt.execution import compile_times
 from learnedopt.execution.compiler_cache import keep_compiler_cache_private
 
 logger = logging.getLogger("learnedopt")
@@ -33,10 +34,13 @@ def inspected(tensors: tree.Tree) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 
 def build_once(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
-    """Return the program, or None and a warning where it cannot be built."""
+    """Return the program, or None and a warning where it cannot be built; say before about how long that takes."""
     began = time.perf_counter()
     try:
+        kind = compile_times.kind_of(loop, name)
+        compile_times.logger.info("Compiling %s, %s.", name, compile_times.expected(kind))
         program = build()
+        compile_times.remember(kind, time.perf_counter() - began)
     except Exception as error:  # a compiler may fail in any way; what is wrong with the run itself, eager has raised
         logger.debug("compiling failed", exc_info=True)
         lines = str(error).strip().splitlines()
@@ -46,7 +50,7 @@ def build_once(loop: InnerLoop, name: str, build: Callable[[], Any]) -> Any:
     seconds = time.perf_counter() - began
     loop.cache.put("compile seconds", loop.cache.pop("compile seconds", 0.0) + seconds)
     if program is not None:
-        logger.info("compiled %s in %.1f s", name, seconds)
+        compile_times.logger.info("Compiled %s in %.1f s.", name, seconds)
     return program
 
 

@@ -74,7 +74,8 @@ class DualAveraging(torch.optim.Optimizer):
         form: Form = "euclidean",
         averaged: bool = True,
     ) -> None:
-        self.weights, self.hint = resolve(weights), _resolve_hint(hint)
+        self.weights: Weights = resolve(weights)
+        self.hint: Hint | None = _resolve_hint(hint)
         if form not in get_args(Form):
             raise ValueError(f"DualAveraging: form={form!r} is none of {', '.join(get_args(Form))}")
         super().__init__(params, {"lr": lr, "form": form, "averaged": averaged})

@@ -38,11 +38,20 @@ def make(name: str, **options: Any) -> Callable[[list[Tensor]], torch.optim.Opti
     Raises:
         ValueError: the name or an option is unknown.
     """
-    if name not in _TABLE:
-        raise ValueError(f"there is no meta-optimizer {name!r}{nearest(name, _TABLE)} (known: {', '.join(_TABLE)})")
-    module, _, attribute = _TABLE[name].partition(":")
-    kind = getattr(importlib.import_module(module), attribute)
+    kind = factory(name)
     known = [key for key in inspect.signature(kind).parameters if key != "params"]
     for key in options.keys() - set(known):
         raise ValueError(f"the meta-optimizer {name!r} has no option {key!r}{nearest(key, known)}")
     return functools.partial(kind, **options)
+
+
+def factory(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the class of that name.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in _TABLE:
+        raise ValueError(f"there is no meta-optimizer {name!r}{nearest(name, _TABLE)} (known: {', '.join(_TABLE)})")
+    module, _, attribute = _TABLE[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -47,7 +47,8 @@ class LeaderAndRadius(TaskMean):
     radius: str = "*radius"
     divergence: Matching = field(default_factory=SquaredDistance)
 
-    end_only, holds_fixed = True, True
+    end_only = True
+    holds_fixed = True
 
     def __post_init__(self) -> None:
         TargetMatching(self.target)  # which asks whether it is one

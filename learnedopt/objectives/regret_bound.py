@@ -68,7 +68,8 @@ class RegretBound(TaskMean):
     num_steps: int
     target: Target | None = None
 
-    reads_theta, holds_fixed = ("*lr*",), True
+    reads_theta = ("*lr*",)
+    holds_fixed = True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)
@@ -126,7 +127,8 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta, holds_fixed = ("*distance*", "*squares*"), True
+    reads_theta = ("*distance*", "*squares*")
+    holds_fixed = True
 
     def __post_init__(self) -> None:
         _require_within(self.num_steps, self.target)

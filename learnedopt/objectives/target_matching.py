@@ -48,7 +48,8 @@ class TargetMatching(TaskMean):
     matching: Matching = field(default_factory=SquaredDistance)
     continue_from: Onward = "bootstrap"
 
-    end_only, holds_fixed = True, True
+    end_only = True
+    holds_fixed = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):

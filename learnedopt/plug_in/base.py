@@ -131,7 +131,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     f"step={count!r}, which is no number of steps; load what state_dict() returned, as it was"
                 )
         # Rules that move each parameter by itself have nothing of those that have not been moved yet.
-        missing = {name for name, entry in saved.items() if not entry} if layout.spread else set()
+        missing = {name for name, entry in saved.items() if not entry} if layout.spread else set[str]()
         if not any(saved.values()):
             return
         expected = {name: {COUNT: (), **shapes(entry)} for name, entry in wanted.items() if name not in missing}

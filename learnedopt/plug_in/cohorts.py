@@ -47,8 +47,8 @@ class Player:
     known_steps: int | None = None
     warned: bool = False
     behind: int = 0
-    _alone: dict[Any, bool] = field(default_factory=dict, repr=False)
-    _layouts: dict[Any, Layout] = field(default_factory=dict, repr=False)
+    _alone: dict[Any, bool] = field(default_factory=dict[Any, bool], repr=False)
+    _layouts: dict[Any, Layout] = field(default_factory=dict[Any, Layout], repr=False)
 
     @cached_property
     def mover(self) -> UpdateRule:
@@ -148,8 +148,8 @@ class Cohort:
     state: State
     count: int
     fresh: bool
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    held: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    held: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     whole: Params | None = None
     ready: BoundSteps | Literal[False] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Fallback:
 
     def __init__(self, make: MakeOptimizer, groups: list[dict[str, Any]], warm_up: int) -> None:
         made = make([{"params": [*group["params"]]} for group in groups])
-        if not isinstance(made, torch.optim.Optimizer):
+        if not isinstance(cast("object", made), torch.optim.Optimizer):
             raise TypeError(
                 f"the guard's fallback made a {type(made).__name__}, which is no torch.optim.Optimizer; pass a "
                 "function of parameter groups, such as lambda params: torch.optim.SGD(params, lr=0.1)"
@@ -46,8 +46,10 @@ class Fallback:
                 f"the guard's fallback is {type(made).__name__}, whose step must have a closure; pass one that steps "
                 "from the gradients that are there, such as torch.optim.SGD"
             )
-        self.optimizer, self.warm_up, self.taken = made, warm_up, 0
-        self.rates = [float(group["lr"]) for group in made.param_groups]
+        self.optimizer: torch.optim.Optimizer = made
+        self.warm_up = warm_up
+        self.taken: int = 0
+        self.rates: list[float] = [float(group["lr"]) for group in made.param_groups]
         for group in groups:
             _require_maximize(made.param_groups[0], group)
         if [[*map(id, g["params"])] for g in made.param_groups] != [[*map(id, g["params"])] for g in groups]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.plug_in.fallback import Fallback, MakeOptimizer, adamw
 from learnedopt.plug_in.norms import norm_of
@@ -141,13 +142,14 @@ class Rail:
         *,
         trusted: bool = False,
     ) -> None:
-        self.collective, self.horizon = guard.collective, horizon
-        self.fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
-        self.watch = Watch(guard.window_for(num_steps), trusted)
+        self.collective: bool = guard.collective
+        self.horizon = horizon
+        self.fallback: Fallback = Fallback(guard.fallback or adamw, groups, guard.warm_up)
+        self.watch: Watch = Watch(guard.window_for(num_steps), trusted)
         self.snapshot: dict[Tensor, Tensor] | None = None
         self.norm: float | None = None
         """The parameters' norm after the last step of the learned rule."""
-        self.base = 0.0
+        self.base: float = 0.0
         """The snapshot's norm."""
         self._before: list[Tensor] = []
         """The groups' parameters in the last step, where all of them can be moved."""
@@ -271,8 +273,8 @@ class Rail:
         if not self.collective or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return numbers
         found = torch.tensor(numbers, dtype=torch.float32, device=_device(params))
-        dist.all_reduce(found)
-        return found.tolist()
+        dist.all_reduce(found)  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
+        return tree.numbers(found)
 
     @staticmethod
     def movable(params: list[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import zlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +26,7 @@ NEEDS_SNAPSHOT = (Phase.FIRST_TRY, Phase.TRIAL, Phase.RETURN_TRY)
 
 
 @contextlib.contextmanager
-def held(state: MutableMapping[Tensor, Any], rail: Rail | None, params: list[Tensor]) -> Iterator[None]:
+def held(state: MutableMapping[Tensor, Any], rail: Rail | None, params: list[Tensor]) -> Generator[None, None, None]:
     """Have the guard's entries in an optimizer's state, so that torch's ``state_dict`` and its hooks see them."""
     if rail is None or not rail.watch.step + rail.watch.skipped:  # a fresh one has none
         yield
@@ -172,7 +172,11 @@ def packed(watch: Watch) -> tuple[list[float], list[list[float]]]:
 def unpacked(numbers: Sequence[float], rows: Sequence[Sequence[float]]) -> Watch:
     """Return the watch that ``packed`` took apart."""
     found = dict(zip(SCALARS, numbers, strict=False))
-    kinds = {"float": float, "int": int, "bool": bool, "Phase": lambda x: Phase(int(x))}
+
+    def phase(x: float) -> Phase:
+        return Phase(int(x))
+
+    kinds: dict[str, Callable[[float], Any]] = {"float": float, "int": int, "bool": bool, "Phase": phase}
     scalars = {f.name: kinds[str(f.type)](found[f.name]) for f in fields(Watch) if f.name in found}
     rest = numbers[len(SCALARS) :]
     levels = {name: Level(*rest[3 * i : 3 * i + 3]) for i, name in enumerate(LEVELS)}

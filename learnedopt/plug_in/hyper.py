@@ -107,15 +107,21 @@ class HyperOptimizer(RuleOptimizer):
         require_count("num_steps", num_steps, least=1)
         require_count("max_skips_in_a_row", max_skips_in_a_row)
         settings.require_settings(num_steps, objective, guard, hint, tape, foreign)
+        self.rule: UpdateRule
         self.rule, theta = settings.resolved(rule, seed)
-        self.num_steps, self.objective, self.guard, self.hint = num_steps, objective, guard, hint
+        self.num_steps = num_steps
+        self.objective = objective
+        self.guard = guard
+        self.hint = hint
         self._loop = windows.recorded_loop(self.rule)
         self._window: Window | None = None
         self._laid_out: Layout | None = None
         self._traced: tuple[Updated, Theta] | None = None  # the graph of a window of one step, while it is open
         super().__init__(params, {"lr": lr})
         theta = tree.to(theta, common_device(values_of(self._members())), None)
-        self.learner = Learner(theta, self._loop.theta_scale, meta_optimizer, meta_scheduler, max_skips_in_a_row)
+        self.learner: Learner = Learner(
+            theta, self._loop.theta_scale, meta_optimizer, meta_scheduler, max_skips_in_a_row
+        )
         settings.require_hint(hint, self.learner.meta_optimizer)
         self._settle()
 

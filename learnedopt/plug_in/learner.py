@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from learnedopt.core.estimator import as_leaves
 from learnedopt.core.theta_scale import Scaled
@@ -41,15 +42,15 @@ class Learner:
         theta: Theta,
         scale: Callable[[Theta], Theta],
         meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
-        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None,
         max_skips_in_a_row: int,
     ) -> None:
         # A rate per coordinate of half-precision parameters is drawn in theirs, where small meta-steps would be lost.
         wide = {k: v.detach().clone().to(torch.promote_types(v.dtype, torch.float32)) for k, v in theta.items()}
-        self.theta = as_leaves(wide)
-        self.scaled = Scaled(self.theta, scale(self.theta))
-        self.meta_optimizer = meta_optimizer(self.scaled.tensors)
-        if not isinstance(self.meta_optimizer, torch.optim.Optimizer):
+        self.theta: Theta = as_leaves(wide)
+        self.scaled: Scaled = Scaled(self.theta, scale(self.theta))
+        self.meta_optimizer: torch.optim.Optimizer = meta_optimizer(self.scaled.tensors)
+        if not isinstance(cast("object", self.meta_optimizer), torch.optim.Optimizer):
             raise TypeError(
                 f"meta_optimizer must make a torch.optim.Optimizer from a list of tensors, got "
                 f"{type(self.meta_optimizer).__name__}; pass a function such as lambda params: torch.optim.Adam(params)"
@@ -61,10 +62,11 @@ class Learner:
                 "moved would not be the theta of this run"
             )
         self.scaled.require_movable(self.meta_optimizer)
-        self.scheduler = None if scheduler is None else scheduler(self.meta_optimizer)
+        self.scheduler: LRScheduler | None = None if scheduler is None else scheduler(self.meta_optimizer)
         self.max_skips_in_a_row = max_skips_in_a_row
-        self.num_skipped = self.skips_in_a_row = 0
-        self.values = self._copied()
+        self.num_skipped: int = 0
+        self.skips_in_a_row: int = 0
+        self.values: Theta = self._copied()
 
     def learn(self, grads: Theta) -> None:
         """Move theta along a meta-gradient; one that is not finite is skipped and counted.

@@ -107,7 +107,7 @@ def common_device(params: Params) -> torch.device:
 
 def gradients_of(members: list[Member], gather: bool = False) -> Params:
     """Return the gradients by name, as ``values_of``, zeros where there is none; ValueError for one that is sparse."""
-    grads = {}
+    grads: Params = {}
     for name, param, _ in members:
         grad = param.grad
         if grad is not None and grad.layout is not torch.strided:

@@ -67,12 +67,14 @@ class Layout:
         cut: Mapping[str, Tensor] | None = None,
         gather: bool = False,
     ) -> None:
-        self.cut, self._gather = cut or {}, gather
-        self.shapes = {name: p.shape for name, p in params.items()}
-        self.names, self.spread = tuple(params), spread
+        self.cut: Mapping[str, Tensor] = cut or {}
+        self._gather = gather
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in params.items()}
+        self.names: tuple[str, ...] = tuple(params)
+        self.spread = spread
         self._sizes = [shape.numel() for shape in self.shapes.values()]
         placed = self._placed(state)
-        self.places = tuple(place for place, _ in placed)
+        self.places: tuple[Place, ...] = tuple(place for place, _ in placed)
         self._dtypes = {place: x.dtype for place, x in placed if isinstance(x, Tensor)}
         self._rebuild = tree.flatten(state)[1]
 
@@ -139,7 +141,7 @@ class Layout:
         return [(self._place(path, leaf), leaf) for path, leaf in pytree.tree_flatten_with_path(state)[0]]
 
     def _place(self, path: tuple[Any, ...], leaf: Any) -> Place:
-        mine = [i for i, part in enumerate(path) if isinstance(part, pytree.MappingKey) and part.key in self.shapes]
+        mine = [i for i, part in enumerate(path) if isinstance(part, pytree.MappingKey) and path[i].key in self.shapes]
         words = [_word(part) for i, part in enumerate(path) if not mine or i != mine[-1]]
         if mine and mine[-1] != len(path) - 1:
             words.insert(mine[-1], "*")

@@ -165,7 +165,8 @@ class MovedByRules(RuleOptimizer):
             for name in cohort.still:
                 entries[name].update({k: x for k, x in before[name].items() if k not in layout.common})
             state = layout.state(entries)
-        entries, kept = layout.entries(state), []
+        entries = layout.entries(state)
+        kept: list[dict[str, Any]] = []
         for name, param, _ in cohort.members:
             # New dicts, so that an earlier state_dict() keeps what it held.
             count = self.state.get(param, {}).get(COUNT, 0) + (name not in cohort.still)

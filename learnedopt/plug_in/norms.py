@@ -18,6 +18,6 @@ def norm_of(tensors: Sequence[Tensor]) -> float:
     here = [local(x) for x in tensors]
     kinds = {(x.dtype, x.device.type) for x in here}
     if len(kinds) == 1 and next(iter(kinds))[1] == "cpu":  # numbers are read at once: a third of the time
-        norms = torch._foreach_norm(here)  # pyright: ignore[reportPrivateImportUsage] - as torch clips gradients
+        norms = torch._foreach_norm(here)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage] - as torch clips gradients
         return math.hypot(*map(float, norms))
     return float(get_total_norm(here))

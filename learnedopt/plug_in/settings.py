@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
+from learnedopt.core.containers import is_tuple
 from learnedopt.core.estimator import check_objective, check_paths
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import FinalLoss, MeanLogLoss, MetaObjective
@@ -26,7 +27,7 @@ from learnedopt.plug_in.windows import NO_OUTPUTS, RecordedRun, stand_in
 
 def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
     """Return the rule and the theta that it starts from."""
-    read = rule[0] if isinstance(rule, tuple) and rule else rule
+    read = rule[0] if is_tuple(rule) and rule else rule
     if isinstance(read, UpdateRule) and read.reads_horizon:
         raise ValueError(
             f"{name_of(read)} reads how far a run is, which windows of a run that goes on do not say; take a rule that "
@@ -34,8 +35,8 @@ def resolved(rule: Any, seed: int) -> tuple[UpdateRule, Theta]:
         )
     if isinstance(rule, UpdateRule):
         return rule, rule.init_theta(torch.Generator().manual_seed(seed))
-    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
-        return rule
+    if is_tuple(rule) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
+        return rule[0], rule[1]
     raise TypeError(
         f"rule={rule!r} is neither an update rule nor (rule, theta); pass one such as learnedopt.optimizers.Adam(), or "
         "learnedopt.load(name), which returns a packaged rule and its theta"

@@ -9,9 +9,10 @@ keeps its own pieces.
 from __future__ import annotations
 
 import enum
+import inspect
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def what_is_missing(params: Iterable[tuple[str, Tensor]]) -> str | None:
         if kind_of(param) is Kind.FLAT:
             return f"FullyShardedDataParallel has left of {name!r} a flat piece without its shape"
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
     while zero is not None and frame is not None:
         if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
             return "ZeroRedundancyOptimizer gives each process some of the tensors"
@@ -128,15 +130,12 @@ def local(x: Tensor, param: Tensor | None = None) -> Tensor:
                 f"{tuple(x.shape)}; which piece that is cannot be told: set a DTensor with the parameter's placements"
             )
         return x
-    sharded: Any = x
-    if param is not None and sharded.placements != param.placements:  # pyright: ignore[reportAttributeAccessIssue]
-        sharded = sharded.redistribute(param.device_mesh, param.placements)  # pyright: ignore[reportAttributeAccessIssue]
-    return _arrived(sharded.to_local())
+    return _arrived((x if param is None else _placed_as(x, param)).to_local())
 
 
 def gathered(x: Tensor) -> Tensor:
     """Return the whole of ``x``, the same on all processes; every process of its mesh must ask."""
-    return _arrived(x.full_tensor()) if _is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
+    return _arrived(x.full_tensor()) if _is_sharded(x) else x
 
 
 def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ def sharded_like(whole: Tensor, param: Tensor) -> Tensor:
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh: Any = param.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    mesh = param.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(mesh, _placements(param, whole.ndim - param.ndim))
 
@@ -166,7 +165,7 @@ def joined_like(piece: Tensor, param: Tensor) -> Tensor:
     num_leading = piece.ndim - param.ndim
     shape = torch.Size((*piece.shape[:num_leading], *param.shape))
     stride = torch.empty(shape, device="meta").stride()
-    mesh: Any = param.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    mesh = param.device_mesh
     return DTensor.from_local(piece, mesh, _placements(param, num_leading), run_check=False, shape=shape, stride=stride)
 
 
@@ -232,11 +231,15 @@ def _ends_with(leaf: Tensor, shape: torch.Size) -> bool:
     return leaf.ndim >= len(shape) and leaf.shape[leaf.ndim - len(shape) :] == shape
 
 
-def _is_sharded(x: Any) -> bool:
+def _is_sharded(x: object) -> TypeGuard[Any]:
     if type(x) in _WHOLE:  # asked of every tensor at every step
         return False
     module = sys.modules.get("torch.distributed.tensor")  # nobody can have one who has not imported it
     return module is not None and isinstance(x, module.DTensor)
+
+
+def _placed_as(x: Any, param: Any) -> Any:
+    return x if x.placements == param.placements else x.redistribute(param.device_mesh, param.placements)
 
 
 def _placements(param: Any, num_leading: int) -> list[Any]:

@@ -71,8 +71,8 @@ class Watch:
     """The fallback's leg before."""
     mark: Level | None = None
     """What is to be beaten in a trial: the level of who was in control, looked ahead."""
-    losses: list[float] = field(default_factory=list)
-    handed: list[HandOver] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list[float])
+    handed: list[HandOver] = field(default_factory=list[HandOver])
 
     @property
     def learned_moves(self) -> bool:

@@ -162,7 +162,7 @@ def pulled_back(outputs: Params, leaves: Theta, cotangents: Params, factors: dic
         factors: by what each parameter's update was multiplied.
     """
     moved = {k: x for k, x in outputs.items() if x.requires_grad}
-    weights = []
+    weights: list[Tensor] = []
     for k, x in moved.items():
         weight, factor = cotangents[k].to(x.dtype), factors[k]
         weights.append(weight if factor == 1 else torch.zeros_like(weight) if factor == 0 else factor * weight)
@@ -183,7 +183,9 @@ class Scaled(UpdateRule):
     def __init__(self, rule: UpdateRule, entries: tuple[Entry, ...]) -> None:
         grads = entries[0].grads
         self.rule = rule
-        self.factors = {k: g.new_tensor([each.factors[k] for each in entries]) for k, g in grads.items()}
+        self.factors: dict[str, Tensor] = {
+            k: g.new_tensor([each.factors[k] for each in entries]) for k, g in grads.items()
+        }
 
     def at_start(self, state: State) -> dict[str, Any]:
         """Return the state with which the window begins, of the rule's own."""
@@ -207,7 +209,7 @@ class Scaled(UpdateRule):
         """Move by the factors of the present step."""
         deltas, own = self.rule.update(theta, grads, state["rule"], params, loss)
         now = state["step"].reshape(1)
-        moved = {}
+        moved: Params = {}
         for k, delta in deltas.items():
             factor = self.factors[k].index_select(0, now).squeeze(0)
             moved[k] = torch.where(factor == 0, 0.0, factor * delta)  # 0 times an infinite update would not be nothing

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from learnedopt.core.files import require_name
 from learnedopt.core.registry import nearest
 from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
+from learnedopt.recipes.small import smoke
 from learnedopt.recipes.study import Study
 
 _TABLE = {
@@ -59,11 +61,34 @@ _TABLE = {
     "optimistic-conv": "optimistic_conv:optimistic_conv",
 }
 """name -> module in this package:function."""
+_registered: dict[str, Callable[[], Recipe | Study]] = {}
 
 
 def names() -> list[str]:
-    """Return the names of all recipes."""
-    return [*_TABLE]
+    """Return the names of all recipes, the users' last."""
+    return [*_TABLE, *_registered]
+
+
+def register(name: str, function: Callable[[], Recipe | Study]) -> None:
+    """Add a recipe of your own, so that every command knows it by its name.
+
+    Args:
+        name: one that is not taken.
+        function: returns the recipe; its first line of documentation says what it trains.
+
+    Raises:
+        TypeError: ``name`` is not a string or ``function`` cannot be called.
+        ValueError: the name is taken, or could not name a run's folder.
+
+    Example:
+        >>> recipes.register("my-lstm", lambda: replace(recipes.meta_training("lstm-quadratic"), name="my-lstm"))
+    """
+    if not isinstance(name, str) or not callable(function):
+        raise TypeError(f"register({name!r}, {function!r}): pass a name, and the function that returns the recipe")
+    require_name(name, "the recipe's name")
+    if name in _TABLE or _registered.get(name, function) is not function:
+        raise ValueError(f"the recipe {name!r} is already registered; choose another name")
+    _registered[name] = function
 
 
 def make(name: str) -> Recipe | Study:
@@ -93,10 +118,23 @@ def summary(name: str) -> str:
 
 
 def _function(name: str) -> Callable[[], Recipe | Study]:
+    if name in _registered:
+        return _registered[name]
     if name not in _TABLE:
-        raise ValueError(f"there is no recipe {name!r}{nearest(name, _TABLE)} (learnedopt train --list shows all)")
+        raise ValueError(f"there is no recipe {name!r}{nearest(name, names())} (learnedopt train --list shows all)")
     module, _, function = _TABLE[name].partition(":")
     return getattr(importlib.import_module(f"learnedopt.recipes.{module}"), function)
 
 
-__all__ = ["HeldOut", "MetaLearning", "Recipe", "Study", "make", "meta_training", "names", "summary"]
+__all__ = [
+    "HeldOut",
+    "MetaLearning",
+    "Recipe",
+    "Study",
+    "make",
+    "meta_training",
+    "names",
+    "register",
+    "smoke",
+    "summary",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,13 @@ class ArubaOmniglot(Study):
 
     def __post_init__(self) -> None:
         require_some(self, "lrs", "aruba_lrs", "zetas")
+
+    def small(self) -> ArubaOmniglot:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_meta_steps=2, num_tuning_steps=1, num_tasks=2, lrs=self.lrs[:1], aruba_lrs=self.aruba_lrs[:1],
+            zetas=self.zetas[:1], num_valid_tasks=2, num_test_tasks=4, num_test_steps=2,
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose settings, meta-train and test; go on with what ``folder`` has of it."""

@@ -6,7 +6,7 @@ The start follows the leader, the radius is guessed and grows, tasks are met one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -48,6 +48,13 @@ class FmrlConvex(Study):
             require_positive(self.name, "single_radii", radius)
         for option in ("num_tasks", "num_tasks_a_radius"):
             require_count(option, getattr(self, option), least=2)
+
+    def small(self) -> FmrlConvex:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_tasks=3, num_losses=4, radii=self.radii[:2], num_tasks_a_radius=3, seeds=self.seeds[:2],
+            num_experts=3,
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure both geometries over all tasks, and the Euclidean one over the clusters' radii."""
@@ -178,6 +185,10 @@ class FmrlFashion(Study):
             require_positive(self.name, "a radius", radius)
         require_count("num_tasks", self.num_tasks, least=2)
 
+    def small(self) -> FmrlFashion:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(self, shots=self.shots[:2], num_tasks=3, seeds=self.seeds[:1], num_features=5)
+
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure all methods at every number of examples."""
         found = {  # one seed after the other, so that a study that is cut short has something of all
@@ -228,8 +239,10 @@ class FmrlFashion(Study):
         """Draw the regret per example against the examples a class."""
         from learnedopt.evaluation.plots import plot_lines
 
-        labels = {"fal": "FAL", "fli-online": "FLI online", "fli-batch": "FLI batch", "best single": "best single task",
-                  "omniscient": "omniscient"}  # fmt: skip
+        labels = {
+            "fal": "FAL", "fli-online": "FLI, last iterate", "fli-batch": "FLI, regularised leader",
+            "best single": "best single task", "omniscient": "omniscient",
+        }  # fmt: skip
         lines = {label: (self.shots, [row[key] for row in rows]) for key, label in labels.items()}
         plot_lines(
             folder / f"{self.name}.png", lines, "examples a class", "task-averaged regret per example", logx=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,13 @@ class HyperFashion(Study):
             raise ValueError(f"last={self.last} exceeds num_steps={self.num_steps}: there are not so many losses")
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError(f"seeds={self.seeds} and tuning_seeds={self.tuning_seeds} overlap: tune on other runs")
+
+    def small(self) -> HyperFashion:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_steps=40, last=20, seeds=self.seeds[:2], tuning_seeds=self.tuning_seeds[:1],
+            adam_rates=self.adam_rates[:2], sgd_rates=self.sgd_rates[:2], starts=self.starts[:1],
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Tune the baselines, run every method from every start, and draw the losses."""

@@ -17,12 +17,13 @@ from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Params
-from learnedopt.evaluation.plots import plot_curves
+from learnedopt.evaluation.plots import plot_lines
 from learnedopt.plug_in.hyper import HyperOptimizer
 from learnedopt.plug_in.learner import RunDiverged
 from learnedopt.training.tracker import Tracker
 
-WIDTH = 50  # steps that a point of a figure is a mean of
+WIDTH = 50  # steps that what the tracker is told is a mean of
+POINTS = 100  # of a line in the figure, at most
 Curves = Mapping[str, list[list[float]]]
 """Method -> the losses of each of its runs."""
 
@@ -99,8 +100,19 @@ def report(path: Path, curves: Curves, last: int, emphasis: Sequence[str], title
         tracker.log({label: line[step - 1] for label, line in lines.items()}, step)
     write_json(path.with_suffix(".json"), plain_json(table))
     num_runs = len(next(iter(curves.values())))
-    ylabel = f"training loss, mean over {WIDTH} steps and {num_runs} runs"
-    plot_curves(path.with_suffix(".png"), lines, emphasis=emphasis, xlabel="step", ylabel=ylabel, title=title)
+    drawn = {label: recent(runs) for label, runs in curves.items()}
+    ylabel = f"training loss, mean over {num_runs} runs\nand the last tenth of the steps"
+    plot_lines(path.with_suffix(".png"), drawn, "step", ylabel, logx=True, logy=None, emphasis=emphasis, title=title)
+
+
+def recent(runs: Sequence[Sequence[float]]) -> tuple[list[int], list[float]]:
+    """Return steps t, evenly in their logarithm, and the mean over runs of the mean over the last tenth of t steps.
+
+    Both the start and the end of a run are seen so, and no point is a mean over what lies far behind it.
+    """
+    means = [statistics.fmean(each) for each in zip(*runs, strict=True)]
+    steps = sorted({round(len(means) ** (i / POINTS)) for i in range(POINTS + 1)})
+    return steps, [statistics.fmean(means[t - max(1, t // 10) : t]) for t in steps]
 
 
 def smoothed(runs: Sequence[Sequence[float]]) -> list[float]:

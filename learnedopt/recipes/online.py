@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,6 +98,14 @@ class OnlineLearning(Study):
         if not self.methods or not all(method.rates for method in self.methods.values()):
             raise ValueError(f"methods={self.methods!r}: a study needs methods, and each rates to choose from")
 
+    def small(self) -> OnlineLearning:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_steps=20, num_tasks=min(self.num_tasks, 2), seeds=self.seeds[:2],
+            tuning_seeds=self.tuning_seeds[:1],
+            methods={label: replace(method, rates=method.rates[:1]) for label, method in self.methods.items()},
+        )  # fmt: skip
+
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Tune and run each method, tell the tracker what it cost when it is done, and draw all of them."""
         found: dict[str, dict[str, Any]] = {}
@@ -108,22 +115,25 @@ class OnlineLearning(Study):
             tracker.log({f"{label}/{name}": value for name, value in numbers.items()}, index)
         write_json(folder / f"{self.name}.json", plain_json(found))
         comparison.write_text(folder / f"{self.name}.md", table(found))
-        self._draw(folder / f"{self.name}.png", {label: each["curve"] for label, each in found.items()})
+        self._draw(folder / f"{self.name}.png", {label: each["curves"] for label, each in found.items()})
 
-    def _draw(self, path: Path, curves: Mapping[str, list[float]]) -> None:
-        """Draw the loss along the run, a mean of each stretch of it, and what it has added up to."""
+    def _draw(self, path: Path, curves: Mapping[str, list[list[float]]]) -> None:
+        """Draw the loss along the runs of each method, means of stretches, and what it has added up to."""
         stretch = self.num_steps / self._points
         middles = [(i + 0.5) * stretch for i in range(self._points)]
         ends = [(i + 1) * stretch for i in range(self._points)]
-        sums = {label: [stretch * x for x in itertools.accumulate(curve)] for label, curve in curves.items()}
         loss, cumulative = f"train loss, mean of {stretch:g} steps", "cumulative loss"
-        panels = {
-            loss: {label: (middles, curve) for label, curve in curves.items()},
-            cumulative: {label: (ends, total) for label, total in sums.items()},
-        }
+        panels, bands = {loss: {}, cumulative: {}}, {loss: {}, cumulative: {}}
+        for label, runs in curves.items():
+            losses = torch.tensor(runs, dtype=torch.float64)
+            for name, x, values in ((loss, middles, losses), (cumulative, ends, stretch * losses.cumsum(1))):
+                panels[name][label] = x, values.mean(0)
+                bands[name][label] = values.amin(0), values.amax(0)
         emphasis = [label for label in curves if label == self.emphasis]
-        title = f"{self.name}: mean over {len(self.seeds)} seeds"
-        plots.plot_panels(path, panels, "inner step", logy=[loss], title=title, emphasis=emphasis)
+        title, shaded = f"{self.name}: mean over {len(self.seeds)} seeds", "lowest to highest seed"
+        plots.plot_panels(
+            path, panels, "inner step", bands=bands, shaded=shaded, logy=[loss], title=title, emphasis=emphasis
+        )
 
     @property
     def _points(self) -> int:
@@ -143,6 +153,7 @@ class OnlineLearning(Study):
         reported = runs(best.rate, self.seeds)
         totals = [float(run["total"]) for run in reported]
         summary = comparison.summarise(torch.tensor(totals, dtype=torch.float64))
+        curves = [[float(x) for x in run["curve"]] for run in reported]
         return {
             "rate": best.rate,
             "cumulative_loss": summary.mean,
@@ -151,7 +162,8 @@ class OnlineLearning(Study):
             "at_edge": best.at_edge and len(tried) > 1,
             "tried": {str(rate): value for rate, value in tried.items()},
             "totals": totals,
-            "curve": torch.tensor([[float(x) for x in run["curve"]] for run in reported]).mean(0).tolist(),
+            "curve": torch.tensor(curves).mean(0).tolist(),
+            "curves": curves,
         }
 
     def _file(self, method: Method, rate: float, seed: int) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from learnedopt.core.counts import require_count
-from learnedopt.core.files import plain_json, write_atomically, write_json
+from learnedopt.core.files import plain_json, write_json
 from learnedopt.recipes.convex import METHODS, make_problem, parsed
 from learnedopt.recipes.study import Study, remember
 from learnedopt.training.tracker import Tracker
+
+_ROUND_OFF = 1e-14  # below which nothing is drawn
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class OptimisticConvex(Study):
             raise ValueError("problems is empty: there is nothing to minimise; name one, such as 'power:3'")
         for name in self.problems:
             parsed(name)
+
+    def small(self) -> OptimisticConvex:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(self, num_steps=60, dim=6, problems=self.problems[:2])
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Minimise every problem by every method, and draw ``f - min f`` against T, a panel a problem."""
@@ -109,19 +115,15 @@ def log_spaced(first: int, last: int, count: int = 60) -> list[int]:
 
 def draw(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Draw ``f - min f`` of every method against T, a panel a problem, down to round-off."""
-    from matplotlib.figure import Figure
+    from learnedopt.evaluation import style
 
-    colours = ("#999999", "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00")
-    figure = Figure(figsize=(4.2 * len(panels), 4.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, gaps) in zip(all_axes, panels.items(), strict=True):
-        for (method, values), colour in zip(gaps.items(), colours, strict=True):
-            shown = [value if 1e-14 < value <= 10 * values[0] else math.nan for value in values]
-            width, style = (2.4, "-") if method == "optimistic" else (1.4, "--" if "plain" in method else "-")
-            axes.plot(range(1, len(values) + 1), shown, label=method, color=colour, linewidth=width, linestyle=style)
-        axes.set(xscale="log", yscale="log", title=name, xlabel="T, gradients")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    all_axes[0].set_ylabel("f - min f")
-    all_axes[0].legend(frameon=False, loc="lower left", fontsize=8)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    figure = style.new_figure(4.2 * len(panels), 4.6)
+    for i, (name, gaps) in enumerate(panels.items(), start=1):
+        axes = style.add_axes(figure, (1, len(panels), i), xlabel="T, gradients", ylabel="f - min f", title=name)
+        lines = {}
+        for method, gap in gaps.items():
+            shown = [value if _ROUND_OFF < value <= 10 * gap[0] else math.nan for value in gap]
+            lines[method] = style.floats(range(1, len(gap) + 1)), shown
+        style.draw_lines(axes, lines, ["optimistic"], True, True, legend=False)
+    style.legend_below(figure, style.labelled(figure.axes[0]))
+    style.write_figure(figure, path)

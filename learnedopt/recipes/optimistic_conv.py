@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class OptimisticConv(Study):
             raise ValueError(f"last={self.last} exceeds num_steps={self.num_steps}: there are not so many losses")
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError(f"seeds={self.seeds} and tuning_seeds={self.tuning_seeds} overlap: tune on other runs")
+
+    def small(self) -> OptimisticConv:
+        """Return it with few of everything; see ``recipes.smoke``."""
+        return replace(
+            self, num_steps=40, last=20, seeds=self.seeds[:1], tuning_seeds=self.tuning_seeds[:1], batch_size=16,
+            starts=self.starts[:1], betas=self.betas[:1], sgd_rates=self.sgd_rates[:2],
+            momentum_rates=self.momentum_rates[:1], adam_rates=self.adam_rates[:1],
+        )  # fmt: skip
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose every method's setting, run it, and draw the losses."""

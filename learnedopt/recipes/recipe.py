@@ -18,11 +18,17 @@ ALL_TASKS = 2**31  # a chunk size that no number of tasks exceeds: all at once
 
 @dataclass(frozen=True)
 class MetaLearning:
-    """How theta moves: ``optimizer``, with the rate annealed by a half cosine to ``final_lr_fraction`` of ``lr``.
+    """How theta moves.
 
-    The options of ``optimizer`` are those beside ``lr``. With ``average`` what is learned is an average of theta, and
-    ``rollback_above`` is when theta goes back to it. ``micro_batch`` tasks are estimated at once, and up to a share of
-    ``max_failed_share`` of them may fail. See ``MetaTrainer``.
+    Args:
+        lr: the learning rate that training begins with.
+        final_lr_fraction: the rate is annealed by a half cosine to this fraction of ``lr``; 1 keeps it.
+        max_grad_norm: meta-gradients are clipped to this norm; by default they are not.
+        optimizer: what moves theta; its options are those beside ``lr``.
+        average: what is learned is an average of theta, in which the newest weighs this much; by default theta.
+        rollback_above: when theta goes back to its average, see ``MetaTrainer``; by default never.
+        micro_batch: tasks that are estimated at once; by default all.
+        max_failed_share: the share of a meta-batch's tasks that may fail.
     """
 
     lr: float = 1e-3
@@ -49,27 +55,53 @@ class MetaLearning:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What validation measures: ``objective`` after ``num_steps`` steps on ``num_tasks`` tasks, the best theta kept.
+    """What validation measures; the best theta is kept.
 
-    Steps are those of the estimator's own inner solver where it has one.
+    Args:
+        objective: what is measured.
+        num_steps: inner steps; of the estimator's own inner solver where it has one.
+        num_tasks: held-out tasks.
+        every: meta-steps from one validation to the next.
+        family_options: options of the family in which its tasks differ from training's.
     """
 
     objective: Any = field(default_factory=FinalLoss)
     num_steps: int = 100
     num_tasks: int = 16
     every: int = 100
-    family_options: dict[str, Any] = field(default_factory=dict)  # those in which its tasks differ from training's
+    family_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A full configuration of one meta-training; ``inner_objective`` None descends the task's loss.
+    """A full configuration of one meta-training.
 
     A training in stages is a chain of recipes: ``after`` is the stage before, which is trained first, in a folder of
     its own inside the run's, and whose best theta this one starts from. Rules may differ from stage to stage: with
     ``start_partly`` the meta-parameters of the same name are taken, the others initialised.
 
     A field that joins later needs a default that trains as before it: runs on disk are taken to have had that.
+
+    Args:
+        name: what the recipe is called.
+        family: what is trained inside.
+        rule: how an inner step moves.
+        estimator: how the meta-gradient is found.
+        objective: what the outer level wants.
+        num_meta_steps: steps of theta.
+        num_tasks: tasks of a meta-batch.
+        meta: how theta moves.
+        validation: what validation measures.
+        execution: how tasks are run.
+        checkpoint_every: meta-steps from one checkpoint to the next.
+        seed: of theta, and of all tasks.
+        start: a run's folder, a checkpoint or a packaged name: where theta starts; by default as the rule says.
+        num_threads: of torch; inner problems are small, and more threads mostly wait for one another.
+        compare: set what was learned beside tuned optimizers at the end.
+        inner_objective: what the inner steps descend; by default the task's loss.
+        horizon: of the inner loop, for rules that read it; validation's is its own number of steps.
+        after: the stage before.
+        start_partly: theta need not be all of this rule's: what has another name is left out.
     """
 
     name: str
@@ -84,13 +116,13 @@ class Recipe:
     execution: Execution = field(default_factory=Execution)
     checkpoint_every: int = 100
     seed: int = 0
-    start: str | None = None  # a run's folder, a checkpoint or a packaged name: where theta starts
-    num_threads: int = 1  # inner problems are small: more threads mostly wait for one another
+    start: str | None = None
+    num_threads: int = 1
     compare: bool = False
     inner_objective: Choice | None = None
-    horizon: int | None = None  # of the inner loop, for rules that read it; validation's is its own number of steps
+    horizon: int | None = None
     after: Recipe | None = None
-    start_partly: bool = False  # theta need not be all of this rule's: what has another name is left out
+    start_partly: bool = False
 
     def __post_init__(self) -> None:
         for count in ("num_meta_steps", "num_tasks", "checkpoint_every"):

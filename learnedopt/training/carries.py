@@ -23,12 +23,12 @@ _NUMBERS = (bool, int, float)
 
 def leaves(carry: Any, path: str = "carry") -> Iterator[tuple[str, Any]]:
     """Yield every leaf with the Python expression that reaches it, such as ``carry.params["weight"]``."""
-    children = _children(carry)
-    if children is None:
+    found = children(carry)
+    if found is None:
         yield path, carry
         return
     by_name = type(carry) not in _BUILTIN.values()
-    for key, child in children.items():
+    for key, child in found.items():
         yield from leaves(child, f"{path}.{key}" if by_name else f"{path}[{key!r}]")
 
 
@@ -56,11 +56,11 @@ def require_plain(carry: Any, whose: str, classes: Classes | None = None) -> Non
 
 def classes_of(carry: Any) -> Classes:
     """Return the classes of the named tuples and dataclasses in a carry."""
-    children = _children(carry)
-    if children is None:
+    within = children(carry)
+    if within is None:
         return {}
     found = {} if _name(carry) in _BUILTIN else {_name(carry): type(carry)}
-    for child in children.values():
+    for child in within.values():
         found |= classes_of(child)
     return found
 
@@ -70,9 +70,9 @@ def pack(carry: Any, home: torch.device) -> Any:
 
     Tensors are copies without a graph: views of larger tensors would be saved whole.
     """
-    children = _children(carry)
-    if children is not None:
-        return [_name(carry), list(children), [pack(child, home) for child in children.values()]]
+    within = children(carry)
+    if within is not None:
+        return [_name(carry), list(within), [pack(child, home) for child in within.values()]]
     if not isinstance(carry, Tensor):
         return carry
     tensor = carry.detach().clone()
@@ -91,8 +91,8 @@ def unpack(packed: Any, classes: Classes, home: torch.device) -> Any:
         return packed[2].to(packed[1])
     if not isinstance(packed, list):
         return packed
-    kind, keys, children = packed
-    values = [unpack(child, classes, home) for child in children]
+    kind, keys, packed_values = packed
+    values = [unpack(child, classes, home) for child in packed_values]
     if kind in ("list", "tuple"):
         return _BUILTIN[kind](values)
     by_key = dict(zip(keys, values, strict=True))
@@ -114,7 +114,7 @@ def _find(name: str, classes: Classes) -> type:
     return moved[0]
 
 
-def _children(node: Any) -> dict[Any, Any] | None:
+def children(node: Any) -> dict[Any, Any] | None:
     """Return what a node holds, by key, or None where it is a leaf."""
     if type(node) in (list, tuple):
         return dict(enumerate(node))

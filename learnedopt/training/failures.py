@@ -27,11 +27,12 @@ class Failures:
     """Names the failures of a training; ``last`` says the latest ones, for a message.
 
     Args:
+        renews: whether the estimator draws its tasks itself, so that nobody else counts their episodes.
         warns: whether this process is the one that warns of the first ones.
     """
 
-    def __init__(self, *, warns: bool = True) -> None:
-        self.last = ""
+    def __init__(self, renews: bool = False, *, warns: bool = True) -> None:
+        self.last, self._renews = "", renews
         self._warns = warns
 
     def told(self, failures: Sequence[Failure], num_failed: float, episode: int) -> dict[str, Any]:
@@ -39,10 +40,11 @@ class Failures:
 
         Nothing where none has. The first ones are warned of.
         """
-        self.last = ""
+        self.last: str = ""
         if not num_failed:
             return {}
-        words = [f"task {each.position} of episode {episode}: {each.fault}" for each in failures]
+        of = "" if self._renews else f" of episode {episode}"
+        words = [f"task {each.position}{of}: {each.fault}" for each in failures]
         if not words:
             return {FAILED: num_failed}
         more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""

@@ -15,6 +15,7 @@ from learnedopt.training.tracker import Metrics
 MAX_LINE = 1 << 26
 """Bytes of a line that is read."""
 _PIECE = 1 << 20
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class JsonLinesTracker:
@@ -124,16 +125,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Example: ``[row["meta_loss"] for row in read_metrics(run / "metrics.jsonl") if "meta_loss" in row]``.
 
     Raises:
-        ValueError: a line is not JSON, or has no metrics. (A half-written last line has no line end and is left out.)
+        ValueError: a line, which is named, is not JSON, or has no metrics: its step is no count, or a value neither a
+            number, text nor a list of numbers. (A half-written last line has no line end and is left out.)
     """
-    try:
-        return [
-            {name: [float(x) for x in v] if isinstance(v, list) else _revive(v) for name, v in row.items()}
-            for row, _ in _rows(Path(path))
-            if "event" not in row
-        ]
-    except TypeError as error:
-        raise ValueError(f"{path} has a metric that is no number ({error}); mend that line") from error
+    found = []
+    for number, (row, _) in enumerate(_rows(Path(path)), start=1):
+        if "event" in row:
+            continue
+        revived = {}
+        for name, value in row.items():
+            try:
+                revived[name] = [_number(x) for x in value] if isinstance(value, list) else _revive(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"line {number} of {path} has a {name!r} that is no metric ({error}); mend that line, or delete it"
+                ) from error
+        found.append(revived)
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -157,10 +165,18 @@ def _number_or_curve(value: float | list[float] | str) -> Any:
     return [json_number(x) for x in value] if isinstance(value, list) else json_number(value)
 
 
-def _revive(value: int | float | str) -> int | float | str:
-    if not isinstance(value, int | float | str):
-        raise TypeError(f"a {type(value).__name__}")
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+def _revive(value: Any) -> int | float | str:
+    if isinstance(value, str) and value not in _NOT_FINITE:
+        return value
+    number = _number(value)
+    return number if isinstance(value, str) else value
+
+
+def _number(value: Any) -> float:
+    """Return a number that JSON has, or that was written as text for want of one."""
+    if not isinstance(value, int | float) and value not in _NOT_FINITE:
+        raise TypeError(f"{value!r:.40} is no number")
+    return float(value)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"line {number} of {path} is not a JSON object but {type(entry).__name__}; move the file away")
     step = entry.get("step")
-    if type(step) is not int and not (step is None and "event" in entry):
+    if not (type(step) is int and 0 <= step < 1 << 63) and not (step is None and "event" in entry):
         raise ValueError(
             f"line {number} of {path} has no meta-step that is a count, nor is it an event; mend that line"
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
+from learnedopt.core import shares
 from learnedopt.core.estimator import Estimate, GradientEstimator
 
 COUNTS = ("compile_seconds", "dropped", "clipped", "instead", "failed_tasks")
@@ -29,10 +29,7 @@ def bounds(num_tasks: int, num_shares: int) -> list[tuple[int, int]]:
             f"a meta-batch of {num_tasks} tasks cannot be cut into {num_shares} shares: each needs a task at least; "
             "take more tasks (num_tasks), or fewer shares"
         )
-    ends = [0]
-    for i in range(num_shares):
-        ends.append(ends[-1] + num_tasks // num_shares + (i < num_tasks % num_shares))
-    return [*pairwise(ends)]
+    return [shares.even(num_tasks, num_shares, index) for index in range(num_shares)]
 
 
 def join(estimator: GradientEstimator, carries: Sequence[Any]) -> Any:

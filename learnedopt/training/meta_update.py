@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.clipping import Norm, clip, norm_of
+from learnedopt.core.named_tensors import NamedTensors
 from learnedopt.core.theta_scale import Scaled
 from learnedopt.core.tree import Theta
 
@@ -38,10 +39,23 @@ class MetaUpdate:
         meta_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None,
     ) -> None:
-        self._theta, self._scaled = theta, Scaled(theta, scale)
-        self.meta_optimizer = _stepped_plainly(meta_optimizer(self._scaled.tensors))
+        self._theta, self._scaled, self._make = theta, Scaled(theta, scale), (meta_optimizer, scheduler)
+        self.meta_optimizer: torch.optim.Optimizer
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None
+        self.meta_optimizer, self.scheduler = self._made(self._scaled.tensors)
         self._scaled.require_movable(self.meta_optimizer)
-        self.scheduler = _stepped_plainly(scheduler(self.meta_optimizer)) if scheduler else None
+
+    def anew(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+        """Return both made again, of copies of phi as it is, whose gradients are zeros."""
+        copies = {k: x.detach().clone().requires_grad_() for k, x in self._scaled.phi.items()}
+        for x in copies.values():
+            x.grad = torch.zeros_like(x)
+        return self._made(NamedTensors(copies))
+
+    def _made(self, tensors: NamedTensors) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+        meta_optimizer, scheduler = self._make
+        made = _stepped_plainly(meta_optimizer(tensors))
+        return made, _stepped_plainly(scheduler(made)) if scheduler else None
 
     def gradients(self, grads: Theta) -> tuple[Theta, Norm]:
         """Return the gradient with respect to phi, and its length, of one with respect to theta."""

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,9 @@ from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries, training_file
 from learnedopt.training.pickled import NotPlain
-from learnedopt.training.saved_state import require_carry, require_progress, require_state, require_steadied
+from learnedopt.training.saved_carry import Expected
+from learnedopt.training.saved_optimizer import Anew, require_saved, restore
+from learnedopt.training.saved_state import require_progress, require_steadied
 from learnedopt.training.steadying import Steadied
 from learnedopt.training.validation import Judgement
 
@@ -76,22 +78,22 @@ class Training(NamedTuple):
         theta: leaves, which ``load_progress`` writes to; so it does to ``optimizer`` and ``scheduler``.
         optimizer: of theta.
         scheduler: of the optimizer, or None.
+        anew: makes both again, of copies of theta.
         run: plain values that say which training this is, for what no shape tells.
         classes: what carries are made of beside plain containers; no others are ever made.
         begun: makes a begun carry of the structure that a file of the first format holds the leaves of.
-        loops: a begun inner loop of each family, where the estimator's carries hold some.
-        kind: the class of the carry that the estimator starts with.
+        expected: what the estimator's carries are compared with.
         config: the configuration of the run, which ``saved_config`` gives back.
     """
 
     theta: Theta
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    anew: Anew
     run: dict[str, Any]
     classes: carries.Classes
     begun: Callable[[], Any]
-    loops: Sequence[Carry] = ()
-    kind: type = object
+    expected: Expected
     config: Mapping[str, Any] = {}
 
 
@@ -138,9 +140,9 @@ def load_progress(path: Path, training: Training) -> Progress:
     optimizer, scheduler = training.optimizer, training.scheduler
     before = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict() if scheduler else None))
     try:
-        _restore(optimizer, scheduler, content["optimizer"], content["scheduler"])
+        restore(optimizer, scheduler, content["optimizer"], content["scheduler"])
     except Exception as error:
-        _restore(optimizer, scheduler, *before)
+        restore(optimizer, scheduler, *before)
         raise ValueError(
             f"the state of the meta-optimizer or scheduler in {path} does not fit them ({_told(error)}); {_ADVICE}"
         ) from error
@@ -174,10 +176,10 @@ def _checked(path: Path, content: dict[str, Any], training: Training) -> Progres
     _require_same_training(path, content, training)
     counts = {k: content[k] for k in _COUNTS} | {_BEST_FAILED: content.get(_BEST_FAILED, 0)}
     try:
-        require_progress(counts, content["best_theta"], theta)
-        require_state(content["optimizer"], content["scheduler"], training.optimizer, training.scheduler)
+        require_progress(counts, content["theta"], content["best_theta"], theta)
+        require_saved(content["optimizer"], content["scheduler"], training.anew, counts["meta_step"])
         steadied = Steadied(**content.get(_STEADIED, {}))
-        require_steadied(steadied, theta)
+        require_steadied(steadied, training.run["average"] is not None, theta)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds what no training leaves: {error}; {_ADVICE}") from error
     carry = _carry(path, content, training)
@@ -260,9 +262,10 @@ def _carry(path: Path, content: dict[str, Any], training: Training) -> Any:
         return None if saved is None else _carry_of_format_1(path, saved, training.begun())
     try:
         carry = carries.unpack(saved, training.classes, _home(training.theta))
-        require_carry(carry, training.loops, training.kind)
-    except ValueError as error:
-        raise ValueError(f"{path} was written for another estimator or rule: {error}; {_ADVICE}") from error
+        training.expected.require_loaded(carry)
+    except Exception as error:  # whatever a family makes of tasks that are none of its own
+        told = str(error) if isinstance(error, TypeError | ValueError) else _told(error)
+        raise ValueError(f"{path} was written for another estimator or rule: {told}; {_ADVICE}") from error
     return carry
 
 
@@ -277,16 +280,3 @@ def _carry_of_format_1(path: Path, saved: dict[str, Any], like: Carry) -> Carry:
 
 def _home(theta: Theta) -> torch.device:
     return next(iter(theta.values())).device
-
-
-def _restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any], of_scheduler: Any) -> None:
-    optimizer.load_state_dict(saved)
-    # torch casts states to their parameter's dtype; those that were kept in another would go on with other numbers.
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    for p, i in zip(params, indices, strict=True):
-        for k, v in saved["state"].get(i, {}).items():
-            if isinstance(v, torch.Tensor):
-                optimizer.state[p][k] = v.to(optimizer.state[p][k].device)
-    if scheduler:
-        scheduler.load_state_dict(of_scheduler)

@@ -63,6 +63,7 @@ def require_ready(trainer: MetaTrainer, num_meta_steps: int) -> None:
         )
     theta = {k: f"{x.dtype} {tuple(x.shape)}" for k, x in trainer.theta.items()}
     things = {name: getattr(trainer, name) for name in _THINGS}
+    things |= {name: getattr(trainer.loop, name) for name in _OF_LOOP}
     own = {"num_meta_steps": num_meta_steps, "theta": theta, "checkpoint": trainer.checkpoint is not None}
     require_same(ranks, {**things, **own})
     ranks.follow([*trainer.theta.values()], "the theta to start from")
@@ -73,6 +74,8 @@ _THINGS = (
     "micro_batch", "max_failed_share", "checkpoint_every", "max_skips_in_a_row",
 )  # fmt: skip
 """What of a trainer must be alike."""
+_OF_LOOP = ("family", "rule", "inner_objective", "horizon")
+"""What of its loop: options of dataclasses, of others the class."""
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

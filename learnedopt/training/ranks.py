@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from learnedopt.core import shares
+
 T = TypeVar("T")
 
 TIMEOUT = 600.0
@@ -68,11 +70,7 @@ class Ranks:
 
     def share(self, num_tasks: int) -> tuple[int, int]:
         """Return the first of this rank's tasks and the one after its last; shares differ by one task at most."""
-        return self._first(self.rank, num_tasks), self._first(self.rank + 1, num_tasks)
-
-    def _first(self, rank: int, num_tasks: int) -> int:
-        least, more = divmod(num_tasks, self.size)
-        return rank * least + min(rank, more)
+        return shares.even(num_tasks, self.size, self.rank)
 
     def sum(self, numbers: Tensor, what: str) -> Tensor:
         """Return the sum over ranks of a vector, the same to the bit on all of them."""

@@ -22,6 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 
+from learnedopt.core.pace import duration
+from learnedopt.core.tree import Theta
+
 logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = Mapping[str, "float | list[float] | str"]
@@ -61,6 +64,24 @@ class Rewindable(Protocol):
 
         -1 where it repeats all, the validation of the start included, which counts as meta-step 0.
         """
+        ...
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """A tracker that looks at theta itself when it likes to."""
+
+    def watch(self, theta: Theta) -> None:
+        """Take theta as the training moves it, in place; to be read only, and only within a call of this tracker."""
+        ...
+
+
+@runtime_checkable
+class Charting(Protocol):
+    """A tracker that draws several lines into one chart."""
+
+    def lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str) -> None:
+        """Draw lines by their labels, such as the losses of a learned optimizer and of others, over 0, 1, 2, ..."""
         ...
 
 
@@ -117,6 +138,14 @@ class Trackers:
     def rewind(self, step: int) -> None:
         """Rewind the sinks that can; see ``Rewindable``."""
         self._each("rewind", lambda sink: sink.rewind(step) if isinstance(sink, Rewindable) else None)
+
+    def watch(self, theta: Theta) -> None:
+        """Show theta to the sinks that look at it; see ``Watching``."""
+        self._each("watch", lambda sink: sink.watch(theta) if isinstance(sink, Watching) else None)
+
+    def lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str) -> None:
+        """Draw lines in the sinks that can; see ``Charting``."""
+        self._each("lines", lambda sink: sink.lines(name, lines, xname) if isinstance(sink, Charting) else None)
 
     def _each(self, doing: str, call: Callable[[Tracker], None]) -> None:
         for index, sink in enumerate(self.sinks):
@@ -231,7 +260,7 @@ class ConsoleTracker:
         known = [words.format(self._latest[name]) for name, words in _WORDS.items() if name in self._latest]
         line = f"Meta-step {self._step}{of_total}{self._pace(now)}" + (f": {', '.join(known)}" if known else "") + "."
         self._shown_at, self._pending = now, False
-        if self._on_terminal():
+        if self._on_terminal() and self._step:  # the start keeps its line: the first meta-step may compile, and say so
             # Return to the line's start and erase it. A line that wraps could not be erased: it is cut.
             self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
             self._open_line = True
@@ -243,7 +272,7 @@ class ConsoleTracker:
         if self._first is None or self._step is None or self._step <= self._first[0] or now <= self._first[1]:
             return ""
         rate = (self._step - self._first[0]) / (now - self._first[1])
-        left = "" if self._total is None else f", {_duration(max(self._total - self._step, 0) / rate)} left"
+        left = "" if self._total is None else f", {duration(max(self._total - self._step, 0) / rate)} left"
         return f" ({rate:.3g} meta-steps/s{left})"
 
     def _sentence(self, text: str) -> None:
@@ -262,13 +291,3 @@ class ConsoleTracker:
 def progress_line() -> ConsoleTracker:
     """Return the console as a trainer has it by default: on stderr, so that what a script prints stays its own."""
     return ConsoleTracker(stream=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -123,24 +123,23 @@ class MetaTrainer:
     ) -> None:
         self.loop, self.estimator, self.objective = loop, estimator, objective
         self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint: Path | None = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
         self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
         self.config, self.report = dict(config or {}), report
-        self.steadying = Steadying(average, rollback_above)
+        self.steadying: Steadying = Steadying(average, rollback_above)
         require_settings(self)
-        self.ranks = present(loop.execution.device) if ranks is None else ranks
+        self.ranks: Ranks = present(loop.execution.device) if ranks is None else ranks
         self.tracker = sinks_of(tracker if self.ranks.leads else None)
-        if theta is None:
-            theta = loop.init_theta(torch.Generator().manual_seed(seed))
+        theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
         self._update = MetaUpdate(self.theta, loop.theta_scale(self.theta), meta_optimizer, scheduler)
         self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
-        self._why, self._failures = "", Failures(warns=self.ranks.leads)
-        self.progress = Progress(steadied=self.steadying.begin(self.theta))
+        self._why, self._failures = "", Failures(estimator.renews_tasks, warns=self.ranks.leads)
+        self.progress: Progress = Progress(steadied=self.steadying.begin(self.theta))
         self._training: Training | None = None  # what the checkpoint is of, once it is known
         self._sum, self._goes_on = Summing(self.ranks), False
 
@@ -170,6 +169,7 @@ class MetaTrainer:
         exit_code, agreed = 1, True
         with Interrupts(patient=not self.ranks.alone) as interrupts:
             try:
+                self.tracker.watch(self.theta)
                 self.tracker.start({**self.config, "num_meta_steps": num_meta_steps})
                 if self.progress.at_start:
                     self._log({}, validate=True)
@@ -177,8 +177,8 @@ class MetaTrainer:
                 while stop is None and self.progress.meta_step < num_meta_steps:
                     stop = self._meta_step(num_meta_steps, interrupts)
                     if self.progress.meta_step % self.checkpoint_every == 0:
-                        self._save()
-                self._save()
+                        self.save()
+                self.save()
                 interrupts.number = self.ranks.agree(interrupts.number or stop, "the end")
                 interrupts.deliver()
                 result, agreed = self._result(), False
@@ -236,7 +236,7 @@ class MetaTrainer:
             self.estimator, self.loop, theta, self.objective, carry, places, micro_batch=self.micro_batch,
             apart=self.max_failed_share > 0,
         )  # fmt: skip
-        self._require_carry(found.estimate.carry)
+        self._require_carry(found.estimate.carry, len(found.places))
         require_grads(self.estimator, found.estimate.grads, self.theta)
         part = places[0] if self.estimator.is_part(carry) else None
         return self._sum(Share(found, len(places), interrupts.number, part), self.theta, what)
@@ -265,12 +265,14 @@ class MetaTrainer:
         tasks = self.loop.family.sample(self.num_tasks, generator)
         theta = {k: v.detach().clone() for k, v in self.theta.items()}
         carry = self.estimator.start(self.loop, theta, tasks, generator)
-        self._require_carry(carry)
+        self._require_carry(carry, self.num_tasks)
         return own_share(self.ranks, self.estimator, carry, self.num_tasks)
 
-    def _require_carry(self, carry: Any) -> None:
-        classes = None if self._training is None else self._training.classes
-        carries.require_plain(carry, type(self.estimator).__name__, classes)
+    def _require_carry(self, carry: Any, num_tasks: int) -> None:
+        training = self._training
+        carries.require_plain(carry, type(self.estimator).__name__, None if training is None else training.classes)
+        if training is not None:
+            training.expected.require_own(carry, num_tasks)
 
     def _log(self, metrics: dict[str, Any], *, validate: bool) -> None:
         """Tell the tracker of the present meta-step, with a validation where there is one and it is due."""
@@ -286,30 +288,36 @@ class MetaTrainer:
     def _require_progress(self) -> None:
         if self.progress.skips_in_a_row < self.max_skips_in_a_row:
             return
-        self._save()
+        self.save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
         raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
 
     def _result(self) -> TrainingResult:
-        last, progress = self.progress.steadied.learned(self.theta), self.progress
-        return TrainingResult(
-            last, progress.best_theta or last, progress.best_value, progress.meta_step, progress.num_skipped
-        )
+        last, now = self.progress.steadied.learned(self.theta), self.progress
+        return TrainingResult(last, now.best_theta or last, now.best_value, now.meta_step, now.num_skipped)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint, where there is to be one and a call of ``run`` or ``restored`` has looked for it."""
         if self.checkpoint is None or self._training is None:
             return
         carry = whole_carry(self.ranks, self.estimator, self.progress.carry, self._training, self.num_tasks)
         if self.ranks.leads:
             save_progress(self.checkpoint, replace(self.progress, carry=carry), self._training)
 
+    def restored(self) -> TrainingResult | None:
+        """Go back to the checkpoint and return what it holds, None for none; nothing is trained, told or written."""
+        if self.checkpoint is None:
+            return None
+        self._training = self._training or self._describe()
+        resumed = resume(self.ranks, self.checkpoint, self._training)
+        if resumed is None:
+            return None
+        self.progress, self._goes_on = resumed, resumed.carry is not None
+        self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        return self._result()
+
     def _resume(self) -> None:
-        if self.checkpoint is not None:
-            self._training = self._training or self._describe()
-            resumed = resume(self.ranks, self.checkpoint, self._training)
-            if resumed is not None:
-                self.progress, self._goes_on = resumed, resumed.carry is not None
-                self.progress.carry = own_share(self.ranks, self.estimator, resumed.carry, self.num_tasks)
+        self.restored()
         if self.progress.meta_step == 0 and self.progress.carry is None and not self._goes_on:
             self.progress.carry = self._fresh_carry()  # what is wrong with it is said before the first step
         # Also at the start: a run may have been killed before its first checkpoint.
@@ -317,5 +325,5 @@ class MetaTrainer:
 
     def _describe(self) -> Training:
         run = {"num_tasks": self.num_tasks, "seed": self.seed, "average": self.steadying.average}
-        found = describe(self.loop, self.estimator, self.theta, self.meta_optimizer, self.scheduler, run)
+        found = describe(self.loop, self.estimator, self.theta, self._update, run)
         return found._replace(config=self.config)

@@ -7,40 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 from learnedopt.core.files import plain_json
+from learnedopt.training import wandb_files
 from learnedopt.training.tracker import Metrics
+from learnedopt.training.wandb_variables import Mode, identity, in_sweep, resolve_mode, said
 
 logger = logging.getLogger(__name__)
 
-Mode: TypeAlias = Literal["online", "offline", "disabled"]
-_MODES: dict[str, Mode] = {
-    "online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline",
-}  # fmt: skip
 _STEP = "meta_step"
-_CHART_POINTS = (
-    250  # of each curve, evenly spaced: W&B cuts a chart's table off at 10,000 rows, and these are 40 curves
-)
-
-
-def resolve_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> Mode:
-    """Return what the user said, else what ``WANDB_MODE`` says, else ``"offline"``.
-
-    W&B itself would let a mode given in the call override its variable, and without any of them ask for an account.
-
-    Raises:
-        ValueError: neither online, offline nor disabled (nor W&B's old words for them, run and dryrun).
-    """
-    source, said = ("mode", mode) if mode is not None else ("WANDB_MODE", environ.get("WANDB_MODE") or "offline")
-    if said not in _MODES:
-        raise ValueError(f"{source}={said!r} is not a W&B mode that works here; use 'online', 'offline' or 'disabled'")
-    return _MODES[said]
+_CHART_ROWS, _CHART_POINTS = 10_000, 250
+"""Where W&B cuts a chart's table off, and how many of them a curve has at most, evenly spaced: these are 40 curves."""
 
 
 class WandbTracker:
@@ -59,13 +40,17 @@ class WandbTracker:
 
     Args:
         mode: ``"online"``, ``"offline"``, ``"disabled"``, or None for what ``resolve_mode`` finds.
-        project: where W&B files the run.
-        group: which runs it stands beside; None leaves it to W&B.
-        job_type: what kind of run it is, such as "train"; None leaves it to W&B.
-        name: what W&B calls it; None leaves it to W&B.
+        project: where W&B files the run; None for what WANDB_PROJECT says, else "learnedopt".
+        entity: the user or team; here and below None (no tags) leaves it to W&B and its variable.
+        group: which runs it stands beside.
+        job_type: what kind of run it is, such as "train".
+        name: what W&B calls it.
+        tags: words to find it by.
+        notes: a longer description.
         dir: the run's folder; everything, artifacts in waiting included, goes to ``dir/wandb``.
         run_id: identity of a run to go on with, from an earlier tracker's ``run_id``; None makes a new one. Keep it in
-            the checkpoint. Offline each start writes a fragment of its own, which ``wandb sync`` joins by this id.
+            the checkpoint. Offline each start writes a fragment of its own, whose rows count on, and which ``wandb
+            sync`` joins by this id. A trial of a sweep has the id that ``wandb agent`` gave it: see ``identity``.
         timeout: seconds that one call may take; an upload that ``finish`` waits for included.
 
     Raises:
@@ -79,10 +64,13 @@ class WandbTracker:
         self,
         mode: Mode | None = None,
         *,
-        project: str = "learnedopt",
+        project: str | None = None,
+        entity: str | None = None,
         group: str | None = None,
         job_type: str | None = None,
         name: str | None = None,
+        tags: Sequence[str] = (),
+        notes: str | None = None,
         dir: Path = Path("."),
         run_id: str | None = None,
         timeout: float = 60.0,
@@ -91,16 +79,24 @@ class WandbTracker:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
         self.mode: Mode = resolve_mode(mode)
         self.dir = Path(dir).absolute()
-        self.run_id = run_id if run_id is not None else uuid.uuid4().hex[:8]
-        self._about = {"project": project, "group": group, "job_type": job_type, "name": name, "id": self.run_id}
+        self.run_id = identity(run_id)
+        self._about = {"group": group, "job_type": job_type, "name": name, "tags": [*tags] or None, "notes": notes}
+        if not in_sweep():  # which has a place of its own, and an id for each trial
+            place = {"project": said(project, "WANDB_PROJECT", "learnedopt"), "entity": entity, "id": self.run_id}
+            self._about |= place
         self._timeout = timeout
         self._run: Any = None
         self._pid: int | None = None  # the process that may log; None before start, -1 after the end
         self._owns_service = False
         self._environment: list[str] = []  # variables set for the length of the run
         self._step = 0
+        self._first_row: int | None = None  # W&B's own count at the next row; None where it goes on by itself
         self._curves: dict[str, dict[int, list[float]]] = {}  # by name, by meta-step: what the charts show
         self._last_curve: dict[str, tuple[int, list[float]]] = {}
+
+    @property
+    def _data(self) -> Path:  # of this run alone, so that what it does not need can be told
+        return self.dir / "wandb" / f"data-{self.run_id}"
 
     @property
     def active(self) -> bool:
@@ -111,11 +107,13 @@ class WandbTracker:
         """Open the run with the configuration; with the id of an earlier run, go on with that one."""
         if self.mode == "disabled" or self._pid is not None or os.environ.get("RANK", "0") != "0":
             return
+        if os.environ.get("WANDB_RUN_ID", self.run_id) != self.run_id:
+            logger.warning("WANDB_RUN_ID is not taken: the run keeps its own id %s, by which it goes on.", self.run_id)
         self._pid = os.getpid()
         self._owns_service = "WANDB_SERVICE" not in os.environ
         # Before wandb is imported: offline it would still look its telemetry host up, and wait for a dead network;
         # and it would keep artifacts that wait for their upload under the home folder.
-        self._set_environment("WANDB_DATA_DIR", str(self.dir / "wandb"))
+        self._set_environment("WANDB_DATA_DIR", str(self._data))
         if self.mode == "offline":
             self._set_environment("WANDB_ERROR_REPORTING", "false")
         self._call("starting", lambda: self._open(plain_json(config)))
@@ -141,6 +139,21 @@ class WandbTracker:
         """
         if self.active:
             self._call(f"logging the artifact {name}", lambda: self._artifact(name, paths, plain_json(metadata)))
+
+    def lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str) -> None:
+        """Log a chart of several lines, such as the losses of a learned optimizer and of others, by their labels."""
+        if self.active and lines:
+            self._call(f"logging the chart {name}", lambda: self._lines(name, lines, xname, self._step))
+
+    def use(self, label: str, name: str, paths: list[Path], about: dict[str, Any]) -> None:
+        """Record that this run reads the files which another run has logged as the artifact ``name``.
+
+        Online W&B links the two: files that are the same are the same version, whoever logs them. Offline it refuses
+        to; so the configuration tells it in both modes, as ``used/<label>``: ``about``, the name, and W&B's own digest
+        of the version, by which it is found again.
+        """
+        if self.active:
+            self._call(f"recording the use of {name}", lambda: self._use(label, name, paths, plain_json(about)))
 
     def finish(self, exit_code: int = 0) -> None:
         """Write everything out (online: wait for the upload) and end W&B's service process, if it is this run's own."""
@@ -169,9 +182,13 @@ class WandbTracker:
         self._run = run
         if not Path(run.dir).resolve().is_relative_to(self.dir.resolve()):
             raise OSError(f"{self.dir} cannot be written, W&B went to {run.dir} instead; give a folder that can")
-        # W&B's own step must grow by each call and starts again in an offline resume: the meta-step is a metric.
+        # W&B's own step must grow by each call, also where a resumed training repeats some: the meta-step is a metric.
         run.define_metric(_STEP)
         run.define_metric("*", step_metric=_STEP)
+        if self.mode == "offline":  # online W&B counts on by itself
+            found = wandb_files.fragments(self.dir / "wandb", self.run_id)
+            earlier = [path for path in found if path.parent != Path(run.dir).parent]
+            self._first_row = 1 + max(map(wandb_files.last_step, earlier), default=-1)
 
     def _log(self, metrics: Metrics, curves: dict[str, list[float]], step: int) -> None:
         for name in curves.keys() - self._curves.keys():
@@ -182,7 +199,7 @@ class WandbTracker:
             if name not in curves
         }
         values: dict[str, Any] = {**plain, **curves}
-        self._run.log({**values, _STEP: step})
+        self._row(values, step)
         for name, curve in curves.items():
             if not curve:  # nothing to draw
                 continue
@@ -192,33 +209,40 @@ class WandbTracker:
                 self._chart(name)
 
     def _chart(self, name: str) -> None:
-        import wandb
-
         step, curve = self._last_curve[name]
         shown = self._curves[name]
         shown[step] = curve
-        inner_steps = [range(0, len(values), -(-len(values) // _CHART_POINTS) or 1) for values in shown.values()]
-        chart = wandb.plot.line_series(
-            xs=[list(at) for at in inner_steps],
-            ys=[[values[k] for k in at] for values, at in zip(shown.values(), inner_steps, strict=True)],
-            keys=[f"meta-step {at}" for at in shown],
-            title=name,
-            xname="inner step",
-        )
-        self._run.log({f"{name}_curves": chart, _STEP: step})
+        self._lines(f"{name}_curves", {f"meta-step {at}": values for at, values in shown.items()}, "inner step", step)
+
+    def _lines(self, name: str, lines: Mapping[str, Sequence[float]], xname: str, step: int) -> None:
+        import wandb
+
+        most = min(_CHART_POINTS, _CHART_ROWS // len(lines))
+        xs = [range(0, len(values), -(-len(values) // most) or 1) for values in lines.values()]
+        ys = [[values[k] for k in at] for values, at in zip(lines.values(), xs, strict=True)]
+        title = name.replace("_", " ")
+        chart = wandb.plot.line_series(xs=[[*at] for at in xs], ys=ys, keys=[*lines], title=title, xname=xname)
+        self._row({name: chart}, step)
+
+    def _row(self, values: dict[str, Any], step: int) -> None:
+        self._run.log({**values, _STEP: step}, step=self._first_row, commit=True)
+        self._first_row = None
 
     def _figure(self, name: str, path: Path) -> None:
         import wandb
 
-        self._run.log({name: wandb.Image(str(path)), _STEP: self._step})
+        self._row({name: wandb.Image(str(path))}, self._step)
 
     def _artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
-        import wandb
+        # Its wait() needs a server, and so would fail offline.
+        self._run.log_artifact(wandb_files.version(name, paths, metadata))
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name, flags=re.ASCII), "model", metadata=metadata)
-        for path in paths:
-            artifact.add_file(str(path), name=Path(path).name)
-        self._run.log_artifact(artifact)  # its wait() needs a server, and so would fail offline
+    def _use(self, label: str, name: str, paths: list[Path], about: dict[str, Any]) -> None:
+        version = wandb_files.version(name, paths, {}, policy="immutable")
+        told = {**about, "artifact": version.name, "digest": version.digest}
+        self._run.config.update({f"used/{label}": told}, allow_val_change=True)
+        if self.mode == "online":
+            self._run.use_artifact(version)
 
     def _finish(self, exit_code: int) -> None:
         import wandb
@@ -229,6 +253,9 @@ class WandbTracker:
         self._run.finish(exit_code=exit_code)
         if self._owns_service and wandb.setup().most_recent_active_run is None:
             wandb.teardown()  # the service would live on until the interpreter ends
+        if "WANDB_DATA_DIR" in self._environment:  # else others may keep theirs there
+            staging, own = self._data / "artifacts" / "staging", Path(self._run.dir).parent / f"run-{self.run_id}.wandb"
+            wandb_files.remove_unneeded(staging, wandb_files.fragments(self.dir / "wandb", self.run_id), own)
 
     def _abandon(self) -> None:
         import wandb

@@ -40,7 +40,7 @@ class Places:
         def index(values: list[int]) -> Tensor:
             return torch.tensor(values, device=device)
 
-        self.matrices = numbers([float(rank >= 2) for rank in ranks])
+        self.matrices: Tensor = numbers([float(rank >= 2) for rank in ranks])
         self._entries = index([0 if rank >= 2 else 1 for rank in ranks])
         self._rates = index([_RATE_OF[kind.kind] for kind in kinds])
         self._shares = index([_SHARE_OF.get(kind.kind, 0) for kind in kinds])  # vectors do not read theirs

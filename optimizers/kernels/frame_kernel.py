@@ -158,21 +158,22 @@ class Made:
     """
 
     def __init__(self, kernel: FrameKernel, step: Step, flat: list[Tensor], in_place: bool) -> None:
-        self._kernel, self.step, lanes, cut = kernel, step, step.lanes, step.cut
-        self.count = len(cut.shapes)
+        self._kernel, lanes, cut = kernel, step.lanes, step.cut
+        self.step = step
+        self.count: int = len(cut.shapes)
         constants, read = _constants(kernel, step), flat[self.count :]
-        self.written = read if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in read]
+        self.written: list[Tensor] = read if in_place else [torch.empty(t.shape, dtype=t.dtype) for t in read]
         turned = kernel.along(step.theta) is not None
         buffers, directions = _buffers(step, constants.lanes) if turned else ([], [None] * self.count)
         self._orthogonalise = kernel.orthogonaliser(buffers) if buffers else None
         weights = kernel.weights(step)
         _, tensors = expanded([*weights.states, *weights.tensors, constants.lanes[..., 0]], len(lanes))
         states, tensors = tensors[: len(weights.states)], tensors[len(weights.states) : -1]
-        self.states = states if in_place else [torch.empty(h.shape, dtype=h.dtype) for h in states]
+        self.states: list[Tensor] = states if in_place else [torch.empty(h.shape, dtype=h.dtype) for h in states]
         both = [*states, *self.states] if states else [None] * 4
         everything = [*flat, *directions, *self.written, *both]
         self._weights, self._weights_at = weights, len(everything)
-        self.data = Data(lanes, [*everything, *tensors])
+        self.data: Data = Data(lanes, [*everything, *tensors])
         clocks = Clocks(*(x.expand(lanes).contiguous() for x in (step.memory.step, step.progress)))
         self._ready = Ready(
             cut, self.data, constants, clocks,

@@ -116,14 +116,14 @@ class Data:
 
     def __init__(self, lanes: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
         num_dims = len(lanes)
-        self.lanes = torch.Size(lanes)
-        self.tensors = [None if t is None else contiguous(t, num_dims) for t in tensors]
+        self.lanes: torch.Size = torch.Size(lanes)
+        self.tensors: list[Tensor | None] = [None if t is None else contiguous(t, num_dims) for t in tensors]
         none = (0,) * num_dims
         strides = [s for t in self.tensors for s in (none if t is None else t.stride()[:num_dims])]
         self._addresses = array(ctypes.c_void_p, [None if t is None else t.data_ptr() for t in self.tensors])
         self._others = (array(ctypes.c_long, lanes), array(ctypes.c_long, strides))
         places = (ctypes.addressof(each) for each in (self._others[0], self._addresses, self._others[1]))
-        self.c = _LanesC(num_dims, *places)
+        self.c: _LanesC = _LanesC(num_dims, *places)
 
     def point(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Let the places from ``first`` on be other tensors, without lanes, and return what is to be kept alive."""
@@ -175,7 +175,8 @@ class Ready:
         self, cut: Cut, data: Data, constants: Constants, clocks: Clocks, *, with_factors: bool, with_iterates: bool
     ) -> None:
         lanes, like = data.lanes, constants.lanes
-        self.data, self._count = data, lanes.numel()
+        self.data = data
+        self._count = lanes.numel()
         self._size = (self._count * len(cut.pieces), self._count * cut.c[0].num_coordinates)
         numbers = like.new_empty((*lanes, LANE_NUMBERS)), like.new_empty((*lanes, len(cut.shapes), TENSOR_NUMBERS))
         found = like.new_empty((*lanes, len(cut.pieces), 2))

@@ -181,7 +181,8 @@ class ModuleOnImages(TaskFamily):
     """
 
     def __init__(self, episodes: FewShotImages, build: Callable[[], nn.Module]) -> None:
-        self.episodes, self.module = episodes, ModuleFamily(build, functional.cross_entropy, _no_data)
+        self.episodes = episodes
+        self.module: ModuleFamily = ModuleFamily(build, functional.cross_entropy, _no_data)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw tasks as ``episodes`` does."""

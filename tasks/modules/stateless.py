@@ -27,8 +27,8 @@ class Stateless:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.trained = trained(module)
-        self.constants = constants(module)
+        self.trained: Params = trained(module)
+        self.constants: dict[str, Tensor] = constants(module)
         self._parts = list(module.modules())
         for part in self._parts:
             # Weights computed by a hook when the module was built have a graph, and cannot be copied.

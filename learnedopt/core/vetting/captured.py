@@ -6,7 +6,7 @@ import functools
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from learnedopt.core.containers import is_dict, is_list_or_tuple, is_set
+
+_TENSORS = ("_parameters", "_buffers")
+"""Where a module has them by name, those that are None as well: torch has no public way."""
 _DEPTH = 8
 _MOST_OBJECTS = 20_000  # looked at; a list of a data set's items is not walked to its end
 _MOST_ITEMS = 1_000
@@ -35,7 +39,7 @@ def find(**roots: Any) -> Held:
 
     What lies behind slots, C extensions or properties is not found.
     """
-    held, seen = Held({}, set(), {}), set()
+    held, seen = Held({}, set(), {}), set[int]()
     queue = deque((name, value, 0) for name, value in roots.items())
     while queue and len(seen) < _MOST_OBJECTS:
         name, value, depth = queue.popleft()
@@ -48,16 +52,16 @@ def find(**roots: Any) -> Held:
             held.generators[name] = value
         elif depth < _DEPTH:
             if isinstance(value, nn.Module):
-                held.registered.update(f"{name}.{k}" for k in (*value._parameters, *value._buffers))
+                held.registered.update(f"{name}.{k}" for part in _TENSORS for k in getattr(value, part))
             queue.extend((f"{name}{where}", x, depth + 1) for where, x in _inside(value))
     return held
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+def _inside(value: object) -> Iterator[tuple[str, Any]]:
     """Yield what an object holds, each with the way to it, such as ``.weight`` or ``[0]``."""
-    if isinstance(value, dict):
+    if is_dict(value):
         yield from ((f"[{k!r}]", x) for k, x in list(value.items())[:_MOST_ITEMS])
-    elif isinstance(value, list | tuple | set):
+    elif is_list_or_tuple(value) or is_set(value):
         yield from ((f"[{i}]", x) for i, x in enumerate(list(value)[:_MOST_ITEMS]))
     elif isinstance(value, functools.partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
@@ -66,8 +70,8 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value)
     elif isinstance(value, nn.Module):
-        for part in (value._parameters, value._buffers, value._modules):
-            yield from ((f".{k}", x) for k, x in part.items() if x is not None)
+        for part in (*_TENSORS, "_modules"):
+            yield from ((f".{k}", x) for k, x in getattr(value, part).items() if x is not None)
         yield from ((f".{k}", x) for k, x in vars(value).items() if not k.startswith("_"))
         if not type(value).__module__.startswith("torch."):
             yield ".forward", type(value).forward
@@ -101,7 +105,7 @@ class Watch:
 
     def __init__(self, look: Callable[[], Held], strict: tuple[str, ...]) -> None:
         self._look, self._strict = look, strict
-        self.held = look()
+        self.held: Held = look()
         self._before: dict[str, tuple[Tensor, int | None, Tensor | None]] = {}
         left = _MOST_COPIED
         for name, x in self.held.tensors.items():
@@ -112,7 +116,7 @@ class Watch:
     def written(self) -> list[str]:
         """Return the names of the tensors whose values changed in place, and of a module's that were exchanged."""
         now = self._look().tensors
-        found = []
+        found: list[str] = []
         for name, (x, version, copy) in self._before.items():
             current = now.get(name, x) if name in self.held.registered else x
             moved = version != _version(x)
@@ -167,7 +171,7 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def random_states_restored() -> Iterator[None]:
+def random_states_restored() -> Generator[None, None, None]:
     """Put every global generator back, whatever happens inside."""
     on_cpu, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

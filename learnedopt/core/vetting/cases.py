@@ -77,7 +77,7 @@ def losses_of(loop: InnerLoop) -> dict[str, Loss]:
     return {"inner loss": descended, "outer loss": read} if not objective.is_task_loss else {"loss": descended}
 
 
-def call_number(loss: Loss, theta: Theta, params: Params, batch: Batch) -> Tensor:
+def call_number(loss: Callable[[Theta, Params, Batch], object], theta: Theta, params: Params, batch: Batch) -> Tensor:
     """Call a loss of one task.
 
     Raises:

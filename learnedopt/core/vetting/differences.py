@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learnedopt.core import mixed_mode
+from learnedopt.core import mixed_mode, tree
 from learnedopt.core.tree import Params
 from learnedopt.core.vetting.double import WIDER, InDouble
 from learnedopt.core.vetting.findings import first_line
@@ -157,10 +157,10 @@ def judge_second_derivatives(
 
     claimed = [s * product[k].detach() for s, k in zip(sizes, names, strict=True)]
     right, found = _decide(claimed, difference, _STEPS_OF_GRADIENTS, _TOLERANCE[point.dtype], lambda h: floor / h)
-    errors = [(c - d).norm().item() for c, d in zip(claimed, found, strict=True)]
+    errors = [float(tree.length(c - d)) for c, d in zip(claimed, found, strict=True)]
     worst = errors.index(max(errors))
-    length = found[worst].norm().item()
-    numbers = f"times a random direction they are off by {errors[worst]:.2g} of {length:.2g} at {names[worst]!r}"
+    size = float(tree.length(found[worst]))
+    numbers = f"times a random direction they are off by {errors[worst]:.2g} of {size:.2g} at {names[worst]!r}"
     if right is None:
         numbers += "; it could not be told, as differences of several sizes disagree: the gradient jumps or is coarse"
     return Verdict(right, numbers)
@@ -174,12 +174,15 @@ def _decide(
     slack: Callable[[float], float],
 ) -> tuple[bool | None, list[Tensor]]:
     """Return whether tensors equal a difference, None where that cannot be told, and the first difference."""
-    seen = []
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
     for step in steps:
         central, bend = difference(step)
         seen.append((central, bend))
-        allowed = [tolerance * max(float(c.norm()), float(d.norm())) + slack(step) for c, d in _pairs(claimed, central)]
-        if all(float((c - d).norm()) <= a for (c, d), a in zip(_pairs(claimed, central), allowed, strict=True)):
+        allowed = [
+            tolerance * max(float(tree.length(c)), float(tree.length(d))) + slack(step)
+            for c, d in _pairs(claimed, central)
+        ]
+        if all(float(tree.length(c - d)) <= a for (c, d), a in zip(_pairs(claimed, central), allowed, strict=True)):
             return True, central
     (first, bend), (second, _), (last, _) = seen
     off = _distance(claimed, first)
@@ -251,11 +254,11 @@ def _judge_symmetry(point: Point, direction: Params, product: Params) -> Verdict
 def _worst_parameters(point: Point, direction: Params, products: Params) -> str:
     """Say of which parameters the gradient is wrong, each tried along its own part of the direction."""
     step, tolerance = _STEPS[point.dtype][0], _TOLERANCE[point.dtype]
-    errors = {}
+    errors: dict[str, tuple[float, str]] = {}
     for name in list(point.at)[:_MOST_NAMED]:
         central, _ = _loss_difference(point, {name: direction[name]})(step)
         slope, found = float(products[name].sum()), float(central[0])
-        if abs(slope - found) > tolerance * (abs(slope) + abs(found) + float(products[name].norm())):
+        if abs(slope - found) > tolerance * (abs(slope) + abs(found) + float(tree.length(products[name]))):
             errors[name] = (abs(slope - found), f"{name!r} ({slope:.4g} for {found:.4g})")
     worst = sorted(errors.values(), reverse=True)[:3]
     return f"; most wrong is that of {', '.join(text for _, text in worst)}" if worst else ""
@@ -287,7 +290,7 @@ def _pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Tensor, Tenso
 
 
 def _length(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(x.norm()) ** 2 for x in tensors))
+    return math.sqrt(sum(float(tree.length(x)) ** 2 for x in tensors))
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -25,7 +25,7 @@ class InDouble(TorchFunctionMode):
         return _promoted((torch.Tensor.double if func in _CASTS else func)(*args, **kwargs))
 
 
-def _promoted(x: Any) -> Any:
+def _promoted(x: Tensor | torch.dtype | tuple[Any, ...] | list[Any] | dict[str, Any] | float | None) -> Any:
     # Asked at every operation: plain containers are walked here, the rest, such as results with names, by torch.
     if isinstance(x, Tensor):
         return x.to(WIDER[x.dtype]) if x.dtype in WIDER else x

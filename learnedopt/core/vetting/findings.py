@@ -79,7 +79,7 @@ class Finding:
 
 def report(findings: Sequence[Finding]) -> str:
     """Return in words what was tried and found."""
-    lines = []
+    lines: list[str] = []
     for finding in findings:
         of = "" if finding.loss == "loss" else f"{finding.loss}: "
         lines += [f"[{'passed' if finding.passed else 'FAILED'}] {of}{finding.question}", f"    {finding.answer}"]

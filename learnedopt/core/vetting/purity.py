@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def function(case: Case, loss: Loss) -> Iterator[Finding]:
     theta = _leaves(case.theta)
     roots = {"parameters": params, "theta": theta, "batch": case.batch, **_holders(case)}
     watch = Watch(lambda: find(**roots), strict=_STRICT)
-    values, states = [], []
+    values: list[Tensor] = []
+    states: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for i, seed in zip((0, -1, 0), (11, 22, 33), strict=True):
         seed_everything(seed)
         before = random_states(watch.held.generators)
@@ -108,7 +109,7 @@ def graph_leaves(value: Tensor) -> Iterator[Tensor]:
 
 def swapped(case: Case, loss: Loss) -> Finding:
     """Ask for each task's batch alone, the last task first, and compare it, or else its loss."""
-    gaps = []
+    gaps: list[str] = []
     for i in reversed(range(case.num_tasks)):
         seed_everything(44 + i)
         alone = tree.squeeze(case.loop.batch(tree.narrow(case.tasks, i, i + 1), case.step, "train"))
@@ -144,7 +145,10 @@ def together(case: Case, loss: Loss) -> Finding:
     def losses(params: Params, batch: Any) -> Tensor:
         return TaskMap(case.num_tasks).apply(loss, (case.theta,), params, batch)
 
-    def compare(call: Any) -> float:
+    def plain(fn: Callable[..., Tensor], *args: Any) -> Tensor:
+        return fn(*args)
+
+    def compare(call: Callable[..., Tensor]) -> float:
         together = _values_and_gradients(lambda p: call(losses, p, case.batch), case.params)
         each = [case.of_task(i) for i in range(case.num_tasks)]
         alone = [_values_and_gradients(lambda p, b=b: call(loss, case.theta, p, b), p) for p, b in each]
@@ -152,7 +156,7 @@ def together(case: Case, loss: Loss) -> Finding:
 
     try:
         eps = torch.finfo(next(iter(case.params.values())).dtype).eps
-        gap = compare(lambda fn, *args: fn(*args))
+        gap = compare(plain)
         if not gap <= 4 * eps**0.5:
             gap, eps = compare(promoted), torch.finfo(torch.float64).eps
     except Exception as error:  # noqa: BLE001 - a finding: what fails here fails in a run
@@ -160,7 +164,7 @@ def together(case: Case, loss: Loss) -> Finding:
     return Finding(findings.TOGETHER, f"they differ by {gap:.1g} of the gradient's length", gap <= 4 * eps**0.5)
 
 
-def _values_and_gradients(losses: Any, params: Params) -> tuple[Tensor, Params]:
+def _values_and_gradients(losses: Callable[[Params], Tensor], params: Params) -> tuple[Tensor, Params]:
     leaves = _leaves(params)
     values = losses(leaves)
     grads = torch.autograd.grad(values.sum(), list(leaves.values()), materialize_grads=True)
@@ -176,9 +180,9 @@ def _largest_gap(a: tuple[Tensor, Params], b: tuple[Tensor, Params], params: Par
     sizes = {k: wide(p).square().mean().sqrt().clamp(min=1e-30) for k, p in params.items()}
     expected = [sizes[k] * wide(g) for k, g in b[1].items()]
     errors = [sizes[k] * wide(a[1][k]) - x for k, x in zip(b[1], expected, strict=True)]
-    slopes, length = (torch.stack([x.norm() for x in each]).norm() for each in (errors, expected))
+    slopes, whole = (tree.length(torch.stack([tree.length(x) for x in each])) for each in (errors, expected))
     gap, size = (wide(a[0]) - wide(b[0])).abs().max(), wide(b[0]).abs().max()
-    return max((error / of.clamp(min=1e-300)).item() for error, of in ((slopes, length), (gap, size)))
+    return max((error / of.clamp(min=1e-300)).item() for error, of in ((slopes, whole), (gap, size)))
 
 
 def _listed(names: Sequence[str]) -> str:

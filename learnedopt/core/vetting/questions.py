@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.tree import Params, Theta
 from learnedopt.core.vetting import differences, findings, purity
 from learnedopt.core.vetting.captured import random_states_restored
@@ -112,8 +113,8 @@ def _penalty(case: Case) -> Finding:
         closed = penalty.gradient(theta, params) if penalty.has_gradient else None
         term = penalty.value(theta, params)
         slopes = torch.autograd.grad(term, list(params.values()), materialize_grads=True)
-        gaps = [] if closed is None else [(closed[k] - g).norm() for k, g in zip(params, slopes, strict=True)]
-        sizes = [g.norm() for g in slopes]
+        gaps = [] if closed is None else [tree.length(closed[k] - g) for k, g in zip(params, slopes, strict=True)]
+        sizes = [tree.length(g) for g in slopes]
         whole, own = objective.loss(theta, family, params, batch), family.loss(params, batch)
         value = (whole - own - term).abs() / (whole.abs() + own.abs() + term.abs()).clamp(min=1e-300)
         slope = sum(gaps, torch.zeros_like(value)) / sum(sizes, torch.zeros_like(value)).clamp(min=1e-300)

@@ -1,0 +1,105 @@
+"""The command ``learnedopt compare``: learned optimizers on fresh tasks, beside tuned hand-designed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from learnedopt.checkpoint import Checkpoint
+
+Mode: TypeAlias = Literal["online", "offline", "disabled"]  # the tracker's, spelled here: a help waits for no torch
+
+
+def compare(
+    checkpoint: Sequence[str],
+    family: str | None = None,
+    set: Sequence[str] = (),
+    steps: int = 100,
+    tasks: int = 100,
+    tuning_tasks: int | None = None,
+    tune_for: str = "final_loss",
+    baselines: str = "plain",
+    seed: int = 0,
+    threads: int = 1,
+    out: Path | None = None,
+    wandb: Mode | None = None,
+) -> int:
+    """Run learned optimizers against tuned SGD, momentum, Nesterov, RMSprop and Adam, on fresh tasks.
+
+    The learned ones stand side by side, beside baselines whose learning rates are tuned on other tasks of the same
+    family. Writes a table (evaluation.md), all numbers (evaluation.json) and the loss curves (evaluation.png).
+
+    Args:
+        checkpoint: files, folders of runs, or packaged names
+        family: a task family, see learnedopt list; by default that of their meta-training
+        set: KEY=VALUE, an option of the family; repeatable
+        steps: inner steps
+        tasks: fresh tasks
+        tuning_tasks: tasks to tune on; by default all --tasks if they are small, else 8
+        tune_for: final_loss, sum_of_losses or last_ten
+        baselines: what is tuned beside it: plain, main or all with schedules, or labels of these as A;B
+        seed: of the tasks
+        threads: of torch; tasks are small
+        out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
+        wandb: Weights & Biases; by default what WANDB_MODE says, else offline
+    """
+    import torch
+
+    from learnedopt import tasks as registry
+    from learnedopt.config import recorded_solver
+    from learnedopt.evaluation.runs import compare_runs, families, labelled
+    from learnedopt.followed import show_comparison
+    from learnedopt.training.tracking import Tracking
+    from learnedopt.training.wandb_tracker import resolve_mode
+
+    torch.set_num_threads(threads)
+    mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)
+    own = registry.describe(families(loaded, family, options)[0])["name"]
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
+    for label, learned in loaded.items():
+        solver = recorded_solver(learned.metadata)
+        if solver is not None:
+            print(f"{label} was trained on solutions by {solver}; here the rule's own steps are taken")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
+    found = compare_runs(
+        loaded, family, options, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
+        baselines=_baselines(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    names = {"checkpoint": checkpoint[0]} if len(loaded) == 1 else {"checkpoints": [*checkpoint]}
+    found = replace(found, settings={**names, **found.settings})
+    print(f"\n{found.markdown()}", flush=True)
+    paths = found.save(out)
+    print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
+    show_comparison(Tracking(mode), out, labelled(checkpoint), found, paths)
+    return 0
+
+
+def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
+    """Return what the checkpoints hold, by what each is called in tables."""
+    from learnedopt.checkpoint import load_checkpoint
+    from learnedopt.evaluation.runs import labelled
+
+    return {label: load_checkpoint(name) for label, name in labelled(checkpoints).items()}
+
+
+def options_of(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a family as ``KEY=VALUE`` say."""
+    from learnedopt.typed_values import read_value
+
+    settings = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {assignment!r} is not of the form KEY=VALUE, such as --set batch_size=64")
+        settings[key] = read_value(text)
+    return settings
+
+
+def _baselines(text: str) -> Mapping[str, Any]:
+    from learnedopt.evaluation.evaluate import BASELINES
+    from learnedopt.evaluation.grids import named
+
+    return BASELINES if text == "plain" else named(text)

@@ -1,0 +1,256 @@
+"""Sweeps on this machine, without a server: ``python -m learnedopt.sweeps sweeps/lstm-quadratic.yaml``.
+
+The same files are sweeps for W&B: ``wandb sweep FILE`` and ``wandb agent ID``. A trial is a run in a folder of its own,
+so a sweep that was stopped goes on where it stood, and a setting that was dropped could still be trained to its end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from learnedopt.core.counts import require_count
+from learnedopt.core.files import plain_json, require_name, write_json
+from learnedopt.sweep_file import Sweep, Trial, read_sweep
+from learnedopt.training.json_tracker import read_metrics
+
+_POLL = 0.1  # seconds between two looks at the trials
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting, maybe of several seeds: how far its trials came, and the metric's mean over them."""
+
+    values: Mapping[str, Any]
+    state: str  # "finished", "dropped" (by halving) or "failed"
+    mean: float
+    standard_error: float
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a sweep: the settings, the best first, those that did not come to their end last."""
+
+    sweep: Sweep
+    tried: Sequence[Tried]
+
+    @property
+    def best(self) -> Tried | None:
+        """The setting with the best mean of those that were trained to the end; None where none was."""
+        return next((each for each in self.tried if each.state == "finished" and not math.isnan(each.mean)), None)
+
+    def markdown(self) -> str:
+        """Return a table."""
+        keys = [key for key in self.sweep.parameters if key != "seed"]
+        head = [self.sweep.metric, "± standard error", "state", *keys, "trials"]
+        lines = [_row(head), _row(["---"] * len(head))]
+        for each in self.tried:
+            error = "" if math.isnan(each.standard_error) else f"{each.standard_error:.2g}"
+            values = [_shown(each.values[key]) for key in keys]
+            lines.append(_row([f"{each.mean:.4g}", error, each.state, *values, " ".join(each.names)]))
+        return "\n".join(lines) + "\n"
+
+
+def run_sweep(
+    file: Path, runs: Path = Path("runs"), processes: int = 1, trials: int | None = None, seed: int = 0
+) -> Result:
+    """Try the settings of a sweep, and write what came of them as sweep.md and sweep.json.
+
+    Settings that differ in the seed alone are one, by the mean. What is finished is not run again.
+
+    Args:
+        file: the sweep, in W&B's format
+        runs: where sweeps are kept: the trials go to RUNS/NAME, each with a folder and the log of its output
+        processes: how many trials run at once
+        trials: how many settings; by default the file's run_cap, of a grid all
+        seed: of the drawing
+
+    Raises:
+        ValueError: the file is no sweep, or has a setting that its recipe does not take: before any is run.
+    """
+    require_count("processes", processes, least=1)
+    sweep = read_sweep(file)
+    require_name(sweep.name, f"the name of the sweep {file}")
+    settings = sweep.trials(trials, seed)
+    require_settings(sweep, settings)
+    folder = runs / sweep.name
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = _by_setting(settings)
+    halving = sweep.halving(len(groups))
+    going = [*groups.values()]
+    for count in halving.counts if halving else ():
+        _run_all(sweep, folder, [trial for group in going for trial in group], processes, count)
+        going.sort(key=lambda group: _order(sweep, _mean(sweep, folder, group, count)))
+        going = going[: max(1, len(going) // halving.eta)] if halving else going
+    _run_all(sweep, folder, [trial for group in going for trial in group], processes, None)
+    tried = [_tried(sweep, folder, group, dropped=group not in going) for group in groups.values()]
+    tried.sort(key=lambda each: (each.state != "finished", each.state == "failed", _order(sweep, each.mean)))
+    result = Result(sweep, tried)
+    (folder / "sweep.md").write_text(result.markdown(), "utf-8")
+    write_json(folder / "sweep.json", plain_json([vars(each) for each in tried]))
+    return result
+
+
+def require_settings(sweep: Sweep, settings: Sequence[Trial]) -> None:
+    """Raise ValueError where the command cannot be made, or the library's recipe in it does not take a setting."""
+    from learnedopt import recipes
+    from learnedopt.config import INTERCHANGEABLE, override
+
+    for trial in settings[:1]:
+        command_of(sweep, trial)
+    for name in [word for word in sweep.command if word in recipes.names()]:
+        for trial in settings:
+            override(recipes.make(name), trial.assignments, INTERCHANGEABLE)
+
+
+def command_of(sweep: Sweep, trial: Trial) -> list[str]:
+    """Return the words of a trial's command as ``wandb agent`` makes them, with this Python.
+
+    Raises:
+        ValueError: a macro of W&B's that is not known here.
+    """
+    macros = {
+        "${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "python": [sys.executable],
+        "${args}": [f"--{each}" for each in trial.assignments], "${args_no_hyphens}": trial.assignments,
+    }  # fmt: skip
+    unknown = [word for word in sweep.command if word.startswith("${") and word not in macros]
+    if unknown:
+        raise ValueError(f"the command of {sweep.name} has {unknown[0]}; here there are {', '.join(macros)}")
+    return [part for word in sweep.command for part in macros.get(word, [word])]
+
+
+def _run_all(sweep: Sweep, folder: Path, trials: Sequence[Trial], processes: int, count: int | None) -> None:
+    """Run trials until they are finished, or have told ``count`` values of the metric and written a checkpoint."""
+    waiting = [t for t in trials if not _finished(folder / t.name) and not _told(folder / t.name, sweep.metric, count)]
+    with _stopped_at_the_end() as running:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                trial = waiting.pop(0)
+                running[trial.name] = _start(sweep, folder, trial)
+            time.sleep(_POLL)
+            for name, process in [*running.items()]:
+                if process.poll() is not None:
+                    del running[name]
+                elif _told(folder / name, sweep.metric, count):
+                    process.terminate()  # it goes on, exactly, when it is started again
+                    process.wait()
+
+
+def _start(sweep: Sweep, folder: Path, trial: Trial) -> subprocess.Popen[bytes]:
+    command = [*command_of(sweep, trial), "--runs", str(folder), "--name", trial.name]
+    print(f"{trial.name}: {' '.join(trial.assignments)}", flush=True)
+    with (folder / f"{trial.name}.log").open("ab") as log:
+        # A session of its own: Ctrl-C is for this process alone, which then stops the others once.
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={"WANDB_RUN_GROUP": sweep.name, **os.environ},
+        )  # fmt: skip
+
+
+@contextmanager
+def _stopped_at_the_end() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        yield running
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    record = run / "metrics.jsonl"
+    return read_metrics(record) if record.exists() else []
+
+
+def _told(run: Path, metric: str, count: int | None) -> bool:
+    """Whether the record of a run has so many values of the metric, which is looked up often: no line is parsed."""
+    record, key = run / "metrics.jsonl", f'"{metric}": '.encode()
+    if count is None or not record.exists():
+        return False
+    lines = record.read_bytes().split(b"\n")
+    return sum(line.startswith(b'{"step"') and key in line for line in lines) >= count
+
+
+def _finished(run: Path) -> bool:
+    record = run / "metrics.jsonl"
+    last = record.read_bytes().rstrip(b"\n").rpartition(b"\n")[2] if record.exists() else b""
+    return last.startswith(b'{"event": "finish"') and last.endswith(b'"exit_code": 0}')
+
+
+def _mean(sweep: Sweep, folder: Path, group: Sequence[Trial], count: int | None = None) -> float:
+    """Return the mean over a setting's trials of the last value of the metric, or of the ``count``-th."""
+    values = [_value(sweep, folder / trial.name, count) for trial in group]
+    return statistics.fmean(values)
+
+
+def _value(sweep: Sweep, run: Path, count: int | None = None) -> float:
+    values = [float(row[sweep.metric]) for row in _rows(run) if sweep.metric in row][:count]
+    return values[-1] if values else math.nan
+
+
+def _order(sweep: Sweep, value: float) -> float:
+    return math.inf if math.isnan(value) else -value if sweep.maximize else value
+
+
+def _by_setting(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(repr([item for item in trial.values.items() if item[0] != "seed"]), []).append(trial)
+    return groups
+
+
+def _tried(sweep: Sweep, folder: Path, group: Sequence[Trial], *, dropped: bool) -> Tried:
+    values = [_value(sweep, folder / trial.name) for trial in group]
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    error = statistics.stdev(values) / math.sqrt(len(values)) if several else math.nan
+    finished = all(_finished(folder / trial.name) for trial in group)
+    state = "finished" if finished else "dropped" if dropped else "failed"
+    rest = {key: value for key, value in group[0].values.items() if key != "seed"}
+    return Tried(rest, state, statistics.fmean(values), error, tuple(trial.name for trial in group))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sweep as the command line says; return 0, 1 where no setting came to its end, 2 for bad input, or 130."""
+    from jsonargparse import auto_cli
+
+    try:
+        result = auto_cli(run_sweep, args=None if arguments is None else [*arguments])
+    except (ValueError, OSError) as error:
+        print(f"learnedopt.sweeps: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"\n{result.markdown()}")
+    best = result.best
+    if best is None:
+        print("No setting was trained to its end: the logs beside the trials' folders say why.")
+        return 1
+    print(f"Best: {' '.join(f'{key}={value}' for key, value in best.values.items())}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the trials are stopped on the way out
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Every command with wrong input: exit code 2, and one line that names what was passed and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from learnedopt import cli
+
+RUN = "lstm-quadratic"
+WRONG = [
+    # command line; what its one line names of it, and what it says to do
+    ("", "COMMAND", "--help"),
+    ("evalute", "'evalute'", "did you mean evaluate?"),
+    ("trian demo", "'trian'", "did you mean train?"),
+    ("--verison", "--verison", "did you mean --version?"),
+    ("list --al", "--al", "learnedopt list --help"),
+    ("list rules", "rules", "learnedopt list --help"),
+    ("card", "NAME", "required"),
+    ("card generol", "'generol'", "did you mean 'general'?"),
+    ("card no/such/run", "no/such/run", "packaged"),
+    ("train", "recipe", "learnedopt train --list shows all"),
+    ("train demmo", "'demmo'", "did you mean 'demo'?"),
+    ("train demo --sets seed=1", "--sets", "did you mean --set?"),
+    ("train demo --wandb of", "'of'", "offline"),
+    ("train demo --timeout soon", "'soon'", "float"),
+    ("train demo --name a/b", "a/b", "--name"),
+    ("train demo --set", "--set", "argument"),
+    ("train demo --set seed", "'seed'", "key=value"),
+    ("train demo --set sede=1", "'sede'", "did you mean 'seed'?"),
+    ("train demo --set seed=one", "seed='one'", "int"),
+    ("train demo --set seed=-1", "seed=-1", "not a count"),
+    ("train demo --sede=1", "--sede=1", "did you mean --seed"),
+    ("train demo --meta.rl 1", "'meta.rl'", "did you mean 'lr'?"),
+    ("train demo meta.rl=1", "'meta.rl'", "did you mean 'lr'?"),
+    ("train demo --meta.lr", "--meta.lr", "expected one argument"),
+    ("train demo --config no.yaml", "no.yaml", "cannot be read"),
+    ("train demo --extend=yes", "--extend", "'yes'"),
+    ("train demo --import tests.py", "tests.py", "did you mean 'tests'?"),
+    ("train demo --log-every 0", "log_every=0", "not a count"),
+    ("train demo --import no_such_module", "no_such_module", "there is no module"),
+    ("train demo --set meta.rl=1", "'meta.rl'", "did you mean 'lr'?"),
+    ("train demo --set meta.lr=0", "lr=0.0", "must be positive"),
+    ("train demo --set meta.lr.x=0", "'meta.lr.x'", "no fields"),
+    ("train demo --set meta.optimizer=adan", "'adan'", "'adam'?"),
+    ("train demo --set estimator=Unroled", "'Unroled'", "did you mean 'Unrolled'?"),
+    ("train demo --set estimator.num_step=3", "'estimator.num_step'", "did you mean 'num_steps'?"),
+    ("train demo --set estimator.tape=FUL", "'FUL'", "did you mean 'FULL'?"),
+    ("train demo --set family=quadratik", "'quadratik'", "did you mean 'quadratic'?"),
+    ("train demo --set family.dimm=3", "'dimm'", "did you mean 'dim'?"),
+    ("train demo --set rule=null", "rule='null'", "needs a name"),
+    ("train demo --set execution.device=gpu", "'gpu'", "execution.device"),
+    ("train optimistic-convex --set problems=()", "problems", "name one"),
+    ("check demmo", "'demmo'", "did you mean 'demo'?"),
+    ("check optimistic-convex", "optimistic-convex", "check a recipe of one meta-training"),
+    ("check demo --theta x", "--theta", "--help"),
+    ("diagnose optimistic-convex", "optimistic-convex", "diagnose a recipe of one meta-training"),
+    ("diagnose demo --memory-limit -3", "--memory-limit -3", "positive"),
+    ("diagnose demo --truth-dtype float16", "'float16'", "float64"),
+    ("diagnose demo --theta no/such/run", "no/such/run", "packaged"),
+    ("evaluate", "CHECKPOINT", "required"),
+    ("evaluate generol --family quadratic", "'generol'", "did you mean 'general'?"),
+    ("evaluate general --family quadratik", "'quadratik'", "did you mean 'quadratic'?"),
+    ("evaluate general --family quadratic --set dimm=3", "'dimm'", "did you mean 'dim'?"),
+    ("evaluate general --family quadratic --set dim", "'dim'", "KEY=VALUE"),
+    ("evaluate general --family quadratic --step 3", "--step", "did you mean --steps?"),
+    ("evaluate general --family quadratic --steps few", "'few'", "int"),
+    ("evaluate general --family quadratic --steps 0", "num_steps=0", "not a count"),
+    ("evaluate general --family quadratic --tune-for loss", "'loss'", "final_loss"),
+    ("evaluate general --family quadratic --baselines Adan", "Adan", "Adam"),
+    ("evaluate general --family quadratic --nets 1", "--nets", "--suite"),
+    ("evaluate general --family quadratic --import no_such_module", "no_such_module", "there is no module"),
+    ("evaluate general general --few-shot", "general general", "named twice"),
+    ("evaluate general --suite unseeen", "'unseeen'", "unseen"),
+    ("evaluate general --suite unseen --few-shot", "--suite and --few-shot", "leave one out"),
+    ("evaluate general --suite unseen --graphs some", "'some'", "baselines"),
+    ("compare", "CHECKPOINT", "required"),
+    ("compare lstm-mnist --steps 0", "num_steps=0", "not a count"),
+    ("compare general --few-shot", "--few-shot", "learnedopt compare --help"),
+    ("compare general --family quadratik", "'quadratik'", "did you mean 'quadratic'?"),
+    ("compare general --wandb of", "'of'", "did you mean 'offline'?"),
+    ("report", "RUN", "required"),
+    ("report no/such/run", "no/such/run", "name that of a run"),
+    ("report .", ".", "config.json"),
+    ("hub", "'hub'", "did you mean hub push?"),
+    ("hub psh", "'hub psh'", "did you mean hub push?"),
+    ("hub push general", "--to", "required"),
+    ("hub push generol --to ./here", "'generol'", "did you mean 'general'?"),
+    ("hub pull ./nothing --as x", "nothing", "learnedopt hub push"),
+    ("hub pull ./nothing", "--as", "required"),
+]
+
+
+@pytest.mark.parametrize(("line", "passed", "told"), WRONG, ids=[line or "nothing" for line, *_ in WRONG])
+def test_wrong_input_ends_in_one_line_that_names_it_and_what_to_do(
+    line: str,
+    passed: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("learnedopt") and err.endswith("\n"), err
+    assert passed in err and told in err, err
