@@ -186,7 +186,8 @@ def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, tex
         return named
     if before is not dataclasses.MISSING:
         return type(before) in group
-    return named or any(isinstance(hint, type) and isinstance(kind, type) and issubclass(kind, hint) for kind in group)
+    plain = isinstance(hint, type) and typing.get_origin(hint) is None  # Python 3.10 takes tuple[int] for a class too
+    return named or (plain and any(isinstance(kind, type) and issubclass(kind, hint) for kind in group))
 
 
 def _fields_of(value: Any) -> dict[str, Any]:

@@ -611,7 +611,7 @@ def test_a_full_disk_is_called_so_and_the_checkpoint_stays_whole(tmp_path: Path)
     assert in_bash(f"{train}4").returncode == 0
     state = tmp_path / "lstm-quadratic" / "checkpoint.pt"
     before = state.read_bytes()
-    # A limit on the size of files is as good as a full disk: the same call fails in the same place.
+    # A limit on the size of files is as good as a full disk: a longer run fails where it saves.
     done = in_bash(f"ulimit -f {len(before) // 2048}; {train}6 --extend")
     assert done.returncode == 74, done.stderr
     assert "the disk is full, or a quota of it: " in done.stderr and "Traceback" not in done.stderr

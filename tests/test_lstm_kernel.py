@@ -182,8 +182,10 @@ def test_what_is_not_finite_stays_in_its_lane(n: int, dtype: torch.dtype, monkey
 def test_narrower_vectors_reckon_the_same(processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if processor == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor has no AVX2")
-    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in native._FLAGS]
-    monkeypatch.setattr(native, "_FLAGS", (*flags, "-O1"))
+    command = native._command(native.NAMES[torch.float32])
+    assert "-march=native" in command
+    command = [f"-march={processor}" if flag == "-march=native" else flag for flag in command]
+    monkeypatch.setattr(native, "_command", lambda definitions: [*command, "-O1"])
     monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path / "cache"))
     native.library.cache_clear()
     try:

@@ -360,7 +360,8 @@ def test_a_training_killed_after_any_meta_step_ends_where_it_would_have(
         assert same(*states)
         again = make(folder).run(LAST)  # finished: nothing is left to do
         assert same(again, expected) and same(rows(folder), rows(tmp_path / "whole"))
-    assert (expected.num_skipped > 1) == ("skipped" in case)
+    if "may fail" not in case:  # how often it does differs between versions of torch
+        assert (expected.num_skipped > 1) == ("skipped" in case)
     assert [row["step"] for row in rows(tmp_path / "whole")] == [*range(LAST + 1)] and expected.meta_step == LAST
 
 

@@ -516,7 +516,7 @@ def test_the_command_runs_a_suite_and_goes_on(
         (["--suite", "seen"], "no suite 'seen'"),
         (["--suite", "unseen", "--family", "quadratic"], "--family have no effect with --suite"),
         (["--suite", "unseen", "--few-shot"], "exclude each other"),
-        (["--family", "quadratic", "--nets", "1"], "--nets belong to --suite"),
+        (["--family", "quadratic", "--nets", "1"], "--nets have no effect without --suite"),
         (["--family", "quadratic", "--baselines", "Adan"], r"there is no \['Adan'\]"),
         (["--suite", "unseen", "--tune-for", "last_two"], "tune_for='last_two' is none of last_twenty, last_ten"),
     ],

@@ -383,6 +383,10 @@ print("trained")
 
 @pytest.mark.usefixtures("wandb_home")
 def test_rows_are_on_disk_soon_and_survive_a_kill(tmp_path: Path) -> None:
+    import wandb
+
+    if "x_transaction_log_flush_interval" not in wandb.Settings.model_fields:
+        pytest.skip(f"W&B {wandb.__version__} cannot be told to write sooner: a kill loses what it has not written")
     code = """
 import sys, time
 from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 MODULES, DISTRIBUTIONS = "imports", "plugins"
 """Keys of a record: the modules that were imported by name, and the distributions that brought some."""
@@ -24,7 +24,7 @@ def needed(record: Mapping[str, Any]) -> str:
 
 
 def _names(record: Mapping[str, Any], key: str, punctuation: str) -> list[str]:
-    found = record.get(key)
-    names = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    found: object = record.get(key)
+    names = [name for name in cast("list[object]", found) if isinstance(name, str)] if isinstance(found, list) else []
     plain = [name for name in names if name.translate(dict.fromkeys(map(ord, punctuation))).isidentifier()]
     return [name for name in plain if name.isascii() and len(name) <= _LONGEST][:_MOST]

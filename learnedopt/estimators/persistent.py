@@ -112,7 +112,7 @@ class PersistentES(GradientEstimator):
         """Return the carry with all of its cohorts fresh, and with all of them begun."""
         theta, tasks = tree.detach(theta), carry.cohorts[0].tasks
         fresh = [self._fresh(loop, theta, tasks, tree.size(each.drift), 0) for each in carry.cohorts]
-        begun = []
+        begun: list[Cohort] = []
         for each in fresh:
             many = {k: x.expand(2 * tree.size(each.drift), *x.shape) for k, x in theta.items()}
             placed = _placed(loop, perturbations.for_slots(many, tree.size(each.params)), each)
