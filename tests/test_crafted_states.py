@@ -71,6 +71,40 @@ class Growing(torch.optim.Optimizer):
                 p.sub_(p.grad, alpha=each["lr"])
 
 
+class Changing(torch.optim.Optimizer):
+    """One of a user's own, which moves along no zeros, and of which everything comes late, changes and grows."""
+
+    def __init__(self, params: Any, least: float = 0.0) -> None:
+        super().__init__(params, {"lr": 1e-3, "phase": None})
+        self.least = least
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for each in self.param_groups:
+            for p in each["params"]:
+                if not p.grad.any() or bool((p.grad == self.least).all()):
+                    raise RuntimeError("no way to go")
+                torch.rand(())  # of the generator that everybody has
+                mine = self.state[p]
+                mine["before"], mine["now"] = mine.get("now"), p.clone()
+                mine["trail"] = torch.stack([*mine.get("trail", []), p])
+                each["phase"] = "onward" if len(mine["trail"]) > 2 else None
+                p.sub_(p.grad, alpha=each["lr"])
+
+
+class Phases(torch.optim.lr_scheduler.LRScheduler):
+    """One of a user's own, which tells more from its second step on."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.phase, self.since = "warm", None
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        if self.last_epoch > 1:
+            self.phase, self.since, self.more = "falling", self.last_epoch, 1
+        return [0.9 * float(rate) for rate in self.base_lrs]
+
+
 def several(params: list[Tensor]) -> torch.optim.Optimizer:
     return PerName({"lr": torch.optim.Adam, "momentum": Growing})(params)
 
@@ -131,6 +165,25 @@ def test_what_no_meta_optimizer_could_go_on_from_is_refused(kind: str, tmp_path:
     with pytest.raises(ValueError, match=rf"a\.pt holds what no training leaves: (.|\n)*{told}"):
         other.run(4)
     assert str((other.theta, other.meta_optimizer.state_dict())) == before and other.progress.meta_step == 0
+
+
+OWN: dict[str, Any] = {
+    "alone": Changing,
+    "that takes no step along ones": lambda params: Changing(params, least=1.0),
+    "beside another": PerName({"lr": torch.optim.Adam, "momentum": lambda params: Changing(params, least=1.0)}),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_an_optimizer_of_a_user_s_own_goes_on_exactly_whatever_it_remembers(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    whole = trainer(tmp_path / "whole.pt", OWN[kind], scheduler=Phases).run(5)
+    for number in (0, 1, 4):
+        trainer(path, OWN[kind], scheduler=Phases).run(number)
+    before = torch.get_rng_state()
+    resumed = trainer(path, OWN[kind], scheduler=Phases)
+    assert resumed.restored() is not None and torch.equal(torch.get_rng_state(), before)
+    assert str(resumed.run(5)) == str(whole)
 
 
 def test_another_rule_inside_a_rule_of_equal_shapes_is_refused(tmp_path: Path) -> None:

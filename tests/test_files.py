@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -519,26 +519,28 @@ def test_a_carry_between_episodes_holds_no_loop_and_is_restored(tmp_path: Path) 
 
 
 class Refusing(torch.optim.Adam):
-    """Refuses the first state that it is given, after it has taken a part of it."""
+    """Refuses a state, after it has taken a part of it: ``refusals`` says which of those that any of these is given."""
 
-    refused = False
+    refusals: ClassVar[list[bool]] = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if not self.refused:
-            self.refused = True
+        if self.refusals.pop(0):
             raise KeyError("a part that is missing")
 
 
-def test_what_fails_last_is_taken_back(trained: bytes, tmp_path: Path) -> None:
+def test_what_fails_last_is_taken_back(trained: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
     changed(trained, path, lambda content: content["run"].update(meta_optimizer="Refusing"))
     other = trainer(path, meta_optimizer=lambda params: Refusing(params, 5e-3))
+    # The one on which it is tried takes it; the training's own does not, and is given what it had.
+    monkeypatch.setattr(Refusing, "refusals", [False, True, False])
     before = other.theta["lr"].item()
-    with pytest.raises(ValueError, match=r"Refusing cannot take up the optimizer's state \(KeyError"):
+    with pytest.raises(ValueError, match=r"the meta-optimizer or scheduler .* does not fit them \(KeyError"):
         other.run(4)
     assert other.theta["lr"].item() == before
     assert other.meta_optimizer.param_groups[0]["lr"] == 5e-3 and not other.meta_optimizer.state
+    assert not Refusing.refusals
 
 
 # Paths, and what is written to

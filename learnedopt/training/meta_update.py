@@ -46,10 +46,10 @@ class MetaUpdate:
         self._scaled.require_movable(self.meta_optimizer)
 
     def anew(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-        """Return both made again, of copies of phi as it is, whose gradients are zeros."""
+        """Return both made again, of copies of phi as it is, whose gradients are ones."""
         copies = {k: x.detach().clone().requires_grad_() for k, x in self._scaled.phi.items()}
         for x in copies.values():
-            x.grad = torch.zeros_like(x)
+            x.grad = torch.ones_like(x)
         return self._made(NamedTensors(copies))
 
     def _made(self, tensors: NamedTensors) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:

@@ -1,8 +1,9 @@
 """What a checkpoint says of the meta-optimizer and its schedule, beside what the configuration makes of them.
 
 Nobody knows in general what a ``torch.optim.Optimizer`` remembers. So one is made anew, of copies of theta, and takes
-a step along a gradient of zeros: what it remembers then has the names, shapes and types that are due. Another one is
-given what is on file, and must be able to go on from there.
+a step along a gradient of ones: what it remembers then has the names, shapes and types that are due. Another one is
+given what is on file, and must be able to go on from there. Of classes that are neither torch's nor this library's what
+is remembered is not compared, as it may come later, go, change or grow: the step alone tells.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 Scheduler: TypeAlias = "torch.optim.lr_scheduler.LRScheduler | None"
 Anew: TypeAlias = Callable[[], "tuple[torch.optim.Optimizer, Scheduler]"]
-"""Makes both as the configuration says, of copies of theta whose gradients are zeros."""
+"""Makes both as the configuration says, of copies of theta whose gradients are ones."""
 _OWN = ("torch.optim", "learnedopt.meta_optimizers")
 """Modules of optimizers and schedulers that are known to keep in their groups what they were given, and rates."""
 _FRACTIONS = ("betas", "momentum", "base_momentum", "max_momentum", "min_momentum")
@@ -35,18 +36,19 @@ class _Several(Protocol):
 
 
 class _Rule(NamedTuple):
-    """What may differ of a group from its configuration: numbers of any name, or those of a schedule alone."""
+    """What may differ of a group from its configuration: all values but in kind, or those of a schedule alone."""
 
-    any_number: bool
+    free: bool
     fractions: bool
 
 
+@torch.random.fork_rng(devices=[])  # the steps that are tried draw nothing that the training would have drawn
 def require_saved(saved: Any, of_scheduler: Any, anew: Anew, meta_step: int) -> None:
     """Raise TypeError or ValueError, naming field and value, unless these two could go on from what was saved of them.
 
     Compared are, of each parameter, what is remembered with what one step of a fresh optimizer leaves; of each group,
     the options with those of the configuration, where neither rates nor (of classes that are neither torch's nor this
-    library's) the optimizer's own numbers; of the scheduler, names, forms and lengths. Then a step is tried.
+    library's) the optimizer's own values; of the scheduler, names, forms and lengths. Then a step is tried.
 
     Args:
         saved: a state of the optimizer.
@@ -55,30 +57,31 @@ def require_saved(saved: Any, of_scheduler: Any, anew: Anew, meta_step: int) -> 
         meta_step: how many steps have been taken, at most.
     """
     (fresh, schedule), (other, its_schedule) = anew(), anew()
-    name, known = type(fresh).__name__, _known(type(fresh))
+    name, kinds = type(fresh).__name__, _kinds(fresh)
     if (of_scheduler is None) != (schedule is None):
         raise ValueError("it was written with a scheduler, or without one, unlike the present training")
     own, begun = fresh.state_dict()["param_groups"], copy.deepcopy(schedule.state_dict()) if schedule else {}
     groups = _dicts("param_groups", saved["param_groups"])
     if [group.get("params") for group in groups] != [group["params"] for group in own]:
         raise ValueError(f"the meta-optimizer's groups are not {[group['params'] for group in own]}")
-    try:
-        fresh.step()
-    except Exception as error:  # whatever it raises
-        raise ValueError(f"{name} takes no step along zeros, by which its state is checked ({_told(error)})") from error
-    _require_memory(saved["state"], fresh.state_dict(), meta_step if known else math.inf, known)
+    free = {i for group, kind in zip(own, kinds, strict=True) if not _known(kind) for i in group["params"]}
+    if steps := _steps(fresh, bool(free)):
+        _require_memory(saved["state"], fresh.state_dict(), meta_step, free)
     if schedule is not None:
-        schedule.step()
-        _require_alike("scheduler", of_scheduler, schedule.state_dict(), _known(type(schedule)))
+        if steps:
+            schedule.step()
+            _require_alike("scheduler", of_scheduler, schedule.state_dict(), _known(type(schedule)))
         _require_counts(of_scheduler, begun, meta_step if _known(type(schedule)) else math.inf)
     try:
         restore(other, its_schedule, copy.deepcopy(saved), copy.deepcopy(of_scheduler))
     except Exception as error:  # whatever an optimizer makes of a state that is none of its own
         raise ValueError(f"{name} cannot take up the optimizer's state ({_told(error)})") from error
-    rules = [_rule(kind, schedule) for kind in _kinds(fresh)]
+    rules = [_rule(kind, schedule) for kind in kinds]
     # After it was taken up: options of later versions of torch have got their defaults.
     for i, (group, due, rule) in enumerate(zip(other.state_dict()["param_groups"], own, rules, strict=True)):
         _require_group(f"optimizer.param_groups[{i}]", group, due, rule)
+    if not steps:
+        return
     try:
         other.step()
     except Exception as error:
@@ -101,25 +104,43 @@ def restore(optimizer: torch.optim.Optimizer, scheduler: Scheduler, saved: Any, 
         scheduler.load_state_dict(of_scheduler)
 
 
-def _require_memory(saved: Any, own: Mapping[str, Any], most: float, known: bool) -> None:
-    """Compare what is remembered of each parameter; nothing of any of them is right as well, as after a rollback."""
+def _steps(fresh: torch.optim.Optimizer, free: bool) -> bool:
+    """Take a step; return whether it could be taken. With ``free`` an optimizer may want other gradients than ones."""
+    try:
+        fresh.step()
+    except Exception as error:  # whatever it raises
+        if free:
+            return False
+        raise ValueError(
+            f"{type(fresh).__name__} takes no step along ones, by which its state is checked ({_told(error)})"
+        ) from error
+    return True
+
+
+def _require_memory(saved: Any, own: Mapping[str, Any], most: float, free: set[Any]) -> None:
+    """Compare what is remembered of each parameter; nothing of any of them is right as well, as after a rollback.
+
+    Of the parameters in ``free`` any dict is right.
+    """
     due, params = own["state"], {index for group in own["param_groups"] for index in group["params"]}
     for index, memory in _dicts("optimizer.state", [saved])[0].items():
         where = f"optimizer.state[{index!r}]"
-        if index not in params and index not in due:
+        if index not in params and index not in due and (not free or isinstance(index, int)):
             raise ValueError(f"{where} is of no parameter that there is ({sorted(params)})")
         if index in params and not isinstance(memory, dict):
             raise ValueError(f"{where} is {memory!r}, and no dict")
+        if index in free or (free and index not in params):
+            continue
         if not isinstance(memory, dict):
             memory, example = {index: memory}, {index: due[index]}
         elif not (memory := {k: v for k, v in memory.items() if v is not None}):
             continue
         elif not (example := due.get(index)):
             raise ValueError(f"{where} has {[*memory]}, of which this meta-optimizer remembers nothing")
-        _require_entry(where, memory, example, most, known)
+        _require_entry(where, memory, example, most)
 
 
-def _require_entry(where: str, memory: Mapping[Any, Any], due: Mapping[Any, Any], most: float, known: bool) -> None:
+def _require_entry(where: str, memory: Mapping[Any, Any], due: Mapping[Any, Any], most: float) -> None:
     """Compare what is remembered of one parameter; what is there later than after a step is tried, not compared."""
     if missing := sorted(str(k) for k in due.keys() - memory.keys() if due[k] is not None):
         raise ValueError(f"{where} lacks {missing}, which are there after a step of this meta-optimizer")
@@ -129,7 +150,7 @@ def _require_entry(where: str, memory: Mapping[Any, Any], due: Mapping[Any, Any]
             _require_count(f"{where}.step", value, float(example) + most)
         elif not _same_form(value, example):
             raise ValueError(f"{where}.{name} is {_form(value)}, and {_form(example)} after a step here")
-        elif known and isinstance(value, Tensor) and bool(value.isnan().any()):
+        elif isinstance(value, Tensor) and bool(value.isnan().any()):
             raise ValueError(f"{where}.{name} is NaN in places, which no step of a training leaves")
 
 
@@ -139,7 +160,7 @@ def _require_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any],
         raise ValueError(f"{where} lacks {missing}, of which {[*own]} are due")
     # An option that is off, and that another version of torch had, says nothing.
     unknown = sorted(str(k) for k in saved.keys() - own.keys() if saved[k] is not None and saved[k] is not False)
-    if unknown and not rule.any_number:
+    if unknown and not rule.free:
         raise ValueError(f"{where} has {unknown}, which are no options of this meta-optimizer ({[*own]})")
     for name, due in own.items():
         value, told = saved[name], f"{where}.{name} is {saved[name]!r} on file"
@@ -149,7 +170,7 @@ def _require_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any],
         elif name in _FRACTIONS and rule.fractions and all(0 <= float(x) < 1 for x in _numbers(due)):
             if not _alike(value, due, True) or not all(0 <= float(x) < 1 for x in _numbers(value)):
                 raise ValueError(f"{told}, where numbers of at least 0 and below 1 are due, as {due!r} is")
-        elif not (_alike(value, due, False) if rule.any_number else _same(value, due)):
+        elif not ((due is None or _alike(value, due, False)) if rule.free else _same(value, due)):
             raise ValueError(f"{told}, and {due!r} in the configuration")
 
 
@@ -175,24 +196,26 @@ def _require_count(where: str, value: Any, most: float) -> None:
         raise ValueError(f"{where} is {value!r}, where a count of at least 0 and at most {most:g} is due")
 
 
-def _require_alike(where: str, saved: Any, own: Any, lists: bool) -> None:
-    """Compare names, kinds of values and, with ``lists``, lengths, at any depth."""
-    if isinstance(own, Counter | str):  # of the configuration, as milestones are
+def _require_alike(where: str, saved: Any, own: Any, known: bool) -> None:
+    """Compare kinds of values and, of a known schedule, names, lengths and words as well, at any depth."""
+    if known and isinstance(own, Counter | str):  # of the configuration, as milestones are
         if saved != own:
             raise ValueError(f"{where} is {saved!r} on file, and {own!r} here")
+    elif own is None and not known:
+        return  # there may be something later
     elif isinstance(own, dict):
         found = _dicts(where, [saved])[0]
         hidden = (k for k, v in found.items() if str(k).startswith("_") or v is None or v is False)
-        if differing := sorted(map(str, (found.keys() - {*hidden}) - own.keys())):
+        if known and (differing := sorted(map(str, (found.keys() - {*hidden}) - own.keys()))):
             raise ValueError(f"{where} has {differing}, which the present one has not")
         if missing := sorted(str(k) for k in own.keys() - found.keys() if not str(k).startswith("_")):
             raise ValueError(f"{where} lacks {missing}")
         for name in own.keys() & found.keys():
-            _require_alike(f"{where}.{name}", found[name], own[name], lists)
-    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and (len(own) == len(saved) or not lists):
+            _require_alike(f"{where}.{name}", found[name], own[name], known)
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and (len(own) == len(saved) or not known):
         for i, (value, due) in enumerate(zip(saved, own, strict=False)):
-            _require_alike(f"{where}[{i}]", value, due, lists)
-    elif not _alike(saved, own, lists):
+            _require_alike(f"{where}[{i}]", value, due, known)
+    elif not _alike(saved, own, known):
         raise ValueError(f"{where} is {saved!r} on file, and {own!r} after a step here")
     elif ".base_lrs[" in where and any(float(x) < -_ROUNDING for x in _numbers(saved)):
         raise ValueError(f"{where} is {saved!r}, where a finite number of at least 0 is due")
