@@ -24,7 +24,7 @@ _INCOMPARABLE = ("validation", "family")
 
 
 class Trial(NamedTuple):
-    """One setting: its name, the same for the same values, and the values by field of the recipe."""
+    """One setting: its name, the same for the same values and command, and the values by field of the recipe."""
 
     name: str
     values: Mapping[str, Any]
@@ -73,7 +73,7 @@ class Sweep:
         if self.method == "grid":
             choices = [_values(spec) for spec in self.parameters.values()]
             drawn = (dict(zip(self.parameters, each, strict=True)) for each in itertools.product(*choices))
-            return [_trial(values) for values in itertools.islice(drawn, number)]
+            return [self._trial(values) for values in itertools.islice(drawn, number)]
         if number is None:
             raise ValueError(
                 f"the sweep {self.name} draws settings without end: say how many, or set run_cap in its file"
@@ -81,10 +81,15 @@ class Sweep:
         found: dict[str, Trial] = {}
         for draw in range(100 * number):  # a few choices have no more than so many different settings
             generator = random.Random(f"{seed} {draw}")
-            trial = _trial({key: _draw(spec, generator) for key, spec in self.parameters.items()})
+            trial = self._trial({key: _draw(spec, generator) for key, spec in self.parameters.items()})
             if len(found) < number:
                 found.setdefault(trial.name, trial)
         return [*found.values()]
+
+    def _trial(self, values: Mapping[str, Any]) -> Trial:
+        # The command counts: what a folder holds of another recipe is not taken for this one's.
+        told = json.dumps([self.command, values], sort_keys=True)
+        return Trial(hashlib.sha256(told.encode()).hexdigest()[:8], values)
 
     def halving(self, num_settings: int) -> Halving | None:
         """Return when settings are dropped, of so many at the start; None for never."""
@@ -182,7 +187,3 @@ def _draw(spec: Mapping[str, Any], generator: random.Random) -> Any:
     if kind == "uniform":
         return generator.uniform(low, high)
     return math.exp(generator.uniform(math.log(low), math.log(high)))
-
-
-def _trial(values: Mapping[str, Any]) -> Trial:
-    return Trial(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8], values)
