@@ -204,6 +204,14 @@ def test_settings_drawn_at_random_are_the_same_again_and_spread(tmp_path: Path) 
         ({"program": None, "command": ["${program}"]}, "there is no program"),
         ({"command": ["python", "x.py", "demo", "${args}"]}, "Recipe has no 'rate'"),
         ({"name": "a/b"}, "the name of the sweep"),
+        ({"metric": "best_validation"}, "metric='best_validation' names none"),
+        ({"metric": {"name": "best_validation", "goal": "max"}}, "metric.goal='max' is neither"),
+        ({"parameters": [1]}, r"parameters=\[1\] are no fields"),
+        ({"parameters": {3: {"value": 1}}}, "are no fields"),
+        ({"parameters": {"rate": {"values": 3}}}, "rate.values=3 is no list"),
+        ({"command": "train it"}, "command='train it' is no list of words"),
+        ({"run_cap": "two"}, "run_cap='two' is not a count"),
+        ({"method": "random", "parameters": {"rate": {"min": 2.0, "max": 1.0}}}, "is no range"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_before_anything_runs(
