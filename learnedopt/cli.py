@@ -60,9 +60,11 @@ def _main(argv: Sequence[str]) -> int:
     except UnicodeEncodeError as error:
         print(f"learnedopt: {error.object!a} is no text: its bytes are not {error.encoding}", file=sys.stderr)
         return BAD_INPUT
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # what is imported, maybe of the user's own, takes seconds
+        return _interrupted(command)
     try:
         with warnings.catch_warnings():
             # As one line: where in the library a warning was raised does not help who runs a command.
@@ -77,8 +79,12 @@ def _main(argv: Sequence[str]) -> int:
         print(f"{command}: {why}{' '.join(str(error).split())}{then}", file=sys.stderr)
         return DISK_FULL if full else BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(command)
+
+
+def _interrupted(command: str) -> int:
+    print(f"{command}: interrupted", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _fill_standard_streams() -> None:

@@ -108,13 +108,15 @@ def _few_shot(
     loaded, options = load_all(checkpoint), options_of(assignments)
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
     own = registry.describe(families(loaded, family, options)[0])["name"]
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
+    if out.exists() and not out.is_dir():  # before the work, which may take minutes
+        raise ValueError(f"--out {out} exists, and is no folder; name another")
     found = adapt_runs(
         loaded, family, options, solvers=solvers, num_steps=steps, num_tasks=tasks, seed=seed,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     found = replace(found, settings={"checkpoints": [*checkpoint], **found.settings})
     print(f"\n{found.markdown()}", flush=True)
-    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
     out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")

@@ -32,9 +32,9 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
     parser = _parser(command, function)
     wants_help = not {"-h", "--help"}.isdisjoint(words)
     own, given = _apart(parser, [word for word in words if word not in ("-h", "--help")])
-    if wants_help and not [word for word in own if not word.startswith("-")]:
-        parser.parse_args(["--help"])
     arguments = parser.parse_args(own)
+    if wants_help and arguments.recipe is None:
+        parser.parse_args(["--help"])
     load_plugins(arguments)
     name, files, _, smoke, lists, prints = (
         arguments.pop(key) for key in ("recipe", "config", "set", "smoke", "list", "print_config")

@@ -95,10 +95,13 @@ def _spread(changes: Iterable[_Change], before: Any, hint: Any) -> Iterator[_Cha
         known = _names_a_choice(hint) or dataclasses.is_dataclass(before)
         if keys or not isinstance(given, Mapping) or not (known or (nothing and "type" in given)):
             yield keys, given
+        elif not all(isinstance(key, str) for key in given):
+            raise ValueError(f"{dict(given)!r} is no configuration: what it names are no words")
         elif _names_a_choice(hint):
             yield from (([], given["name"]) for key in given if key == "name")
             options = given.get("options") or {}
-            if given.keys() - {"name", "options"} or not isinstance(options, Mapping):
+            named = isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
+            if given.keys() - {"name", "options"} or not named:
                 raise ValueError(f"{dict(given)!r} is no configuration of a choice: it has a name, and maybe options")
             # A text of a configuration is what it is, one of a command line is read as a literal.
             yield from (([key], repr(each) if isinstance(each, str) else each) for key, each in options.items())

@@ -24,7 +24,7 @@ _INCOMPARABLE = ("validation", "family")
 
 
 class Trial(NamedTuple):
-    """One setting: its name, the same for the same values, and the values by field of the recipe."""
+    """One setting: its name, the same for the same values and command, and the values by field of the recipe."""
 
     name: str
     values: Mapping[str, Any]
@@ -67,13 +67,15 @@ class Sweep:
         The first ones are the same for every number.
 
         Raises:
-            ValueError: nothing says how many are to be drawn.
+            ValueError: nothing says how many are to be drawn, or ``number`` is no positive count.
         """
         number = self.run_cap if number is None else number
+        if number is not None:
+            require_count("trials", number, least=1)
         if self.method == "grid":
             choices = [_values(spec) for spec in self.parameters.values()]
             drawn = (dict(zip(self.parameters, each, strict=True)) for each in itertools.product(*choices))
-            return [_trial(values) for values in itertools.islice(drawn, number)]
+            return [self._trial(values) for values in itertools.islice(drawn, number)]
         if number is None:
             raise ValueError(
                 f"the sweep {self.name} draws settings without end: say how many, or set run_cap in its file"
@@ -81,10 +83,15 @@ class Sweep:
         found: dict[str, Trial] = {}
         for draw in range(100 * number):  # a few choices have no more than so many different settings
             generator = random.Random(f"{seed} {draw}")
-            trial = _trial({key: _draw(spec, generator) for key, spec in self.parameters.items()})
+            trial = self._trial({key: _draw(spec, generator) for key, spec in self.parameters.items()})
             if len(found) < number:
                 found.setdefault(trial.name, trial)
         return [*found.values()]
+
+    def _trial(self, values: Mapping[str, Any]) -> Trial:
+        # The command counts: what a folder holds of another recipe is not taken for this one's.
+        told = json.dumps([self.command, values], sort_keys=True)
+        return Trial(hashlib.sha256(told.encode()).hexdigest()[:8], values)
 
     def halving(self, num_settings: int) -> Halving | None:
         """Return when settings are dropped, of so many at the start; None for never."""
@@ -125,6 +132,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path} is no sweep: it lacks {' and '.join(missing)}")
     if said["method"] not in ("grid", "random"):
         raise ValueError(f"{path}: method={said['method']!r} needs W&B's server (wandb sweep); here: grid or random")
+    _require_shape(path, said)
     for key, spec in said["parameters"].items():
         _require_spec(path, key, spec, said["method"])
     _require_end(path, said.get("early_terminate"))
@@ -138,10 +146,27 @@ def read_sweep(path: Path) -> Sweep:
     )  # fmt: skip
 
 
+def _require_shape(path: Path, said: Mapping[str, Any]) -> None:
+    metric, parameters, command = said["metric"], said["parameters"], said["command"]
+    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
+        raise ValueError(f"{path}: metric={metric!r} names none: write metric: {{name: best_validation}}")
+    if metric.get("goal", "minimize") not in ("minimize", "maximize"):
+        raise ValueError(f"{path}: metric.goal={metric['goal']!r} is neither minimize nor maximize")
+    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+        raise ValueError(f"{path}: parameters={parameters!r} are no fields of a recipe by name, with their values")
+    if not isinstance(command, list):
+        raise ValueError(f"{path}: command={command!r} is no list of words, as [python, ...]")
+    if said.get("run_cap") is not None:
+        require_count(f"{path}: run_cap", said["run_cap"], least=1)
+
+
 def _require_spec(path: Path, key: str, spec: Any, method: str) -> None:
     if key.partition(".")[0] in _INCOMPARABLE:
         raise ValueError(f"{path}: {key} changes what is measured, so trials could not be compared; leave it as it is")
-    if not isinstance(spec, Mapping) or not ({"value"} == spec.keys() or {"values"} == spec.keys()):
+    if isinstance(spec, Mapping) and spec.keys() == {"values"}:
+        if not isinstance(spec["values"], list) or not spec["values"]:
+            raise ValueError(f"{path}: {key}.values={spec['values']!r} is no list of values to try")
+    elif not isinstance(spec, Mapping) or spec.keys() != {"value"}:
         ranged = isinstance(spec, Mapping) and {"min", "max"} <= spec.keys() <= {"min", "max", "distribution"}
         if not ranged or spec.get("distribution", "uniform") not in _RANGES:
             raise ValueError(
@@ -153,6 +178,11 @@ def _require_spec(path: Path, key: str, spec: Any, method: str) -> None:
         for bound in ("min", "max"):
             if isinstance(spec[bound], bool) or not isinstance(spec[bound], int | float):
                 raise ValueError(f"{path}: {key}.{bound}={spec[bound]!r} is no number (YAML wants 1.0e-3 for 1e-3)")
+        logarithmic = spec.get("distribution") == "log_uniform_values"
+        if spec["min"] > spec["max"] or (logarithmic and spec["min"] <= 0):
+            raise ValueError(
+                f"{path}: {key}: {spec!r} is no range: min above max, or a logarithm of what is not above 0"
+            )
 
 
 def _require_end(path: Path, said: Any) -> None:
@@ -182,7 +212,3 @@ def _draw(spec: Mapping[str, Any], generator: random.Random) -> Any:
     if kind == "uniform":
         return generator.uniform(low, high)
     return math.exp(generator.uniform(math.log(low), math.log(high)))
-
-
-def _trial(values: Mapping[str, Any]) -> Trial:
-    return Trial(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8], values)

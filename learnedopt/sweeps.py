@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from learnedopt.core.counts import require_count
-from learnedopt.core.files import plain_json, require_name, write_json
+from learnedopt.core.files import exclusive, plain_json, require_name, write_json
 from learnedopt.sweep_file import Sweep, Trial, read_sweep
+from learnedopt.training.interrupts import STOPPING
 from learnedopt.training.json_tracker import read_metrics
 
 _POLL = 0.1  # seconds between two looks at the trials
@@ -77,7 +78,8 @@ def run_sweep(
         seed: of the drawing
 
     Raises:
-        ValueError: the file is no sweep, or has a setting that its recipe does not take: before any is run.
+        ValueError: the file is no sweep, or has a setting that its recipe does not take: before any is run;
+            or another process is at work on the sweep.
     """
     require_count("processes", processes, least=1)
     sweep = read_sweep(file)
@@ -86,6 +88,14 @@ def run_sweep(
     require_settings(sweep, settings)
     folder = runs / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        result = Result(sweep, _tried_all(sweep, folder, settings, processes))
+        (folder / "sweep.md").write_text(result.markdown(), "utf-8")
+        write_json(folder / "sweep.json", plain_json([vars(each) for each in result.tried]))
+    return result
+
+
+def _tried_all(sweep: Sweep, folder: Path, settings: Sequence[Trial], processes: int) -> list[Tried]:
     groups = _by_setting(settings)
     halving = sweep.halving(len(groups))
     going = [*groups.values()]
@@ -95,11 +105,7 @@ def run_sweep(
         going = going[: max(1, len(going) // halving.eta)] if halving else going
     _run_all(sweep, folder, [trial for group in going for trial in group], processes, None)
     tried = [_tried(sweep, folder, group, dropped=group not in going) for group in groups.values()]
-    tried.sort(key=lambda each: (each.state != "finished", each.state == "failed", _order(sweep, each.mean)))
-    result = Result(sweep, tried)
-    (folder / "sweep.md").write_text(result.markdown(), "utf-8")
-    write_json(folder / "sweep.json", plain_json([vars(each) for each in tried]))
-    return result
+    return sorted(tried, key=lambda each: (each.state != "finished", each.state == "failed", _order(sweep, each.mean)))
 
 
 def require_settings(sweep: Sweep, settings: Sequence[Trial]) -> None:
@@ -252,5 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the trials are stopped on the way out
+    for each in STOPPING:  # the trials, in sessions of their own, are stopped on the way out
+        if each != signal.SIGINT and signal.getsignal(each) != signal.SIG_IGN:  # as nohup has SIGHUP ignored
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -74,6 +74,9 @@ def test_recipe_then_files_then_words(tmp_path: Path, capsys: pytest.CaptureFixt
         ("family: {dim: 3}", "{'dim': 3} is no configuration of a choice: it has a name, and maybe options"),
         ("family: 3", "family=3 names nothing"),
         ("type: Study", "this is the configuration of a Study, and what it would change is a Recipe"),
+        ("3: 4", "{3: 4} is no configuration: what it names are no words"),
+        ("meta: {3: 4}", "{3: 4} is no configuration: what it names are no words"),
+        ("rule: {options: {3: 4}}", "is no configuration of a choice"),
         ("- seed", "holds no fields: write key: value"),
         ("{", "is no YAML"),
         ("", "holds no fields"),
@@ -136,3 +139,21 @@ def test_modules_of_ones_own_are_imported_by_every_command(
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "_registered", {"my-own": lambda: recipes.make("demo")})
+
+
+def test_the_general_help_is_said_whatever_else_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--import", "json", "--help"]) == 0
+    assert "--extend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (TypeError("rate\nis no number"), 2)])
+def test_what_ends_the_making_of_a_recipe_is_one_line(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(recipes, "make", make)
+    assert cli.main(["train", "demo"]) == code
+    err = capsys.readouterr().err
+    assert err == f"learnedopt train: {' '.join(str(error).split()) or 'interrupted'}\n"

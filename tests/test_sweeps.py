@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from test_wandb_tracker import history, records, run_file
 import train_meta
 from learnedopt import recipes, sweeps
 from learnedopt.config import INTERCHANGEABLE, override
+from learnedopt.core.files import exclusive
 from learnedopt.sweep_file import Halving, read_sweep
 from learnedopt.sweeps import command_of, main, require_settings, run_sweep
 from learnedopt.training.json_tracker import read_metrics
@@ -200,6 +204,14 @@ def test_settings_drawn_at_random_are_the_same_again_and_spread(tmp_path: Path) 
         ({"program": None, "command": ["${program}"]}, "there is no program"),
         ({"command": ["python", "x.py", "demo", "${args}"]}, "Recipe has no 'rate'"),
         ({"name": "a/b"}, "the name of the sweep"),
+        ({"metric": "best_validation"}, "metric='best_validation' names none"),
+        ({"metric": {"name": "best_validation", "goal": "max"}}, "metric.goal='max' is neither"),
+        ({"parameters": [1]}, r"parameters=\[1\] are no fields"),
+        ({"parameters": {3: {"value": 1}}}, "are no fields"),
+        ({"parameters": {"rate": {"values": 3}}}, "rate.values=3 is no list"),
+        ({"command": "train it"}, "command='train it' is no list of words"),
+        ({"run_cap": "two"}, "run_cap='two' is not a count"),
+        ({"method": "random", "parameters": {"rate": {"min": 2.0, "max": 1.0}}}, "is no range"),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_before_anything_runs(
@@ -209,3 +221,34 @@ def test_a_file_that_cannot_work_is_refused_before_anything_runs(
     assert main([str(file), "--runs", str(tmp_path), "--trials", "2"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [*tmp_path.iterdir()] == [file]
+
+
+def test_two_runners_of_one_sweep_do_not_start_the_same_trials(tmp_path: Path) -> None:
+    file = written(tmp_path / "rates.yaml")
+    (tmp_path / "rates").mkdir()
+    with exclusive(tmp_path / "rates"), pytest.raises(ValueError, match="another process is at work in"):
+        run_sweep(file, tmp_path)
+    assert [path.name for path in (tmp_path / "rates").iterdir()] == ["lock"]
+
+
+def test_what_another_recipe_came_to_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    words = ["python", "${program}", "demo-like", "${args_no_hyphens}"]
+    one = read_sweep(written(tmp_path / "rates.yaml", command=words)).trials()
+    other = read_sweep(written(tmp_path / "rates.yaml", command=[*words[:2], "other", words[3]])).trials()
+    assert not {trial.name for trial in one} & {trial.name for trial in other}
+    assert [trial.values for trial in one] == [trial.values for trial in other]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal hangs up here")
+def test_a_terminal_that_closes_leaves_no_trial_behind(tmp_path: Path) -> None:
+    file = written(tmp_path / "rates.yaml", parameters={"rate": {"value": 4}, "waits": {"value": 1}})
+    words = [sys.executable, "-m", "learnedopt.sweeps", str(file), "--runs", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
+        give_up = time.monotonic() + 60
+        while not any('"step": 2' in path.read_text("utf-8") for path in tmp_path.glob("rates/*/metrics.jsonl")):
+            assert runner.poll() is None and time.monotonic() < give_up
+            time.sleep(0.02)
+        runner.send_signal(signal.SIGHUP)
+        assert runner.wait(30) == 128 + signal.SIGHUP
+    (record,) = tmp_path.glob("rates/*/metrics.jsonl")
+    assert '"exit_code": 143' in record.read_text("utf-8").splitlines()[-1]

@@ -15,7 +15,7 @@ from test_wandb_tracker import records
 from learnedopt import FinalLoss, InnerLoop, MetaTrainer, Unrolled, optimizers, recipes, tasks
 from learnedopt.training.tensorboard_tracker import TensorBoardTracker
 from learnedopt.training.thinned import Thinned, statistics
-from learnedopt.training.tracker import NullTracker, Tracker, Trackers
+from learnedopt.training.tracker import Metrics, NullTracker, Tracker, Trackers
 from learnedopt.training.tracking import Tracking, trackers
 from learnedopt.training.wandb_variables import folder_name, identity
 
@@ -151,3 +151,17 @@ def test_without_tensorboard_its_absence_is_said_at_the_start(tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match=r"not installed here .*learnedopt\[tensorboard\]"):
         trackers(recipes.make("demo"), tmp_path, Tracking("disabled", tensorboard=True), "id")
+
+
+@pytest.mark.parametrize(("losses", "mean"), [((math.inf, -math.inf), math.nan), ((1e308, 1e308), math.inf)])
+def test_losses_that_have_no_mean_do_not_end_the_telling(losses: tuple[float, float], mean: float) -> None:
+    told: dict[int, Any] = {}
+
+    class Kept(NullTracker):
+        def log(self, metrics: Metrics, step: int) -> None:
+            told[step] = metrics["mean_meta_loss"]
+
+    thinned = Thinned([Kept()], every=2)
+    for step, loss in enumerate((*losses, 1.0, 3.0), start=1):
+        thinned.log({"meta_loss": loss}, step)
+    assert told == {2: pytest.approx(mean, nan_ok=True), 4: 2.0}

@@ -89,6 +89,7 @@ WRONG = [
     ("hub push generol --to ./here", "'generol'", "did you mean 'general'?"),
     ("hub pull ./nothing --as x", "nothing", "learnedopt hub push"),
     ("hub pull ./nothing", "--as", "required"),
+    ("evaluate lstm-quadratic --few-shot --tasks 2 --out /dev/null", "/dev/null", "exists"),  # said before the work
 ]
 
 

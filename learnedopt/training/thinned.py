@@ -47,7 +47,8 @@ class Thinned:
             self._losses.append(loss)
         due = step % self.every == 0
         if due and self.every > 1 and self._losses:
-            metrics = {**metrics, "mean_meta_loss": math.fsum(self._losses) / len(self._losses)}
+            # Not math.fsum, which raises where an inf meets a -inf, or finite losses overflow.
+            metrics = {**metrics, "mean_meta_loss": sum(self._losses) / len(self._losses)}
         if due:
             self._losses = []
         if due or "validation" in metrics:
