@@ -56,6 +56,7 @@ def find_run(folder: Path, recipe: Recipe | Study, *, extend: bool = False) -> s
         return None
     config = configuration(recipe)
     if saved == config:
+        _require_own_length(folder, saved)
         return run_id
     changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
     if extend:
@@ -115,6 +116,17 @@ def _require_longer(folder: Path, changed: list[str], saved: dict[str, Any], con
         raise ValueError(
             f"the run in {folder} is of {_LENGTH}={saved[_LENGTH]}, and cannot be extended to {config[_LENGTH]}: name "
             f"more, such as {_LENGTH}={2 * saved[_LENGTH]}"
+        )
+
+
+def _require_own_length(folder: Path, saved: dict[str, Any]) -> None:
+    """Raise ValueError where the checkpoint is of a longer run: a kill came between the two files of an extension."""
+    state = folder / "checkpoint.pt"
+    longer = (saved_config(state) or {}).get(_LENGTH) if state.exists() and _LENGTH in saved else None
+    if isinstance(longer, int) and longer > saved[_LENGTH]:
+        raise ValueError(
+            f"the run in {folder} was being extended from {_LENGTH}={saved[_LENGTH]} to {longer} when it was stopped: "
+            f"repeat that, with --extend and {_LENGTH}={longer}"
         )
 
 

@@ -110,7 +110,7 @@ def test_the_rate_of_an_extended_run_is_that_of_the_new_length(tmp_path: Path, m
     step = torch.optim.Adam.step
 
     def noting(self: torch.optim.Adam, closure: None = None) -> Any:
-        if any(p.grad.any() for p in self.param_groups[0]["params"]):  # along zeros a checkpoint is tried
+        if any((p.grad != 1).any() for p in self.param_groups[0]["params"]):  # along ones a checkpoint is tried
             rates.append(self.param_groups[0]["lr"])
         return step(self, closure)
 
@@ -124,6 +124,8 @@ def test_the_rate_of_an_extended_run_is_that_of_the_new_length(tmp_path: Path, m
         with pytest.raises(KeyboardInterrupt):
             run.train(small(8, 0.1), parts, QUIET, extend=True)
         assert rates == [] and read_record(parts / "config.json")["recipe"] == run.configuration(small(4, 0.1))
+        with pytest.raises(ValueError, match="being extended from num_meta_steps=4 to 8 when it was stopped: repeat"):
+            run.train(small(4, 0.1), parts, QUIET)
         patched.setattr(run, "record_length", record_length)
         run.train(small(8, 0.1), parts, QUIET, extend=True)
         resumed = [*rates]
