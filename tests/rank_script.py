@@ -27,3 +27,5 @@ if __name__ == "__main__":
         result = trainer.run(NUM_META_STEPS)
         if trainer.ranks.leads:
             torch.save(torch.cat([v.flatten() for v in result.theta.values()]), sys.argv[2])
+    # The trainer is still there. A thread of the group that it kept could abort the process at the end of Python.
+    assert trainer.ranks.group is not None and trainer.ranks.group() is None

@@ -9,6 +9,7 @@ import datetime
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Ranks:
         rank: number of this one, from 0.
         size: how many there are.
         timeout: seconds to wait for the others.
-        group: of all ranks, with the backend gloo; None where there is one rank only.
+        group: of all ranks, with the backend gloo; None where there is one rank only. Held weakly: its threads end with
+            it, and one that outlives Python by a moment, letting go of what it sent, would abort the process.
         gpu: where NCCL sums; None where gloo does, on the CPU.
         calls: counts what all have done together.
     """
@@ -54,7 +56,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     timeout: float = TIMEOUT
-    group: dist.ProcessGroup | None = None
+    group: weakref.ReferenceType[dist.ProcessGroup] | None = None
     gpu: torch.device | None = None
     calls: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False, compare=False)
 
@@ -68,6 +70,16 @@ class Ranks:
         """Whether there are no others."""
         return self.size == 1
 
+    @property
+    def _gloo(self) -> dist.ProcessGroup:
+        group = self.group() if self.group is not None else None
+        if group is None:
+            raise RuntimeError(
+                f"the process group of rank {self.rank} of {self.size} has ended: train inside process_group(), or "
+                "before destroy_process_group()"
+            )
+        return group
+
     def share(self, num_tasks: int) -> tuple[int, int]:
         """Return the first of this rank's tasks and the one after its last; shares differ by one task at most."""
         return shares.even(num_tasks, self.size, self.rank)
@@ -80,8 +92,8 @@ class Ranks:
         with self._together(what):
             if self.gpu is not None:
                 # Who does not come is found out before: NCCL would end the process instead of raising.
-                dist.all_reduce(torch.zeros(1), group=self.group)
-            dist.all_reduce(sent, group=self.group if self.gpu is None else None)
+                dist.all_reduce(torch.zeros(1), group=self._gloo)
+            dist.all_reduce(sent, group=self._gloo if self.gpu is None else None)
         return sent.to(numbers.device)
 
     def agree(self, signal: int | None, what: str) -> int | None:
@@ -100,7 +112,7 @@ class Ranks:
         # Every floating-point type is exact in float64.
         sent = torch.cat([x.detach().to("cpu", torch.float64).flatten() for x in tensors])
         with self._together(what):
-            dist.broadcast(sent, 0, group=self.group)
+            dist.broadcast(sent, 0, group=self._gloo)
         if not self.leads:
             with torch.no_grad():
                 for x, values in zip(tensors, sent.split([x.numel() for x in tensors]), strict=True):
@@ -112,7 +124,7 @@ class Ranks:
             return [value]
         found: list[Any] | None = [None] * self.size if self.leads else None
         with self._together(what):
-            dist.gather_object(value, found, dst=0, group=self.group)
+            dist.gather_object(value, found, dst=0, group=self._gloo)
         return found or []
 
     def everyones(self, value: T, what: str) -> list[T]:
@@ -121,7 +133,7 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.size
         with self._together(what):
-            dist.all_gather_object(found, value, group=self.group)
+            dist.all_gather_object(found, value, group=self._gloo)
         return found
 
     def lead(self, act: Callable[[], T], what: str) -> T:
@@ -137,7 +149,7 @@ class Ranks:
                 raised = error
                 told[1:] = next(kind for kind in _BAD_INPUT if isinstance(error, kind)), str(error)
         with self._together(what):
-            dist.broadcast_object_list(told, 0, group=self.group)
+            dist.broadcast_object_list(told, 0, group=self._gloo)
         if told[1] is not None:
             raise raised or told[1](told[2])
         return told[0]
@@ -153,18 +165,23 @@ class Ranks:
         except agreed:
             raise
         except BaseException as error:
-            if self.group is not None and dist.is_initialized():
-                if not isinstance(error, RankFailed):
-                    _Notes(self.group).write("failed", self.rank, f"{type(error).__name__}: {_one_line(error)}")
-                with suppress(ValueError):  # of an inner block
-                    dist.destroy_process_group(self.group)
+            self._leave(error)
             raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Let the others know of an error, and end the group; it may have ended in an inner block."""
+        group = self.group() if self.group is not None and dist.is_initialized() else None
+        if group is None:
+            return
+        if not isinstance(error, RankFailed):
+            _Notes(group).write("failed", self.rank, f"{type(error).__name__}: {_one_line(error)}")
+        with suppress(ValueError):  # of an inner block
+            dist.destroy_process_group(group)
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
         """Name who is missing where something that all ranks do together fails."""
-        assert self.group is not None
-        notes, came = _Notes(self.group), next(self.calls)
+        notes, came = _Notes(self._gloo), next(self.calls)
         notes.write("came", self.rank, f"{came} {what}")
         began = time.monotonic()
         try:
@@ -251,7 +268,7 @@ def present(device: torch.device | str | None = None, timeout: float = TIMEOUT) 
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)
     on_gpu = where.type == "cuda" and "nccl" in str(dist.get_backend())
-    return Ranks(rank, size, float(timeout), group, where if on_gpu else None)
+    return Ranks(rank, size, float(timeout), weakref.ref(group), where if on_gpu else None)
 
 
 def _one_line(error: BaseException) -> str:
