@@ -34,6 +34,8 @@ def configuration(recipe: Recipe | Study) -> dict[str, Any]:
 def enter(recipe: Recipe | Study, folder: Path, held: ExitStack, *, extend: bool = False) -> str:
     """Hold the folder of a run until ``held`` closes, and return the run's id."""
     find_run(folder, recipe, extend=extend)  # refused before anything is written
+    if isinstance(recipe, Recipe) and not extend:
+        _require_own_length(folder, recipe.num_meta_steps)
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(exclusive(folder))
     run_id = find_run(folder, recipe, extend=extend) or begin_run(folder, recipe)
@@ -56,7 +58,6 @@ def find_run(folder: Path, recipe: Recipe | Study, *, extend: bool = False) -> s
         return None
     config = configuration(recipe)
     if saved == config:
-        _require_own_length(folder, saved)
         return run_id
     changed = sorted(k for k in saved.keys() | config.keys() if saved.get(k, ...) != config.get(k, ...))
     if extend:
@@ -119,14 +120,14 @@ def _require_longer(folder: Path, changed: list[str], saved: dict[str, Any], con
         )
 
 
-def _require_own_length(folder: Path, saved: dict[str, Any]) -> None:
+def _require_own_length(folder: Path, length: int) -> None:
     """Raise ValueError where the checkpoint is of a longer run: a kill came between the two files of an extension."""
     state = folder / "checkpoint.pt"
-    longer = (saved_config(state) or {}).get(_LENGTH) if state.exists() and _LENGTH in saved else None
-    if isinstance(longer, int) and longer > saved[_LENGTH]:
+    longer = (saved_config(state) or {}).get(_LENGTH) if (folder / "config.json").exists() and state.exists() else None
+    if isinstance(longer, int) and longer > length:
         raise ValueError(
-            f"the run in {folder} was being extended from {_LENGTH}={saved[_LENGTH]} to {longer} when it was stopped: "
-            f"repeat that, with --extend and {_LENGTH}={longer}"
+            f"the run in {folder} was being extended from {_LENGTH}={length} to {longer} when it was stopped: repeat "
+            f"that, with --extend and {_LENGTH}={longer}"
         )
 
 
