@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## meta-train an LSTM optimizer and compare it with tuned Adam (3 minutes)
+demo: $(STAMP)  ## meta-train an LSTM optimizer and compare it with tuned Adam (a minute or two)
 	$(BIN)/python train_meta.py demo
 
 # The types are checked beside the first tests, on what the workers leave idle; what is wrong with them is said last.

@@ -29,7 +29,7 @@ def lstm_quadratic() -> Recipe:
 
 
 def demo() -> Recipe:
-    """LSTM on quadratics in three minutes, then compared with tuned SGD, Adam and others."""
+    """LSTM on quadratics in a minute, then compared with tuned SGD, Adam and others."""
     recipe = lstm_quadratic()
     return replace(recipe, name="demo", num_meta_steps=700, compare=True)
 
