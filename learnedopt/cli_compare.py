@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
+
+from learnedopt.training.wandb_variables import Mode, resolve_mode
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
-
-Mode: TypeAlias = Literal["online", "offline", "disabled"]  # the tracker's, spelled here: a help waits for no torch
 
 
 def compare(
@@ -53,7 +53,6 @@ def compare(
     from learnedopt.evaluation.runs import compare_runs, families, labelled
     from learnedopt.followed import show_comparison
     from learnedopt.training.tracking import Tracking
-    from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(threads)
     mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learnedopt import cli_suite
-from learnedopt.cli_compare import Mode, compare, load_all, options_of
+from learnedopt.cli_compare import compare, load_all, options_of
+from learnedopt.training.wandb_variables import Mode, resolve_mode
 
 
 def evaluate(
@@ -57,8 +58,6 @@ def evaluate(
         wandb: Weights & Biases; by default what WANDB_MODE says, else offline
     """
     import torch
-
-    from learnedopt.training.wandb_tracker import resolve_mode
 
     torch.set_num_threads(threads)
     mode = resolve_mode(wandb)

@@ -43,14 +43,11 @@ def report(recipe: Recipe, folder: Path, loop: InnerLoop, result: TrainingResult
 
 def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracker: Tracker) -> None:
     """Print the learned optimizer beside tuned hand-designed ones on fresh tasks, and draw their loss curves."""
-    from learnedopt import tasks
-    from learnedopt.evaluation import evaluate
+    from learnedopt.evaluation.runs import compare_runs
 
-    options = recipe.family.options
-    fresh, others = (tasks.make(recipe.family.name, **{**options, "meta_split": split}) for split in ("test", "train"))
-    comparison = evaluate.compare(
-        {recipe.name: (learned.rule, learned.theta, learned.inner_objective)}, fresh, tuning_family=others,
-        num_steps=recipe.validation.num_steps, num_tasks=500, report=lambda line: print(line, flush=True),
+    comparison = compare_runs(
+        {recipe.name: learned}, recipe.family.name, recipe.family.options, num_steps=recipe.validation.num_steps,
+        num_tasks=500, report=lambda line: print(line, flush=True),
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")

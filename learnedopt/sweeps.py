@@ -21,6 +21,8 @@ from typing import Any
 
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import exclusive, plain_json, require_name, write_json
+from learnedopt.evaluation.comparison import align, write_text
+from learnedopt.run_folder import read_end
 from learnedopt.sweep_file import Sweep, Trial, read_sweep
 from learnedopt.training.interrupts import STOPPING
 from learnedopt.training.json_tracker import read_metrics
@@ -55,12 +57,12 @@ class Result:
         """Return a table."""
         keys = [key for key in self.sweep.parameters if key != "seed"]
         head = [self.sweep.metric, "± standard error", "state", *keys, "trials"]
-        lines = [_row(head), _row(["---"] * len(head))]
+        rows = [head]
         for each in self.tried:
             error = "" if math.isnan(each.standard_error) else f"{each.standard_error:.2g}"
             values = [_shown(each.values[key]) for key in keys]
-            lines.append(_row([f"{each.mean:.4g}", error, each.state, *values, " ".join(each.names)]))
-        return "\n".join(lines) + "\n"
+            rows.append([f"{each.mean:.4g}", error, each.state, *values, " ".join(each.names)])
+        return align(rows)
 
 
 def run_sweep(
@@ -90,7 +92,7 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         result = Result(sweep, _tried_all(sweep, folder, settings, processes))
-        (folder / "sweep.md").write_text(result.markdown(), "utf-8")
+        write_text(folder / "sweep.md", result.markdown())
         write_json(folder / "sweep.json", plain_json([vars(each) for each in result.tried]))
     return result
 
@@ -191,9 +193,8 @@ def _told(run: Path, metric: str, count: int | None) -> bool:
 
 
 def _finished(run: Path) -> bool:
-    record = run / "metrics.jsonl"
-    last = record.read_bytes().rstrip(b"\n").rpartition(b"\n")[2] if record.exists() else b""
-    return last.startswith(b'{"event": "finish"') and last.endswith(b'"exit_code": 0}')
+    end = read_end(run / "metrics.jsonl")
+    return end is not None and end["exit_code"] == 0
 
 
 def _mean(sweep: Sweep, folder: Path, group: Sequence[Trial], count: int | None = None) -> float:
@@ -230,10 +231,6 @@ def _tried(sweep: Sweep, folder: Path, group: Sequence[Trial], *, dropped: bool)
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

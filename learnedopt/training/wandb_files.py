@@ -36,7 +36,7 @@ def fragments(folder: Path, run_id: str) -> list[Path]:
 
 
 def last_step(path: Path) -> int:
-    """Return the last ``_step`` in a file of W&B, -1 where it has no row: only its end is read.
+    """Return the last ``_step`` in a file of W&B, -1 where it has no row: only its end is parsed.
 
     ``_step`` is W&B's own count of rows. Offline it would start at 0 again in each fragment of a run that goes on.
     """
