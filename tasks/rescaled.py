@@ -81,8 +81,10 @@ class Rescaled(TaskFamily):
     def init_params(self, tasks: Tasks) -> Params:
         """Return the family's start times the start's factor, divided by the factors."""
         own = self.family.init_params(tasks["inner"])
-        starts = {name: tasks["start"].reshape(-1, *(1 for _ in p.shape[1:])) for name, p in own.items()}
-        return {name: p * starts[name] / tasks["factors"][name] for name, p in own.items()}
+        device = next(iter(own.values())).device  # families that draw by seed start on the CPU, wherever tasks lie
+        start, factors = tree.to((tasks["start"], tasks["factors"]), device, None)
+        starts = {name: start.reshape(-1, *(1 for _ in p.shape[1:])) for name, p in own.items()}
+        return {name: p * starts[name] / factors[name] for name, p in own.items()}
 
     def batch(self, tasks: Tasks, step: int, split: Split) -> Batch:
         """Return the family's batch beside the factors."""

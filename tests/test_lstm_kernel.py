@@ -48,7 +48,7 @@ def values_and_gradients(rule: LSTM, theta: Theta, grads: Tensor, state: dict[st
     found = {"deltas": torch.stack(deltas), **here}
     generator = torch.Generator().manual_seed(1)
     total = sum(
-        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype)).sum() for v in found.values()
+        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v)).sum() for v in found.values()
     )
     sources = {**{f"d {k}": v for k, v in (*leaves.items(), *start.items())}, "d grads": inputs}
     slopes = torch.autograd.grad(total, list(sources.values()))

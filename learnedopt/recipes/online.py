@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.carry import Tape
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
@@ -195,7 +196,7 @@ class OnlineLearning(Study):
         from learnedopt import optimizers
 
         loop = self._loop(optimizers.make(method.rule.name, **{**method.rule.options, "lr": rate}))
-        theta = loop.init_theta(torch.Generator().manual_seed(seed))
+        theta = tree.to(loop.init_theta(torch.Generator().manual_seed(seed)), self.execution.device, None)
         tasks = loop.family.sample(self.num_tasks, task_generator(seed, 0))  # those that a MetaTrainer begins with
         return loop.run(theta, loop.start(tasks), self.num_steps, Tape.NONE).losses.mean(1), theta
 
