@@ -155,11 +155,11 @@ def there(pose: Callable[[Size], Problem], device: torch.device) -> Callable[[Si
     return posed
 
 
-def lstm(size: Size, device: torch.device, *, compiled: bool = False) -> Call:
+def lstm(size: Size, device: torch.device) -> Call:
     """Return the meta-training step of the LSTM on the MLP, on the device."""
     problem = there(workloads_lstm.mlp_problem, device)(size)
     family, rule = Stored(problem, fresh=True), rules.make("lstm")
-    loop = InnerLoop(family, rule, Execution(compile=compiled, device=device))
+    loop = InnerLoop(family, rule, Execution(device=device))
     theta = {k: v.to(device) for k, v in workloads_lstm.trained(size).items()}
     tasks = family.sample(size.tasks, torch.Generator())
 
@@ -172,25 +172,27 @@ def lstm(size: Size, device: torch.device, *, compiled: bool = False) -> Call:
 def meta(device: torch.device) -> None:
     """Print one meta-gradient's time and memory, ours and others'."""
     cpu, pose = torch.device("cpu"), workloads_maml.conv_problem
-    for label, size in FEW_SHOT.items():
-        on_gpu = there(pose, device)
-        rows: dict[str, Callable[[], Call]] = {
-            "learnedopt, compiled": lambda s=size, p=on_gpu: workloads_maml.ours(
-                p, Unrolled, Execution(compile=True, device=device)
-            )(s),
-            "learnedopt": lambda s=size, p=on_gpu: workloads_maml.ours(p, Unrolled, Execution(device=device))(s),
-            "higher": lambda s=size, p=on_gpu: workloads_maml.higher(p)(s),
-            "torchopt": lambda s=size, p=on_gpu: workloads_maml.torchopt(p)(s),
-            "plain autograd": lambda s=size, p=on_gpu: workloads_maml.plain(p)(s),
-        }
-        table(f"MAML on four blocks of 64 filters, {label}", rows, device)
-        table(f"{label}, on one thread of the CPU", {"learnedopt": lambda s=size: workloads_maml.ours(pose)(s)}, cpu)
-    rows = {
-        "learnedopt, compiled": lambda: lstm(LSTM, device, compiled=True),
-        "learnedopt": lambda: lstm(LSTM, device),
+    on_gpu = there(pose, device)
+    ours = workloads_maml.ours(on_gpu, Unrolled, Execution(device=device))
+    compiled = workloads_maml.ours(on_gpu, Unrolled, Execution(compile=True, device=device))
+    others = {
+        "higher": workloads_maml.higher,
+        "torchopt": workloads_maml.torchopt,
+        "plain autograd": workloads_maml.plain,
     }
-    table("LSTM, one meta-step of 20 steps on the MLP 784-20-10, batch 128", rows, device)
-    table("the same on one thread of the CPU", {"learnedopt": lambda: lstm(LSTM, cpu)}, cpu)
+    for label, size in FEW_SHOT.items():
+        rows = {"learnedopt": ours, **{name: peer(on_gpu) for name, peer in others.items()}}
+        rows |= {"learnedopt, compiled": compiled} if size.steps == 1 else {}
+        table(f"MAML on four blocks of 64 filters, {label}", _of_size(rows, size), device)
+    size = FEW_SHOT[next(iter(FEW_SHOT))]
+    on_cpu = _of_size({"learnedopt, one thread": workloads_maml.ours(pose)}, size)
+    table(f"MAML on four blocks of 64 filters, {next(iter(FEW_SHOT))}, on the CPU", on_cpu, cpu)
+    table("LSTM, one meta-step of 20 steps on the MLP 784-20-10", {"learnedopt": lambda: lstm(LSTM, device)}, device)
+    table("the same on the CPU", {"learnedopt, one thread": lambda: lstm(LSTM, cpu)}, cpu)
+
+
+def _of_size(rows: dict[str, Callable[[Size], Call]], size: Size) -> dict[str, Callable[[], Call]]:
+    return {label: lambda build=build: build(size) for label, build in rows.items()}
 
 
 def table(title: str, rows: dict[str, Callable[[], Call]], device: torch.device) -> None:
