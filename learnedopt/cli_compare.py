@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learnedopt.training.wandb_variables import Mode, resolve_mode
+from learnedopt.training.tracking import Tracking
 
 if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def compare(
     checkpoint: Sequence[str],
+    tracking: Tracking,
     family: str | None = None,
     set: Sequence[str] = (),
     steps: int = 100,
@@ -25,7 +26,6 @@ def compare(
     seed: int = 0,
     threads: int = 1,
     out: Path | None = None,
-    wandb: Mode | None = None,
 ) -> int:
     """Run learned optimizers against tuned SGD, momentum, Nesterov, RMSprop and Adam, on fresh tasks.
 
@@ -34,6 +34,7 @@ def compare(
 
     Args:
         checkpoint: files, folders of runs, or packaged names
+        tracking: who is told
         family: a task family, see learnedopt list; by default that of their meta-training
         set: KEY=VALUE, an option of the family; repeatable
         steps: inner steps
@@ -44,18 +45,17 @@ def compare(
         seed: of the tasks
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
-        wandb: Weights & Biases; by default what WANDB_MODE says, else offline
     """
     import torch
 
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
     from learnedopt.evaluation.runs import compare_runs, families, labelled
-    from learnedopt.followed import show_comparison
-    from learnedopt.training.tracking import Tracking
+    from learnedopt.followed import require_views, show_comparison
 
+    require_views(tracking)
     torch.set_num_threads(threads)
-    mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)
+    loaded, options = load_all(checkpoint), options_of(set)
     own = registry.describe(families(loaded, family, options)[0])["name"]
     out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
     for label, learned in loaded.items():
@@ -72,7 +72,7 @@ def compare(
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    show_comparison(Tracking(mode), out, labelled(checkpoint), found, paths)
+    show_comparison(tracking, out, labelled(checkpoint), found, paths)
     return 0
 
 

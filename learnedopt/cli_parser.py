@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
 
+from learnedopt.training.tracking import Tracking
+
 BAD_INPUT = 2
 
 
@@ -20,24 +23,40 @@ class Parser(ArgumentParser):
 
     Parameters without a default are given by their place, the others as ``--an-option value``; one that is a ``bool``
     as ``--an-option`` alone, a tuple of texts as ``--tags a,b``, a sequence of texts by being repeated. What Python
-    keeps for itself is written with an underscore behind it: ``as_``.
+    keeps for itself is written with an underscore behind it: ``as_``. A parameter ``tracking`` has an option for each
+    field of ``Tracking``, those of meta-steps where there is a ``chosen`` recipe, whose options ``cli_recipe`` adds.
 
     Args:
         command: what it is called after ``learnedopt``.
         function: what carries it out, and returns the exit code.
-        skip: parameters that are none of its options.
 
     Attributes:
         fields: what else a word that is no option may have been meant for.
     """
 
-    def __init__(self, command: str, function: Callable[..., int], skip: Sequence[str] = ()) -> None:
+    def __init__(self, command: str, function: Callable[..., int]) -> None:
         self.fields: list[str] = []
         about = docstring_parser.parse(inspect.getdoc(function) or "")
         super().__init__(
             prog=f"learnedopt {command}", description=about.description, print_config=None, allow_abbrev=False
         )
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*skip})
+        self.add_function_arguments(function, as_group=False, as_positional=True, skip={"chosen", "tracking"})
+        parameters = inspect.signature(function).parameters
+        self._follows = "tracking" in parameters
+        if self._follows:
+            self.add_class_arguments(Tracking, as_group=False, skip=set() if "chosen" in parameters else {"log_every"})
+
+    def given(self, arguments: Namespace) -> dict[str, Any]:
+        """Return what was read, by parameter of the function.
+
+        Raises:
+            ValueError: a value of ``Tracking`` cannot work.
+        """
+        given = {**vars(arguments)}
+        if not self._follows:
+            return given
+        said = {each.name: given.pop(each.name) for each in dataclasses.fields(Tracking) if each.name in given}
+        return {**given, "tracking": Tracking(**said)}
 
     def add_argument(self, *names: str, **options: Any) -> Any:
         """Add an argument as ``jsonargparse`` does, but for what the class says of its form."""
@@ -122,7 +141,8 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
     add_import(parser)
     arguments = parser.parse_args([*words])
     load_plugins(arguments)
-    return lambda: function(**vars(arguments))
+    given = parser.given(arguments)
+    return lambda: function(**given)
 
 
 def add_import(parser: Parser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -50,20 +49,12 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
         return lambda: 0
     if prints:
         return lambda: print_config(chosen.recipe)
-    if "tracking" in inspect.signature(function).parameters:
-        from learnedopt.training.tracking import Tracking
-
-        said = {field.name: arguments.pop(field.name) for field in dataclasses.fields(Tracking)}
-        return lambda: function(chosen, Tracking(**said), **vars(arguments))
-    return lambda: function(chosen, **vars(arguments))
+    given = parser.given(arguments)
+    return lambda: function(chosen, **given)
 
 
 def _parser(command: str, function: Callable[..., int]) -> Parser:
-    parser = Parser(command, function, skip=["chosen", "tracking"])
-    if "tracking" in inspect.signature(function).parameters:
-        from learnedopt.training.tracking import Tracking
-
-        parser.add_class_arguments(Tracking, as_group=False)
+    parser = Parser(command, function)
     parser.usage = f"learnedopt {command} RECIPE [KEY=VALUE ...] [options]"
     parser.epilog = f"learnedopt {command} RECIPE --help lists the fields of a recipe as well."
     parser.add_argument("recipe", nargs="?", help="one of --list")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_wandb_tracker import records
 
 import learnedopt
 from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
@@ -47,8 +48,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoint: Path, tmp_path: Path) -> None:
-    done = run("evaluate", str(checkpoint), *QUICK, "--seed", "4", "--out", str(tmp_path), "--wandb", "offline")
+def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_NOTES", "of my own")
+    monkeypatch.setenv("WANDB_PROJECT", "not-this")
+    follow = "--wandb offline --project judged --entity me --group pilot --tags a,b --tensorboard"
+    done = run("evaluate", str(checkpoint), *QUICK, "--seed", "4", "--out", str(tmp_path), *follow.split())
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     table = (tmp_path / "evaluation.md").read_text("utf-8")
@@ -70,6 +76,11 @@ def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoi
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"final_loss/Adam/median" in record.read_bytes()
     assert list(record.parent.glob("files/media/images/loss_curves*.png"))
+    (opened,) = [each.run for each in records(record) if each.HasField("run")]
+    assert (opened.project, opened.entity, opened.run_group) == ("judged", "me", "pilot")
+    assert ([*opened.tags], opened.notes, opened.job_type) == (["a", "b"], "of my own", "evaluate")
+    (events,) = tmp_path.glob("tensorboard/events*")
+    assert b"final_loss/Adam/median" in events.read_bytes()
 
 
 def test_an_inner_objective_is_descended_with_its_theta(tmp_path: Path, no_wandb: None) -> None:
@@ -97,7 +108,7 @@ def test_evaluate_tells_wandb_the_numbers_of_the_table(
     capsys.readouterr()
     assert [name for name, _ in said] == ["start", "log", "figure", "artifact", "finish"]
     saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
-    (config,), (numbers,), (_, figure), (name, paths, _), _ = (given for _, given in said)
+    (config,), (numbers, _), (_, figure), (name, paths, _), _ = (given for _, given in said)
     assert config == saved["settings"] and config["num_tasks"] == 5
     assert len(numbers) == 6 * 3 * 4
     for label, entry in saved["optimizers"].items():

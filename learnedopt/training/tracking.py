@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from learnedopt.core.counts import require_count
-from learnedopt.training.json_tracker import JsonLinesTracker
-from learnedopt.training.tensorboard_tracker import TensorBoardTracker
-from learnedopt.training.thinned import Thinned
-from learnedopt.training.tracker import ConsoleTracker, Tracker, Trackers
-from learnedopt.training.wandb_tracker import WandbTracker
 from learnedopt.training.wandb_variables import Mode, said
+
+# Trackers are imported where they are made: what the commands' help lists of Tracking does not wait for torch.
+if TYPE_CHECKING:
+    from learnedopt.training.tracker import Tracker, Trackers
+    from learnedopt.training.wandb_tracker import WandbTracker
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Tracking:
             offline.
         project: W&B's project; by default WANDB_PROJECT, else learnedopt.
         entity: W&B's user or team; by default WANDB_ENTITY, else the account's own.
-        group: the runs that it stands beside in W&B; by default WANDB_RUN_GROUP, else the recipe's name.
+        group: the runs that it stands beside in W&B; by default WANDB_RUN_GROUP, else the recipe's name, or what is
+            evaluated.
         tags: words to find it by in W&B; by default WANDB_TAGS.
         notes: a longer description in W&B; by default WANDB_NOTES.
         tensorboard: also write event files for TensorBoard, into the run's folder.
@@ -68,6 +69,11 @@ def trackers(recipe: Named, folder: Path, tracking: Tracking, run_id: str) -> Tr
     Raises:
         ValueError: the mode of W&B is unknown, or TensorBoard is not installed.
     """
+    from learnedopt.training.json_tracker import JsonLinesTracker
+    from learnedopt.training.tensorboard_tracker import TensorBoardTracker
+    from learnedopt.training.thinned import Thinned
+    from learnedopt.training.tracker import ConsoleTracker, Trackers
+
     total: int | None = getattr(recipe, "num_meta_steps", None)
     kind = "study" if total is None else "meta-train"
     views: list[Tracker] = [
@@ -92,6 +98,8 @@ def wandb_view(
         name: default of what W&B calls the run.
         run_id: what the run keeps when it goes on.
     """
+    from learnedopt.training.wandb_tracker import WandbTracker
+
     return WandbTracker(
         tracking.wandb,
         project=tracking.project,
