@@ -12,7 +12,7 @@ from learnedopt.cli_compare import compare, load_all, options_of
 from learnedopt.training.tracking import Tracking
 
 
-def evaluate(
+def evaluate_runs(
     checkpoint: Sequence[str],
     tracking: Tracking,
     few_shot: bool = False,

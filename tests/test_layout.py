@@ -31,7 +31,7 @@ EDGE = (
     "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
     "run_folder", "run_results", "stages", "sweep_file", "sweeps", "typed_values", "followed",
     "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_hub", "cli_list",
-    "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_train",
+    "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_sweep", "cli_train",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")

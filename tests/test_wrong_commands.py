@@ -8,7 +8,7 @@ import pytest
 
 from learnedopt import cli
 
-RUN = "lstm-quadratic"
+SWEEP = Path(__file__).resolve().parent.parent / "sweeps" / "lstm-quadratic.yaml"
 WRONG = [
     # command line; what its one line names of it, and what it says to do
     ("", "COMMAND", "--help"),
@@ -80,9 +80,21 @@ WRONG = [
     ("compare general --few-shot", "--few-shot", "learnedopt compare --help"),
     ("compare general --family quadratik", "'quadratik'", "did you mean 'quadratic'?"),
     ("compare general --wandb of", "'of'", "did you mean 'offline'?"),
+    ("compare general --log-every 5", "--log-every", "learnedopt compare --help"),
+    ("compare general --projekt mine", "--projekt", "did you mean --project?"),
+    ("evaluate general --tensorboard=yes", "--tensorboard", "'yes'"),
     ("report", "RUN", "required"),
     ("report no/such/run", "no/such/run", "name that of a run"),
     ("report .", ".", "config.json"),
+    ("sweep", "FILE", "required"),
+    ("sweep no.yaml", "'no.yaml'", "name a sweep"),
+    ("sweep .", "'.'", "name a sweep"),
+    ("sweep SWEEP --process 2", "--process", "did you mean --processes?"),
+    ("sweep SWEEP --processes two", "--processes='two'", "int"),
+    ("sweep SWEEP --processes 0", "processes=0", "not a count"),
+    ("sweep SWEEP --trials 0", "trials=0", "not a count"),
+    ("sweep SWEEP --wandb offline", "--wandb", "learnedopt sweep --help"),
+    ("swep SWEEP", "'swep'", "did you mean sweep?"),
     ("hub", "'hub'", "did you mean hub push?"),
     ("hub psh", "'hub psh'", "did you mean hub push?"),
     ("hub push general", "--to", "required"),
@@ -104,7 +116,7 @@ def test_wrong_input_ends_in_one_line_that_names_it_and_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert cli.main(line.split()) == 2
+    assert cli.main(line.replace("SWEEP", str(SWEEP)).split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("learnedopt") and err.endswith("\n"), err
     assert passed in err and told in err, err
