@@ -32,7 +32,8 @@ COMMANDS = {
 }
 """What a command line begins with -> module of this package:function, whose signature and docstring are its options.
 
-No function is called as an export of the package: jsonargparse would look that up, and so import torch for a help.
+A help waits for torch where a function is called as an export of the package, which jsonargparse looks up, or where
+its module imports for type checkers what needs torch, which jsonargparse does as well.
 """
 
 

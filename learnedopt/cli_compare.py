@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from learnedopt.training.tracking import Tracking
-
-if TYPE_CHECKING:
-    from learnedopt.checkpoint import Checkpoint
+from learnedopt.cli_given import baselines_of, load_all, options_of
+from learnedopt.training.following import Tracking
 
 
 def compare(
@@ -65,7 +62,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     found = compare_runs(
         loaded, family, options, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
-        baselines=_baselines(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
+        baselines=baselines_of(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
     )  # fmt: skip
     names = {"checkpoint": checkpoint[0]} if len(loaded) == 1 else {"checkpoints": [*checkpoint]}
     found = replace(found, settings={**names, **found.settings})
@@ -74,31 +71,3 @@ def compare(
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     show_comparison(tracking, out, labelled(checkpoint), found, paths)
     return 0
-
-
-def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
-    """Return what the checkpoints hold, by what each is called in tables."""
-    from learnedopt.checkpoint import load_checkpoint
-    from learnedopt.evaluation.runs import labelled
-
-    return {label: load_checkpoint(name) for label, name in labelled(checkpoints).items()}
-
-
-def options_of(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a family as ``KEY=VALUE`` say."""
-    from learnedopt.typed_values import read_value
-
-    settings = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set {assignment!r} is not of the form KEY=VALUE, such as --set batch_size=64")
-        settings[key] = read_value(text)
-    return settings
-
-
-def _baselines(text: str) -> Mapping[str, Any]:
-    from learnedopt.evaluation.evaluate import BASELINES
-    from learnedopt.evaluation.grids import named
-
-    return BASELINES if text == "plain" else named(text)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learnedopt import cli_suite
-from learnedopt.cli_compare import compare, load_all, options_of
-from learnedopt.training.tracking import Tracking
+from learnedopt.cli_compare import compare
+from learnedopt.cli_given import load_all, options_of
+from learnedopt.training.following import Tracking
 
 
 def evaluate_runs(

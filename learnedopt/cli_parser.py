@@ -11,11 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from learnedopt.training.tracking import Tracking
+from learnedopt.training.following import Tracking
 
 BAD_INPUT = 2
+
+
+class Help(DefaultHelpFormatter):
+    """A help as jsonargparse has it, with classes by their names."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        told = super()._get_type_str(action)
+        return told and re.sub(r"<class '(\w+)'>", r"\1", told)
 
 
 class Parser(ArgumentParser):
@@ -38,8 +46,9 @@ class Parser(ArgumentParser):
         self.fields: list[str] = []
         about = docstring_parser.parse(inspect.getdoc(function) or "")
         super().__init__(
-            prog=f"learnedopt {command}", description=about.description, print_config=None, allow_abbrev=False
-        )
+            prog=f"learnedopt {command}", description=about.description, formatter_class=Help, print_config=None,
+            allow_abbrev=False,
+        )  # fmt: skip
         self.add_function_arguments(function, as_group=False, as_positional=True, skip={"chosen", "tracking"})
         parameters = inspect.signature(function).parameters
         self._follows = "tracking" in parameters

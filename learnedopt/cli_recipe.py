@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,11 +33,11 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
     wants_help = not {"-h", "--help"}.isdisjoint(words)
     own, given = _apart(parser, [word for word in words if word not in ("-h", "--help")])
     arguments = parser.parse_args(own)
-    if wants_help and arguments.recipe is None:
+    if wants_help and "recipe" not in arguments:
         parser.parse_args(["--help"])
     load_plugins(arguments)
     name, files, _, smoke, lists, prints = (
-        arguments.pop(key) for key in ("recipe", "config", "set", "smoke", "list", "print_config")
+        arguments.pop(key, None) for key in ("recipe", "config", "set", "smoke", "list", "print_config")
     )
     if lists:
         return list_recipes
@@ -57,7 +58,7 @@ def _parser(command: str, function: Callable[..., int]) -> Parser:
     parser = Parser(command, function)
     parser.usage = f"learnedopt {command} RECIPE [KEY=VALUE ...] [options]"
     parser.epilog = f"learnedopt {command} RECIPE --help lists the fields of a recipe as well."
-    parser.add_argument("recipe", nargs="?", help="one of --list")
+    parser.add_argument("recipe", nargs="?", default=SUPPRESS, help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.suite import Graphs
-    from learnedopt.training.tracking import Tracking
+    from learnedopt.training.following import Tracking
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     out: Path | None,
 ) -> None:
     """Evaluate on a suite, as ``learnedopt evaluate --help`` says: what the folder has already is not run again."""
-    from learnedopt.cli_compare import load_all
+    from learnedopt.cli_given import load_all
     from learnedopt.core.execution import Execution
     from learnedopt.evaluation import suite_table
     from learnedopt.evaluation.grids import named

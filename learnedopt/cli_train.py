@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.cli_recipe import Chosen
-    from learnedopt.training.tracking import Tracking
+    from learnedopt.training.following import Tracking
 
 DIVERGED, RANK_FAILED, INTERRUPTED = 1, 3, 130
 
