@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from learnedopt.cli import BAD_INPUT
 from learnedopt.training.following import Tracking
-
-BAD_INPUT = 2
 
 
 class Help(DefaultHelpFormatter):
@@ -54,6 +53,11 @@ class Parser(ArgumentParser):
         self._follows = "tracking" in parameters
         if self._follows:
             self.add_class_arguments(Tracking, as_group=False, skip=set() if "chosen" in parameters else {"log_every"})
+        self.add_argument(
+            "--import", action="append", default=[], metavar="MODULE",
+            help="a module to import first, which registers rules, families, objectives or recipes of your own; "
+            "repeatable",
+        )  # fmt: skip
 
     def given(self, arguments: Namespace) -> dict[str, Any]:
         """Return what was read, by parameter of the function.
@@ -147,19 +151,10 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
 
         return cli_recipe.call(command, function, words)
     parser = Parser(command, function)
-    add_import(parser)
     arguments = parser.parse_args([*words])
     load_plugins(arguments)
     given = parser.given(arguments)
     return lambda: function(**given)
-
-
-def add_import(parser: Parser) -> None:
-    """Add the option ``--import``."""
-    parser.add_argument(
-        "--import", action="append", default=[], metavar="MODULE",
-        help="a module to import first, which registers rules, families, objectives or recipes of your own; repeatable",
-    )  # fmt: skip
 
 
 def load_plugins(arguments: Namespace) -> None:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from learnedopt.cli_parser import Parser, add_import, load_plugins
+from learnedopt.cli_parser import Parser, load_plugins
 
 if TYPE_CHECKING:
     from learnedopt.recipes import Recipe, Study
@@ -50,8 +50,8 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
         return lambda: 0
     if prints:
         return lambda: print_config(chosen.recipe)
-    given = parser.given(arguments)
-    return lambda: function(chosen, **given)
+    options = parser.given(arguments)
+    return lambda: function(chosen, **options)
 
 
 def _parser(command: str, function: Callable[..., int]) -> Parser:
@@ -70,7 +70,6 @@ def _parser(command: str, function: Callable[..., int]) -> Parser:
     )  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="print all fields as YAML, and do nothing else")
     parser.add_argument("--smoke", action="store_true", help="shrink the recipe, so that it takes less than a minute")
-    add_import(parser)
     return parser
 
 

@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from learnedopt.cli import INTERRUPTED
+
 if TYPE_CHECKING:
     from learnedopt.cli_recipe import Chosen
     from learnedopt.training.following import Tracking
 
-DIVERGED, RANK_FAILED, INTERRUPTED = 1, 3, 130
+DIVERGED, RANK_FAILED = 1, 3
 
 
 def train(

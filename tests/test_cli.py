@@ -205,6 +205,12 @@ def test_bad_commands_end_in_one_line(arguments: list[str], message: str, capsys
     assert message in refusal(capsys, *arguments)
 
 
+@pytest.mark.parametrize("module", ["learnedopt", "learnedopt.cli"])
+def test_python_runs_the_command_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "list", "--al"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("learnedopt list: unrecognized arguments: --al"), done.stderr
+
+
 def test_checkpoints_that_cannot_be_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = checkpoint.read_bytes()
     (tmp_path / "short.safetensors").write_bytes(content[: len(content) - 2])
