@@ -19,17 +19,22 @@ CLOSED_OUTPUT = 141  # 128 + SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = {
     "train": "cli_train:train",
-    "evaluate": "cli_evaluate:evaluate",
+    "evaluate": "cli_evaluate:evaluate_runs",
     "compare": "cli_compare:compare",
-    "card": "cli_list:card",
+    "card": "cli_list:print_cards",
     "list": "cli_list:list_all",
     "check": "cli_check:check",
     "diagnose": "cli_diagnose:diagnose",
     "report": "cli_report:report",
+    "sweep": "cli_sweep:sweep",
     "hub push": "cli_hub:push",
     "hub pull": "cli_hub:pull",
 }
-"""What a command line begins with -> module of this package:function, whose signature and docstring are its options."""
+"""What a command line begins with -> module of this package:function, whose signature and docstring are its options.
+
+A help waits for torch where a function is called as an export of the package, which jsonargparse looks up, or where
+its module imports for type checkers what needs torch, which jsonargparse does as well.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,3 +148,7 @@ def _command(argv: Sequence[str]) -> str:
 def _function(name: str) -> Callable[..., int]:
     module, _, function = COMMANDS[name].partition(":")
     return getattr(importlib.import_module(f"learnedopt.{module}"), function)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from learnedopt.training.wandb_variables import Mode, resolve_mode
-
-if TYPE_CHECKING:
-    from learnedopt.checkpoint import Checkpoint
+from learnedopt.cli_given import baselines_of, load_all, options_of
+from learnedopt.training.following import Tracking
 
 
 def compare(
     checkpoint: Sequence[str],
+    tracking: Tracking,
     family: str | None = None,
     set: Sequence[str] = (),
     steps: int = 100,
@@ -25,7 +23,6 @@ def compare(
     seed: int = 0,
     threads: int = 1,
     out: Path | None = None,
-    wandb: Mode | None = None,
 ) -> int:
     """Run learned optimizers against tuned SGD, momentum, Nesterov, RMSprop and Adam, on fresh tasks.
 
@@ -34,6 +31,7 @@ def compare(
 
     Args:
         checkpoint: files, folders of runs, or packaged names
+        tracking: who is told
         family: a task family, see learnedopt list; by default that of their meta-training
         set: KEY=VALUE, an option of the family; repeatable
         steps: inner steps
@@ -44,18 +42,17 @@ def compare(
         seed: of the tasks
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
-        wandb: Weights & Biases; by default what WANDB_MODE says, else offline
     """
     import torch
 
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
     from learnedopt.evaluation.runs import compare_runs, families, labelled
-    from learnedopt.followed import show_comparison
-    from learnedopt.training.tracking import Tracking
+    from learnedopt.followed import require_views, show_comparison
 
+    require_views(tracking)
     torch.set_num_threads(threads)
-    mode, loaded, options = resolve_mode(wandb), load_all(checkpoint), options_of(set)
+    loaded, options = load_all(checkpoint), options_of(set)
     own = registry.describe(families(loaded, family, options)[0])["name"]
     out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
     for label, learned in loaded.items():
@@ -65,40 +62,12 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     found = compare_runs(
         loaded, family, options, num_steps=steps, num_tasks=tasks, num_tuning_tasks=tuning_tasks, seed=seed,
-        baselines=_baselines(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
+        baselines=baselines_of(baselines), tune_for=tune_for, report=lambda line: print(line, flush=True),
     )  # fmt: skip
     names = {"checkpoint": checkpoint[0]} if len(loaded) == 1 else {"checkpoints": [*checkpoint]}
     found = replace(found, settings={**names, **found.settings})
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    show_comparison(Tracking(mode), out, labelled(checkpoint), found, paths)
+    show_comparison(tracking, out, labelled(checkpoint), found, paths)
     return 0
-
-
-def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
-    """Return what the checkpoints hold, by what each is called in tables."""
-    from learnedopt.checkpoint import load_checkpoint
-    from learnedopt.evaluation.runs import labelled
-
-    return {label: load_checkpoint(name) for label, name in labelled(checkpoints).items()}
-
-
-def options_of(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a family as ``KEY=VALUE`` say."""
-    from learnedopt.typed_values import read_value
-
-    settings = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set {assignment!r} is not of the form KEY=VALUE, such as --set batch_size=64")
-        settings[key] = read_value(text)
-    return settings
-
-
-def _baselines(text: str) -> Mapping[str, Any]:
-    from learnedopt.evaluation.evaluate import BASELINES
-    from learnedopt.evaluation.grids import named
-
-    return BASELINES if text == "plain" else named(text)

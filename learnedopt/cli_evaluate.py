@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learnedopt import cli_suite
-from learnedopt.cli_compare import compare, load_all, options_of
-from learnedopt.training.wandb_variables import Mode, resolve_mode
+from learnedopt.cli_compare import compare
+from learnedopt.cli_given import load_all, options_of
+from learnedopt.training.following import Tracking
 
 
-def evaluate(
+def evaluate_runs(
     checkpoint: Sequence[str],
+    tracking: Tracking,
     few_shot: bool = False,
     suite: str | None = None,
     family: str | None = None,
@@ -29,7 +31,6 @@ def evaluate(
     seed: int = 0,
     threads: int = 1,
     out: Path | None = None,
-    wandb: Mode | None = None,
 ) -> int:
     """Run learned optimizers against tuned baselines, or few-shot learners, or on a suite of unseen nets.
 
@@ -39,6 +40,7 @@ def evaluate(
 
     Args:
         checkpoint: files, folders of runs, or packaged names
+        tracking: who is told
         few_shot: measure few-shot adaptation, without baselines
         suite: unseen or growth, a fixed list of nets
         family: a task family, see learnedopt list; by default that of their meta-training
@@ -55,29 +57,30 @@ def evaluate(
         seed: of the tasks
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
-        wandb: Weights & Biases; by default what WANDB_MODE says, else offline
     """
     import torch
 
+    from learnedopt.followed import require_views
+
+    require_views(tracking)
     torch.set_num_threads(threads)
-    mode = resolve_mode(wandb)
     tuned: dict[str, Any] = {"tuning_tasks": tuning_tasks, "tune_for": tune_for, "baselines": baselines}
     on_suite: dict[str, Any] = {"nets": nets, "device": device, "graphs": graphs}
     if suite is not None:
         if few_shot:
             raise ValueError("--suite and --few-shot exclude each other: leave one out")
         _require_unused("with --suite, whose nets are fixed", family=family, steps=steps, set=set)
-        cli_suite.run(suite, checkpoint, mode, tasks=tasks, seed=seed, out=out, **tuned, **on_suite)
+        cli_suite.run(suite, checkpoint, tracking, tasks=tasks, seed=seed, out=out, **tuned, **on_suite)
         return 0
     _require_unused("without --suite", **on_suite)
     if few_shot:
         _require_unused("with --few-shot, which tunes nothing", **tuned)
         steps, tasks = 10 if steps is None else steps, 600 if tasks is None else tasks
-        _few_shot(checkpoint, family, set, steps, tasks, seed, out, mode)
+        _few_shot(checkpoint, tracking, family, set, steps, tasks, seed, out)
         return 0
     given = {"steps": steps, "tasks": tasks, **tuned}
     return compare(
-        checkpoint, family, set, seed=seed, threads=threads, out=out, wandb=mode,
+        checkpoint, tracking, family, set, seed=seed, threads=threads, out=out,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
 
@@ -90,19 +93,18 @@ def _require_unused(when: str, **options: object) -> None:
 
 def _few_shot(
     checkpoint: Sequence[str],
+    tracking: Tracking,
     family: str | None,
     assignments: Sequence[str],
     steps: int,
     tasks: int,
     seed: int,
     out: Path | None,
-    mode: Mode,
 ) -> None:
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
     from learnedopt.evaluation.runs import adapt_runs, families, labelled
     from learnedopt.followed import show_few_shot
-    from learnedopt.training.tracking import Tracking
 
     loaded, options = load_all(checkpoint), options_of(assignments)
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
@@ -119,4 +121,4 @@ def _few_shot(
     out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
-    show_few_shot(Tracking(mode), out, labelled(checkpoint), found, paths)
+    show_few_shot(tracking, out, labelled(checkpoint), found, paths)

@@ -19,7 +19,7 @@ def list_all() -> int:
     return 0
 
 
-def card(name: Sequence[str]) -> int:
+def print_cards(name: Sequence[str]) -> int:
     """Say what a learned optimizer was trained and measured on, where it fails, and what it costs.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -10,9 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-BAD_INPUT = 2
+from learnedopt.cli import BAD_INPUT
+from learnedopt.training.following import Tracking
+
+
+class Help(DefaultHelpFormatter):
+    """A help as jsonargparse has it, with classes by their names."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        told = super()._get_type_str(action)
+        return told and re.sub(r"<class '(\w+)'>", r"\1", told)
 
 
 class Parser(ArgumentParser):
@@ -20,24 +30,46 @@ class Parser(ArgumentParser):
 
     Parameters without a default are given by their place, the others as ``--an-option value``; one that is a ``bool``
     as ``--an-option`` alone, a tuple of texts as ``--tags a,b``, a sequence of texts by being repeated. What Python
-    keeps for itself is written with an underscore behind it: ``as_``.
+    keeps for itself is written with an underscore behind it: ``as_``. A parameter ``tracking`` has an option for each
+    field of ``Tracking``, those of meta-steps where there is a ``chosen`` recipe, whose options ``cli_recipe`` adds.
 
     Args:
         command: what it is called after ``learnedopt``.
         function: what carries it out, and returns the exit code.
-        skip: parameters that are none of its options.
 
     Attributes:
         fields: what else a word that is no option may have been meant for.
     """
 
-    def __init__(self, command: str, function: Callable[..., int], skip: Sequence[str] = ()) -> None:
+    def __init__(self, command: str, function: Callable[..., int]) -> None:
         self.fields: list[str] = []
         about = docstring_parser.parse(inspect.getdoc(function) or "")
         super().__init__(
-            prog=f"learnedopt {command}", description=about.description, print_config=None, allow_abbrev=False
-        )
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip={*skip})
+            prog=f"learnedopt {command}", description=about.description, formatter_class=Help, print_config=None,
+            allow_abbrev=False,
+        )  # fmt: skip
+        self.add_function_arguments(function, as_group=False, as_positional=True, skip={"chosen", "tracking"})
+        parameters = inspect.signature(function).parameters
+        self._follows = "tracking" in parameters
+        if self._follows:
+            self.add_class_arguments(Tracking, as_group=False, skip=set() if "chosen" in parameters else {"log_every"})
+        self.add_argument(
+            "--import", action="append", default=[], metavar="MODULE",
+            help="a module to import first, which registers rules, families, objectives or recipes of your own; "
+            "repeatable",
+        )  # fmt: skip
+
+    def given(self, arguments: Namespace) -> dict[str, Any]:
+        """Return what was read, by parameter of the function.
+
+        Raises:
+            ValueError: a value of ``Tracking`` cannot work.
+        """
+        given = {**vars(arguments)}
+        if not self._follows:
+            return given
+        said = {each.name: given.pop(each.name) for each in dataclasses.fields(Tracking) if each.name in given}
+        return {**given, "tracking": Tracking(**said)}
 
     def add_argument(self, *names: str, **options: Any) -> Any:
         """Add an argument as ``jsonargparse`` does, but for what the class says of its form."""
@@ -119,18 +151,10 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
 
         return cli_recipe.call(command, function, words)
     parser = Parser(command, function)
-    add_import(parser)
     arguments = parser.parse_args([*words])
     load_plugins(arguments)
-    return lambda: function(**vars(arguments))
-
-
-def add_import(parser: Parser) -> None:
-    """Add the option ``--import``."""
-    parser.add_argument(
-        "--import", action="append", default=[], metavar="MODULE",
-        help="a module to import first, which registers rules, families, objectives or recipes of your own; repeatable",
-    )  # fmt: skip
+    given = parser.given(arguments)
+    return lambda: function(**given)
 
 
 def load_plugins(arguments: Namespace) -> None:

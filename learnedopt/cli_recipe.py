@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from learnedopt.cli_parser import Parser, add_import, load_plugins
+from learnedopt.cli_parser import Parser, load_plugins
 
 if TYPE_CHECKING:
     from learnedopt.recipes import Recipe, Study
@@ -33,11 +33,11 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
     wants_help = not {"-h", "--help"}.isdisjoint(words)
     own, given = _apart(parser, [word for word in words if word not in ("-h", "--help")])
     arguments = parser.parse_args(own)
-    if wants_help and arguments.recipe is None:
+    if wants_help and "recipe" not in arguments:
         parser.parse_args(["--help"])
     load_plugins(arguments)
     name, files, _, smoke, lists, prints = (
-        arguments.pop(key) for key in ("recipe", "config", "set", "smoke", "list", "print_config")
+        arguments.pop(key, None) for key in ("recipe", "config", "set", "smoke", "list", "print_config")
     )
     if lists:
         return list_recipes
@@ -50,23 +50,15 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
         return lambda: 0
     if prints:
         return lambda: print_config(chosen.recipe)
-    if "tracking" in inspect.signature(function).parameters:
-        from learnedopt.training.tracking import Tracking
-
-        said = {field.name: arguments.pop(field.name) for field in dataclasses.fields(Tracking)}
-        return lambda: function(chosen, Tracking(**said), **vars(arguments))
-    return lambda: function(chosen, **vars(arguments))
+    options = parser.given(arguments)
+    return lambda: function(chosen, **options)
 
 
 def _parser(command: str, function: Callable[..., int]) -> Parser:
-    parser = Parser(command, function, skip=["chosen", "tracking"])
-    if "tracking" in inspect.signature(function).parameters:
-        from learnedopt.training.tracking import Tracking
-
-        parser.add_class_arguments(Tracking, as_group=False)
+    parser = Parser(command, function)
     parser.usage = f"learnedopt {command} RECIPE [KEY=VALUE ...] [options]"
     parser.epilog = f"learnedopt {command} RECIPE --help lists the fields of a recipe as well."
-    parser.add_argument("recipe", nargs="?", help="one of --list")
+    parser.add_argument("recipe", nargs="?", default=SUPPRESS, help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the recipes, one line each")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
@@ -78,7 +70,6 @@ def _parser(command: str, function: Callable[..., int]) -> Parser:
     )  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="print all fields as YAML, and do nothing else")
     parser.add_argument("--smoke", action="store_true", help="shrink the recipe, so that it takes less than a minute")
-    add_import(parser)
     return parser
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from learnedopt.evaluation.suite import Graphs
-    from learnedopt.training.wandb_variables import Mode
+    from learnedopt.training.following import Tracking
 
 
 def run(
     suite: str,
     checkpoint: Sequence[str],
-    mode: Mode,
+    tracking: Tracking,
     *,
     nets: str | None,
     tasks: int | None,
@@ -27,7 +27,7 @@ def run(
     out: Path | None,
 ) -> None:
     """Evaluate on a suite, as ``learnedopt evaluate --help`` says: what the folder has already is not run again."""
-    from learnedopt.cli_compare import load_all
+    from learnedopt.cli_given import load_all
     from learnedopt.core.execution import Execution
     from learnedopt.evaluation import suite_table
     from learnedopt.evaluation.grids import named
@@ -35,7 +35,6 @@ def run(
     from learnedopt.evaluation.runs import labelled
     from learnedopt.evaluation.suite import Protocol, run_suite
     from learnedopt.followed import show_suite
-    from learnedopt.training.tracking import Tracking
 
     names = [name.strip() for name in (nets or "").split(";") if name.strip()]
     chosen_nets = chosen(suite, names)
@@ -52,4 +51,4 @@ def run(
     print(f"\n{found.markdown()}", flush=True)
     paths = found.save(out)
     print(f"Figures, tables and numbers: {', '.join(map(str, paths.values()))}")
-    show_suite(Tracking(mode), out, labelled(checkpoint), suite, found, paths)
+    show_suite(tracking, out, labelled(checkpoint), suite, found, paths)

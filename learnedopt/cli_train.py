@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from learnedopt.cli import INTERRUPTED
+
 if TYPE_CHECKING:
     from learnedopt.cli_recipe import Chosen
-    from learnedopt.training.tracking import Tracking
+    from learnedopt.training.following import Tracking
 
-DIVERGED, RANK_FAILED, INTERRUPTED = 1, 3, 130
+DIVERGED, RANK_FAILED = 1, 3
 
 
 def train(
@@ -58,9 +60,7 @@ def train(
             own = ranks.present(device, timeout)
             result = run.train(recipe, folder, tracking, own, extend=extend)
     except (KeyboardInterrupt, SystemExit) as stop:
-        with suppress(OSError):  # the terminal may be gone: that is why it stopped
-            print(f"Stopped. The same command goes on from {folder}.", file=sys.stderr)
-        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED
+        return stopped(stop, f"The same command goes on from {folder}.")
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
         return DIVERGED
@@ -74,3 +74,10 @@ def train(
         return 0
     print(f"Best validation {result.best_value:.4g}; theta, configuration, metrics and figure are in {folder}.")
     return 0
+
+
+def stopped(stop: BaseException, then: str) -> int:
+    """Say that a signal stopped the command, and what ``then``; return the exit code."""
+    with suppress(OSError):  # the terminal may be gone: that is why it stopped
+        print(f"Stopped. {then}", file=sys.stderr)
+    return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else INTERRUPTED

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, SumOfLosses
-from learnedopt.core.registry import Choice, nearest
+from learnedopt.core.registry import Choice, nearest, nearest_or_all
 from learnedopt.estimators.combined import Combined
 from learnedopt.estimators.evolution import EvolutionStrategies
 from learnedopt.estimators.forward import ForwardMode
@@ -148,7 +148,7 @@ def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change]
         if keys[0] not in fields:
             path = prefix + ".".join(keys)
             raise ValueError(
-                f"there is no setting {path!r}: {kind.__name__} has no {keys[0]!r}{nearest(keys[0], fields)}"
+                f"there is no setting {path!r}: {kind.__name__} has no {keys[0]!r}{nearest_or_all(keys[0], fields)}"
             )
         by_field.setdefault(keys[0], []).append((keys[1:], text))
     values = {name: value for name, value in kept.items() if name in fields}

@@ -1,4 +1,4 @@
-"""Evaluations as W&B shows them: linked to the runs that trained what is evaluated, all curves in one chart."""
+"""Evaluations as W&B and TensorBoard show them: linked to the trainings they are of, all curves in one chart."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from learnedopt.core.sealed import read_record
 from learnedopt.evaluation.comparison import Comparison, summarise
 from learnedopt.evaluation.few_shot import FewShot
 from learnedopt.evaluation.suite_table import REFERENCES, Suite
+from learnedopt.training.tensorboard_tracker import TensorBoardTracker, require_tensorboard
+from learnedopt.training.tracker import Tracker, Trackers
 from learnedopt.training.tracking import Tracking, wandb_view
 from learnedopt.training.wandb_tracker import WandbTracker
+from learnedopt.training.wandb_variables import resolve_mode
 
 Checkpoints = Mapping[str, str]
 """Label -> the path, or packaged name, of what is evaluated under it."""
 
 
+def require_views(tracking: Tracking) -> None:
+    """Raise ValueError where W&B's mode is unknown or TensorBoard is missing: before the work, which takes minutes."""
+    resolve_mode(tracking.wandb)
+    if tracking.tensorboard:
+        require_tensorboard()
+
+
 def show_comparison(
     tracking: Tracking, folder: Path, checkpoints: Checkpoints, found: Comparison, paths: Mapping[str, Path]
 ) -> None:
-    """Tell W&B a comparison: the numbers of its table, a chart of all loss curves, the figure and the files."""
+    """Tell of a comparison: the numbers of its table, a chart of all loss curves, the figure and the files."""
     numbers = {
         f"{measure}/{label}/{name}": value
         for label, outcome in found.outcomes.items()
@@ -39,7 +49,7 @@ def show_comparison(
 def show_few_shot(
     tracking: Tracking, folder: Path, checkpoints: Checkpoints, found: FewShot, paths: Mapping[str, Path]
 ) -> None:
-    """Tell W&B how few-shot learners adapt: every measure by steps, a chart of each with all, the figure, the files."""
+    """Tell how few-shot learners adapt: every measure by steps, a chart of each with all, the figure, the files."""
     tracker = _opened(tracking, folder, checkpoints, found.settings)
     courses: dict[int, dict[str, float]] = {}
     lines: dict[str, dict[str, list[float]]] = {}
@@ -61,7 +71,7 @@ def show_few_shot(
 def show_suite(
     tracking: Tracking, folder: Path, checkpoints: Checkpoints, name: str, found: Suite, paths: Mapping[str, Path]
 ) -> None:
-    """Tell W&B what came of each candidate on a suite, relative to the references, the figures and the files."""
+    """Tell what came of each candidate on a suite, relative to the references, the figures and the files."""
     about = {"suite": name, "nets": [*found.results]}
     ratios = {(label, other): found.geometric_mean(label, other) for label in found.candidates for other in REFERENCES}
     tracker = _opened(tracking, folder, checkpoints, about, group=name)
@@ -90,14 +100,18 @@ def tell_used(tracker: WandbTracker, checkpoints: Checkpoints) -> None:
 
 def _opened(
     tracking: Tracking, folder: Path, checkpoints: Checkpoints, settings: dict[str, Any], group: str | None = None
-) -> WandbTracker:
-    tracker = wandb_view(tracking, folder, group=group or next(iter(checkpoints)), job_type="evaluate")
+) -> Trackers:
+    wandb = wandb_view(tracking, folder, group=group or next(iter(checkpoints)), job_type="evaluate")
+    views: list[Tracker] = [wandb]
+    if tracking.tensorboard:
+        views.append(TensorBoardTracker(folder / "tensorboard"))
+    tracker = Trackers(views)
     tracker.start(settings)
-    if tracker.active:
-        tell_used(tracker, checkpoints)
+    if wandb.active:
+        tell_used(wandb, checkpoints)
     return tracker
 
 
-def _close(tracker: WandbTracker, name: str, paths: Sequence[Path], settings: dict[str, Any]) -> None:
+def _close(tracker: Trackers, name: str, paths: Sequence[Path], settings: dict[str, Any]) -> None:
     tracker.artifact(name, [*paths], settings)
     tracker.finish()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learnedopt.core.counts import require_count
-from learnedopt.core.registry import nearest
+from learnedopt.core.registry import nearest_or_all
 
 _KEYS = (
     "name", "description", "project", "entity", "program", "command", "method", "metric", "parameters",
@@ -126,7 +126,9 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path} is no sweep: it needs method, metric, parameters and command")
     for key in said:
         if key not in _KEYS:
-            raise ValueError(f"{path} has {key!r}, which the local runner does not know{nearest(str(key), _KEYS)}")
+            raise ValueError(
+                f"{path} has {key!r}, which the local runner does not know{nearest_or_all(str(key), _KEYS)}"
+            )
     missing = [key for key in ("method", "metric", "parameters", "command") if not said.get(key)]
     if missing:
         raise ValueError(f"{path} is no sweep: it lacks {' and '.join(missing)}")

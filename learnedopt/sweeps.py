@@ -1,4 +1,4 @@
-"""Sweeps on this machine, without a server: ``python -m learnedopt.sweeps sweeps/lstm-quadratic.yaml``.
+"""Sweeps on this machine, without a server: ``learnedopt sweep sweeps/lstm-quadratic.yaml``.
 
 The same files are sweeps for W&B: ``wandb sweep FILE`` and ``wandb agent ID``. A trial is a run in a folder of its own,
 so a sweep that was stopped goes on where it stood, and a setting that was dropped could still be trained to its end.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from learnedopt.core.files import exclusive, plain_json, require_name, write_jso
 from learnedopt.evaluation.comparison import align, write_text
 from learnedopt.run_folder import read_end
 from learnedopt.sweep_file import Sweep, Trial, read_sweep
-from learnedopt.training.interrupts import STOPPING
 from learnedopt.training.json_tracker import read_metrics
 
 _POLL = 0.1  # seconds between two looks at the trials
@@ -233,29 +231,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sweep as the command line says; return 0, 1 where no setting came to its end, 2 for bad input, or 130."""
-    from jsonargparse import auto_cli
+if __name__ == "__main__":  # the same as the command
+    from learnedopt import cli
 
-    try:
-        result = auto_cli(run_sweep, args=None if arguments is None else [*arguments])
-    except (ValueError, OSError) as error:
-        print(f"learnedopt.sweeps: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(f"\n{result.markdown()}")
-    best = result.best
-    if best is None:
-        print("No setting was trained to its end: the logs beside the trials' folders say why.")
-        return 1
-    print(f"Best: {' '.join(f'{key}={value}' for key, value in best.values.items())}")
-    return 0
-
-
-if __name__ == "__main__":
-    for each in STOPPING:  # the trials, in sessions of their own, are stopped on the way out
-        if each != signal.SIGINT and signal.getsignal(each) != signal.SIG_IGN:  # as nohup has SIGHUP ignored
-            signal.signal(each, lambda number, _: sys.exit(128 + number))
-    sys.exit(main())
+    sys.exit(cli.main(["sweep", *sys.argv[1:]]))

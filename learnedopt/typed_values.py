@@ -6,7 +6,7 @@ import ast
 import typing
 from typing import Any, Literal
 
-from learnedopt.core.registry import nearest
+from learnedopt.core.registry import nearest, nearest_or_all
 
 
 def read_value(text: Any) -> Any:
@@ -54,8 +54,12 @@ def spelled(hint: Any) -> str:
 
 
 def near(text: Any, hint: Any) -> str:
-    """Return a hint to the word nearest to ``text`` among those of an annotated type's Literals and Enums."""
-    words = [word for each in (hint, *typing.get_args(hint)) for word in getattr(each, "__members__", ())]
-    for each in (hint, *typing.get_args(hint)):
-        words += typing.get_args(each) if typing.get_origin(each) is Literal else ()
-    return nearest(str(text), [word for word in words if isinstance(word, str)])
+    """Return a hint to the word nearest to ``text`` among those of an annotated type's Literals and Enums.
+
+    Where none is, the members of Enums are listed: Literals are ``spelled`` with theirs.
+    """
+    kinds = (hint, *typing.get_args(hint))
+    members = [word for kind in kinds for word in getattr(kind, "__members__", ())]
+    literals = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    told = nearest(str(text), (word for word in literals if isinstance(word, str)))
+    return told or nearest_or_all(str(text), members)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_wandb_tracker import records
 
 import learnedopt
 from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
@@ -47,8 +48,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoint: Path, tmp_path: Path) -> None:
-    done = run("evaluate", str(checkpoint), *QUICK, "--seed", "4", "--out", str(tmp_path), "--wandb", "offline")
+def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_NOTES", "of my own")
+    monkeypatch.setenv("WANDB_PROJECT", "not-this")
+    follow = "--wandb offline --project judged --entity me --group pilot --tags a,b --tensorboard"
+    done = run("evaluate", str(checkpoint), *QUICK, "--seed", "4", "--out", str(tmp_path), *follow.split())
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     table = (tmp_path / "evaluation.md").read_text("utf-8")
@@ -70,6 +76,11 @@ def test_evaluate_writes_table_numbers_and_figure_and_logs_them_offline(checkpoi
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"final_loss/Adam/median" in record.read_bytes()
     assert list(record.parent.glob("files/media/images/loss_curves*.png"))
+    (opened,) = [each.run for each in records(record) if each.HasField("run")]
+    assert (opened.project, opened.entity, opened.run_group) == ("judged", "me", "pilot")
+    assert ([*opened.tags], opened.notes, opened.job_type) == (["a", "b"], "of my own", "evaluate")
+    (events,) = tmp_path.glob("tensorboard/events*")
+    assert b"final_loss/Adam/median" in events.read_bytes()
 
 
 def test_an_inner_objective_is_descended_with_its_theta(tmp_path: Path, no_wandb: None) -> None:
@@ -97,7 +108,7 @@ def test_evaluate_tells_wandb_the_numbers_of_the_table(
     capsys.readouterr()
     assert [name for name, _ in said] == ["start", "log", "figure", "artifact", "finish"]
     saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
-    (config,), (numbers,), (_, figure), (name, paths, _), _ = (given for _, given in said)
+    (config,), (numbers, _), (_, figure), (name, paths, _), _ = (given for _, given in said)
     assert config == saved["settings"] and config["num_tasks"] == 5
     assert len(numbers) == 6 * 3 * 4
     for label, entry in saved["optimizers"].items():
@@ -175,7 +186,7 @@ def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:
         (["--family", "quadratic", "--tasks", "1"], "at least 2"),
         (["--family", "quadratic", "--tasks", "many"], "--tasks='many' is not of the option's type int"),
         (["--family", "quadratic", "--tune-for", "loss"], "use one of final_loss, sum_of_losses, last_ten"),
-        (["--family", "quadratic", "--wandb", "of"], "did you mean 'offline'?"),
+        (["--family", "quadratic", "--wandb", "ofline"], "did you mean 'offline'?"),
         (["--family", "quadratic", "--step", "5"], "did you mean --steps?"),
         ([], "has no record of a family; name one with --family"),
     ],
@@ -192,6 +203,12 @@ def test_bad_arguments_end_in_one_line(
 )
 def test_bad_commands_end_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("module", ["learnedopt", "learnedopt.cli"])
+def test_python_runs_the_command_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "list", "--al"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("learnedopt list: unrecognized arguments: --al"), done.stderr
 
 
 def test_checkpoints_that_cannot_be_used(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

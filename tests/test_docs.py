@@ -166,6 +166,8 @@ def check_command(words: list[str], line: str) -> None:
         assert any((ROOT / word).is_file() for word in rest if word.endswith((".py", ".yaml"))), line
     elif program == "learnedopt" and rest[0] in ("evaluate", "compare", "diagnose"):  # runs that are not here; minutes
         cli.parse(rest)
+    elif program == "learnedopt" and rest[0] == "sweep":
+        assert (ROOT / rest[1]).is_file() and cli.parse(rest), line
     elif program == "learnedopt" and rest[0] == "check":
         require_data()
         assert cli.main(rest) == 0, line

@@ -289,7 +289,7 @@ def test_a_run_is_evaluated_on_the_test_tasks_of_its_family(
 ) -> None:
     runs = [train(tmp_path), train(tmp_path, "rates", num_meta_steps=10)]
     wanted = ["--few-shot", "--steps", "3", "--tasks", "25", "--seed", "6", "--out", str(tmp_path / "out")]
-    assert cli.main(["evaluate", *map(str, runs), *wanted, "--wandb", "offline"]) == 0
+    assert cli.main(["evaluate", *map(str, runs), *wanted, "--wandb", "offline", "--group", "my-shots"]) == 0
     said = capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "few_shot.json").read_text("utf-8"))
     assert [*saved["methods"]] == ["maml", "rates"]
@@ -301,23 +301,21 @@ def test_a_run_is_evaluated_on_the_test_tasks_of_its_family(
     assert (tmp_path / "out" / "few_shot.md").read_text("utf-8") in said
     (record,) = (tmp_path / "out").glob("wandb/offline-run-*/run-*.wandb")
     logged = record.read_bytes()
+    assert b"my-shots" in logged
     assert all(name in logged for name in (b"accuracy/maml/mean", b"accuracy/rates/low", b"loss/maml/median"))
     assert list(record.parent.glob("files/media/images/adaptation*.png"))
 
 
 def test_the_tracker_is_told_the_course(clusters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(tmp_path)
-    said: list[tuple[str, Any, Any]] = []
+    said: list[tuple[str, Any]] = []
     for name in ("start", "log", "figure", "artifact", "finish"):
-        monkeypatch.setattr(
-            WandbTracker, name, lambda self, *given, name=name, step=None: said.append((name, given, step))
-        )
+        monkeypatch.setattr(WandbTracker, name, lambda self, *given, name=name, **_: said.append((name, given)))
     out = tmp_path / "out"
     assert cli.main(["evaluate", str(run), "--few-shot", "--steps", "2", "--tasks", "4", "--out", str(out)]) == 0
-    assert [name for name, _, _ in said] == ["start", "log", "log", "log", "figure", "artifact", "finish"]
+    assert [name for name, _ in said] == ["start", "log", "log", "log", "figure", "artifact", "finish"]
     saved = json.loads((out / "few_shot.json").read_text("utf-8"))["methods"]["maml"]["measures"]
-    for name, (numbers,), step in said[1:4]:
-        assert name == "log"
+    for _, (numbers, step) in said[1:4]:
         assert numbers == {f"{m}/maml/{k}": v for m, course in saved.items() for k, v in course[step].items()}
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from learnedopt import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 # Room of the library -> the rooms that it may import beside itself. Files of the edge lie beside the rooms.
 LAW: dict[str, tuple[str, ...]] = {
@@ -30,8 +32,8 @@ LAW: dict[str, tuple[str, ...]] = {
 EDGE = (
     "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
     "run_folder", "run_results", "stages", "sweep_file", "sweeps", "typed_values", "followed",
-    "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_hub", "cli_list",
-    "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_train",
+    "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_given", "cli_hub", "cli_list",
+    "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_sweep", "cli_train",
 )  # fmt: skip
 FOLDERS = ("optimizers", "tasks")  # beside the package, and in it by a symlink
 REGISTRIES = (*FOLDERS, "inner_objectives")
@@ -204,9 +206,11 @@ def test_importing_the_package_is_light() -> None:
     assert "torch" in engine and not engine & {*HEAVY, *FOLDERS}
 
 
-def test_help_and_version_of_the_command_wait_for_no_tensors() -> None:
-    for word in ("--help", "--version", "report --help"):
-        assert "torch" not in loaded_after(f"from learnedopt import cli\nassert cli.main({word.split()}) == 0")
+def test_help_and_version_of_the_commands_wait_for_no_tensors() -> None:
+    helps = [[*name.split(), "--help"] for name in cli.COMMANDS if name != "diagnose"]  # its file names estimators
+    lines = [["--help"], ["--version"], *helps]
+    loaded = loaded_after(f"from learnedopt import cli\nfor words in {lines}:\n    assert cli.main(words) == 0")
+    assert "torch" not in loaded and "jsonargparse" in loaded
 
 
 def test_no_module_of_the_package_is_loaded_twice() -> None:

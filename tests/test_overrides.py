@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from learnedopt.config import Choice, nearest, override, read_value
+from learnedopt.config import Choice, nearest, nearest_or_all, override, read_value
 
 
 class Colour(Enum):
@@ -173,4 +173,6 @@ def test_options_are_read_as_literals_or_text(text: str, value: Any) -> None:
 
 def test_nearest() -> None:
     assert nearest("LSTM-mnits", ["demo", "lstm-mnist"]) == "; did you mean 'lstm-mnist'?"
-    assert nearest("x", []) == ""
+    assert nearest("rl", ["seed", "lr"]) == "; did you mean 'lr'?"
+    assert nearest("xyzzy", ["seed", "lr", "family"]) == "" == nearest("x", []) == nearest_or_all("x", [])
+    assert nearest_or_all("xyzzy", ["seed", "lr"]) == "; there are seed, lr"

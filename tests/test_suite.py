@@ -30,6 +30,7 @@ from learnedopt.evaluation.nets import GROWTH, SUITES, UNSEEN, Net, chosen, deal
 from learnedopt.evaluation.suite import Protocol, judged, result_path, run_suite
 from learnedopt.evaluation.suite_table import Suite, collect, steps_to_reach, thinned
 from learnedopt.execution.captured import CapturedStep
+from learnedopt.training.tracking import Tracking
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -506,8 +507,11 @@ def test_the_command_runs_a_suite_and_goes_on(
         "suite.png",
         "suite-curves.png",
     }
-    assert main(command) == 0
+    told: list[Any] = []
+    monkeypatch.setattr("learnedopt.followed.show_suite", lambda *given: told.append(given[0]))
+    assert main([*command, "--tags", "a,b"]) == 0
     assert "all 2 results are there" in capsys.readouterr().out
+    assert told == [Tracking("disabled", tags=("a", "b"))]
 
 
 @pytest.mark.parametrize(

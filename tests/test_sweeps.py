@@ -18,11 +18,11 @@ import yaml
 from test_wandb_tracker import history, records, run_file
 
 import train_meta
-from learnedopt import recipes, sweeps
+from learnedopt import cli, recipes, sweeps
 from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core.files import exclusive
 from learnedopt.sweep_file import Halving, read_sweep
-from learnedopt.sweeps import command_of, main, require_settings, run_sweep
+from learnedopt.sweeps import command_of, require_settings, run_sweep
 from learnedopt.training.json_tracker import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def test_a_grid_runs_in_as_many_processes_as_it_may_and_is_not_run_again(
     assert max(sum(a <= at <= b for a, b in spans) for at, _ in spans) <= 2
     before = {path: path.read_bytes() for path in tmp_path.rglob("metrics.jsonl") if path.read_bytes()}
     capsys.readouterr()
-    assert main([str(file), "--runs", str(tmp_path)]) == 0
+    assert cli.main(["sweep", str(file), "--runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "Best: rate=3\n" in out and out.count("rate=13 seed") == 2 and "rate=3 seed" not in out  # the failed alone
     assert {path: path.read_bytes() for path in before} == before
@@ -219,8 +219,9 @@ def test_a_file_that_cannot_work_is_refused_before_anything_runs(
     changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path / "rates.yaml", **changes)
-    assert main([str(file), "--runs", str(tmp_path), "--trials", "2"]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert cli.main(["sweep", str(file), "--runs", str(tmp_path), "--trials", "2"]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.startswith("learnedopt sweep: ") and err.count("\n") == 1
     assert [*tmp_path.iterdir()] == [file]
 
 

@@ -109,7 +109,7 @@ def test_console_prints_sentences_when_piped(capsys: pytest.CaptureFixture[str])
     clock.now = 22.0
     console.log({**metrics, "meta_loss": math.nan, "skipped": 1}, 3)  # with the validation of meta-step 0
     clock.now = 24.0
-    console.log({**metrics, "meta_loss": 0.25}, 4)  # too early, so shown at the end
+    console.log({**metrics, "meta_loss": 0.25}, 4)  # too early, so shown before what follows it
     console.figure("loss", Path("runs/a/loss.png"))
     console.finish(143)
     console.finish()
@@ -121,9 +121,9 @@ def test_console_prints_sentences_when_piped(capsys: pytest.CaptureFixture[str])
         "Meta-step 1 of 20: meta-loss 0.1235, validation 0.5, gradient norm 12.3, 0 skipped.",
         "Meta-step 3 of 20 (0.2 meta-steps/s, 85 s left): meta-loss nan, validation 0.5, gradient norm 12.3, "
         "1 skipped.",
-        "Figure loss is at runs/a/loss.png.",
         "Meta-step 4 of 20 (0.25 meta-steps/s, 64 s left): meta-loss 0.25, validation 0.5, gradient norm 12.3, "
         "0 skipped.",
+        "Figure loss is at runs/a/loss.png.",
         "Meta-training stopped with exit code 143 after meta-step 4.",
     ]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)

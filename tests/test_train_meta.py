@@ -315,7 +315,7 @@ RUN = "lstm-quadratic"
         ([], r"name a recipe \(learnedopt train --list shows all\)"),
         (["lstm-mnits"], r"there is no recipe 'lstm-mnits'; did you mean 'lstm-mnist'\? \(.* --list shows all\)"),
         ([RUN, "--sets", "a=1"], r"unrecognized arguments: --sets=a=1; did you mean --set\? .*"),
-        ([RUN, "--wandb", "of"], r"--wandb='of' is not of the option's type .*; did you mean 'offline'\? .*"),
+        ([RUN, "--wandb", "ofline"], r"--wandb='ofline' is not of the option's type .*; did you mean 'offline'\? .*"),
         ([RUN, "--set", "num_meta_steps"], r"'num_meta_steps' is not of the form key=value.*"),
         (
             [RUN, "--set", "num_metasteps=3"],

@@ -8,7 +8,21 @@ import pytest
 
 from learnedopt import cli
 
-RUN = "lstm-quadratic"
+SWEEP = Path(__file__).resolve().parent.parent / "sweeps" / "lstm-quadratic.yaml"
+NONSENSE = {
+    # command line, with a word that is like none; what says which there are
+    "train xyzzy": "learnedopt train --list",
+    "train demo --xyzzy 1": "learnedopt train --help",
+    "train demo xyzzy=1": "; there are name, family, ",
+    "train demo estimator=xyzzy": "none of Unrolled, Truncated, ",
+    "train demo estimator.tape=xyzzy": "; there are NONE, FIRST_ORDER, FULL",
+    "train demo family=xyzzy": "All task families: quadratic, ",
+    "train demo meta.optimizer=xyzzy": "(known: adam, ",
+    "train demo meta.optimizer.xyzzy=1": "; there are lr, ",
+    "train demo --wandb xyzzy": "'online', 'offline', 'disabled'",
+    "card xyzzy": "the packaged optimizers ",
+    "xyzzy": "learnedopt --help",
+}
 WRONG = [
     # command line; what its one line names of it, and what it says to do
     ("", "COMMAND", "--help"),
@@ -79,10 +93,22 @@ WRONG = [
     ("compare lstm-mnist --steps 0", "num_steps=0", "not a count"),
     ("compare general --few-shot", "--few-shot", "learnedopt compare --help"),
     ("compare general --family quadratik", "'quadratik'", "did you mean 'quadratic'?"),
-    ("compare general --wandb of", "'of'", "did you mean 'offline'?"),
+    ("compare general --wandb ofline", "'ofline'", "did you mean 'offline'?"),
+    ("compare general --log-every 5", "--log-every", "learnedopt compare --help"),
+    ("compare general --projekt mine", "--projekt", "did you mean --project?"),
+    ("evaluate general --tensorboard=yes", "--tensorboard", "'yes'"),
     ("report", "RUN", "required"),
     ("report no/such/run", "no/such/run", "name that of a run"),
     ("report .", ".", "config.json"),
+    ("sweep", "FILE", "required"),
+    ("sweep no.yaml", "'no.yaml'", "name a sweep"),
+    ("sweep .", "'.'", "name a sweep"),
+    ("sweep SWEEP --process 2", "--process", "did you mean --processes?"),
+    ("sweep SWEEP --processes two", "--processes='two'", "int"),
+    ("sweep SWEEP --processes 0", "processes=0", "not a count"),
+    ("sweep SWEEP --trials 0", "trials=0", "not a count"),
+    ("sweep SWEEP --wandb offline", "--wandb", "learnedopt sweep --help"),
+    ("swep SWEEP", "'swep'", "did you mean sweep?"),
     ("hub", "'hub'", "did you mean hub push?"),
     ("hub psh", "'hub psh'", "did you mean hub push?"),
     ("hub push general", "--to", "required"),
@@ -104,7 +130,17 @@ def test_wrong_input_ends_in_one_line_that_names_it_and_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert cli.main(line.split()) == 2
+    assert cli.main(line.replace("SWEEP", str(SWEEP)).split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("learnedopt") and err.endswith("\n"), err
     assert passed in err and told in err, err
+
+
+@pytest.mark.parametrize(("line", "told"), NONSENSE.items(), ids=NONSENSE.keys())
+def test_a_word_that_is_like_none_gets_no_hint_but_what_there_is(
+    line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "'xyzzy'" in err.replace("--xyzzy", "'xyzzy'"), err
+    assert told in err and "did you mean" not in err, err

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -177,7 +177,7 @@ class Registry(Generic[T]):
             raise ValueError(f"there is no {self.noun} {name!r} any more: {self.retired[name]}")
         if name not in self.table:
             raise ValueError(
-                f"there is no {self.noun} {name!r}{nearest(str(name), self.names())} All {self.plural}: "
+                f"there is no {self.noun} {name!r}{nearest(str(name), self.names()) or '.'} All {self.plural}: "
                 f"{', '.join(self.names())}"
             )
         module, _, attribute = self.table[name].partition(":")
@@ -233,11 +233,19 @@ class Registry(Generic[T]):
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean ...?"`` with the word of ``valid`` that is most like ``word``, or nothing for none."""
+    """Return ``"; did you mean ...?"`` with the word of ``valid`` that is most like ``word``, or nothing for none.
+
+    Like are words of which half the letters match in order: ``rl`` is meant for ``lr``, ``xyzzy`` for nothing.
+    """
     # Upper and lower case are one: a name in the wrong case is nearer than any other.
     by_folded = {name.casefold(): name for name in valid}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.5)
     return f"; did you mean {by_folded[near[0]]!r}?" if near else ""
+
+
+def nearest_or_all(word: str, valid: Collection[str]) -> str:
+    """Return what ``nearest`` does, or where nothing is like ``word`` all that there is."""
+    return nearest(word, valid) or (f"; there are {', '.join(valid)}" if valid else "")
 
 
 def _check_options(

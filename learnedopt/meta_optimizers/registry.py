@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnedopt.core.registry import nearest
+from learnedopt.core.registry import nearest, nearest_or_all
 
 _TABLE = {
     "adam": "torch.optim:Adam",
@@ -41,7 +41,7 @@ def make(name: str, **options: Any) -> Callable[[list[Tensor]], torch.optim.Opti
     kind = factory(name)
     known = [key for key in inspect.signature(kind).parameters if key != "params"]
     for key in options.keys() - set(known):
-        raise ValueError(f"the meta-optimizer {name!r} has no option {key!r}{nearest(key, known)}")
+        raise ValueError(f"the meta-optimizer {name!r} has no option {key!r}{nearest_or_all(key, known)}")
     return functools.partial(kind, **options)
 
 

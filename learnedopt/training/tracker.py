@@ -230,11 +230,13 @@ class ConsoleTracker:
             self._show(now)
 
     def figure(self, name: str, path: Path) -> None:
-        """Print where the figure is."""
+        """Print where the figure is, after the last numbers."""
+        self._show_pending()
         self._sentence(f"Figure {name} is at {path}.")
 
     def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:
-        """Print where the files are."""
+        """Print where the files are, after the last numbers."""
+        self._show_pending()
         self._sentence(f"Saved {name} at {', '.join(map(str, paths))}.")
 
     def finish(self, exit_code: int = 0) -> None:
@@ -242,8 +244,7 @@ class ConsoleTracker:
         if self._finished:
             return
         self._finished = True
-        if self._pending:
-            self._show(self._clock())
+        self._show_pending()
         how = "ended" if exit_code == 0 else f"stopped with exit code {exit_code}"
         after = "before its first meta-step" if not self._step else f"after meta-step {self._step}"
         self._sentence(f"Meta-training {how} {after}.")
@@ -254,6 +255,10 @@ class ConsoleTracker:
         if self._on_terminal():
             return 0.2
         return 10.0 if self._first is None else min(max(10.0, (now - self._first[1]) / 20), 600.0)
+
+    def _show_pending(self) -> None:
+        if self._pending:
+            self._show(self._clock())
 
     def _show(self, now: float) -> None:
         of_total = "" if self._total is None else f" of {self._total}"
