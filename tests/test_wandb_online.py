@@ -117,6 +117,15 @@ def run_wandb(server: WandbServer, folder: Path, *words: str, **variables: str) 
     return done.stderr
 
 
+def test_an_exit_code_that_stands_for_a_signal_can_be_ended_by_it() -> None:
+    code = (
+        "from learnedopt.training.interrupts import end_by_signal; "
+        "end_by_signal(0); end_by_signal(137); print('on', end=''); end_by_signal(143)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "on")  # 137 is SIGKILL, which nobody ends by himself
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("wandb_home")
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
