@@ -34,7 +34,7 @@ class Run:
     upserts: list[_Said] = field(default_factory=list)
     posts: dict[str, list[tuple[int, list[str]]]] = field(default_factory=dict)  # by file: where the lines begin, lines
     exit_codes: list[int] = field(default_factory=list)
-    made: list[str] = field(default_factory=list)  # the versions of artifacts that it logged, and used
+    made: list[str] = field(default_factory=list)  # the versions of artifacts that it logged
     used: list[str] = field(default_factory=list)
 
     def said(self, name: str) -> Any:
@@ -52,7 +52,10 @@ class Run:
 
     @property
     def history(self) -> list[_Said]:
-        """The rows."""
+        """The rows; each post of some says behind how many it belongs."""
+        posts = self.posts.get("wandb-history.jsonl", [])
+        counts = [len(lines) for _, lines in posts]
+        assert [at for at, _ in posts] == [sum(counts[:k]) for k in range(len(counts))]
         return self.lines("wandb-history.jsonl")
 
     @property
@@ -74,19 +77,15 @@ class Version:
 
 
 class WandbServer:
-    """Listens at ``url`` while it is entered.
+    """Listens at ``url`` while it is entered."""
 
-    Args:
-        trials: what an agent is given of the sweep that was sent, one after the other: parameters by the run's id.
-    """
-
-    def __init__(self, trials: dict[str, _Said] | None = None) -> None:
-        self.trials, self.sweep = dict(trials or {}), ""
+    def __init__(self) -> None:
+        self.sweep = ""  # its configuration, as it was sent
+        self.trials: dict[str, _Said] = {}  # what an agent is given, one after the other: parameters by the run's id
         self.stopped: set[str] = set()  # trials that are to be stopped once they have told anything
         self.runs: dict[str, Run] = {}
         self.versions: dict[str, Version] = {}  # of artifacts, by id
         self.files: dict[str, bytes] = {}  # what was uploaded, by its name
-        self.questions: list[tuple[str, _Said]] = []
         self.unknown: list[str] = []
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -111,26 +110,20 @@ class WandbServer:
         """Those of W&B's variables that lead to this server, and to nobody else."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
 
-    def asked(self, operation: str) -> list[_Said]:
-        """Return the variables of every question of that name."""
-        return [variables for name, variables in self.questions if name == operation]
-
     # Answers, called with the lock held.
 
     def answer(self, query: str, variables: _Said) -> _Said:
         """Return what GraphQL answers."""
         named = re.match(r"\s*(?:query|mutation)\s+(\w+)", query)
         name = named[1] if named else query.strip()[:40]
-        self.questions.append((name, variables))
         said = variables.get("input", variables)
         answers = {
-            "Viewer": self._viewer, "GetDefaultEntity": self._viewer, "ServerFeaturesQuery": self._features,
+            "Viewer": self._viewer, "ServerFeaturesQuery": self._features,
             "OrganizationCoreWeaveOrganizationID": self._organization,
             "UpsertBucket": self._upsert, "RunResumeStatus": self._resume, "CreateRunFiles": self._run_files,
             "ArtifactType": self._artifact_type, "CreateArtifact": self._create,
-            "CreateArtifactManifest": self._manifest, "UpdateArtifactManifest": self._manifest,
-            "CreateArtifactFiles": self._artifact_files, "CommitArtifact": self._commit,
-            "ArtifactByID": self._artifact_by_id, "UseArtifact": self._use,
+            "CreateArtifactManifest": self._manifest, "CreateArtifactFiles": self._artifact_files,
+            "CommitArtifact": self._commit, "ArtifactByID": self._artifact_by_id, "UseArtifact": self._use,
             "UpsertSweep": self._upsert_sweep, "SweepWithRuns": self._sweep_with_runs,
             "CreateAgent": lambda _: {"createAgent": {"agent": {"id": "agent"}}}, "Heartbeat": self._heartbeat,
         }  # fmt: skip
@@ -211,10 +204,9 @@ class WandbServer:
         return {"createArtifact": {"artifact": told}}
 
     def _manifest(self, said: _Said) -> _Said:
-        name = said.get("artifactManifestID") or f"manifest/{said['artifactID']}"
+        name = f"manifest/{said['artifactID']}"
         file = {"id": name, "uploadUrl": f"{self.url}/upload/{name}", "uploadHeaders": []}
-        made = {"artifactManifest": {"id": name, "file": file}}
-        return {"createArtifactManifest": made, "updateArtifactManifest": made}
+        return {"createArtifactManifest": {"artifactManifest": {"id": name, "file": file}}}
 
     def _artifact_files(self, said: _Said) -> _Said:
         nodes = [
