@@ -48,8 +48,9 @@ def train(
     from learnedopt import run
     from learnedopt.core.files import require_name
     from learnedopt.training import launch, ranks
+    from learnedopt.training.interrupts import end_by_signal
     from learnedopt.training.trainer import TrainingDiverged
-    from learnedopt.training.wandb_variables import folder_name
+    from learnedopt.training.wandb_variables import folder_name, in_sweep
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     recipe, name = chosen.recipe, folder_name(chosen.name) if name is None else name
@@ -60,7 +61,10 @@ def train(
             own = ranks.present(device, timeout)
             result = run.train(recipe, folder, tracking, own, extend=extend)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"The same command goes on from {folder}.")
+        code = stopped(stop, f"The same command goes on from {folder}.")
+        if in_sweep():
+            end_by_signal(code)
+        return code
     except TrainingDiverged as error:
         print(f"learnedopt train: {' '.join(str(error).split())}", file=sys.stderr)
         return DIVERGED

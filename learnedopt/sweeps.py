@@ -2,6 +2,7 @@
 
 The same files are sweeps for W&B: ``wandb sweep FILE`` and ``wandb agent ID``. A trial is a run in a folder of its own,
 so a sweep that was stopped goes on where it stood, and a setting that was dropped could still be trained to its end.
+Trials outlive a runner that is killed (SIGKILL); the next one waits for them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from learnedopt.run_folder import read_end
 from learnedopt.sweep_file import Sweep, Trial, read_sweep
 from learnedopt.training.json_tracker import read_metrics
 
-_POLL = 0.1  # seconds between two looks at the trials
+_POLL, _LOOK = 0.1, 1.0  # seconds between two looks whether trials have ended, and into what they have told
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def run_sweep(
 ) -> Result:
     """Try the settings of a sweep, and write what came of them as sweep.md and sweep.json.
 
-    Settings that differ in the seed alone are one, by the mean. What is finished is not run again.
+    Settings that differ in the seed alone are one, by the mean. What is finished is not run again, and trials that a
+    killed runner has left at work are waited for first.
 
     Args:
         file: the sweep, in W&B's format
@@ -89,10 +91,33 @@ def run_sweep(
     folder = runs / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
+        _wait_for_earlier(folder, settings)
         result = Result(sweep, _tried_all(sweep, folder, settings, processes))
         write_text(folder / "sweep.md", result.markdown())
         write_json(folder / "sweep.json", plain_json([vars(each) for each in result.tried]))
     return result
+
+
+def _wait_for_earlier(folder: Path, settings: Sequence[Trial]) -> None:
+    """Wait for trials at work: those of a runner that was killed, whose folders they hold.
+
+    One that has not yet come to hold its folder runs once too: the folder refuses the second.
+    """
+    for run in [folder / trial.name for trial in settings]:
+        if _held(run):
+            print(f"{run.name} is still at work, for a runner that was killed: waiting for its end", flush=True)
+            while _held(run):
+                time.sleep(_POLL)
+
+
+def _held(run: Path) -> bool:
+    if not run.exists():
+        return False
+    try:
+        with exclusive(run):
+            return False
+    except ValueError:  # another process holds it
+        return True
 
 
 def _tried_all(sweep: Sweep, folder: Path, settings: Sequence[Trial], processes: int) -> list[Tried]:
@@ -139,16 +164,19 @@ def command_of(sweep: Sweep, trial: Trial) -> list[str]:
 def _run_all(sweep: Sweep, folder: Path, trials: Sequence[Trial], processes: int, count: int | None) -> None:
     """Run trials until they are finished, or have told ``count`` values of the metric and written a checkpoint."""
     waiting = [t for t in trials if not _finished(folder / t.name) and not _told(folder / t.name, sweep.metric, count)]
+    look = time.monotonic()
     with _stopped_at_the_end() as running:
         while waiting or running:
             while waiting and len(running) < processes:
                 trial = waiting.pop(0)
                 running[trial.name] = _start(sweep, folder, trial)
             time.sleep(_POLL)
+            due = time.monotonic() >= look
+            look += _LOOK if due else 0
             for name, process in [*running.items()]:
                 if process.poll() is not None:
                     del running[name]
-                elif _told(folder / name, sweep.metric, count):
+                elif due and _told(folder / name, sweep.metric, count):
                     process.terminate()  # it goes on, exactly, when it is started again
                     process.wait()
 
@@ -182,7 +210,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _told(run: Path, metric: str, count: int | None) -> bool:
-    """Whether the record of a run has so many values of the metric, which is looked up often: no line is parsed."""
+    """Whether the record of a run has so many values of the metric; no line is parsed, for that is asked often."""
     record, key = run / "metrics.jsonl", f'"{metric}": '.encode()
     if count is None or not record.exists():
         return False

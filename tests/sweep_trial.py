@@ -1,4 +1,4 @@
-"""Stands for a meta-training in tests of sweeps: tells a loss that its settings make, is stopped, and goes on.
+"""Stands for a meta-training in tests of sweeps: holds its folder, tells a loss, is stopped, and goes on.
 
 ``sweep_trial.py RECIPE key=value ... --runs DIR --name NAME``. With waits=1 it waits after the third value to be
 stopped, where it was not before. It ends badly for rate=13.
@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 STEPS = 9
 
 
@@ -20,6 +22,8 @@ def main(words: list[str]) -> int:
     said = dict(word.split("=") for word in words if "=" in word)
     folder = Path(words[words.index("--runs") + 1], words[words.index("--name") + 1])
     folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    lock.acquire()  # as a run does, for as long as its process lives
     record = folder / "metrics.jsonl"
     begun = [line for line in record.read_text().splitlines() if "best" in line] if record.exists() else []
     stopped: list[int] = []

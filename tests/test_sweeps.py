@@ -121,7 +121,10 @@ def test_a_grid_runs_in_as_many_processes_as_it_may_and_is_not_run_again(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_halving_stops_the_worse_and_the_others_go_on_where_they_stood(tmp_path: Path) -> None:
+def test_halving_stops_the_worse_and_the_others_go_on_where_they_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "_LOOK", 0.1)
     halving = {"type": "hyperband", "min_iter": 3, "eta": 2}
     parameters = {"rate": {"values": [1, 2, 3, 5, 8]}, "waits": {"value": 1}}
     file = written(tmp_path / "rates.yaml", early_terminate=halving, parameters=parameters)
@@ -144,6 +147,7 @@ def test_a_sweep_that_is_stopped_stops_its_trials_and_goes_on_where_they_stood(
         return False
 
     told = sweeps._told
+    monkeypatch.setattr(sweeps, "_LOOK", 0.1)
     monkeypatch.setattr(sweeps, "_told", interrupting)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(file, tmp_path)
@@ -231,6 +235,36 @@ def test_two_runners_of_one_sweep_do_not_start_the_same_trials(tmp_path: Path) -
     with exclusive(tmp_path / "rates"), pytest.raises(ValueError, match="another process is at work in"):
         run_sweep(file, tmp_path)
     assert [path.name for path in (tmp_path / "rates").iterdir()] == ["lock"]
+
+
+def test_trials_of_a_runner_that_was_killed_are_waited_for_and_not_run_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path / "rates.yaml", parameters={"rate": {"value": 4}, "waits": {"value": 1}})
+    sweep, held = read_sweep(file), sweeps._held
+    (trial,) = sweep.trials()
+    run = tmp_path / "rates" / trial.name
+    run.parent.mkdir()
+    left = sweeps._start(sweep, run.parent, trial)  # what a SIGKILL of the runner leaves
+    give_up = time.monotonic() + 30
+    while not sweeps._told(run, sweep.metric, 3):
+        assert left.poll() is None and time.monotonic() < give_up
+        time.sleep(0.02)
+
+    looked: list[bool] = []
+
+    def seen(folder: Path) -> bool:
+        looked.append(held(folder))
+        if looked == [True]:
+            left.terminate()
+        return looked[-1]
+
+    monkeypatch.setattr(sweeps, "_held", seen)
+    best = run_sweep(file, tmp_path).best
+    assert left.wait(30) == 143 and f"{trial.name} is still at work" in capsys.readouterr().out
+    assert best is not None and best.state == "finished"
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [*range(9)]
+    assert "Timeout" not in (tmp_path / "rates" / f"{trial.name}.log").read_text("utf-8")  # none found it held
 
 
 def test_what_another_recipe_came_to_is_not_taken_for_this_ones(tmp_path: Path) -> None:

@@ -125,7 +125,11 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def test_the_flag_comes_before_the_variable_before_offline(
     flag: str | None, variable: str | None, expected: str
 ) -> None:
-    assert resolve_mode(flag, {} if variable is None else {"WANDB_MODE": variable}) == expected
+    said = {} if variable is None else {"WANDB_MODE": variable}
+    assert resolve_mode(flag, said) == expected
+    # A trial's server is to hear of it: of what was started by an agent only the default differs.
+    swept = "online" if not (flag or variable) else expected
+    assert resolve_mode(flag, {**said, "WANDB_SWEEP_ID": "sweep"}) == swept
 
 
 def test_wandb_tracker_refuses_what_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ class Tracking:
 
     Args:
         wandb: Weights & Biases, ``online``, ``offline`` or ``disabled``; by default what WANDB_MODE says, else
-            offline.
+            offline, in a sweep of W&B online.
         project: W&B's project; by default WANDB_PROJECT, else learnedopt.
         entity: W&B's user or team; by default WANDB_ENTITY, else the account's own.
         group: the runs that it stands beside in W&B; by default WANDB_RUN_GROUP, else the recipe's name, or what is

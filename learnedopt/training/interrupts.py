@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from typing import Any
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def end_by_signal(exit_code: int) -> None:
+    """End this process by the signal that its exit code, 128 and the number, stands for; else do nothing.
+
+    For those who start a process and take every exit code but 0 for a failure, an end by a signal not: ``wandb agent``
+    shuts down after five trials in a row that it has stopped itself.
+    """
+    number = exit_code - 128
+    if number in STOPPING:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 class Interrupts:

@@ -14,14 +14,16 @@ _MODES: dict[str, Mode] = {
 
 
 def resolve_mode(mode: str | None, environ: Mapping[str, str] = os.environ) -> Mode:
-    """Return what the user said, else what ``WANDB_MODE`` says, else ``"offline"``.
+    """Return what the user said, else what ``WANDB_MODE`` says, else ``"offline"``; in a sweep ``"online"``.
 
-    W&B itself would let a mode given in the call override its variable, and without any of them ask for an account.
+    W&B itself would let a mode given in the call override its variable, and without any of them ask for an account. A
+    sweep's agent has one, and offline its server would never hear of the metric that it compares the trials by.
 
     Raises:
         ValueError: neither online, offline nor disabled (nor W&B's old words for them, run and dryrun).
     """
-    source, word = ("mode", mode) if mode is not None else ("WANDB_MODE", environ.get("WANDB_MODE") or "offline")
+    default = "online" if in_sweep(environ) else "offline"
+    source, word = ("mode", mode) if mode is not None else ("WANDB_MODE", environ.get("WANDB_MODE") or default)
     if word not in _MODES:
         raise ValueError(f"{source}={word!r} is not a W&B mode that works here; use 'online', 'offline' or 'disabled'")
     return _MODES[word]
