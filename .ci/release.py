@@ -4,6 +4,7 @@ Usage: python .ci/release.py VERSION [--torch REQUIREMENT] [--go]
 
 Without ``--go`` it says what it would change and do, and leaves everything as it is. With it, the sdist and the wheel
 that passed .ci/check_wheel.py lie in dist/; where the check fails, the files are as they were and nothing is committed.
+Either way it ends with the reason while pyproject.toml does not say where the released project is to be found.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION_FILE, CHANGELOG, CITATION = "learnedopt/__init__.py", "CHANGELOG.md", "CITATION.cff"
+ADDRESSES = ("Repository", "Documentation", "Issues")
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
     for name, text in after.items():
         lines = difflib.unified_diff(before[name].splitlines(), text.splitlines(), name, name, lineterm="", n=0)
         print("\n".join(lines))
+    if missing := without_address((ROOT / "pyproject.toml").read_text("utf-8")):
+        sys.exit(f"[project.urls] of pyproject.toml has no {', '.join(missing)}: a release says where it is")
     check = [sys.executable, str(ROOT / ".ci" / "check_wheel.py"), arguments.torch, str(ROOT / "dist")]
     if not arguments.go:
         print(f"\nWould change that, run {' '.join(check)}, commit, and tag {tag}. GO=1 does it.")
@@ -69,6 +73,13 @@ def released(before: dict[str, str], version: str, date: str) -> dict[str, str]:
         CHANGELOG: before[CHANGELOG].replace(f"## {section['head']}", head, 1),
         CITATION: re.sub(r"^version: .*$", f"version: {version}\ndate-released: '{date}'", cited, flags=re.M),
     }
+
+
+def without_address(project: str) -> list[str]:
+    """Return which of ADDRESSES a pyproject.toml has no https address for. By its lines: Python 3.10 reads no TOML."""
+    section = re.search(r"^\[project\.urls\]\n(?P<body>(?:(?!\[).*\n?)*)", project, re.M)
+    named = re.findall(r'^"?(\w+)"? *= *"https://\S+"', section["body"], re.M) if section else []
+    return [name for name in ADDRESSES if name not in named]
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -44,15 +44,19 @@ CHECK = (
 )
 
 
+ADDRESSES = "\n".join(f'{name} = "https://example.org/{name}"' for name in ("Repository", "Documentation", "Issues"))
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return a repository with the files that a release changes, and a check of the wheel that only looks at one."""
+    """Return a repository with what a release reads and changes, and a check of the wheel that only looks at one."""
     for name in (".ci/release.py", "learnedopt/__init__.py", "CHANGELOG.md", "CITATION.cff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(read(name), "utf-8")
     log = tmp_path / "CHANGELOG.md"
     log.write_text(re.sub(r"^## .*$", "## 9.0.0 – unreleased", log.read_text("utf-8"), count=1, flags=re.M), "utf-8")
     (tmp_path / ".ci" / "check_wheel.py").write_text(CHECK, "utf-8")
+    (tmp_path / "pyproject.toml").write_text(f"[project.urls]\n{ADDRESSES}\n[tool.x]\n", "utf-8")
     for arguments in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "Start")):
         git(tmp_path, *arguments)
     return tmp_path
@@ -90,6 +94,37 @@ def test_a_release_that_fails_its_check_leaves_nothing(copy: Path) -> None:
     assert done.returncode == 1 and "AssertionError" in done.stderr
     assert git(copy, "status", "--porcelain") == git(copy, "tag") == ""
     assert git(copy, "rev-list", "--count", "HEAD") == "1"
+
+
+@pytest.mark.parametrize(
+    ("project", "missing"),
+    [
+        ("[project]\n", "no Repository, Documentation, Issues"),
+        (f"[project.urls]\n{ADDRESSES.replace('Issues', '#Issues')}\n", "no Issues"),
+        (f"[project.urls]\n{ADDRESSES.replace('https://example.org/Doc', 'TODO')}\n", "no Documentation"),
+        (f"[project.urls]\n[tool.x]\n{ADDRESSES}\n", "no Repository, Documentation, Issues"),
+    ],
+    ids=["none", "commented", "placeholder", "elsewhere"],
+)
+def test_a_release_without_an_address_is_refused(project: str, missing: str, copy: Path) -> None:
+    (copy / "pyproject.toml").write_text(project, "utf-8")
+    git(copy, "commit", "--allow-empty", "-qam", "Addresses")
+    done = release(copy, "9.1.0", "--go")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"{missing}: a release says" in done.stderr
+    assert git(copy, "status", "--porcelain") == git(copy, "tag") == ""
+
+
+def test_every_address_that_is_named_is_a_paper_s_or_the_project_s_own() -> None:
+    section = read("pyproject.toml").split("[project.urls]\n")[1].split("\n[")[0]
+    papers = dict(re.findall(r'^"(.+?)" = "https://arxiv\.org/abs/(.+?)"$', section, re.M))
+    cited = {paper["identifiers"][0]["value"]: paper for paper in yaml.safe_load(read("CITATION.cff"))["references"]}
+    for name, number in papers.items():  # "Li et al. 2017"
+        paper = cited[f"arXiv:{number}"]
+        assert name == f"{paper['authors'][0]['family-names']} et al. {paper['year']}"
+    others = [line for line in section.splitlines() if line and "arxiv.org" not in line and not line.startswith("#")]
+    assert {line.split(" = ")[0] for line in others} <= {"Repository", "Documentation", "Issues", "Changelog"}
+    assert len(papers) == len(cited)
 
 
 @pytest.mark.parametrize(
