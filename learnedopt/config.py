@@ -8,43 +8,34 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from learnedopt.core.inner import InnerSolver
-from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.combined import Combined
-from learnedopt.estimators.evolution import EvolutionStrategies
-from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
-from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
-from learnedopt.estimators.persistent import PersistentES
-from learnedopt.estimators.task_by_task import TaskByTask
-from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
-from learnedopt.evaluation.few_shot import ErrorRate
+from learnedopt.estimators.registry import ESTIMATORS
 from learnedopt.objectives.matching import KLDivergence, SquaredDistance
+from learnedopt.objectives.registry import OBJECTIVES
 from learnedopt.objectives.solvers import SumOfLossesSolver
-from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
+from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import BestInHindsight, Bootstrap, LastIterate, RegularizedSolution
 from learnedopt.typed_values import read_value, typed
 
 T = TypeVar("T")
-Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
+Kinds: TypeAlias = Sequence[Collection[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (
-        Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined,
-        TaskByTask,
-    ),
-    (FinalLoss, SumOfLosses, MeanLogLoss, LogMeans, TargetMatching, BootstrappedTarget, ErrorRate),
+    ESTIMATORS,
+    OBJECTIVES,
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),
     (SumOfLossesSolver,),
     (ConjugateGradient, Neumann, GMRES),
     (HessianFree,),
-)  # fmt: skip
+)
 """What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
 _Change: TypeAlias = tuple[list[str], Any]  # the keys that remain, and the text, or the value of a configuration
 
@@ -181,7 +172,7 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
-def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, text: Any) -> bool:
+def _stands_for(group: Collection[Callable[..., Any]], before: Any, hint: Any, text: Any) -> bool:
     """Whether a group's members may take the place of what is there or, where nothing is, of what the type says."""
     # A function's type says nothing of who has it: there, and where None may stand, the name alone tells.
     named = isinstance(text, str) and text in {kind.__name__ for kind in group}

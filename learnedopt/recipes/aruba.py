@@ -17,9 +17,10 @@ from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Unrolled
 from learnedopt.evaluation.comparison import align, summarise
-from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, ErrorRate, FewShot, adapt, show
+from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
 from learnedopt.meta_optimizers.aruba import ARUBA
 from learnedopt.meta_optimizers.per_name import Members, PerName
+from learnedopt.objectives.error_rate import ErrorRate
 from learnedopt.objectives.regret_bound import MomentMatching
 from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import LastIterate
