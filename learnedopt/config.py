@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from learnedopt.core.group import Group
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.registry import Choice, nearest
 from learnedopt.estimators.combined import Combined
@@ -133,7 +134,7 @@ def _choice_changed(choice: Choice, changes: list[_Change], prefix: str) -> Choi
 def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
     """Make a dataclass out of the values ``kept``, where ``kind`` has such a field, and the changes."""
     fields = _defaults(kind)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     by_field: dict[str, list[_Change]] = {}
     for keys, text in changes:
         if keys[0] not in fields:
@@ -168,7 +169,8 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
         return _changed(typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
     if not isinstance(text, str) or text not in by_name:
-        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(str(text), by_name)}")
+        own = " (yours: --import the module that registers it)" if isinstance(group, Group) else ""
+        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(str(text), by_name)}{own}")
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
@@ -196,6 +198,16 @@ def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
         return {f.name: _default(f) for f in dataclasses.fields(kind) if f.init}
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: dataclasses.MISSING if p.default is p.empty else p.default for p in parameters}
+
+
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except NameError as error:  # a user's own may name what is imported for a type checker alone
+        raise ValueError(
+            f"the types of {kind.__name__}'s fields cannot be told: {error}; import that in its module always, not "
+            "under TYPE_CHECKING alone"
+        ) from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
