@@ -1,6 +1,7 @@
 """Configurations: typed changes of nested frozen dataclasses, and configurations as plain values.
 
-Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class.
+Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class:
+those of a ``Group`` are joined by the user's.
 """
 
 from __future__ import annotations

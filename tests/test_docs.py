@@ -57,7 +57,8 @@ def inline(page: str) -> Iterator[Token]:
 @pytest.fixture
 def clean_registries() -> Iterator[None]:
     """Forget what a page registers: other tests count what there is."""
-    kinds = [learnedopt.optimizers.registry, learnedopt.tasks.registry, learnedopt.inner_objectives.registry]
+    rooms = (learnedopt.optimizers, learnedopt.tasks, learnedopt.inner_objectives)
+    kinds = [room.registry for room in (*rooms, learnedopt.estimators, learnedopt.objectives)]
     tables = [value.registered for kind in kinds for value in vars(kind).values() if hasattr(value, "registered")]
     tables.append(recipes._registered)
     before = [dict(table) for table in tables]
