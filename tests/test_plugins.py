@@ -215,7 +215,10 @@ def test_an_estimator_and_an_objective_of_ones_own_work_in_every_command(
     for words in (longer, [*train, "estimator=Doubled"]):
         assert cli.main([*words]) == 2
         told = capsys.readouterr().err
-        assert re.search(r"estimator='Doubled' is none of Unrolled, .*; did you mean '\w+'\? \(yours: --import", told)
+        assert re.search(r"estimator='Doubled' is none of Unrolled, .*\(yours: --import", told)
+    assert cli.main(["list", *imports]) == 0
+    said = capsys.readouterr().out
+    assert "TaskByTask, Doubled\n" in said and "HypergradientFeedback, Power\n" in said
     assert cli.main([*train, "estimator=Double", *imports]) == 2
     assert "did you mean 'Doubled'?" in capsys.readouterr().err
 
