@@ -112,7 +112,9 @@ _LAZY = {
     "MirrorDescent": "learnedopt.optimizers",
     "MomentMatching": "learnedopt.objectives.regret_bound",
     "RegretBound": "learnedopt.objectives.regret_bound",
+    "estimators": "",
     "inner_objectives": "",
+    "objectives": "",
     "optimizers": "",
     "tasks": "",
     # Their names in version 0.1, kept for one version:
@@ -121,7 +123,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from learnedopt import inner_objectives, optimizers, tasks
+    from learnedopt import estimators, inner_objectives, objectives, optimizers, tasks
     from learnedopt.cards import Card, card
     from learnedopt.checkpoint import load, load_checkpoint, packaged, save
     from learnedopt.core.carry import Carry, Rollout, Tape
@@ -310,10 +312,12 @@ __all__ = [
     "WeightedExamples",
     "card",
     "diagnose",
+    "estimators",
     "evaluate",
     "inner_objectives",
     "load",
     "load_checkpoint",
+    "objectives",
     "optimizers",
     "packaged",
     "predict_peak",

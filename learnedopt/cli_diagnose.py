@@ -120,11 +120,12 @@ def horizon_of(recipe: Recipe, asked: int | None) -> int:
 
 
 def _more(own: GradientEstimator, horizon: int) -> dict[str, Tried]:
-    """Return the recipe's own estimator, where it is of this horizon, and the kinds that nobody has a hint for."""
-    from learnedopt.config import INTERCHANGEABLE
+    """Return the recipe's own estimator, where it is of this horizon, and other kinds that nobody has a hint for."""
+    from learnedopt.estimators.registry import ESTIMATORS
     from learnedopt.evaluation.diagnose_plans import HINTS, NO_HINT, windows_of
 
-    found: dict[str, Tried] = {kind.__name__: NO_HINT for kind in INTERCHANGEABLE[0] if kind not in HINTS}
+    known = {*HINTS, type(own)}
+    found: dict[str, Tried] = {kind.__name__: NO_HINT for kind in ESTIMATORS if kind not in known}
     try:
         windows_of(own, horizon)
     except ValueError as error:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 
 def list_all() -> int:
-    """List the update rules, task families, recipes and packaged optimizers."""
-    from learnedopt import cards, checkpoint, inner_objectives, optimizers, recipes, tasks
+    """List the update rules, objectives, estimators, task families, recipes and packaged optimizers."""
+    from learnedopt import cards, checkpoint, estimators, inner_objectives, objectives, optimizers, recipes, tasks
 
     print("Update rules:", ", ".join(optimizers.names()))
     print("Inner objectives:", ", ".join(inner_objectives.names()))
+    print("Gradient estimators:", ", ".join(estimators.names()))
+    print("Meta-objectives:", ", ".join(objectives.names()))
     print("Task families:", ", ".join(tasks.names()))
     print("Recipes:", ", ".join(recipes.names()))
     print("Packaged optimizers (learnedopt card NAME says more):")

@@ -1,6 +1,7 @@
 """Configurations: typed changes of nested frozen dataclasses, and configurations as plain values.
 
-Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class.
+Rules, families and inner objectives are named by a ``Choice``, estimators, objectives and solvers by their class:
+those of a ``Group`` are joined by the user's.
 """
 
 from __future__ import annotations
@@ -8,43 +9,35 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from learnedopt.core.group import Group
 from learnedopt.core.inner import InnerSolver
-from learnedopt.core.objective import FinalLoss, LogMeans, MeanLogLoss, SumOfLosses
 from learnedopt.core.registry import Choice, nearest, nearest_or_all
 from learnedopt.estimators.combined import Combined
-from learnedopt.estimators.evolution import EvolutionStrategies
-from learnedopt.estimators.forward import ForwardMode
 from learnedopt.estimators.hessian_free import HessianFree
-from learnedopt.estimators.implicit import Implicit
 from learnedopt.estimators.linear_solvers import GMRES, ConjugateGradient, Neumann
-from learnedopt.estimators.persistent import PersistentES
-from learnedopt.estimators.task_by_task import TaskByTask
-from learnedopt.estimators.unrolled import Truncated, TruncatedBackprop, Unrolled
-from learnedopt.evaluation.few_shot import ErrorRate
+from learnedopt.estimators.registry import ESTIMATORS
 from learnedopt.objectives.matching import KLDivergence, SquaredDistance
+from learnedopt.objectives.registry import OBJECTIVES
 from learnedopt.objectives.solvers import SumOfLossesSolver
-from learnedopt.objectives.target_matching import BootstrappedTarget, TargetMatching
+from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import BestInHindsight, Bootstrap, LastIterate, RegularizedSolution
 from learnedopt.typed_values import read_value, typed
 
 T = TypeVar("T")
-Kinds: TypeAlias = Sequence[Sequence[Callable[..., Any]]]
+Kinds: TypeAlias = Sequence[Collection[Callable[..., Any]]]
 """Groups of dataclasses, and of functions that make one, that may stand for one another."""
 INTERCHANGEABLE: Kinds = (
-    (
-        Unrolled, Truncated, TruncatedBackprop, Implicit, ForwardMode, EvolutionStrategies, PersistentES, Combined,
-        TaskByTask,
-    ),
-    (FinalLoss, SumOfLosses, MeanLogLoss, LogMeans, TargetMatching, BootstrappedTarget, ErrorRate),
+    ESTIMATORS,
+    OBJECTIVES,
     (Bootstrap, LastIterate, BestInHindsight, RegularizedSolution),
     (SquaredDistance, KLDivergence),
     (SumOfLossesSolver,),
     (ConjugateGradient, Neumann, GMRES),
     (HessianFree,),
-)  # fmt: skip
+)
 """What a recipe's overrides take by name, as in ``--set estimator=Unrolled``."""
 _Change: TypeAlias = tuple[list[str], Any]  # the keys that remain, and the text, or the value of a configuration
 
@@ -142,7 +135,7 @@ def _choice_changed(choice: Choice, changes: list[_Change], prefix: str) -> Choi
 def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change], prefix: str, kinds: Kinds) -> Any:
     """Make a dataclass out of the values ``kept``, where ``kind`` has such a field, and the changes."""
     fields = _defaults(kind)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     by_field: dict[str, list[_Change]] = {}
     for keys, text in changes:
         if keys[0] not in fields:
@@ -177,11 +170,12 @@ def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, ki
         return _changed(typed(text, hint, path), below, f"{path}.", kinds)
     by_name = {kind.__name__: kind for kind in group}
     if not isinstance(text, str) or text not in by_name:
-        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(str(text), by_name)}")
+        own = " (yours: --import the module that registers it)" if isinstance(group, Group) else ""
+        raise ValueError(f"{path}={text!r} is none of {', '.join(by_name)}{nearest(str(text), by_name)}{own}")
     return _made(by_name[text], _fields_of(before), below, f"{path}.", kinds)
 
 
-def _stands_for(group: Sequence[Callable[..., Any]], before: Any, hint: Any, text: Any) -> bool:
+def _stands_for(group: Collection[Callable[..., Any]], before: Any, hint: Any, text: Any) -> bool:
     """Whether a group's members may take the place of what is there or, where nothing is, of what the type says."""
     # A function's type says nothing of who has it: there, and where None may stand, the name alone tells.
     named = isinstance(text, str) and text in {kind.__name__ for kind in group}
@@ -205,6 +199,16 @@ def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
         return {f.name: _default(f) for f in dataclasses.fields(kind) if f.init}
     parameters = inspect.signature(kind).parameters.values()
     return {p.name: dataclasses.MISSING if p.default is p.empty else p.default for p in parameters}
+
+
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except NameError as error:  # a user's own may name what is imported for a type checker alone
+        raise ValueError(
+            f"the types of {kind.__name__}'s fields cannot be told: {error}; import that in its module always, not "
+            "under TYPE_CHECKING alone"
+        ) from error
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Plug-ins: the user's own modules, which register rules, families, inner objectives or recipes when imported.
+"""Plug-ins: the user's own modules, which register rules, families, estimators, objectives or recipes when imported.
 
 A module is named by the user (``--import my_module``), or by an installed distribution, as an entry point of the group
 ``learnedopt.plugins``. Runs and files record what was imported, so that they can say what they need; a file's own word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,10 +10,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from learnedopt import Execution, InnerLoop, InnerObjective, Proximal, TaskFamily, Tasks, Theta, UpdateRule, optimizers
+from learnedopt.core.group import Group
 from learnedopt.core.tree import Params
 
 FLOAT = torch.float64
 EIGENVALUES = (0.5, 0.8, 1.2, 1.7, 2.5)
+
+
+def newcomers(group: Group, listed: Collection[Any], *options: Any, besides: Collection[str] = ()) -> dict[str, Any]:
+    """Return one of each registered class that nobody has listed an instance of: its line in the registry enrols it.
+
+    Args:
+        group: the registry.
+        listed: the instances that a test walks over.
+        options: what one is made with by default; whoever needs others is listed.
+        besides: names that the test leaves out on purpose.
+    """
+    kinds = [type(each) for each in listed]
+    new = [kind for kind in group if isinstance(kind, type) and kind not in kinds and kind.__name__ not in besides]
+    return {kind.__name__: kind(*options) for kind in new}
 
 
 class Quadratic(TaskFamily):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bad_tasks import Failing
-from problems import FLOAT, Mix, Quadratic, TanhMLP
+from problems import FLOAT, Mix, Quadratic, TanhMLP, newcomers
 from test_trainer import Recorder
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from learnedopt import (
 from learnedopt.checkpoint import load_checkpoint
 from learnedopt.config import override
 from learnedopt.core.clipping import norm_of
+from learnedopt.estimators.registry import ESTIMATORS as REGISTERED
 from learnedopt.training.failures import Failures
 from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Failure
@@ -47,6 +48,8 @@ ESTIMATORS = {
     "pes": PersistentES(2, horizon=6, num_pairs=3, sigma=0.02),
     "task by task": TaskByTask(Unrolled(3)),
 }
+OF_OTHER_TESTS = ("TruncatedBackprop", "Implicit", "ForwardMode", "Combined")
+ESTIMATORS |= newcomers(REGISTERED, ESTIMATORS.values(), 3, besides=OF_OTHER_TESTS)
 
 
 def trainer(family: Any, estimator: Any, tracker: Any = None, **options: Any) -> MetaTrainer:

@@ -15,7 +15,7 @@ from PIL import Image
 from test_wandb_tracker import records
 
 import learnedopt
-from learnedopt import cli, evaluate, inner_objectives, optimizers, recipes, tasks
+from learnedopt import cli, estimators, evaluate, inner_objectives, objectives, optimizers, recipes, tasks
 from learnedopt.evaluation.comparison import MEASURES
 from learnedopt.training.wandb_tracker import WandbTracker
 
@@ -151,9 +151,11 @@ def test_the_output_folder_is_named_after_the_run(
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, objectives, families, known, _, *packaged = done.stdout.splitlines()
+    rules, descended, found, wanted, families, known, _, *packaged = done.stdout.splitlines()
     assert rules.split(": ")[1].split(", ") == optimizers.names()
-    assert objectives.split(": ")[1].split(", ") == inner_objectives.names()
+    assert descended.split(": ")[1].split(", ") == inner_objectives.names()
+    assert found.split(": ")[1].split(", ") == estimators.names()
+    assert wanted.split(": ")[1].split(", ") == objectives.names()
     assert families.split(": ")[1].split(", ") == tasks.names()
     assert known.split(": ")[1].split(", ") == recipes.names()
     assert [line.split()[0] for line in packaged] == learnedopt.packaged() and all(len(x.split()) > 3 for x in packaged)

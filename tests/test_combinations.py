@@ -8,6 +8,7 @@ enrolled by that alone: by default it must agree everywhere, and what is refused
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from implicit_oracle import implicit_gradient
 from oracles import Reference, relative_error, worst
 from perturbed_oracle import Posed, evolution, persistent
-from problems import FLOAT, Both, Labelled, Quadratic, generic_theta, sample, template
+from problems import FLOAT, Both, Labelled, Quadratic, generic_theta, newcomers, sample, template
 
 import learnedopt
 from learnedopt import (
@@ -28,12 +29,10 @@ from learnedopt import (
     FirstOrder,
     ForwardMode,
     GradientEstimator,
-    HypergradientFeedback,
     Implicit,
     InnerLoop,
     InnerObjective,
     KLDivergence,
-    LeaderAndRadius,
     LogMeans,
     MeanLogLoss,
     MetaTrainer,
@@ -55,13 +54,18 @@ from learnedopt import (
     TruncatedBackprop,
     Unrolled,
     UpdateRule,
+    estimators,
     inner_objectives,
+    objectives,
     optimizers,
 )
 from learnedopt.core.estimator import Estimate
 from learnedopt.core.objective import MetaObjective, TaskMean
 from learnedopt.core.tree import Params
+from learnedopt.estimators.registry import ESTIMATORS as ALL_ESTIMATORS
 from learnedopt.inner_objectives import registry as objective_registry
+from learnedopt.objectives.error_rate import ErrorRate
+from learnedopt.objectives.registry import OBJECTIVES as ALL_OBJECTIVES
 from learnedopt.optimizers import registry
 
 pytestmark = [
@@ -85,6 +89,7 @@ OBJECTIVES: dict[str, MetaObjective] = {
     "regret bound": RegretBound(3),
     "moments": MomentMatching(3),
 }
+"""Those of which one stands for its kind; others of the registry join by themselves, see ``walked_objectives``."""
 
 
 RULES: dict[str, Callable[[Params], UpdateRule]] = {
@@ -231,6 +236,25 @@ ESTIMATORS = {
     "persistent": Entry(PersistentES(2, 6, 2, 0.01), 2, particles_by_hand, 1e-9),
     "noise reuse": Entry(PersistentES(2, 6, 2, 0.01, reuse_noise=True), 2, particles_by_hand, 1e-9),
 }
+"""Those that have an oracle of their own; others of the registry join by themselves, see ``walked_estimators``."""
+
+
+def walked_estimators() -> dict[str, Entry]:
+    """Return all: what is registered and not in the table must agree with differences through all of its steps."""
+    new = newcomers(ALL_ESTIMATORS, [entry.estimator for entry in ESTIMATORS.values()], NUM_STEPS)
+    oracle = finite_differences(NUM_STEPS, full=True)
+    return {**ESTIMATORS, **{name: Entry(each, 1, oracle, 1e-7) for name, each in new.items()}}
+
+
+def walked_objectives() -> dict[str, MetaObjective]:
+    """Return all, those that are registered and not in the table as they are by default."""
+    return {**OBJECTIVES, **newcomers(ALL_OBJECTIVES, OBJECTIVES.values(), besides=OF_OTHER_TESTS)}
+
+
+OF_OTHER_TESTS = ("LeaderAndRadius", "HypergradientFeedback", "ErrorRate")
+"""Objectives made for one composition, held to its recursion in tests of their own: FMRL's start and radius
+(``test_fmrl``), and OSGM's windows of one step (``test_hyper``), whose start enters without a graph. The last has no
+gradient (``test_few_shot``)."""
 
 
 class Refusal(NamedTuple):
@@ -360,9 +384,9 @@ def cases() -> Iterator[tuple[str, str, str, str]]:
     assert {"task-loss"} <= set(inner_objectives.names())
     pairs = [(rule, "task-loss") for rule in optimizers.names()]
     pairs += [(rule, inner) for inner in (*inner_objectives.names(), *OWN) if inner != "task-loss" for rule in RULES]
-    objectives = [*OBJECTIVES]
+    objectives, estimators = [*walked_objectives()], [*walked_estimators()]
     for shift in range(len(objectives)):
-        for i, estimator in enumerate(ESTIMATORS):
+        for i, estimator in enumerate(estimators):
             for j, (rule, inner) in enumerate(pairs):
                 yield estimator, rule, inner, objectives[(i + j + shift) % len(objectives)]
 
@@ -400,13 +424,13 @@ def refusal(estimator: str, rule: str, inner: str, objective: str) -> Refusal | 
 
 def check(estimator: str, rule: str, inner: str, objective: str) -> None:
     """Take the estimates of a combination, and hold them to the table."""
-    entry, loop = ESTIMATORS[estimator], loop_of(rule, inner)
+    entry, loop = walked_estimators()[estimator], loop_of(rule, inner)
     # With other tasks of the classifier some meta-gradients all but cancel, and differences have nothing to measure.
     tasks = sample(loop.family, seed=5 if inner == "task-loss" else 7)
     theta = generic_theta(loop)
     if objective == "regret bound":  # of rates well above zero
         theta = {k: v.abs() + 0.1 if "lr" in k else v for k, v in theta.items()}
-    problem = Problem(loop, theta, OBJECTIVES[objective], tasks, entry.estimator)
+    problem = Problem(loop, theta, walked_objectives()[objective], tasks, entry.estimator)
 
     def take() -> list[Estimate]:
         nonlocal problem
@@ -432,17 +456,17 @@ def test_combination(estimator: str, rule: str, inner: str, objective: str) -> N
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", walked_estimators())
 @pytest.mark.parametrize(("rule", "inner"), dict.fromkeys(case[1:3] for case in cases()))
 def test_all_combinations(estimator: str, rule: str, inner: str) -> None:
-    for objective in OBJECTIVES:
+    for objective in walked_objectives():
         check(estimator, rule, inner, objective)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128], ids=["integers", "bits", "complex"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", walked_estimators())
 def test_theta_that_is_not_of_real_numbers_is_refused(estimator: str, dtype: torch.dtype) -> None:
-    loop, entry = loop_of("sgd", "task-loss"), ESTIMATORS[estimator]
+    loop, entry = loop_of("sgd", "task-loss"), walked_estimators()[estimator]
     tasks, theta = sample(loop.family), generic_theta(loop)
     carry = entry.estimator.start(loop, theta, tasks, torch.Generator().manual_seed(0))
     wrong = {k: torch.ones_like(v, dtype=dtype) if k == "lr" else v for k, v in theta.items()}
@@ -495,6 +519,45 @@ def test_a_newly_registered_inner_objective_is_enrolled_and_must_agree(monkeypat
         check("first order", "descent", "stranger", "final loss")
 
 
+@dataclass(frozen=True)
+class Exact(GradientEstimator):
+    """An estimator that nobody wrote into a table: through all steps, times ``factor``."""
+
+    num_steps: int
+    factor: float = 1.0
+
+    def estimate(self, loop, theta, objective, carry):
+        found = Unrolled(self.num_steps).estimate(loop, theta, objective, carry)
+        return found._replace(grads={k: self.factor * g for k, g in found.grads.items()})
+
+
+@dataclass(frozen=True)
+class Inexact(Exact):
+    """Another one, which is wrong by a hundredth."""
+
+    factor: float = 1.01
+
+
+@dataclass(frozen=True)
+class Squared(OfLosses):
+    """A meta-objective that nobody wrote into a table."""
+
+    def of_losses(self, before, end):
+        return end**2
+
+
+def test_a_newly_registered_estimator_or_objective_is_enrolled_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ALL_ESTIMATORS, "registered", {})
+    monkeypatch.setattr(ALL_OBJECTIVES, "registered", {})
+    estimators.register(Exact)
+    objectives.register(Squared)
+    assert {("Exact", "momentum", "task-loss", "Squared"), ("k-rmd", "sgd", "task-loss", "Squared")} <= {*cases()}
+    check("Exact", "momentum", "task-loss", "Squared")
+    estimators.register(Inexact)
+    with pytest.raises(AssertionError):
+        check("Inexact", "momentum", "task-loss", "Squared")
+
+
 def test_a_refusal_that_does_not_happen_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_combinations.REFUSED", [Refusal(("unrolled",), ("sgd",), None, None, "no path")])
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
@@ -507,8 +570,11 @@ def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -
     estimators = {x for x in classes if issubclass(x, GradientEstimator) and x is not GradientEstimator}
     objectives = {x for x in classes if issubclass(x, TaskMean) and x not in (TaskMean, OfLosses)}
     inners = {x for x in classes if issubclass(x, InnerObjective) and x is not InnerObjective}
-    assert estimators == {type(entry.estimator) for entry in ESTIMATORS.values()}
-    assert objectives == {type(objective) for objective in OBJECTIVES.values()} | {*OF_ONE_COMPOSITION}
+    assert estimators == {*ALL_ESTIMATORS} == {type(entry.estimator) for entry in walked_estimators().values()}
+    known = {kind for kind in ALL_OBJECTIVES if isinstance(kind, type)}
+    assert objectives | {ErrorRate} == known
+    others = {kind for kind in known if kind.__name__ in OF_OTHER_TESTS}
+    assert known - others == {type(objective) for objective in walked_objectives().values()}
     named = {type(loop_of("maml", inner).inner_objective) for inner in inner_objectives.names()}
     assert inners == named and TaskLoss in named
     used = {id(row) for row in (refusal(*case) for case in cases()) if row is not None}
@@ -517,8 +583,5 @@ def test_the_table_knows_every_estimator_objective_and_rule_and_nothing_else() -
     assert {name for row in REFUSED for name in row.inners or ()} <= {*inner_objectives.names(), *OWN}
 
 
-OF_ONE_COMPOSITION = (LeaderAndRadius, HypergradientFeedback)
-"""Objectives made for one composition, held to its recursion in tests of their own: FMRL's start and radius
-(``test_fmrl``), and OSGM's windows of one step (``test_hyper``), whose start enters without a graph."""
 LAZY = ("LearnedOptimizer", "MetaTrainer", "Validation")
 """Public names of the edge, which is another business."""

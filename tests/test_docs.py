@@ -57,7 +57,8 @@ def inline(page: str) -> Iterator[Token]:
 @pytest.fixture
 def clean_registries() -> Iterator[None]:
     """Forget what a page registers: other tests count what there is."""
-    kinds = [learnedopt.optimizers.registry, learnedopt.tasks.registry, learnedopt.inner_objectives.registry]
+    rooms = (learnedopt.optimizers, learnedopt.tasks, learnedopt.inner_objectives)
+    kinds = [room.registry for room in (*rooms, learnedopt.estimators, learnedopt.objectives)]
     tables = [value.registered for kind in kinds for value in vars(kind).values() if hasattr(value, "registered")]
     tables.append(recipes._registered)
     before = [dict(table) for table in tables]
@@ -256,7 +257,7 @@ def test_every_public_name_is_in_the_api_reference() -> None:
     pages = "".join(read(page) for page in PAGES if page.startswith("docs/api/"))
     documented = re.findall(r"^::: (learnedopt[\w.]*)$", pages, re.M)
     assert len(set(documented)) == len(documented)
-    rooms = {"inner_objectives", "optimizers", "tasks", "evaluate"}
+    rooms = {"estimators", "inner_objectives", "objectives", "optimizers", "tasks", "evaluate"}
     shown = {name.rpartition(".")[2] for name in documented}
     assert set(learnedopt.__all__) - rooms <= shown
     assert {name for name in learnedopt.optimizers.__all__ if name[0].isupper()} <= shown

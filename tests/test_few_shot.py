@@ -42,12 +42,12 @@ from learnedopt.evaluation.few_shot import (
     ACCURACY,
     LOSS,
     Adaptation,
-    ErrorRate,
     FewShot,
     adapt,
     sample_fixed,
     show,
 )
+from learnedopt.objectives.error_rate import ErrorRate
 from learnedopt.recipes import HeldOut, MetaLearning, Recipe
 from learnedopt.run import build
 from learnedopt.run import train as train_recipe

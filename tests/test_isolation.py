@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bad_tasks import Failing, Steep
-from problems import Mix, Quadratic, TanhMLP
+from problems import Mix, Quadratic, TanhMLP, newcomers
 
 from learnedopt import (
     Combined,
@@ -32,6 +32,7 @@ from learnedopt.core.carry import Rollout
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.objective import TaskMean
 from learnedopt.estimators.implicit import ConvergenceWarning
+from learnedopt.estimators.registry import ESTIMATORS as REGISTERED
 from learnedopt.training.faults import Fault
 from learnedopt.training.isolation import Found, estimate_finite, opened, remaining
 
@@ -50,6 +51,8 @@ ESTIMATORS: dict[str, GradientEstimator] = {
     "pes": PersistentES(2, horizon=8, num_pairs=3, sigma=0.05),
     "task by task": TaskByTask(Unrolled(3)),
 }
+OF_OTHER_TESTS = ("TruncatedBackprop", "Implicit", "Combined")
+ESTIMATORS |= newcomers(REGISTERED, ESTIMATORS.values(), 3, besides=OF_OTHER_TESTS)
 
 
 def loop_on(family: Any, chunk_size: int | None = None) -> InnerLoop:

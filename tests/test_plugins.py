@@ -13,7 +13,9 @@ import pytest
 from learnedopt import cli, plugins, recipes, tasks
 from learnedopt.core.plugged import needed
 from learnedopt.core.registry import Registry
+from learnedopt.estimators.registry import ESTIMATORS
 from learnedopt.inner_objectives.registry import INNER_OBJECTIVES
+from learnedopt.objectives.registry import OBJECTIVES
 from learnedopt.optimizers.registry import RULES
 from learnedopt.tasks.registry import FAMILIES
 
@@ -83,6 +85,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registries: list[Registry[object]] = [RULES, FAMILIES, INNER_OBJECTIVES]  # pyright: ignore[reportAssignmentType]
     for registry in registries:
         monkeypatch.setattr(registry, "registered", {**registry.registered})
+    for group in (ESTIMATORS, OBJECTIVES):
+        monkeypatch.setattr(group, "registered", {})
     known = {*sys.modules}
     yield
     for name in {*sys.modules} - known:
@@ -94,9 +98,9 @@ def forget(*modules: str) -> None:
     """Be as another process, which has imported none of it."""
     for name in modules:
         del sys.modules[name]
-    for registry in (RULES, FAMILIES):
+    for registry in (RULES, FAMILIES, ESTIMATORS, OBJECTIVES):
         registry.registered.clear()
-    INNER_OBJECTIVES.registered.pop("pulled")
+    INNER_OBJECTIVES.registered.pop("pulled", None)
     recipes._registered.clear()
     plugins._loaded["imports"].clear()
 
@@ -125,6 +129,98 @@ def test_a_module_of_the_current_folder_works_and_a_run_says_that_it_needs_it(
     assert "my_module" not in sys.modules
     plugins.load(["my_module"])
     assert cli.main(["evaluate", str(folder), *few]) == 0
+
+
+ESTIMATED = '''
+"""A gradient estimator and a meta-objective of somebody's own."""
+
+from dataclasses import dataclass
+
+from learnedopt import GradientEstimator, OfLosses, Unrolled, estimators, objectives
+
+
+@estimators.register
+@dataclass(frozen=True)
+class Doubled(GradientEstimator):
+    """Twice the gradient through a window, which starts from where the last one ended.
+
+    Args:
+        window: steps.
+    """
+
+    window: int
+    factor: float = 2.0
+
+    def estimate(self, loop, theta, objective, carry):
+        found = Unrolled(self.window).estimate(loop, theta, objective, carry)
+        grads = {k: self.factor * g for k, g in found.grads.items()}
+        return found._replace(grads=grads, carry=loop.run(theta, carry, self.window).end)
+
+
+@objectives.register
+@dataclass(frozen=True)
+class Power(OfLosses):
+    """The last loss to a power."""
+
+    power: float = 2.0
+
+    def of_losses(self, before, end):
+        return end**self.power
+'''
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own forward mode
+def test_an_estimator_and_an_objective_of_ones_own_work_in_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("estimated.py").write_text(ESTIMATED, "utf-8")
+    small = ["rule=sgd", 'rule.learn=["lr"]', "family.dim=3", "num_tasks=2", "validation.num_tasks=2",
+             "validation.num_steps=2", "checkpoint_every=1", "execution.compile=false", "--name", "mine"]  # fmt: skip
+    named = ["estimator=Doubled", "estimator.window=2", "--objective.power=3", "objective=Power"]
+    train, silent = ["train", "lstm-quadratic", *small], ["--wandb", "disabled"]
+    imports, folder = ["--import", "estimated"], Path("runs/mine")
+    assert cli.main([*train, *named, "num_meta_steps=2", *silent, *imports]) == 0, capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    about = json.loads((folder / "theta.json").read_text("utf-8"))["metadata"]
+    for record in (config["recipe"], about):
+        assert record["estimator"] == {"type": "Doubled", "window": 2, "factor": 2.0}
+        assert record["objective"] == {"type": "Power", "power": 3.0}
+    assert config["imports"] == about["imports"] == ["estimated"]
+    forget("estimated")  # a carry that goes on, and a configuration of text, are read again
+    capsys.readouterr()
+    assert cli.main([*train, *named, "num_meta_steps=3", *imports, "--print_config"]) == 0
+    Path("longer.yaml").write_text(capsys.readouterr().out, "utf-8")
+    longer = ["train", "lstm-quadratic", "--name", "mine", "--config", "longer.yaml", "--extend", *silent]
+    assert cli.main([*longer, *imports]) == 0, capsys.readouterr().err
+    assert "after meta-step 3" in capsys.readouterr().out
+    few = ["--tasks", "2", "--steps", "2", "--baselines", "SGD"]
+    assert cli.main(["evaluate", str(folder), *few, *silent, *imports]) == 0, capsys.readouterr().err
+    found = [
+        "diagnose",
+        "lstm-quadratic",
+        *small[:-2],
+        *named,
+        "--horizon",
+        "2",
+        "--batches",
+        "3",
+        "--theta",
+        "runs/mine",
+    ]
+    assert cli.main([*found, *imports]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "The recipe's estimator is Doubled(window=2)." in said and re.search(r"^the recipe's: \S+ s an", said, re.M)
+    assert "there is no hint" not in said
+    forget("estimated")
+    for words in (longer, [*train, "estimator=Doubled"]):
+        assert cli.main([*words]) == 2
+        told = capsys.readouterr().err
+        assert re.search(r"estimator='Doubled' is none of Unrolled, .*\(yours: --import", told)
+    assert cli.main(["list", *imports]) == 0
+    said = capsys.readouterr().out
+    assert "TaskByTask, Doubled\n" in said and "HypergradientFeedback, Power\n" in said
+    assert cli.main([*train, "estimator=Double", *imports]) == 2
+    assert "did you mean 'Doubled'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import learnedopt
-from learnedopt import optimizers
+from learnedopt import FinalLoss, GradientEstimator, estimators, objectives, optimizers
+from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.registry import Registry
 from learnedopt.core.tree import Params
+from learnedopt.recipes import HeldOut
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,50 @@ def test_where_nothing_takes_templates_one_is_an_option_like_any_other() -> None
 def test_what_cannot_be_made_is_refused(call: Callable[[Registry[InnerObjective]], Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         call(registry())
+
+
+def weighed(loop: Any, theta: Any, rollout: Any) -> Tensor:
+    return rollout.losses.mean()
+
+
+@dataclass(frozen=True)
+class Untold:
+    """A meta-objective with a type that its module does not know."""
+
+    scale: Nowhere = 1.0  # type: ignore[name-defined] # noqa: F821 # pyright: ignore[reportUndefinedVariable]
+
+    def __call__(self, loop: Any, theta: Any, rollout: Any) -> Tensor:
+        return rollout.losses.mean()
+
+
+class Undecorated(GradientEstimator):
+    def estimate(self, loop: Any, theta: Any, objective: Any, carry: Any) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: estimators.register(Undecorated), "pass the class of a gradient estimator .*that is a dataclass"),
+        (lambda: estimators.register(FinalLoss), "FinalLoss.*a subclass of GradientEstimator"),
+        (lambda: objectives.register(Pull), "Pull.*pass the class of a meta-objective"),
+        (lambda: objectives.register(weighed), "weighed.*pass the class"),  # pyright: ignore[reportArgumentType]
+        (
+            lambda: objectives.register(type("FinalLoss", (Untold,), {})),
+            "the name 'FinalLoss' of meta-objectives is already registered; give the class another one",
+        ),
+    ],
+    ids=["no dataclass", "an objective", "no function", "a function", "a name that is taken"],
+)
+def test_what_recipes_could_not_say_by_its_name_is_refused(call: Callable[[], Any], told: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=told):
+        call()
+
+
+def test_fields_whose_types_cannot_be_told_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(INTERCHANGEABLE[1], "registered", {})
+    assert objectives.register(Untold) is objectives.register(Untold) is Untold and objectives.names()[-1] == "Untold"
+    with pytest.raises(ValueError, match=r"types of Untold's fields cannot be told: name 'Nowhere' is not defined"):
+        override(HeldOut(), ["objective=Untold"], INTERCHANGEABLE)
 
 
 @pytest.mark.parametrize("name", ["Averaged", "Entropic", "Euclidean", "Iterate", "MirrorDescent"])

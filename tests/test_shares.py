@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import Mix, Quadratic, TanhMLP
+from problems import Mix, Quadratic, TanhMLP, newcomers
 from torch import Tensor
 
 from learnedopt import (
@@ -29,6 +29,7 @@ from learnedopt import (
 )  # fmt: skip
 from learnedopt.core.carry import Tape
 from learnedopt.core.estimator import Estimate, GradientEstimator
+from learnedopt.estimators.registry import ESTIMATORS as REGISTERED
 from learnedopt.training import carries, meta_batch
 from learnedopt.training.isolation import Found
 from learnedopt.training.rank_carries import part_of_task
@@ -53,6 +54,7 @@ ESTIMATORS: dict[str, GradientEstimator] = {
         Unrolled(2), ((2, 0.5), (3, 0.5)), EvolutionStrategies(2, 2, 0.05), exact_up_to=2, max_task_grad_norm=3.0
     ),
 }
+ESTIMATORS |= newcomers(REGISTERED, ESTIMATORS.values(), 3, besides=["Combined"])
 NUM_TASKS = 5
 
 

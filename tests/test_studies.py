@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,16 @@ def command(name: str, runs: Path, *assignments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_runs_and_goes_on(name: str, tmp_path: Path, data_root: Path) -> None:
+def test_every_study_runs_says_how_fast_and_goes_on(
+    name: str, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "_WORTH_A_LINE", 0.0)
     assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
+    paces = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Computed ")]
+    last = re.search(r": (\d+) of about (\d+) runs, \S+ a second, about 0 s left\.$", paces[-1])
+    assert last is not None and last[1] == last[2] != "0"
+    total = last[2]
+    assert all(f" of about {total} runs, " in line for line in paces)
     folder = tmp_path / name
     assert (folder / f"{name}.png").stat().st_size > 5000
     assert (told := read_metrics(folder / "metrics.jsonl"))
@@ -57,6 +66,7 @@ def test_every_study_runs_and_goes_on(name: str, tmp_path: Path, data_root: Path
     assert train_meta.main(command(name, tmp_path, *TINY[name])) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*.json")} == written
     assert read_metrics(folder / "metrics.jsonl") == told  # once, not once a run
+    assert "Computed " not in capsys.readouterr().out
 
 
 def test_what_was_finished_is_remembered(tmp_path: Path) -> None:
@@ -68,6 +78,18 @@ def test_what_was_finished_is_remembered(tmp_path: Path) -> None:
 
     first, second = study.remember(path, compute), study.remember(path, compute)
     assert first == second == {"x": [1.5, "Infinity"]} and len(calls) == 1
+
+
+def test_what_was_found_does_not_count_in_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "_WORTH_A_LINE", 0.0)
+    study.remember(tmp_path / "a/old.json", lambda: 1)
+    parts = study.Parts(tmp_path, 10)
+    assert parts.remember("a/old.json", lambda: 2, 6) == 1
+    assert [parts.remember(f"a/{n}.json", lambda n=n: n, n) for n in (3, 1)] == [3, 1]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Computed 3 in 0 s: 3 of about 4 runs, ") and ": 4 of about 4 runs, " in second
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ class Pace:
         """Begin the next part, of about so many runs: what came before counts as it was announced."""
         self._before, self._part, self._in_part = self._before + self._part, num_runs, 0.0
 
+    def found(self, num_runs: float) -> None:
+        """Leave runs out that were done before: the rate knows nothing of them."""
+        self._total -= num_runs
+
     def ran(self, what: str, num_runs: float = 1) -> None:
         """Count runs of the part, and tell of them where the last line is old enough."""
         self._in_part += num_runs

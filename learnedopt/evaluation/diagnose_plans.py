@@ -27,7 +27,9 @@ _CUTS = (2, 5, 20)  # into about so many windows an episode is cut
 
 Tried: TypeAlias = GradientEstimator | str
 """An estimator, or why there is none."""
-NO_HINT = "there is no hint how to make one for a loop: add a line to HINTS, or pass an instance"
+NO_HINT = (
+    "there is no hint how to make one for a loop: let the recipe have it, pass an instance, or add a line to HINTS"
+)
 
 
 class Facts(NamedTuple):

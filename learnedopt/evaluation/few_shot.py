@@ -7,19 +7,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnedopt.core import tree
-from learnedopt.core.carry import Carry, Rollout
+from learnedopt.core.carry import Carry
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.inner import InnerLoop, InnerSolver, solve_inner
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
-from learnedopt.core.objective import TaskMean
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Theta
@@ -27,24 +26,6 @@ from learnedopt.evaluation.adaptation_plot import plot_adaptation
 from learnedopt.evaluation.comparison import Summary, align, summarise, write_text
 
 LOSS, ACCURACY = "loss", "accuracy"
-
-
-@final
-@dataclass(frozen=True)
-class ErrorRate(TaskMean):
-    """One minus the accuracy on the valid split at the end; to choose theta by, as it has no gradient."""
-
-    end_only = True
-
-    def __call__(self, loop: InnerLoop, theta: Theta, rollout: Rollout) -> Tensor:
-        """Return the mean over tasks."""
-        metrics = loop.metrics(rollout.end, "valid")
-        if ACCURACY not in metrics:
-            raise ValueError(
-                f"ErrorRate needs a family with an accuracy among its metrics, but {type(loop.family).__name__} has "
-                f"{sorted(metrics) or 'none'}; use FinalLoss"
-            )
-        return 1 - metrics[ACCURACY].mean()
 
 
 @dataclass(frozen=True)

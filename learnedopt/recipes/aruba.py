@@ -17,14 +17,15 @@ from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.estimators.unrolled import Unrolled
 from learnedopt.evaluation.comparison import align, summarise
-from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, ErrorRate, FewShot, adapt, show
+from learnedopt.evaluation.few_shot import ACCURACY, Adaptation, FewShot, adapt, show
 from learnedopt.meta_optimizers.aruba import ARUBA
 from learnedopt.meta_optimizers.per_name import Members, PerName
+from learnedopt.objectives.error_rate import ErrorRate
 from learnedopt.objectives.regret_bound import MomentMatching
 from learnedopt.objectives.target_matching import TargetMatching
 from learnedopt.objectives.targets import LastIterate
 from learnedopt.recipes.recipe import ALL_TASKS
-from learnedopt.recipes.study import Study, remember, require_some
+from learnedopt.recipes.study import Parts, Study, require_some
 from learnedopt.training.json_tracker import JsonLinesTracker, read_metrics
 from learnedopt.training.tracker import Tracker
 from learnedopt.training.trainer import MetaTrainer, TrainingResult
@@ -93,7 +94,9 @@ class ArubaOmniglot(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose settings, meta-train and test; go on with what ``folder`` has of it."""
-        found = {method: self._tested(method, self._chosen(method, folder), folder) for method in METHODS}
+        num_tuned = self.num_tuning_steps * sum(len(self.settings(method)) for method in METHODS)
+        parts = Parts(folder, num_tuned + self.num_meta_steps * len(METHODS))
+        found = {m: self._tested(m, self._chosen(m, parts), folder, parts) for m in METHODS}
         adaptations = {METHODS[m]: Adaptation(tuple(x["steps"]), _tensors(x["values"])) for m, x in found.items()}
         for step, values in sorted(self._courses(folder).items()):
             tracker.log(values, step)
@@ -112,7 +115,7 @@ class ArubaOmniglot(Study):
             return [Setting(lr) for lr in self.lrs]
         return [Setting(lr, zeta) for lr in self.aruba_lrs for zeta in self.zetas]
 
-    def _chosen(self, method: str, folder: Path) -> Setting:
+    def _chosen(self, method: str, parts: Parts) -> Setting:
         """Return the setting with the least validation error after a short run."""
         errors = {}
         for setting in self.settings(method):
@@ -121,11 +124,12 @@ class ArubaOmniglot(Study):
             def error(setting: Setting = setting) -> dict[str, float]:
                 return {"validation": self._trained(method, setting, self.num_tuning_steps)[1].best_value}
 
-            errors[setting] = remember(folder / "tuning" / method / f"{name}.json", error)["validation"]
+            done = parts.remember(f"tuning/{method}/{name}.json", error, self.num_tuning_steps)
+            errors[setting] = done["validation"]
             print(f"{METHODS[method]}, {setting}: validation error {errors[setting]:.4f}", flush=True)
         return min(errors, key=lambda setting: errors[setting])
 
-    def _tested(self, method: str, setting: Setting, folder: Path) -> dict[str, Any]:
+    def _tested(self, method: str, setting: Setting, folder: Path, parts: Parts) -> dict[str, Any]:
         """Return the test accuracies of a method at its setting, out of its file or of a run."""
 
         def measure() -> dict[str, Any]:
@@ -143,7 +147,7 @@ class ArubaOmniglot(Study):
             about = {"setting": setting._asdict(), "validation": result.best_value, "rates": quantiles}
             return {**about, "steps": tested.steps, "values": values}
 
-        return remember(folder / f"{method}.json", measure)
+        return parts.remember(f"{method}.json", measure, self.num_meta_steps)
 
     def _adapted(self, rule: UpdateRule, theta: Theta) -> Adaptation:
         family = self._family("test", shots=1, queries=15)

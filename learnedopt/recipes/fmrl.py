@@ -18,7 +18,7 @@ from learnedopt.core.counts import require_count
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.core.weights import require_positive
 from learnedopt.recipes.online_convex import Follows, OnlineConvex
-from learnedopt.recipes.study import Study, remember, require_some
+from learnedopt.recipes.study import Parts, Study, require_some
 from learnedopt.training.tracker import Tracker
 
 
@@ -59,14 +59,13 @@ class FmrlConvex(Study):
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure both geometries over all tasks, and the Euclidean one over the clusters' radii."""
         paths: dict[str, Any] = {"euclidean": self.clusters(self.radius), "entropic": self.experts()}
+        parts = Parts(folder, len(self.seeds) * (len(paths) + len(self.radii)))
         over_tasks: dict[str, list[Any]] = {
-            name: [
-                remember(folder / f"{name}-{seed}.json", partial(self.over_tasks, setting, seed)) for seed in self.seeds
-            ]
+            name: [parts.remember(f"{name}-{s}.json", partial(self.over_tasks, setting, s)) for s in self.seeds]
             for name, setting in paths.items()
         }
         over_radii = [
-            mean_of([remember(folder / f"radius-{r}-{s}.json", partial(self.at_radius, r, s)) for s in self.seeds])
+            mean_of([parts.remember(f"radius-{r}-{s}.json", partial(self.at_radius, r, s)) for s in self.seeds])
             for r in self.radii
         ]
         for step, row in enumerate(over_radii):
@@ -191,8 +190,9 @@ class FmrlFashion(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Measure all methods at every number of examples."""
+        parts = Parts(folder, len(self.seeds) * len(self.shots))
         found = {  # one seed after the other, so that a study that is cut short has something of all
-            (shots, seed): remember(folder / f"{shots}-shot-{seed}.json", partial(self.measure, shots, seed))
+            (shots, seed): parts.remember(f"{shots}-shot-{seed}.json", partial(self.measure, shots, seed))
             for seed in self.seeds
             for shots in self.shots
         }

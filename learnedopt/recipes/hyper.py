@@ -20,7 +20,7 @@ from learnedopt.objectives.feedback import HypergradientFeedback
 from learnedopt.plug_in.guard import AcceptIfBetter, PresentGradient
 from learnedopt.plug_in.hyper import HyperOptimizer
 from learnedopt.recipes import one_run
-from learnedopt.recipes.study import Study, remember, require_some
+from learnedopt.recipes.study import Parts, Study, require_some
 from learnedopt.training.tracker import Tracker
 
 
@@ -79,14 +79,16 @@ class HyperFashion(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Tune the baselines, run every method from every start, and draw the losses."""
-        adam, sgd = (self._tuned(name, folder) for name in ("adam", "sgd"))
+        num_tuned = len(self.tuning_seeds) * (len(self.adam_rates) + len(self.sgd_rates))
+        parts = Parts(folder, num_tuned + len(self.seeds) * (2 + 3 * len(self.starts)))
+        adam, sgd = (self._tuned(name, parts) for name in ("adam", "sgd"))
         curves = {
-            f"Adam, tuned ({adam:g})": self._baseline("adam", adam, folder),
-            f"SGD, tuned ({sgd:g})": self._baseline("sgd", sgd, folder),
+            f"Adam, tuned ({adam:g})": self._baseline("adam", adam, parts),
+            f"SGD, tuned ({sgd:g})": self._baseline("sgd", sgd, parts),
         }
         for start in self.starts:
             for name, rate in (("plain", adam), ("optimistic", adam), ("OSGM", sgd)):
-                curves[f"{name}, from {start:g} x"] = self._learned(name, start, start * rate, folder)
+                curves[f"{name}, from {start:g} x"] = self._learned(name, start, start * rate, parts)
         ours = [label for label in curves if label.startswith("plain")]
         one_run.report(folder / self.name, curves, self.last, ours, "Rates learned in one run", tracker)
 
@@ -97,28 +99,28 @@ class HyperFashion(Study):
         options: dict[str, Any] = {"hidden": self.hidden, "activation": "relu", "batch_size": self.batch_size}
         return tasks.make("image-mlp", dataset="fashion-mnist", size=14, standardize=True, **options)
 
-    def _tuned(self, name: str, folder: Path) -> float:
+    def _tuned(self, name: str, parts: Parts) -> float:
         rates: tuple[float, ...] = getattr(self, f"{name}_rates")
         scores = {}
         for rate in rates:
-            path = folder / "tuning" / f"{name}-{rate:g}.json"
-            runs = remember(path, functools.partial(self._fixed, name, rate, self.tuning_seeds))
+            run = functools.partial(self._fixed, name, rate, self.tuning_seeds)
+            runs = parts.remember(f"tuning/{name}-{rate:g}.json", run, len(self.tuning_seeds))
             scores[f"{rate:g}"] = one_run.score(runs, self.last)
         return float(one_run.best(scores))
 
-    def _baseline(self, name: str, rate: float, folder: Path) -> list[list[float]]:
-        path = folder / "runs" / f"{name}-{rate:g}.json"
-        return [one_run.floats(each) for each in remember(path, lambda: self._fixed(name, rate, self.seeds))]
+    def _baseline(self, name: str, rate: float, parts: Parts) -> list[list[float]]:
+        run = functools.partial(self._fixed, name, rate, self.seeds)
+        return [one_run.floats(each) for each in parts.remember(f"runs/{name}-{rate:g}.json", run, len(self.seeds))]
 
     def _fixed(self, name: str, rate: float, seeds: Sequence[int]) -> Any:
         return one_run.fixed(self._family, name, {"lr": rate}, seeds, self.num_steps)
 
-    def _learned(self, name: str, start: float, rate: float, folder: Path) -> list[list[float]]:
+    def _learned(self, name: str, start: float, rate: float, parts: Parts) -> list[list[float]]:
         make = functools.partial(self._optimizer, name, rate)
         found = []
         for seed in self.seeds:
-            path = folder / "runs" / f"{name}-from-{start:g}-{seed}.json"
-            done = remember(path, functools.partial(one_run.learning, self._family, make, seed, self.num_steps))
+            run = functools.partial(one_run.learning, self._family, make, seed, self.num_steps)
+            done = parts.remember(f"runs/{name}-from-{start:g}-{seed}.json", run)
             found.append(one_run.floats(done["losses"]))
         return found
 

@@ -8,7 +8,7 @@ from learnedopt.core.execution import Execution
 from learnedopt.core.objective import FinalLoss
 from learnedopt.core.registry import Choice
 from learnedopt.estimators.unrolled import Unrolled
-from learnedopt.evaluation.few_shot import ErrorRate
+from learnedopt.objectives.error_rate import ErrorRate
 from learnedopt.objectives.target_matching import BootstrappedTarget
 from learnedopt.recipes.recipe import ALL_TASKS, HeldOut, MetaLearning, Recipe
 

@@ -25,7 +25,7 @@ from learnedopt.core.tree import Theta
 from learnedopt.estimators.unrolled import Truncated
 from learnedopt.evaluation import comparison, plots
 from learnedopt.meta_optimizers import registry as meta_optimizers
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Parts, Study
 from learnedopt.training.tracker import Tracker
 from learnedopt.training.trainer import MetaTrainer, TrainingDiverged
 from learnedopt.training.validation import task_generator
@@ -110,8 +110,10 @@ class OnlineLearning(Study):
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Tune and run each method, tell the tracker what it cost when it is done, and draw all of them."""
         found: dict[str, dict[str, Any]] = {}
+        num_tuned = len(self.tuning_seeds) * sum(len(method.rates) for method in self.methods.values())
+        parts = Parts(folder / "runs", num_tuned + len(self.seeds) * len(self.methods))
         for index, (label, method) in enumerate(self.methods.items(), start=1):
-            found[label] = self._measure(method, folder / "runs")
+            found[label] = self._measure(method, parts)
             numbers = {name: value for name, value in found[label].items() if isinstance(value, float)}
             tracker.log({f"{label}/{name}": value for name, value in numbers.items()}, index)
         write_json(folder / f"{self.name}.json", plain_json(found))
@@ -140,12 +142,12 @@ class OnlineLearning(Study):
     def _points(self) -> int:
         return min(POINTS, self.num_steps)
 
-    def _measure(self, method: Method, folder: Path) -> dict[str, Any]:
+    def _measure(self, method: Method, parts: Parts) -> dict[str, Any]:
         """Return a method's best rate, and what the reported runs cost at it."""
 
         def runs(rate: float, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
             return [
-                remember(folder / self._file(method, rate, seed), lambda seed=seed: self._cost(method, rate, seed))
+                parts.remember(self._file(method, rate, seed), lambda seed=seed: self._cost(method, rate, seed))
                 for seed in seeds
             ]
 

@@ -14,7 +14,7 @@ import torch
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.recipes.convex import METHODS, make_problem, parsed
-from learnedopt.recipes.study import Study, remember
+from learnedopt.recipes.study import Parts, Study
 from learnedopt.training.tracker import Tracker
 
 _ROUND_OFF = 1e-14  # below which nothing is drawn
@@ -56,19 +56,20 @@ class OptimisticConvex(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Minimise every problem by every method, and draw ``f - min f`` against T, a panel a problem."""
-        found = {name: self._minimise(name, folder) for name in self.problems}
+        parts = Parts(folder, len(self.problems) * len(METHODS))
+        found = {name: self._minimise(name, parts) for name in self.problems}
         for step in log_spaced(1, self.num_steps):
             lines = {f"{name}/{m}": gaps[step - 1] for name, each in found.items() for m, gaps in each.gaps.items()}
             tracker.log(lines, step)
         write_json(folder / f"{self.name}.json", plain_json({name: each._asdict() for name, each in found.items()}))
         draw(folder / f"{self.name}.png", {name: each.gaps for name, each in found.items()})
 
-    def _minimise(self, name: str, folder: Path) -> Curves:
+    def _minimise(self, name: str, parts: Parts) -> Curves:
         problem = make_problem(name, self.dim, self.seed)
         gaps, settings = {}, {}
         for method, minimise in METHODS.items():
-            path = folder / _plain(name) / f"{_plain(method)}.json"
-            done = remember(path, lambda minimise=minimise: minimise(problem, self.num_steps)._asdict())
+            path = f"{_plain(name)}/{_plain(method)}.json"
+            done = parts.remember(path, lambda minimise=minimise: minimise(problem, self.num_steps)._asdict())
             gaps[method], settings[method] = [value - problem.minimum for value in done["losses"]], done["settings"]
         return Curves(problem.smoothness, problem.squared_distance, gaps, settings)
 

@@ -20,7 +20,7 @@ from learnedopt.meta_optimizers.dual_averaging import DualAveraging
 from learnedopt.plug_in.guard import PresentGradient
 from learnedopt.plug_in.hyper import HyperOptimizer
 from learnedopt.recipes import one_run
-from learnedopt.recipes.study import Study, remember, require_some
+from learnedopt.recipes.study import Parts, Study, require_some
 from learnedopt.training.tracker import Tracker
 
 Settings = dict[str, float]
@@ -78,14 +78,16 @@ class OptimisticConv(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose every method's setting, run it, and draw the losses."""
-        curves = {}
-        for method, choices in self._choices().items():
+        curves, settings = {}, self._choices()
+        num_tuned = len(self.tuning_seeds) * sum(map(len, settings.values()))
+        parts = Parts(folder, num_tuned + len(self.seeds) * len(settings))
+        for method, choices in settings.items():
             scores = {}
             for name in choices:
-                runs = [self._losses(method, name, choices[name], seed, folder) for seed in self.tuning_seeds]
+                runs = [self._losses(method, name, choices[name], seed, parts) for seed in self.tuning_seeds]
                 scores[name] = one_run.score(runs, self.last)
             name = one_run.best(scores)
-            runs = [self._losses(method, name, choices[name], seed, folder) for seed in self.seeds]
+            runs = [self._losses(method, name, choices[name], seed, parts) for seed in self.seeds]
             curves[f"{method}, {name}"] = runs
         ours = [label for label in curves if label.startswith(LEARNED)]
         one_run.report(folder / self.name, curves, self.last, ours, "Rates for each coordinate of a conv net", tracker)
@@ -100,9 +102,9 @@ class OptimisticConv(Study):
             **dict.fromkeys(LEARNED, pairs),
         }
 
-    def _losses(self, method: str, name: str, settings: Settings, seed: int, folder: Path) -> list[float]:
-        path = folder / "runs" / f"{method}-{name.replace(' ', '-')}-{seed}.json"
-        return one_run.floats(remember(path, lambda: self._one_run(method, settings, seed)))
+    def _losses(self, method: str, name: str, settings: Settings, seed: int, parts: Parts) -> list[float]:
+        path = f"runs/{method}-{name.replace(' ', '-')}-{seed}.json"
+        return one_run.floats(parts.remember(path, lambda: self._one_run(method, settings, seed)))
 
     def _one_run(self, method: str, settings: Settings, seed: int) -> list[float]:
         if method not in LEARNED:

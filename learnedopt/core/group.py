@@ -1,0 +1,73 @@
+"""Groups: classes that may stand for one another in a recipe, each called by its own name; users add theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+
+class Group(Collection[Callable[..., Any]]):
+    """The library's classes, and functions that make one, each imported when it is asked for; then the users'.
+
+    Recipes and files say one as ``{"type": <its name>, <field>: <value>, ...}``: see ``learnedopt.config``.
+
+    Args:
+        kind: what each class is a subclass of.
+        noun: what messages call one, such as "gradient estimator".
+        plural: what they call several.
+        table: name -> module that has it. A new one joins with a line there.
+
+    Attributes:
+        registered: what users have added, by name.
+    """
+
+    def __init__(self, kind: type[Any], noun: str, plural: str, table: Mapping[str, str]) -> None:
+        self.kind, self.noun, self.plural, self.table = kind, noun, plural, table
+        self.registered: dict[str, type[Any]] = {}
+
+    def names(self) -> list[str]:
+        """Return all names, the users' last."""
+        return [*self.table, *self.registered]
+
+    def register(self, kind: type[T]) -> type[T]:
+        """Add a class of your own under its own name, so that recipes can say it, and files record it; return it.
+
+        Args:
+            kind: a dataclass, best a frozen one, whose fields are plain values or again such dataclasses: a recipe
+                sets them, and a file keeps them.
+
+        Raises:
+            TypeError: it is no dataclass, or of another kind.
+            ValueError: the name is taken.
+
+        Example:
+            >>> @learnedopt.estimators.register
+            ... @dataclass(frozen=True)
+            ... class Differences(GradientEstimator): ...
+        """
+        given = cast("object", kind)
+        if not (isinstance(given, type) and issubclass(given, self.kind) and dataclasses.is_dataclass(given)):
+            raise TypeError(
+                f"register({given!r}): pass the class of a {self.noun} (a subclass of {self.kind.__name__}, or what "
+                "works as one) that is a dataclass: its fields are what a recipe sets and what files keep"
+            )
+        name = kind.__name__
+        if name in self.table or self.registered.get(name, kind) is not kind:
+            raise ValueError(f"the name {name!r} of {self.plural} is already registered; give the class another one")
+        self.registered[name] = kind
+        return kind
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        for name, module in self.table.items():
+            yield getattr(importlib.import_module(module), name)
+        yield from self.registered.values()
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __contains__(self, value: object) -> bool:
+        return any(each is value for each in self)
