@@ -86,7 +86,8 @@ def moments(grads: Params, memory: Memory, decays: Decays) -> tuple[dict[str, Mo
     """Update the running averages by the gradients; the iterate's average stays as it is."""
     keep = [d.sigmoid() for d in decays]
     # 1 - keep^n, in a form that loses no digits where keep is close to 1.
-    share = [-torch.expm1((memory.step + 1) * functional.logsigmoid(d)) for d in decays]
+    # -softplus(-d) is logsigmoid(d), which torch cannot map over particles of several tasks on a GPU.
+    share = [-torch.expm1(-(memory.step + 1) * functional.softplus(-d, threshold=50.0)) for d in decays]
     found, first, second, square = {}, {}, {}, {}
     for name, grad in grads.items():
         g = wide(grad)
