@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.results_gpu import distance, gradient, meta_trainings
 from learnedopt import Execution, recipes, run
-from learnedopt.core.modes import outside_inference_mode, recording_gradients
+from learnedopt.core.modes import outside_inference_mode, recording_gradients, whole_float32
 from learnedopt.training.tracking import Tracking
 
+by_operation = pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has one flag")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -49,7 +50,38 @@ def test_tf32_in_convolutions_follows_matrix_products(
     assert torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has one flag alone")
+def test_calls_of_two_threads_leave_tf32_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    first, second = whole_float32(), whole_float32()
+    with first:
+        second.__enter__()
+    assert not torch.backends.cudnn.allow_tf32, "the second is still inside"
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32
+
+
+@by_operation
+@pytest.mark.parametrize(
+    ("everywhere", "in_products", "inside"),
+    [("none", "tf32", "tf32"), ("tf32", "tf32", "tf32"), ("tf32", "ieee", "ieee")],
+)
+def test_tf32_by_the_settings_of_torch_2_9(
+    everywhere: str, in_products: str, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    products, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision
+    try:
+        torch.backends.fp32_precision, products.fp32_precision = everywhere, in_products
+        assert recording_gradients(lambda: convolution.fp32_precision)() == inside
+        assert convolution.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision, products.fp32_precision = "none", before
+        torch.backends.cudnn.allow_tf32 = True
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@by_operation
 def test_settings_by_operation_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     convolution = torch.backends.cudnn.conv

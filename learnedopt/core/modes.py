@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -50,27 +51,62 @@ def whole_float32() -> Generator[None]:
 
     torch's own default rounds the inputs of cuDNN's convolutions to TF32, 10 bits: a meta-gradient of a small
     convolutional net is then off by 1 to 20 %, and one by conjugate gradients says little.
-    ``torch.set_float32_matmul_precision("high")`` allows TF32 in both.
+    ``torch.set_float32_matmul_precision("high")`` allows TF32 in both, as does ``torch.backends.fp32_precision``.
     """
-    if not torch.cuda.is_initialized() or torch.get_float32_matmul_precision() != "highest":
+    if not torch.cuda.is_initialized() or _products_in_tf32():
         yield
         return
-    cudnn: Any = torch.backends.cudnn
+    _whole.enter()
     try:
-        before = cudnn.allow_tf32
-    except RuntimeError:  # set by what torch 2.9 has in its place, which this flag cannot say
-        parts = (cudnn.conv, cudnn.rnn)
-        kept = [part.fp32_precision for part in parts]
-        settings = [(part, "fp32_precision", "ieee", own) for part, own in zip(parts, kept, strict=True)]
-    else:
-        settings = [(cudnn, "allow_tf32", False, before)]
-    try:
-        for part, name, own, _ in settings:
-            setattr(part, name, own)
         yield
     finally:
-        for part, name, _, before in settings:
-            setattr(part, name, before)
+        _whole.leave()
+
+
+def _products_in_tf32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by what torch 2.9 has in its place, of which this function cannot tell
+        products: Any = torch.backends.cuda.matmul
+        return products.fp32_precision == "tf32"
+
+
+class _Whole:
+    """Counts who is inside, in all threads: the settings are the process's. The first sets them, the last undoes it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                found = _settings()
+                self._before = [(part, name, getattr(part, name)) for part, name, _ in found]
+                for part, name, own in found:
+                    setattr(part, name, own)
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for part, name, before in self._before:
+                    setattr(part, name, before)
+
+
+def _settings() -> list[tuple[Any, str, Any]]:
+    """Return whose attribute has to be what."""
+    cudnn: Any = torch.backends.cudnn
+    inherited = getattr(cudnn, "fp32_precision", "none")  # from torch 2.9 on: what holds where an operation has none
+    with suppress(RuntimeError):  # operations were set apart, which the flag for all of them cannot say
+        _ = cudnn.allow_tf32
+        if inherited != "tf32":
+            return [(cudnn, "allow_tf32", False)]
+    return [(operation, "fp32_precision", "ieee") for operation in (cudnn.conv, cudnn.rnn)]
+
+
+_whole = _Whole()
 
 
 def taking_tangents() -> bool:
