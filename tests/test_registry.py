@@ -104,6 +104,11 @@ class Untold:
         return rollout.losses.mean()
 
 
+@dataclass(frozen=True)
+class Typed(Untold):
+    type: str = "mean"
+
+
 class Undecorated(GradientEstimator):
     def estimate(self, loop: Any, theta: Any, objective: Any, carry: Any) -> Any: ...
 
@@ -112,15 +117,25 @@ class Undecorated(GradientEstimator):
     ("call", "told"),
     [
         (lambda: estimators.register(Undecorated), "pass the class of a gradient estimator .*that is a dataclass"),
+        (lambda: objectives.register(type("More", (Untold,), {})), "pass the class of a meta-objective .*dataclass"),
+        (lambda: objectives.register(Typed), "Typed has a field 'type', under which records keep the class"),
         (lambda: estimators.register(FinalLoss), "FinalLoss.*a subclass of GradientEstimator"),
         (lambda: objectives.register(Pull), "Pull.*pass the class of a meta-objective"),
         (lambda: objectives.register(weighed), "weighed.*pass the class"),  # pyright: ignore[reportArgumentType]
         (
-            lambda: objectives.register(type("FinalLoss", (Untold,), {})),
+            lambda: objectives.register(dataclass(frozen=True)(type("FinalLoss", (Untold,), {}))),
             "the name 'FinalLoss' of meta-objectives is already registered; give the class another one",
         ),
     ],
-    ids=["no dataclass", "an objective", "no function", "a function", "a name that is taken"],
+    ids=[
+        "no dataclass",
+        "a dataclass's child",
+        "a field of records",
+        "an objective",
+        "no function",
+        "a function",
+        "a name that is taken",
+    ],
 )
 def test_what_recipes_could_not_say_by_its_name_is_refused(call: Callable[[], Any], told: str) -> None:
     with pytest.raises((TypeError, ValueError), match=told):

@@ -41,8 +41,8 @@ class Group(Collection[Callable[..., Any]]):
                 sets them, and a file keeps them.
 
         Raises:
-            TypeError: it is no dataclass, or of another kind.
-            ValueError: the name is taken.
+            TypeError: it is no dataclass itself, whatever its base is, or of another kind.
+            ValueError: the name is taken; or a field is called ``type``, as records call the class.
 
         Example:
             >>> @learnedopt.estimators.register
@@ -50,14 +50,17 @@ class Group(Collection[Callable[..., Any]]):
             ... class Differences(GradientEstimator): ...
         """
         given = cast("object", kind)
-        if not (isinstance(given, type) and issubclass(given, self.kind) and dataclasses.is_dataclass(given)):
+        # By its own decorator: what it has of a base does not know the fields that it adds.
+        if not (isinstance(given, type) and issubclass(given, self.kind) and "__dataclass_fields__" in vars(given)):
             raise TypeError(
                 f"register({given!r}): pass the class of a {self.noun} (a subclass of {self.kind.__name__}, or what "
-                "works as one) that is a dataclass: its fields are what a recipe sets and what files keep"
+                "works as one) that is a dataclass itself: its fields are what a recipe sets and what files keep"
             )
         name = kind.__name__
         if name in self.table or self.registered.get(name, kind) is not kind:
             raise ValueError(f"the name {name!r} of {self.plural} is already registered; give the class another one")
+        if any(field.name == "type" for field in dataclasses.fields(cast("Any", kind))):
+            raise ValueError(f"{name} has a field 'type', under which records keep the class; give it another name")
         self.registered[name] = kind
         return kind
 
