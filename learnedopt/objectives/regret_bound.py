@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class RegretBound(TaskMean):
         """Return each task's bound (num_tasks,)."""
         rates = {name: _rate(theta, name, start.shape[1:]) for name, start in rollout.end.params.items()}
         found = within_task(loop, theta, rollout, self.num_steps, self.target)
-        terms = []
+        terms: list[Tensor] = []
         for name, start in rollout.end.params.items():
             rate = rates[name]
             gaps = (found.target[name] - start).square()
@@ -156,7 +156,7 @@ class MomentMatching(TaskMean):
 
 def _require_within(num_steps: int, target: Target | None) -> None:
     require_count("num_steps", num_steps, least=1)
-    if target is not None and not isinstance(target, Target):
+    if target is not None and not isinstance(cast("object", target), Target):
         raise TypeError(
             f"target={target!r} is no Target; pass an instance, such as BestInHindsight(SumOfLossesSolver(), "
             f"{num_steps}), or None for the last iterate"
@@ -231,7 +231,7 @@ class _SumOfSquares(UpdateRule):
         self.rule = rule
 
     @property
-    def reads_horizon(self) -> bool:
+    def reads_horizon(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read, and never set
         return self.rule.reads_horizon
 
     def within(self, horizon: int | None) -> UpdateRule:
