@@ -33,10 +33,10 @@ from learnedopt.plug_in.stepping import begun
 
 try:
     from higher.optim import DifferentiableOptimizer, register_optim
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.higher needs the package higher ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.higher needs the package higher ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 __all__ = ["DifferentiableLearnedOptimizer", "HigherRule"]
 

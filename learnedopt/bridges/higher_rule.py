@@ -18,10 +18,10 @@ from learnedopt.core.tree import Params, Theta
 
 try:
     from higher.optim import _opt_mapping, get_diff_optim
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.higher needs the package higher ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.higher needs the package higher ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 _DETACHED = (torch.optim.ASGD, torch.optim.Rprop)
 """Their rate goes into their memory as a number."""

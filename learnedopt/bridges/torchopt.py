@@ -18,10 +18,10 @@ from learnedopt.core.tree import Params, Theta
 
 try:
     from torchopt.base import GradientTransformation
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.torchopt needs the package torchopt ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.torchopt needs the package torchopt ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 
 @final

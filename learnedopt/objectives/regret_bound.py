@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast, final
+from typing import ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class RegretBound(TaskMean):
     num_steps: int
     target: Target | None = None
 
-    reads_theta = ("*lr*",)
+    reads_theta: ClassVar[tuple[str, ...]] = ("*lr*",)  # pyright: ignore[reportIncompatibleVariableOverride] - no field
     holds_fixed = True
 
     def __post_init__(self) -> None:
@@ -127,7 +127,11 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta = ("*distance*", "*squares*")
+    # No field: the base leaves open whether it is the class's.
+    reads_theta: ClassVar[tuple[str, ...]] = (  # pyright: ignore[reportIncompatibleVariableOverride]
+        "*distance*",
+        "*squares*",
+    )
     holds_fixed = True
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class JsonLinesTracker:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._fd: int | None = None
         self._last_step: int | None = None
 

@@ -35,7 +35,7 @@ class TensorBoardTracker:
 
     def __init__(self, folder: Path) -> None:
         require_tensorboard()
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._writer: Any = None
         self._step = 0
         self._first: int | None = None  # the first step that a run which goes on tells again

@@ -27,7 +27,8 @@ class Thinned:
     """
 
     def __init__(self, sinks: Sequence[Tracker], every: int = 1) -> None:
-        self.sinks, self.every = Trackers(sinks), every
+        self.sinks: Trackers = Trackers(sinks)
+        self.every: int = every
         self._theta: Theta = {}
         self._left: tuple[Metrics, int] | None = None  # the latest row, where it was not told
         self._losses: list[float] = []

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from learnedopt.core.tree import Params
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 _EMBEDDING = re.compile(r"(?:^|[^a-z])(?:embed|position|wte(?![a-z])|wpe(?![a-z]))")
