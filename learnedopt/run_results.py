@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from learnedopt import checkpoint, plugins
+from learnedopt.core import tree
 from learnedopt.core.files import plain_json
 from learnedopt.core.inner import InnerLoop
 from learnedopt.recipes.recipe import Recipe
@@ -53,6 +54,6 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
     if isinstance(tracker, Charting):
         tracker.lines(
-            "losses", {label: each.curve.tolist() for label, each in comparison.outcomes.items()}, "inner step"
+            "losses", {label: tree.numbers(each.curve) for label, each in comparison.outcomes.items()}, "inner step"
         )
     tracker.figure("evaluation", paths["png"])
