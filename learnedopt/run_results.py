@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
 
     comparison = compare_runs(
         {recipe.name: learned}, recipe.family.name, recipe.family.options, num_steps=recipe.validation.num_steps,
-        num_tasks=500, report=lambda line: print(line, flush=True),
+        num_tasks=500, report=partial(print, flush=True),
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
