@@ -100,7 +100,8 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
 def _remembered(transformation: Any) -> set[str]:
     """Return what the functions of a transformation, and of those it is made of, change outside of their state."""
     found: set[str] = set()
-    waiting, seen = list(transformation), set()
+    waiting: list[Any] = list(transformation)
+    seen: set[int] = set()
     while waiting:
         function = waiting.pop()
         if id(function) in seen or not inspect.isfunction(function):
