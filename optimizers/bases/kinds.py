@@ -74,7 +74,8 @@ def _kinds(shapes: _Shapes) -> dict[str, TensorKind]:
     matrices = [i for i, (_, shape) in enumerate(shapes) if len(shape) >= 2]
     layers = [i for i in matrices if len(shapes[i][1]) > 3 or not _EMBEDDING.search(shapes[i][0].lower())]
     depths = {i: place / max(len(layers) - 1, 1) for place, i in enumerate(layers)}
-    kinds, untold = {}, []
+    kinds: dict[str, TensorKind] = {}
+    untold: list[str] = []
     for i, (name, shape) in enumerate(shapes):
         if len(shape) >= 2:
             found = _matrix_kind(i, layers)
