@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class SpectralQuadratic(TaskFamily):
         tasks = {"roots": roots, "solution": signs, "start": start}
         if self.rotated:
             drawn = streams.normal((num_tasks, self.dim, self.dim), generator)
-            basis: Tensor = torch.linalg.qr(drawn).Q  # pyright: ignore[reportUnknownMemberType] - torch gives no types
+            basis = cast("Tensor", torch.linalg.qr(drawn).Q)  # pyright: ignore[reportUnknownMemberType] - no types
             tasks |= {"basis": basis, "solution": (basis @ signs.unsqueeze(-1)).squeeze(-1)}
         return tree.to(tasks, None, arguments.resolve_dtype(self.dtype))
 
@@ -130,7 +130,7 @@ class RegularizedLogistic(TaskFamily):
         inputs = self.inputs.double()
         second = inputs.T @ inputs / len(inputs)
         # torch gives it no types.
-        sizes: Tensor = torch.linalg.eigvalsh(second)  # pyright: ignore[reportUnknownMemberType]
+        sizes = cast("Tensor", torch.linalg.eigvalsh(second))  # pyright: ignore[reportUnknownMemberType]
         return float(sizes[-1]) / 4 + self.l2
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
