@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for _each in STOPPING:  # the trials, in sessions of their own, are stopped on the way out
-        if _each != signal.SIGINT and signal.getsignal(_each) != signal.SIG_IGN:  # as nohup has SIGHUP ignored
-            signal.signal(_each, lambda number, _: sys.exit(128 + number))
+    for each in STOPPING:  # the trials, in sessions of their own, are stopped on the way out
+        if each != signal.SIGINT and signal.getsignal(each) != signal.SIG_IGN:  # as nohup has SIGHUP ignored
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
