@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learnedopt.core import tree
 from learnedopt.core.containers import is_dict, is_list
 
 MAX_BYTES = 1 << 28
@@ -157,4 +158,4 @@ def _array(parts: Any) -> torch.Tensor:
     flat = np.frombuffer(data, kind.newbyteorder("<"))
     if flat.size != math.prod(shape):
         raise ValueError(f"an array in it has {flat.size} numbers, and the shape {tuple(shape)}")
-    return torch.from_numpy(flat.astype(dtype).reshape(shape))  # pyright: ignore[reportUnknownMemberType]
+    return tree.from_numpy(flat.astype(dtype).reshape(shape))
