@@ -154,8 +154,10 @@ def _array(parts: Any) -> torch.Tensor:
         raise ValueError(f"an array in it is of dtype {dtype!r}, and only {', '.join(_DTYPES)} are known")
     if not is_list(shape) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"an array in it has the shape {shape!r}")
-    kind: Any = np.dtype(dtype)  # what numpy says of its types is not all known here, and torch takes any array
-    flat = np.frombuffer(data, kind.newbyteorder("<"))
+    # What numpy says of its types is not all known here, and torch takes any array.
+    kind: Any = np.dtype(dtype)
+    flat: Any = np.frombuffer(data, kind.newbyteorder("<"))
     if flat.size != math.prod(shape):
         raise ValueError(f"an array in it has {flat.size} numbers, and the shape {tuple(shape)}")
-    return tree.from_numpy(flat.astype(dtype).reshape(shape))
+    numbers: Any = flat.astype(dtype)
+    return tree.from_numpy(numbers.reshape(shape))
