@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.evaluation.plots import plot_curves, plot_lines
 from learnedopt.evaluation.training_plot import plot_training, points, windows_of
 
@@ -55,9 +56,9 @@ class RunRecord:
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     comparison: Mapping[str, Any] | None = None
-    images: Mapping[str, bytes] = field(default_factory=dict)
+    images: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def page(run: RunRecord) -> str:
@@ -200,7 +201,7 @@ def _table(body: Element, title: str, rows: Sequence[Sequence[str]]) -> None:
 
 def _flat(value: Any, path: str = "") -> list[list[str]]:
     """Return nested values as rows of a dotted name and a value."""
-    if isinstance(value, Mapping) and value:
+    if is_mapping(value) and value:
         return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
     return [[path, json.dumps(value, ensure_ascii=False)]] if path else []
 

@@ -41,7 +41,7 @@ def new_figure(width: float, height: float, title: str = "") -> Any:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title)  # pyright: ignore[reportUnknownMemberType] - its keywords have no types
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from learnedopt.training.isolation import FAILED, Failure
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 SHOWN = 5
 """How many failures a message names; the metrics have all of them."""
 

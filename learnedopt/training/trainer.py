@@ -35,7 +35,7 @@ from learnedopt.training.result import TrainingDiverged, TrainingResult, diverge
 from learnedopt.training.settings import require_settings
 from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
-from learnedopt.training.tracker import Tracker, progress_line, sinks_of
+from learnedopt.training.tracker import Tracker, Trackers, progress_line, sinks_of
 from learnedopt.training.validation import Validation, task_generator
 
 
@@ -121,21 +121,30 @@ class MetaTrainer:
         report: Callable[[TrainingResult, Tracker], None] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.loop, self.estimator, self.objective = loop, estimator, objective
-        self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
+        self.loop: InnerLoop = loop
+        self.estimator: GradientEstimator = estimator
+        self.objective: MetaObjective = objective
+        self.num_tasks: int = num_tasks
+        self.seed: int = seed
+        self.max_grad_norm: float | None = max_grad_norm
+        self.validation: Validation | None = validation
         self.checkpoint: Path | None = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
-        self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
-        self.config, self.report = dict(config or {}), report
+        self.checkpoint_every: int = checkpoint_every
+        self.max_skips_in_a_row: int = max_skips_in_a_row
+        self.micro_batch: int | None = micro_batch
+        self.max_failed_share: float = max_failed_share
+        self.config: dict[str, Any] = dict(config or {})
+        self.report: Callable[[TrainingResult, Tracker], None] | None = report
         self.steadying: Steadying = Steadying(average, rollback_above)
         require_settings(self)
         self.ranks: Ranks = present(loop.execution.device) if ranks is None else ranks
-        self.tracker = sinks_of(tracker if self.ranks.leads else None)
+        self.tracker: Trackers = sinks_of(tracker if self.ranks.leads else None)
         theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
         self._update = MetaUpdate(self.theta, loop.theta_scale(self.theta), meta_optimizer, scheduler)
-        self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
+        self.meta_optimizer: torch.optim.Optimizer = self._update.meta_optimizer
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
         self._why, self._failures = "", Failures(estimator.renews_tasks, warns=self.ranks.leads)

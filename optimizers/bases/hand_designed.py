@@ -11,6 +11,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_tuple
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
@@ -53,7 +54,7 @@ class HandDesigned(UpdateRule):
             check_number(type(self).__name__, name, getattr(self, name), low, high)
         if self.learn is None:
             return
-        if not isinstance(self.learn, tuple) or not all(isinstance(name, str) for name in self.learn):
+        if not is_tuple(self.learn) or not all(isinstance(name, str) for name in self.learn):
             raise TypeError(
                 f"learn={self.learn!r} is not a tuple of names; pass learn=('lr',), () for none, or None for all"
             )
