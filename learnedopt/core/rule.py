@@ -191,6 +191,14 @@ class UpdateRule(ABC):
         """
         return {}
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say of each meta-parameter that has left its range what it is and must be; of none by default.
+
+        Asked where a meta-gradient was not finite, for the message: nothing keeps meta-training from moving a decay
+        rate past 1. Whoever wraps a rule hands this on.
+        """
+        return {}
+
     @abstractmethod
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Return where the inner loop starts (``params``, or a learned start out of ``theta``) and the first state."""
