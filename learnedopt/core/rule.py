@@ -119,6 +119,9 @@ class UpdateRule(ABC):
     All methods but ``init_theta`` see ONE task, are pure, and must work under ``torch.func.vmap``. A rule that counts
     steps counts them in a tensor of its state.
 
+    A rule of one's own defines ``init_theta``, ``init`` and ``update``. All other members have an answer that serves,
+    and are there for rules that wrap others, read the horizon, or have a faster step.
+
     Example:
         >>> class SignDescent(UpdateRule):
         ...     coordinatewise = True
