@@ -75,6 +75,13 @@ class Partition(UpdateRule):
             scale |= prefixed(label, rule.theta_scale())
         return scale
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what each group's rule says."""
+        found: dict[str, str] = {}
+        for label, (_, rule) in self.groups.items():
+            found |= prefixed(label, rule.theta_faults(unprefixed(label, theta)))
+        return found
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start each group as its rule does."""
         start: Params = {}

@@ -80,6 +80,10 @@ class Reparametrized(Wrapper):
         """Return the rule's scales of what stays as it is; what is put on a scale has a size of its own there, 1."""
         return prefixed("rule", {k: s for k, s in self.rule.theta_scale().items() if self._scale(k) is None})
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what the rule says of the values read from their scales."""
+        return prefixed("rule", self.rule.theta_faults(self._read(theta)))
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start as the rule does."""
         return self.rule.init(self._read(theta), params)

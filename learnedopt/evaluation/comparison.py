@@ -162,7 +162,8 @@ class Comparison:
         text = (
             f"{about['num_tasks']} fresh tasks, {about['num_steps']} steps each: mean ± 95 % interval, and median. "
             f"Learning rates are tuned for the lowest mean {about['tune_for'].replace('_', ' ')} on "
-            f"{about['num_tuning_tasks']} other tasks.\n\n" + align([head, *rows])
+            f"{about['num_tuning_tasks']} other tasks. Diverged are tasks on which a loss was not finite.\n\n"
+            + align([head, *rows])
         )
         if paired:
             text += "\n" + align([["optimizer", "minus the best baseline", "in", "mean", "95 % interval"], *paired])

@@ -94,7 +94,7 @@ def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
     values = values.masked_fill(~(values <= _CEILING * values[0].max()), math.nan)
     index, strong = _drawn(suite).index(label), label in suite.candidates
     front = label in suite.candidates[:1]
-    shape = look(index, front) | {
+    shape = look(0 if front else index, front) | {
         "linewidth": 2.4 if strong else 1.4,
         "dashes": () if front else look(index + 1)["dashes"],
     }

@@ -21,7 +21,7 @@ from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.description import describe
-from learnedopt.training.failures import Failures
+from learnedopt.training.failures import Failures, out_of_range
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.isolation import FAILED, estimate_finite, opened, remaining
 from learnedopt.training.meta_update import MetaUpdate, undone
@@ -218,6 +218,8 @@ class MetaTrainer:
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
         num_failed = self.num_tasks - found.num_tasks + estimate.info.get(FAILED, len(found.failures))
+        outside = "" if found.estimate.finite and not num_failed else out_of_range(self.loop, self.theta)
+        told = self._failures.told(found.failures, num_failed, progress.episode - 1, outside)
         if self._move(grads, norm, loss, num_failed):
             progress.carry, progress.skips_in_a_row = remaining(estimate.carry, found.places, self.num_tasks), 0
             self._goes_on = found.goes_on
@@ -228,7 +230,7 @@ class MetaTrainer:
         metrics = metrics_of(estimate, norm, time.perf_counter() - began, progress.num_skipped)
         if self.steadying.rollback_above is not None:
             metrics["rollbacks"] = progress.steadied.num_rollbacks
-        metrics |= self._failures.told(found.failures, num_failed, progress.episode - 1)
+        metrics |= told
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
@@ -299,7 +301,8 @@ class MetaTrainer:
             return
         self.save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
-        raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
+        last = f"{self._why}{self._failures.last}"
+        raise diverged(self._result(), self.progress.skips_in_a_row, why, last, self._failures.outside)
 
     def _result(self) -> TrainingResult:
         last, now = self.progress.steadied.learned(self.theta), self.progress

@@ -59,6 +59,10 @@ class Wrapper(UpdateRule):
         """Return the wrapped rule's scales under the prefix."""
         return prefixed("rule", self.rule.theta_scale())
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what the wrapped rule says, under the prefix."""
+        return prefixed("rule", self.rule.theta_faults(unprefixed("rule", theta)))
+
     def start_faults(self, params: Params) -> list[str]:
         """Say what the wrapped rule says."""
         return self.rule.start_faults(params)
