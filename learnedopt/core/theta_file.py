@@ -69,6 +69,9 @@ def describe(path: Path) -> Described:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     # What the header's parsers make of bytes that are none.
     except (SafetensorError, OSError, ValueError, struct.error) as error:
+        beside = path.with_suffix(".safetensors")
+        if beside != path and beside.is_file():
+            raise ValueError(f"{path} is no safetensors file; did you mean {beside}?") from error
         raise ValueError(
             f"{path} is no readable safetensors file ({error}); it is corrupt or cut short: write it again"
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 from learnedopt.core.task import TaskFamily
 
 _TEXT = {"batch_size": 16, "context": 32, "meta_split": "test", "held_out": True}
-_CHARACTERS = {"dataset": "omniglot-characters", "meta_split": "test", "held_out": True}
+_CHARACTERS: dict[str, Any] = {"dataset": "omniglot-characters", "meta_split": "test", "held_out": True}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Net:
 
     name: str
     family: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_steps: int = 100
     lanes: int | None = None
 
@@ -107,7 +107,7 @@ def chosen(suite: str, names: Iterable[str] = ()) -> tuple[Net, ...]:
         raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     nets = {net.name: net for net in SUITES[suite]}
     numbered = {str(i): net for i, net in enumerate(SUITES[suite], start=1)}
-    found = []
+    found: list[Net] = []
     for name in names:
         if name not in nets and name not in numbered:
             raise ValueError(f"no net {name!r} in {suite}; there are, by number: {', '.join(nets)}")

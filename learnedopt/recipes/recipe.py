@@ -69,7 +69,7 @@ class HeldOut:
     num_steps: int = 100
     num_tasks: int = 16
     every: int = 100
-    family_options: dict[str, Any] = field(default_factory=dict)
+    family_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
