@@ -24,7 +24,6 @@ from benchmarks.results_plug_in import ADAM, CELL, SIZES, competitors, matrix
 from benchmarks.suite import Call, Size
 from learnedopt import Execution, FirstOrder, InnerLoop, SumOfLosses, Unrolled, recipes
 from learnedopt import optimizers as rules
-from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core import tree
 from learnedopt.recipes import Recipe, smoke
 from learnedopt.run import build
@@ -82,7 +81,7 @@ def meta_trainings() -> list[str]:
 
 def gradient(name: str, device: str, dtype: str) -> dict[str, Tensor]:
     """Return the first meta-gradient of a recipe in its small form."""
-    recipe = smoke(override(recipes.make(name), [], INTERCHANGEABLE))
+    recipe = smoke(recipes.make(name))
     assert isinstance(recipe, Recipe)
     torch.manual_seed(0)
     kind = getattr(torch, dtype)

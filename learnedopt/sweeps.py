@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from learnedopt import plugins
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import exclusive, plain_json, require_name, write_json
+from learnedopt.core.plugged import MODULES
 from learnedopt.evaluation.comparison import align, write_text
 from learnedopt.run_folder import read_end
 from learnedopt.sweep_file import Sweep, Trial, read_sweep
@@ -182,7 +184,8 @@ def _run_all(sweep: Sweep, folder: Path, trials: Sequence[Trial], processes: int
 
 
 def _start(sweep: Sweep, folder: Path, trial: Trial) -> subprocess.Popen[bytes]:
-    command = [*command_of(sweep, trial), "--runs", str(folder), "--name", trial.name]
+    imports = [word for name in plugins.record().get(MODULES, ()) for word in ("--import", name)]  # as this process has
+    command = [*command_of(sweep, trial), *imports, "--runs", str(folder), "--name", trial.name]
     print(f"{trial.name}: {' '.join(trial.assignments)}", flush=True)
     with (folder / f"{trial.name}.log").open("ab") as log:
         # A session of its own: Ctrl-C is for this process alone, which then stops the others once.

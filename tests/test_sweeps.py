@@ -18,9 +18,10 @@ import yaml
 from test_wandb_tracker import history, records, run_file
 
 import train_meta
-from learnedopt import cli, recipes, sweeps
+from learnedopt import cli, plugins, recipes, sweeps
 from learnedopt.config import INTERCHANGEABLE, override
 from learnedopt.core.files import exclusive
+from learnedopt.core.plugged import MODULES
 from learnedopt.sweep_file import Halving, read_sweep
 from learnedopt.sweeps import command_of, require_settings, run_sweep
 from learnedopt.training.json_tracker import read_metrics
@@ -94,6 +95,15 @@ def test_a_trial_has_a_folder_of_its_own_and_tells_the_metric_that_the_files_com
     assert [row["best_validation"] for row in history(found) if "best_validation" in row] == values
     assert len(values) == 3 and values == sorted(values, reverse=True)  # no sawtooth: the start, and after each step
     assert {read_sweep(path).metric for path in FILES} == {"best_validation"}
+
+
+def test_trials_import_what_the_runner_was_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plugins._loaded, MODULES, {})
+    command = ["python", "-c", "import sys; print(sys.argv[1:])", "${args_no_hyphens}"]
+    file = written(tmp_path / "rates.yaml", command=command, parameters={"rate": {"value": 1}})
+    assert cli.main(["sweep", str(file), "--runs", str(tmp_path), "--import", "colorsys"]) == 1  # it leaves no record
+    (log,) = (tmp_path / "rates").glob("*.log")
+    assert log.read_text("utf-8").startswith("['rate=1', '--import', 'colorsys', '--runs', ")
 
 
 def test_a_grid_runs_in_as_many_processes_as_it_may_and_is_not_run_again(
