@@ -43,7 +43,7 @@ def show_comparison(
     curves = {label: outcome.curve.tolist() for label, outcome in found.outcomes.items()}
     tracker.lines("losses", curves, "inner step")
     tracker.figure("loss_curves", paths["png"])
-    _close(tracker, f"evaluation-{found.settings['family']['name']}", [*paths.values()], found.settings)
+    _close(tracker, checkpoints, f"evaluation-{found.settings['family']['name']}", [*paths.values()], found.settings)
 
 
 def show_few_shot(
@@ -65,7 +65,7 @@ def show_few_shot(
     for measure, each in lines.items():
         tracker.lines(f"{measure}_by_steps", each, "inner step")
     tracker.figure("adaptation", paths["png"])
-    _close(tracker, f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
+    _close(tracker, checkpoints, f"few-shot-{found.settings['family']['name']}", [*paths.values()], found.settings)
 
 
 def show_suite(
@@ -78,7 +78,7 @@ def show_suite(
     tracker.log({f"{label}/to {other}": ratio.mean for (label, other), ratio in ratios.items() if ratio}, step=0)
     tracker.figure("matrix", paths["png"])
     tracker.figure("loss_curves", paths["curves"])
-    _close(tracker, f"suite-{name}", [*paths.values()], about)
+    _close(tracker, checkpoints, f"suite-{name}", [*paths.values()], about)
 
 
 def tell_used(tracker: WandbTracker, checkpoints: Checkpoints) -> None:
@@ -107,11 +107,14 @@ def _opened(
         views.append(TensorBoardTracker(folder / "tensorboard"))
     tracker = Trackers(views)
     tracker.start(settings)
-    if wandb.active:
-        tell_used(wandb, checkpoints)
     return tracker
 
 
-def _close(tracker: Trackers, name: str, paths: Sequence[Path], settings: dict[str, Any]) -> None:
+def _close(
+    tracker: Trackers, checkpoints: Checkpoints, name: str, paths: Sequence[Path], settings: dict[str, Any]
+) -> None:
     tracker.artifact(name, [*paths], settings)
+    for sink in tracker.sinks:
+        if isinstance(sink, WandbTracker) and sink.active:
+            tell_used(sink, checkpoints)  # last: a server that refuses the link has all the rest
     tracker.finish()

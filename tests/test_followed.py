@@ -16,6 +16,7 @@ from learnedopt.evaluation import evaluate
 from learnedopt.evaluation.few_shot import FewShot, adapt
 from learnedopt.followed import show_comparison, show_few_shot
 from learnedopt.training.tracking import Tracking
+from learnedopt.training.wandb_tracker import WandbTracker
 
 TINY = [
     "num_meta_steps=2", "num_tasks=2", "validation.num_tasks=2", "validation.every=1", "validation.num_steps=2",
@@ -84,3 +85,19 @@ def test_an_evaluation_is_linked_to_its_training_and_shows_the_baselines_beside_
     assert chart(here, "loss_by_steps", tmp_path / "few")["packaged"] == pytest.approx(
         [summary.mean for summary in shots.summaries("loss")]
     )
+
+
+def test_a_link_that_the_server_refuses_costs_nothing_else(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no such project")
+
+    monkeypatch.setattr(WandbTracker, "_use", refuse)
+    shots = adapt(*learnedopt.load(trained), tasks.make("quadratic", dim=3), 2, 3)
+    few = FewShot({"family": {"name": "quadratic"}}, {"mine": shots})
+    show_few_shot(Tracking("offline"), tmp_path / "few", {"mine": str(trained)}, few, few.save(tmp_path / "few"))
+    assert "W&B failed while recording the use of lstm-quadratic: ValueError: no such project" in caplog.text
+    here = records(run_file(tmp_path / "few"))
+    assert chart(here, "loss_by_steps", tmp_path / "few").keys() == {"mine"}
+    assert [r.artifact.name for r in here if r.HasField("artifact") and r.artifact.type == "model"]
