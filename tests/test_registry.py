@@ -14,6 +14,7 @@ from torch import Tensor
 import learnedopt
 from learnedopt import FinalLoss, GradientEstimator, estimators, objectives, optimizers
 from learnedopt.config import INTERCHANGEABLE, override
+from learnedopt.core.group import Group
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.registry import Registry
 from learnedopt.core.tree import Params
@@ -58,6 +59,24 @@ def test_a_third_kind_of_thing_is_made_described_and_built_again() -> None:
     again: Any = objectives.build(described)
     assert objectives.describe(again) == described and (again.per, again.also.strength) == ("tensor", 0.5)
     assert all(isinstance(p, Tensor) and not p.any() for p in again.template.values())
+
+
+def test_what_is_defined_again_takes_its_place() -> None:
+    first, second = (dataclass(frozen=True)(type("Mine", (FinalLoss,), {"__module__": "my_module"})) for _ in range(2))
+    ours = Group(FinalLoss, "meta-objective", "meta-objectives", {})
+    for each in (first, first, second):
+        ours.register(each)
+    assert [*ours] == [second]
+    options = registry()
+    for each in (first, second):
+        options.register("mine", each)
+    assert options.registered == {"mine": second}
+    elsewhere = dataclass(frozen=True)(type("Mine", (FinalLoss,), {"__module__": "another_module"}))
+    with pytest.raises(ValueError, match="already registered"):
+        ours.register(elsewhere)
+    options.register("sum", lambda: TaskLoss())
+    with pytest.raises(ValueError, match="already registered"):
+        options.register("sum", lambda: TaskLoss())
 
 
 def test_registries_do_not_share_what_users_register() -> None:

@@ -10,6 +10,13 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
+def is_again(given: object, before: object) -> bool:
+    """Whether one is the other, or takes its place: a notebook's cell was run twice, or a module loaded anew."""
+    names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", "<")) for x in (given, before)]
+    # What a function or a lambda makes is another thing each time.
+    return given is before or (names[0] == names[1] and "<" not in names[0][1])
+
+
 class Group(Collection[Callable[..., Any]]):
     """The library's classes, and functions that make one, each imported when it is asked for; then the users'.
 
@@ -42,7 +49,8 @@ class Group(Collection[Callable[..., Any]]):
 
         Raises:
             TypeError: it is no dataclass itself, whatever its base is, or of another kind.
-            ValueError: the name is taken; or a field is called ``type``, as records call the class.
+            ValueError: the name is taken, and not by what this is a new definition of; or a field is called ``type``,
+                as records call the class.
 
         Example:
             >>> @learnedopt.estimators.register
@@ -57,7 +65,7 @@ class Group(Collection[Callable[..., Any]]):
                 "works as one) that is a dataclass itself: its fields are what a recipe sets and what files keep"
             )
         name = kind.__name__
-        if name in self.table or self.registered.get(name, kind) is not kind:
+        if name in self.table or not is_again(kind, self.registered.get(name, kind)):
             raise ValueError(f"the name {name!r} of {self.plural} is already registered; give the class another one")
         if any(field.name == "type" for field in dataclasses.fields(cast("Any", kind))):
             raise ValueError(f"{name} has a field 'type', under which records keep the class; give it another name")

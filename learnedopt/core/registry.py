@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.containers import is_list_or_tuple, is_mapping, is_tuple
+from learnedopt.core.group import is_again
 from learnedopt.core.tree import Params
 
 T = TypeVar("T")
@@ -83,13 +84,13 @@ class Registry(Generic[T]):
 
         Raises:
             TypeError: ``name`` is not a string or ``factory`` cannot be called.
-            ValueError: the name is taken.
+            ValueError: the name is taken, and not by what this is a new definition of.
         """
         if not isinstance(cast("object", name), str) or not callable(factory):
             raise TypeError(
                 f"register({name!r}, {factory!r}): pass a name, and the class or function that makes the {self.noun}"
             )
-        if name in self.table or name in self.retired or self.registered.get(name, factory) is not factory:
+        if name in self.table or name in self.retired or not is_again(factory, self.registered.get(name, factory)):
             raise ValueError(f"the name {name!r} of {self.plural} is already registered; choose another name")
         self.registered[name] = factory
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import cast
 
 from learnedopt.core.files import require_name
+from learnedopt.core.group import is_again
 from learnedopt.core.registry import nearest
 from learnedopt.recipes.recipe import HeldOut, MetaLearning, Recipe
 from learnedopt.recipes.small import smoke
@@ -87,7 +88,7 @@ def register(name: str, function: Callable[[], Recipe | Study]) -> None:
     if not isinstance(cast("object", name), str) or not callable(function):
         raise TypeError(f"register({name!r}, {function!r}): pass a name, and the function that returns the recipe")
     require_name(name, "the recipe's name")
-    if name in _TABLE or _registered.get(name, function) is not function:
+    if name in _TABLE or not is_again(function, _registered.get(name, function)):
         raise ValueError(f"the recipe {name!r} is already registered; choose another name")
     _registered[name] = function
 
