@@ -326,8 +326,8 @@ RUN = "lstm-quadratic"
         ([RUN, "--set", "estimator.num_steps=1.5"], r"estimator\.num_steps='1\.5' is not of the setting's type int"),
         ([RUN, "--set", "estimator.tape=FUL"], r".*'FUL' is not of the setting's type Tape; did you mean 'FULL'\?"),
         ([RUN, "--set", "estimator.tape=NONE"], r"tape=<Tape\.NONE.*use Tape\.FULL or Tape\.FIRST_ORDER"),
-        ([RUN, "--set", "estimator=Unroled"], r"estimator='Unroled' is none of .*; did you mean 'Unrolled'\?"),
-        ([RUN, "--set", "objective=SumOfLoss"], r"objective='SumOfLoss' is none of .*; did you mean 'SumOfLosses'\?"),
+        ([RUN, "--set", "estimator=Unroled"], r"estimator='Unroled' is none of .*; did you mean 'Unrolled'\?.*"),
+        ([RUN, "--set", "objective=SumOfLoss"], r"objective='SumOfLoss' is none of .*; did you mean 'SumOfLosses'\?.*"),
         (
             [RUN, "--set", "objective=BootstrappedTarget"],
             r".*needs objective\.num_target_steps and objective\.step_size.*",
