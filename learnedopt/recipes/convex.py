@@ -102,7 +102,7 @@ def parsed(name: str) -> tuple[str, float]:
 def _points(kind: str) -> tuple[Tensor, Tensor]:
     """Return standardised features with a column of ones, and labels, in float64."""
     try:
-        from sklearn import datasets  # pyright: ignore[reportMissingImports, reportMissingTypeStubs]
+        from sklearn import datasets  # pyright: ignore[reportMissingImports, reportMissingTypeStubs] - no types
     except ImportError as error:
         raise ImportError(
             f"the problem {kind!r} takes its points from scikit-learn, which is not installed: pip install "
