@@ -39,6 +39,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ValueError: the folder is no run's, or a file in it is damaged.
     """
+    from learnedopt.core.containers import is_dict
     from learnedopt.core.files import parse_json
     from learnedopt.core.sealed import read_record
     from learnedopt.evaluation.report import RunRecord
@@ -51,7 +52,7 @@ def read_run(folder: Path) -> RunRecord:
         raise ValueError(f"{folder} holds no run: it has no config.json, which every run begins with")
     found = read_record(path)
     recipe = found.get("recipe")
-    if not isinstance(recipe, dict):
+    if not is_dict(recipe):
         raise ValueError(f"{path} is no run's configuration: it names no recipe")
     lines = record.read_bytes().split(b"\n")[:-1] if record.exists() else []
     return RunRecord(

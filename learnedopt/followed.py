@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learnedopt import checkpoint
+from learnedopt.core import tree
 from learnedopt.core.sealed import read_record
 from learnedopt.evaluation.comparison import Comparison, summarise
 from learnedopt.evaluation.few_shot import FewShot
@@ -40,7 +41,7 @@ def show_comparison(
     }
     tracker = _opened(tracking, folder, checkpoints, found.settings)
     tracker.log(numbers, step=0)
-    curves = {label: outcome.curve.tolist() for label, outcome in found.outcomes.items()}
+    curves = {label: tree.numbers(outcome.curve) for label, outcome in found.outcomes.items()}
     tracker.lines("losses", curves, "inner step")
     tracker.figure("loss_curves", paths["png"])
     _close(tracker, checkpoints, f"evaluation-{found.settings['family']['name']}", [*paths.values()], found.settings)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from learnedopt.core.containers import is_dict, is_list, is_mapping
 from learnedopt.core.counts import require_count
 from learnedopt.core.registry import nearest_or_all
 
@@ -130,7 +131,7 @@ def read_sweep(path: Path) -> Sweep:
         said = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(said, dict):
+    if not is_dict(said):
         raise ValueError(f"{path} is no sweep: it needs method, metric, parameters and command")
     for key in said:
         if key not in _KEYS:
@@ -167,7 +168,7 @@ def _require_method(path: Path, method: Any) -> None:
 
 def _require_shape(path: Path, said: Mapping[str, Any]) -> None:
     metric, parameters, command = said["metric"], said["parameters"], said["command"]
-    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
+    if not is_mapping(metric) or not isinstance(metric.get("name"), str):
         raise ValueError(f"{path}: metric={metric!r} names none: write metric: {{name: best_validation}}")
     if metric.get("goal", "minimize") not in ("minimize", "maximize"):
         raise ValueError(f"{path}: metric.goal={metric['goal']!r} is neither minimize nor maximize")
@@ -176,9 +177,9 @@ def _require_shape(path: Path, said: Mapping[str, Any]) -> None:
             f"{path}: metric.name={metric['name']!r} is of other tasks, or of another window of the episode, at each "
             "meta-step, so trials could not be compared; write best_validation"
         )
-    if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+    if not is_mapping(parameters) or not all(isinstance(key, str) for key in parameters):
         raise ValueError(f"{path}: parameters={parameters!r} are no fields of a recipe by name, with their values")
-    if not isinstance(command, list):
+    if not is_list(command):
         raise ValueError(f"{path}: command={command!r} is no list of words, as [python, ...]")
     if said.get("run_cap") is not None:
         require_count(f"{path}: run_cap", said["run_cap"], least=1)
@@ -187,11 +188,11 @@ def _require_shape(path: Path, said: Mapping[str, Any]) -> None:
 def _require_spec(path: Path, key: str, spec: Any, method: str) -> None:
     if key.partition(".")[0] in _INCOMPARABLE:
         raise ValueError(f"{path}: {key} changes what is measured, so trials could not be compared; leave it as it is")
-    if isinstance(spec, Mapping) and spec.keys() == {"values"}:
-        if not isinstance(spec["values"], list) or not spec["values"]:
+    if is_mapping(spec) and set(spec) == {"values"}:
+        if not is_list(spec["values"]) or not spec["values"]:
             raise ValueError(f"{path}: {key}.values={spec['values']!r} is no list of values to try")
-    elif not isinstance(spec, Mapping) or spec.keys() != {"value"}:
-        ranged = isinstance(spec, Mapping) and {"min", "max"} <= spec.keys() <= {"min", "max", "distribution"}
+    elif not is_mapping(spec) or set(spec) != {"value"}:
+        ranged = is_mapping(spec) and {"min", "max"} <= spec.keys() <= {"min", "max", "distribution"}
         if not ranged or spec.get("distribution", "uniform") not in _RANGES:
             raise ValueError(
                 f"{path}: {key}: {spec!r} is neither value, values, nor min and max with a distribution out of "
@@ -213,7 +214,7 @@ def _require_end(path: Path, said: Any) -> None:
     if said is None:
         return
     counts = ("min_iter", "max_iter", "s", "eta")
-    if not isinstance(said, Mapping) or said.get("type") != "hyperband" or said.keys() - {"type", *counts}:
+    if not is_mapping(said) or said.get("type") != "hyperband" or said.keys() - {"type", *counts}:
         raise ValueError(f"{path}: early_terminate={said!r} is not hyperband with {', '.join(counts)}")
     if ("min_iter" in said) == ("max_iter" in said):
         raise ValueError(f"{path}: early_terminate needs either min_iter or max_iter")

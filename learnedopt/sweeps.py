@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +224,7 @@ def _start(sweep: Sweep, folder: Path, trial: Trial) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _stopped_at_the_end() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def _stopped_at_the_end() -> Generator[dict[str, subprocess.Popen[bytes]], None, None]:
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         yield running

@@ -65,7 +65,7 @@ def _run_ahead(loop: InnerLoop, theta: Theta, start: Carry, num_steps: int) -> R
     if loop.inner_objective.reads_task_loss:
         return loop.run(theta, start, num_steps, Tape.NONE)
     start = here = carries.detach(loop.begin(theta, start))
-    losses = []
+    losses: list[Tensor] = []
     for _ in range(num_steps):
         losses.append(loop.losses(theta, here, "train"))
         here = loop.run(theta, here, 1, Tape.NONE).end

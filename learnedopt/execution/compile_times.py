@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from learnedopt.core.containers import is_dict
 from learnedopt.core.files import parse_json, write_json
 from learnedopt.core.fingerprint import words
 from learnedopt.core.inner import InnerLoop
@@ -55,7 +56,7 @@ def _read() -> dict[str, float]:
     except (OSError, ValueError) as error:  # cut off, say: nothing depends on it
         logger.debug("%s is not read: %s", path, error)
         return {}
-    numbers = found.items() if isinstance(found, dict) else ()
+    numbers = found.items() if is_dict(found) else ()
     return {key: float(value) for key, value in numbers if isinstance(value, int | float)}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ def run(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tape: Tape)
         start = loop.begin(theta, carry)
         # Flat throughout, as walking trees would be a tenth of a small step.
         fixed, (moving, restore) = _of_one_layout(tree.leaves(theta)), tree.flatten((start.params, start.state))
-        losses, programs, kind = [], None, None
+        losses: list[Tensor] = []
+        programs, kind = None, None
         for step in range(carry.step, carry.step + num_steps):
             batch = loop.batch(carry.tasks, step, "train")
             drawn, drawn_kind = inspected(batch)
@@ -135,7 +136,10 @@ class _Programs(NamedTuple):
     def take(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return what ``_OneStep.outputs`` does, with a graph where there is a way back."""
         assert self.forward is not None
-        return _Call.apply(*self, *inputs) if self.backward is not None else self.forward.call(*inputs)
+        if self.backward is None:
+            return self.forward.call(*inputs)
+        # torch gives it no types.
+        return cast("Sequence[Tensor]", _Call.apply(*self, *inputs))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _programs(one: _OneStep, inputs: Sequence[Tensor], tape: Tape) -> _Programs:
@@ -216,7 +220,9 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch gives its decorator no types
+        ctx: Any, *cotangents: Tensor
+    ) -> tuple[Any, ...]:
         given = [c.contiguous() for c, floating in zip(cotangents, ctx.floating, strict=True) if floating]
         found, inputs = ctx.backward_program.complete([*ctx.saved_tensors, *given]), ctx.saved_tensors
         return None, None, *found, *[None] * (len(inputs) - len(found))

@@ -86,9 +86,9 @@ def _reason(loop: InnerLoop, theta: Theta, params: Params) -> str | None:
         grads = {NAME: like.new_tensor([0.4, -0.03, 1.2])}
         deltas, new_state = rule.update(theta, grads, state, at, loss)
         outputs = [x for x in (*deltas.values(), *tree.leaves(new_state)) if x.requires_grad]
-        if outputs and any(
-            g is not None for g in torch.autograd.grad([x.sum() for x in outputs], [at[NAME], loss], allow_unused=True)
-        ):
+        sums = [x.sum() for x in outputs]
+        read: list[Tensor | None] = [*torch.autograd.grad(sums, [at[NAME], loss], allow_unused=True)] if sums else []
+        if any(g is not None for g in read):
             return "its update reads the parameters or the loss"
     with torch.no_grad():  # without a gradient as well
         other = {NAME: torch.tensor([-0.9, 0.7, 1.3]).to(like)}
@@ -180,7 +180,9 @@ class WindowState:
 def _run(loop: InnerLoop, theta: Theta, start: Carry, first: State, memory: WindowState, num_steps: int) -> Window:
     task_map, like = TaskMap(memory.num_tasks), list(start.params.values())
     params, state = task_map.unbatch(start.params), tree.tree_map(torch.clone, memory.task_map.unbatch(first))
-    x, losses, grads = tree.ravel(like), [], []
+    x = tree.ravel(like)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
     for step in range(start.step, start.step + num_steps):
         batch = task_map.unbatch(loop.batch(start.tasks, step, "train"))
         if loop.execution.compile:
@@ -269,7 +271,8 @@ def _pull_back(
     if learned:
         pairs = zip(tree.leaves(first), tree.leaves(d_start), strict=True)
         outputs, of_start = zip(*[(x, d) for x, d in pairs if x.requires_grad], strict=True)
-        through = torch.autograd.grad(outputs, list(theta.values()), of_start, allow_unused=True)
+        leaves = list(theta.values())
+        through: list[Tensor | None] = [*torch.autograd.grad(outputs, leaves, of_start, allow_unused=True)]
         pulled = [g if s is None else s if g is None else g + s for g, s in zip(pulled, through, strict=True)]
     return pulled
 

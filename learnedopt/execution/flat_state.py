@@ -7,6 +7,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.containers import is_dict, is_list_or_tuple, is_tuple
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.tree import Params, Theta
 
@@ -36,26 +37,26 @@ def pattern(rule: UpdateRule, theta: Theta, like: Tensor) -> tuple[State, Axes]:
 
 def flatten(like: State, state: State, params: Params) -> State:
     """Return a batched state in the structure of ``like``, a pattern; dicts keyed as ``params`` become one entry."""
-    if isinstance(like, dict):
+    if is_dict(like):
         if _keyed(like, state, params):
             return {NAME: tree.ravel([state[k] for k in params])}
         return {k: flatten(x, state[k], params) for k, x in like.items()}
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
+    if is_tuple(like) and hasattr(like, "_fields"):
         return type(like)(*(flatten(x, y, params) for x, y in zip(like, state, strict=True)))
-    if isinstance(like, list | tuple):
+    if is_list_or_tuple(like):
         return type(like)(flatten(x, y, params) for x, y in zip(like, state, strict=True))
     return state
 
 
 def restore(like: State, flat: State, state: State, params: Params) -> State:
     """Undo ``flatten``: ``state`` is one of the original structure, whose values are not read."""
-    if isinstance(like, dict):
+    if is_dict(like):
         if _keyed(like, state, params):
             return dict(zip(params, tree.unravel(flat[NAME], list(params.values())), strict=True))
         return {k: restore(like[k], flat[k], x, params) for k, x in state.items()}
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
+    if is_tuple(like) and hasattr(like, "_fields"):
         return type(like)(*(restore(*each, params) for each in zip(like, flat, state, strict=True)))
-    if isinstance(like, list | tuple):
+    if is_list_or_tuple(like):
         return type(like)(restore(*each, params) for each in zip(like, flat, state, strict=True))
     return flat
 

@@ -57,7 +57,10 @@ class ForwardRun(NamedTuple):
         """Run a chunk of tasks, block by block of directions; the objective is asked once, after the first."""
         loop, theta = self.loop, self.theta
         begun = carries.detach(loop.begin(theta, chunk))
-        pieces, kept, found, taken = [], [], None, 0
+        pieces: list[Tensor] = []
+        kept: list[Tangents] = []
+        found: tuple[Rollout, Tensor, Carry | None, Cotangents] | None = None
+        taken = 0
         for start, stop in self.blocks(begun):
             along = directions(theta, start, stop)
             with torch.no_grad():
@@ -67,8 +70,9 @@ class ForwardRun(NamedTuple):
                     first = begin(loop, theta, along, chunk) if chunk.state is None else none_yet(chunk, stop - start)
                 pushed = push(loop, theta, along, begun, first, self.num_steps)
             if found is None:
-                rollout = Rollout(begun, pushed.end, pushed.losses)
-                found = value, onward, read = _pull(loop, theta, self.objective, rollout, weight)
+                first_rollout = Rollout(begun, pushed.end, pushed.losses)
+                found = first_rollout, *_pull(loop, theta, self.objective, first_rollout, weight)
+            rollout, value, onward, read = found
             with torch.no_grad():
                 pieces.append(_contracted(read, first, pushed.tangents, pushed.of_losses, begun))
                 if self.goes_on and onward is not None:
@@ -78,6 +82,8 @@ class ForwardRun(NamedTuple):
             if self.goes_on:
                 kept.append(pushed.tangents)
             taken += tree.size(begun.params) * (pushed.end.step - begun.step)
+        assert found is not None  # theta has a direction at least
+        rollout, value, onward, read = found
         end = rollout.end if onward is None else onward
         tangents = tree.tree_map(lambda *xs: torch.cat(xs, 1), *kept) if kept else None
         curve = weight * rollout.losses.mean(1)

@@ -20,7 +20,8 @@ from learnedopt.core.carry import Carry, Tape, detach, narrow
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_gradient import step_gradient
-from learnedopt.core.tree import Theta
+from learnedopt.core.task import Batch
+from learnedopt.core.tree import Params, Theta
 from learnedopt.execution.tangents import Tangents, floating, push
 
 WRONG_AT_POINTS = frozenset({"LinalgVectorNorm", "Norm", "Dist", "Sinc", "LinalgPinv"})
@@ -94,10 +95,11 @@ def _record(loop: InnerLoop, theta: Theta, point: Carry) -> _Step:
         unbatched = task_map.unbatch(params)
         found = step_gradient(loop.family, loop.inner_objective, task_map, theta, unbatched, batch, Tape.FULL)
         after = loop.move(task_map, theta, found.grads, task_map.unbatch(state), found.params, found.loss)
-        told = task_map.apply(
-            lambda theta, params, batch: loop.inner_objective.loss(theta, loop.family, params, batch),
-            (theta,), unbatched, batch,
-        )  # fmt: skip
+
+        def told_loss(theta: Theta, params: Params, batch: Batch) -> Tensor:
+            return loop.inner_objective.loss(theta, loop.family, params, batch)
+
+        told = task_map.apply(told_loss, (theta,), unbatched, batch)
     inputs = {f"theta {k!r}": x for k, x in theta.items()} | _named(params, state)
     outputs = {"the outer loss": found.outer} | _named(*after)
     own = sorted(k for k, of_user in _operations([*outputs.values()]).items() if of_user)

@@ -76,4 +76,4 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """
     out = torch.matmul(w, x.flatten(0, -2).mT).mT
     out = out if b is None else out + b
-    return out if x.ndim == 2 else out.unflatten(0, x.shape[:-1])
+    return out if x.ndim == 2 else torch.unflatten(out, 0, x.shape[:-1])

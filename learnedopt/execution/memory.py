@@ -101,7 +101,7 @@ class _Watch(TorchDispatchMode):
     """Follows every storage from the operation that makes it to its end."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
         self.known: dict[int, int] = {}  # bytes by address; 0 for what was there before
         self.held = self.peak = 0
 
@@ -118,7 +118,7 @@ class _Watch(TorchDispatchMode):
         if not isinstance(x, Tensor):
             return
         storage = x.untyped_storage()
-        address = storage._cdata
+        address = storage._cdata  # pyright: ignore[reportPrivateUsage] - the only name of a storage, also of one without memory
         if address not in self.known:
             self.known[address] = storage.nbytes() if made_here else 0
             self.held += self.known[address]

@@ -63,9 +63,9 @@ _Step = tuple[tuple[Tensor, Tensor], Params, tree.Tree]
 def _step(loop: InnerLoop, few: Particles, batch: Batch, piece: tuple[int, int], grads: Params | None) -> _Step:
     """Return losses, gradients and what an update makes of ``grads``, by default of these, in pieces of so many."""
     (num_slots, num_particles), (high, wide) = sizes(few.theta), piece
-    rows = []
+    rows: list[_Step] = []
     for i in range(0, num_slots, high):
-        row = []
+        row: list[_Step] = []
         for j in range(0, num_particles, wide):
             here = piece_of(few, (i, high), (j, wide))
             own = None if grads is None else {k: g[i : i + high, j : j + wide] for k, g in grads.items()}
@@ -87,10 +87,10 @@ def _of_piece(loop: InnerLoop, piece: Particles, batch: Batch, grads: Params | N
 
 def _agree(found: _Step, expected: _Step) -> bool:
     """Whether two steps are equal but for rounding; gradients are measured against the length of all of them."""
-    length = torch.stack([g.double().norm() for g in expected[1].values()]).norm()
-    gaps = [(found[1][k] - g).double().norm() for k, g in expected[1].items()]
+    length = tree.length(torch.stack([tree.length(g.double()) for g in expected[1].values()]))
+    gaps = [tree.length((found[1][k] - g).double()) for k, g in expected[1].items()]
     eps = max(map(_eps, expected[1].values()))
-    if bool(length.isfinite()) and not torch.stack(gaps).norm() <= 4 * eps**0.5 * length:
+    if bool(length.isfinite()) and not tree.length(torch.stack(gaps)) <= 4 * eps**0.5 * length:
         return False
     pairs = [pair for i in (0, 2) for pair in zip(tree.leaves(found[i]), tree.leaves(expected[i]), strict=True)]
     return all(near(x, y, _eps(y) if y.is_floating_point() else None) for x, y in pairs)

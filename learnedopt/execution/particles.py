@@ -119,7 +119,7 @@ def _run_piece(loop: InnerLoop, piece: Particles, num_steps: int, graph: bool) -
         at = loop.gradient(mapped, theta, params, mapped.share(batch), Tape.NONE)
         return *loop.move(mapped, theta, at.grads, state, tree.detach(at.params), at.loss), at.outer
 
-    found = []
+    found: list[Tensor] = []
     with torch.no_grad():
         taken: Callable[..., tuple[Params, State, Tensor]] = step
         if graph and num_steps:
@@ -134,7 +134,8 @@ def _run_piece(loop: InnerLoop, piece: Particles, num_steps: int, graph: bool) -
 
 def _batch(loop: InnerLoop, particles: Particles, ahead: int, split: Split) -> Batch:
     """Gather each slot's batch, ``ahead`` of where it stands; those at one step in one call."""
-    pieces, first = [], 0
+    pieces: list[Batch] = []
+    first = 0
     for step, group in groupby(particles.steps):
         last = first + len(list(group))
         pieces.append(loop.batch(tree.narrow(particles.tasks, first, last), step + ahead, split))
@@ -152,7 +153,7 @@ def _pieced(loop: InnerLoop, particles: Particles, fn: Callable[[Particles], Any
     wide, high = min(limit, num_particles), min(max(limit // num_particles, 1), num_slots)
     if begun and wide * high > 1 and not particle_trial.serves_together(loop, particles, high):
         high = 1
-    rows = []
+    rows: list[tree.Tree] = []
     for first in range(0, num_slots, high):
         rows.append(
             joined([fn(piece_of(particles, (first, high), (at, wide))) for at in range(0, num_particles, wide)], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -23,7 +23,7 @@ def run_in_segments(
 ) -> Rollout:  # fmt: skip
     """Equal ``loop.run`` in values and gradients, but store only where each segment begins; ``run`` takes its steps."""
     start = here = loop.begin(theta, carry)
-    losses = []
+    losses: list[torch.Tensor] = []
     for taken in range(0, num_steps, segment):
         with _saved_on_cpu(here) if offload else nullcontext():
             piece = _recomputed(loop, theta, here, min(segment, num_steps - taken), tape, run)
@@ -48,7 +48,11 @@ def _recomputed(loop: InnerLoop, theta: Theta, carry: Carry, num_steps: int, tap
     def forward(tensors: Any) -> list[torch.Tensor]:
         return run_on(tensors, Tape.NONE)[1]
 
-    outputs = _Segment.apply(forward, lambda tensors: run_on(tensors, tape)[1], *inputs)
+    def recorded(tensors: Any) -> list[torch.Tensor]:
+        return run_on(tensors, tape)[1]
+
+    # torch gives it no types.
+    outputs = cast("Any", _Segment.apply(forward, recorded, *inputs))  # pyright: ignore[reportUnknownMemberType]
     _, restore = tree.flatten((carry.params, carry.state, None))
     params, state, losses = restore(outputs)
     return Rollout(carry, Carry(carry.tasks, params, state, carry.step + num_steps), losses)
@@ -68,7 +72,9 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch gives its decorator no types
+        ctx: Any, *cotangents: Any
+    ) -> tuple[Any, ...]:
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
         with torch.enable_grad():
             outputs = ctx.recorded(inputs)

@@ -80,14 +80,15 @@ def _spread(like: Tensor, size: int) -> Tensor:
 
 
 def _split(grads: Tensor, params: Params) -> Params:
-    pieces = grads.split([p.numel() for p in params.values()])
+    pieces = torch.split(grads, [p.numel() for p in params.values()])
     return {k: g.reshape(p.shape).to(p.dtype) for (k, p), g in zip(params.items(), pieces, strict=True)}
 
 
 def _moves(rule: UpdateRule, theta: Theta, params: Params, grads: Params, factors: Sequence[float]) -> list[Tensor]:
     """Return each step's deltas, of all parameters side by side, at fixed parameters."""
     params, state = rule.init(theta, params)
-    loss, moves = next(iter(params.values())).new_tensor(0.7), []
+    loss = next(iter(params.values())).new_tensor(0.7)
+    moves: list[Tensor] = []
     for factor in factors:
         deltas, state = rule.update(theta, {k: factor * g for k, g in grads.items()}, state, params, loss)
         moves.append(torch.cat([deltas[k].reshape(-1) for k in params]))

@@ -49,7 +49,8 @@ def directions(theta: Theta, start: int, stop: int) -> Theta:
 
     Each tensor is (stop - start, ...); what these directions leave alone of theta is not in the dict.
     """
-    found, offset = {}, 0
+    found: Theta = {}
+    offset = 0
     for name, value in theta.items():
         first, last = max(start, offset), min(stop, offset + value.numel())
         if first < last:
@@ -68,7 +69,10 @@ def begin(loop: InnerLoop, theta: Theta, along: Theta, carry: Carry) -> Tangents
         return [*(begun[k] for k in params), *floating(state)], ()
 
     def of_task(along: Theta, params: Params) -> list[Tensor]:
-        return _push(lambda moved: start(moved, params), ({k: theta[k] for k in along},), (along,))[1]
+        def of_theta(moved: Theta) -> tuple[list[Tensor], tuple[()]]:
+            return start(moved, params)
+
+        return _push(of_theta, ({k: theta[k] for k in along},), (along,))[1]
 
     task_map = TaskMap(tree.size(carry.params))
     found = task_map.rebatch(task_map.apply(of_task, (along,), task_map.unbatch(carry.params)))
@@ -91,7 +95,8 @@ def push(
     task_map, num_tasks = TaskMap(tree.size(carry.params)), tree.size(carry.params)
     like, num_directions = tree.leaves(carry.params)[0], len(next(iter(along.values())))
     params, state, tangents = (task_map.unbatch(x) for x in (carry.params, carry.state, tangents))
-    losses, of_losses = [], []
+    losses: list[Tensor] = []
+    of_losses: list[Tensor] = []
     for step in range(carry.step, carry.step + num_steps):
         batch = task_map.unbatch(loop.batch(carry.tasks, step, "train"))
 
@@ -175,7 +180,7 @@ class _MeanOfSquares(TorchFunctionMode):
     """``mse_loss`` as the mean of what it gives unreduced: with torch's own mean, forward over reverse mode fails."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
+        options: dict[str, Any] = kwargs or {}
         plain = (options.get("reduction"), options.get("size_average"), options.get("reduce"), options.get("weight"))
         if func is functional.mse_loss and plain == ("mean", None, None, None):
             return func(*args, **options | {"reduction": "none"}).mean()
@@ -187,7 +192,11 @@ def _penalty_gradient(loop: InnerLoop, theta: Theta, params: Params) -> Params:
     assert penalty is not None
     if penalty.has_gradient:
         return checks.penalty_like(penalty, penalty.gradient(theta, params), params)
-    return torch.func.grad(lambda at: penalty.value(theta, at))(params)
+
+    def value(at: Params) -> Tensor:
+        return penalty.value(theta, at)
+
+    return torch.func.grad(value)(params)
 
 
 def _push(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.objective import TaskMean
@@ -117,7 +118,7 @@ class ArubaOmniglot(Study):
 
     def _chosen(self, method: str, parts: Parts) -> Setting:
         """Return the setting with the least validation error after a short run."""
-        errors = {}
+        errors: dict[Setting, float] = {}
         for setting in self.settings(method):
             name = "-".join(f"{value:g}" for value in setting if value is not None)
 
@@ -142,7 +143,7 @@ class ArubaOmniglot(Study):
             if method != "reptile":
                 rule, theta = as_meta_sgd(rule, theta)
             tested = self._adapted(rule, theta)
-            values = {name: x.tolist() for name, x in tested.values.items()}
+            values = {name: tree.numbers(x) for name, x in tested.values.items()}
             quantiles = _quantiles(theta) if method != "reptile" else {}
             about = {"setting": setting._asdict(), "validation": result.best_value, "rates": quantiles}
             return {**about, "steps": tested.steps, "values": values}
@@ -233,7 +234,7 @@ def _rule(method: str, setting: Setting, template: Params) -> UpdateRule:
 def _quantiles(theta: Theta) -> dict[str, list[float]]:
     """Return the 10, 50 and 90 % quantiles of each tensor's rates."""
     levels = torch.tensor([0.1, 0.5, 0.9])
-    return {k: v.flatten().quantile(levels.to(v)).tolist() for k, v in theta.items() if k.startswith("rule/lr")}
+    return {k: tree.numbers(v.flatten().quantile(levels.to(v))) for k, v in theta.items() if k.startswith("rule/lr")}
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -102,13 +102,13 @@ def parsed(name: str) -> tuple[str, float]:
 def _points(kind: str) -> tuple[Tensor, Tensor]:
     """Return standardised features with a column of ones, and labels, in float64."""
     try:
-        from sklearn import datasets  # pyright: ignore[reportMissingImports]
+        from sklearn import datasets  # pyright: ignore[reportMissingImports, reportMissingTypeStubs] - no types
     except ImportError as error:
         raise ImportError(
             f"the problem {kind!r} takes its points from scikit-learn, which is not installed: pip install "
             "scikit-learn, or name other problems"
         ) from error
-    load = {"breast-cancer": datasets.load_breast_cancer, "digits": datasets.load_digits}[kind]
+    load: Any = {"breast-cancer": datasets.load_breast_cancer, "digits": datasets.load_digits}[kind]
     features, labels = (torch.as_tensor(x, dtype=torch.float64) for x in load(return_X_y=True))
     spread = features.std(0, correction=0)
     # A pixel that is the same everywhere tells nothing: it stays at 0.
@@ -125,15 +125,18 @@ def _solve(family: TaskFamily) -> tuple[Tensor, float]:
     def loss(x: Tensor) -> Tensor:
         return family.loss({name: x}, batch)
 
+    # torch gives it no types.
+    solve = cast("Callable[..., Tensor]", torch.linalg.solve)  # pyright: ignore[reportUnknownMemberType]
     x = start[0]
     for _ in range(50):
         gradient, hessian = torch.func.grad(loss)(x), torch.func.jacrev(torch.func.grad(loss))(x)
-        step, length = torch.linalg.solve(hessian, gradient), 1.0  # pyright: ignore[reportArgumentType]
+        step, length = solve(hessian, gradient), 1.0
         while length > 1e-6 and loss(x - length * step) > loss(x):
             length /= 2
         x = x - length * step
-    if not torch.func.grad(loss)(x).norm() <= 1e-13 * torch.func.grad(loss)(start[0]).norm().clamp(min=1):
-        raise RuntimeError(f"Newton's method did not solve {family!r}; its gradient is {gradient.norm():.1e}")
+    left, first = (tree.length(torch.func.grad(loss)(point)) for point in (x, start[0]))
+    if not left <= 1e-13 * first.clamp(min=1):
+        raise RuntimeError(f"Newton's method did not solve {family!r}; its gradient is {left:.1e}")
     return x, float(loss(x))
 
 
@@ -182,7 +185,7 @@ def _rule(make: Callable[[], UpdateRule], grid: Mapping[str, Sequence[float]], s
         carry = loop.start(tasks)
         losses = loop.run(theta, carry, num_steps, Tape.NONE, theta_per_task=True).losses
         best = int(losses[-1].nan_to_num(torch.inf).argmin())
-        return Found(losses[:, best].tolist(), points[best])
+        return Found(tree.numbers(losses[:, best]), points[best])
 
     return minimise
 

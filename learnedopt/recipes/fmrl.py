@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
+from learnedopt.core import tree
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import plain_json, write_json
+from learnedopt.core.task import Tasks
 from learnedopt.core.weights import require_positive
+from learnedopt.evaluation.regret import Regret
 from learnedopt.recipes.online_convex import Follows, OnlineConvex
 from learnedopt.recipes.study import Parts, Study, require_some
 from learnedopt.training.tracker import Tracker
@@ -108,7 +111,7 @@ class FmrlConvex(Study):
             single = setting.regret(setting.single_task(alone, met.tasks), met.tasks, leads=leads)
             best = setting.regret(setting.omniscient(met.tasks), met.tasks, leads=leads)
             found[label] = {
-                "tar": averages.tolist(), "bound": bounds.tolist(), "radius": float(regrets.radius[-1]),
+                "tar": tree.numbers(averages), "bound": tree.numbers(bounds), "radius": float(regrets.radius[-1]),
                 "violations": regrets.violations(), "single": float(single.regret.mean()),
                 "omniscient": float(best.regret.mean()),
             }  # fmt: skip
@@ -149,7 +152,7 @@ class FmrlConvex(Study):
             curves = {"mirror descent": ("descent", "tar"), "regularised leader": ("leader", "tar")}
             curves["bound of both"] = ("descent", "bound")
             lines = {
-                label: (counts, torch.tensor([run[who][key] for run in runs]).mean(0).tolist())
+                label: (counts, tree.numbers(torch.tensor([run[who][key] for run in runs]).mean(0)))
                 for label, (who, key) in curves.items()
             }
             plot_lines(
@@ -196,7 +199,7 @@ class FmrlFashion(Study):
             for seed in self.seeds
             for shots in self.shots
         }
-        rows = []
+        rows: list[dict[str, Any]] = []
         for step, shots in enumerate(self.shots):
             rows.append(summarised([found[shots, seed] for seed in self.seeds]))
             tracker.log({"shots": shots, **{k: v for k, v in rows[-1].items() if isinstance(v, float)}}, step)
@@ -219,7 +222,8 @@ class FmrlFashion(Study):
         starts: dict[Follows, float] = {
             "fal": self.fal_radius, "fli-online": self.fli_radius, "fli-batch": self.fli_radius
         }  # fmt: skip
-        found, tasks = {}, None
+        found: dict[str, Regret] = {}
+        tasks: Tasks = None
         for follows, radius in starts.items():
             met = setting.meta_train(follows, self.num_tasks, seed, radius=radius, factor=self.factor)
             found[follows], tasks = setting.regret(met.thetas, met.tasks), met.tasks

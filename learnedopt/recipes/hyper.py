@@ -101,7 +101,7 @@ class HyperFashion(Study):
 
     def _tuned(self, name: str, parts: Parts) -> float:
         rates: tuple[float, ...] = getattr(self, f"{name}_rates")
-        scores = {}
+        scores: dict[str, float] = {}
         for rate in rates:
             run = functools.partial(self._fixed, name, rate, self.tuning_seeds)
             runs = parts.remember(f"tuning/{name}-{rate:g}.json", run, len(self.tuning_seeds))
@@ -117,7 +117,7 @@ class HyperFashion(Study):
 
     def _learned(self, name: str, start: float, rate: float, parts: Parts) -> list[list[float]]:
         make = functools.partial(self._optimizer, name, rate)
-        found = []
+        found: list[list[float]] = []
         for seed in self.seeds:
             run = functools.partial(one_run.learning, self._family, make, seed, self.num_steps)
             done = parts.remember(f"runs/{name}-from-{start:g}-{seed}.json", run)

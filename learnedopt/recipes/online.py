@@ -126,7 +126,8 @@ class OnlineLearning(Study):
         middles = [(i + 0.5) * stretch for i in range(self._points)]
         ends = [(i + 1) * stretch for i in range(self._points)]
         loss, cumulative = f"train loss, mean of {stretch:g} steps", "cumulative loss"
-        panels, bands = {loss: {}, cumulative: {}}, {loss: {}, cumulative: {}}
+        panels: dict[str, dict[str, tuple[plots.Values, plots.Values]]] = {loss: {}, cumulative: {}}
+        bands: dict[str, dict[str, tuple[plots.Values, plots.Values]]] = {loss: {}, cumulative: {}}
         for label, runs in curves.items():
             losses = torch.tensor(runs, dtype=torch.float64)
             for name, x, values in ((loss, middles, losses), (cumulative, ends, stretch * losses.cumsum(1))):
@@ -165,7 +166,7 @@ class OnlineLearning(Study):
             "at_edge": best.at_edge and len(tried) > 1,
             "tried": {str(rate): value for rate, value in tried.items()},
             "totals": totals,
-            "curve": torch.tensor(curves).mean(0).tolist(),
+            "curve": tree.numbers(torch.tensor(curves).mean(0)),
             "curves": curves,
         }
 
@@ -189,7 +190,7 @@ class OnlineLearning(Study):
         return {
             "total": float(losses.sum()) if losses.isfinite().all() else math.inf,
             "curve": [float(part.mean()) for part in losses.tensor_split(self._points)],
-            "theta": {name: value.tolist() for name, value in theta.items()},
+            "theta": {name: tree.numbers(value) for name, value in theta.items()},
             "cpu_seconds": time.process_time() - began,
         }
 
@@ -197,7 +198,8 @@ class OnlineLearning(Study):
         """Return the losses (num_steps,) of one run, a mean over tasks, and theta."""
         from learnedopt import optimizers
 
-        loop = self._loop(optimizers.make(method.rule.name, **{**method.rule.options, "lr": rate}))
+        options: dict[str, Any] = {**method.rule.options, "lr": rate}
+        loop = self._loop(optimizers.make(method.rule.name, **options))
         theta = tree.to(loop.init_theta(torch.Generator().manual_seed(seed)), self.execution.device, None)
         tasks = loop.family.sample(self.num_tasks, task_generator(seed, 0))  # those that a MetaTrainer begins with
         return loop.run(theta, loop.start(tasks), self.num_steps, Tape.NONE).losses.mean(1), theta

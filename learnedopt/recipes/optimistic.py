@@ -121,7 +121,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Non
     figure = style.new_figure(4.2 * len(panels), 4.6)
     for i, (name, gaps) in enumerate(panels.items(), start=1):
         axes = style.add_axes(figure, (1, len(panels), i), xlabel="T, gradients", ylabel="f - min f", title=name)
-        lines = {}
+        lines: dict[str, tuple[list[float], list[float]]] = {}
         for method, gap in gaps.items():
             shown = [value if _ROUND_OFF < value <= 10 * gap[0] else math.nan for value in gap]
             lines[method] = style.floats(range(1, len(gap) + 1)), shown

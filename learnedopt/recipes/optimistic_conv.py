@@ -78,11 +78,12 @@ class OptimisticConv(Study):
 
     def run(self, folder: Path, tracker: Tracker) -> None:
         """Choose every method's setting, run it, and draw the losses."""
-        curves, settings = {}, self._choices()
+        curves: dict[str, list[list[float]]] = {}
+        settings = self._choices()
         num_tuned = len(self.tuning_seeds) * sum(map(len, settings.values()))
         parts = Parts(folder, num_tuned + len(self.seeds) * len(settings))
         for method, choices in settings.items():
-            scores = {}
+            scores: dict[str, float] = {}
             for name in choices:
                 runs = [self._losses(method, name, choices[name], seed, parts) for seed in self.tuning_seeds]
                 scores[name] = one_run.score(runs, self.last)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from learnedopt.core.containers import is_dict
 from learnedopt.core.files import plain_json
 from learnedopt.core.pace import Pace, duration
 from learnedopt.core.sealed import read_record, write_record
@@ -72,7 +73,7 @@ def remember(path: Path, compute: Callable[[], Any]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, {_VALUE: plain_json(compute())})
     found = read_record(path, of_before=(dict, list))
-    return found[_VALUE] if isinstance(found, dict) and found.keys() == {_VALUE} else found
+    return found[_VALUE] if is_dict(found) and found.keys() == {_VALUE} else found
 
 
 class Parts:

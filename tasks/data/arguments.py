@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from learnedopt.core.containers import is_tuple
+
 MetaSplit: TypeAlias = Literal["train", "valid", "test"]
 """Which tasks: those to meta-train on, to validate on, or to test on."""
 DType: TypeAlias = Literal["float32", "float64"]
@@ -55,7 +57,7 @@ def require_common(dtype: Any, meta_split: Any) -> None:
 
 def require_widths(option: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a tuple of positive integers."""
-    if not isinstance(value, tuple):
+    if not is_tuple(value):
         raise ValueError(f"{option}={value!r} is not a tuple of widths; pass one such as (20,) or (40, 40)")
     for i, width in enumerate(value):
         require_count(f"{option}[{i}]", width)

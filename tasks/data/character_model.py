@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learnedopt.core import tree
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, initial_params, streams, text
@@ -55,7 +57,7 @@ class CharacterModel(TaskFamily):
     def __post_init__(self) -> None:
         arguments.require_count("batch_size", self.batch_size)
         arguments.require_count("context", self.context)
-        if not isinstance(self.held_out, bool):
+        if not isinstance(cast("object", self.held_out), bool):
             raise TypeError(f"held_out={self.held_out!r} is neither True nor False")
         arguments.require_common(self.dtype, self.meta_split)
 
@@ -76,12 +78,12 @@ class CharacterModel(TaskFamily):
             raise ValueError(f"context={self.context} is longer than the text, {len(symbols)} characters; pass less")
         streamed = [streams.stream(seed, split, step) for seed in tasks["seed"].tolist()]
         starts = np.stack([random.integers(num_starts, size=(self.batch_size, 1)) for random in streamed])
-        sequences = symbols[torch.from_numpy(starts + np.arange(self.context + 1))].long()
+        sequences = symbols[tree.from_numpy(starts + np.arange(self.context + 1))].long()
         return {"inputs": sequences[..., :-1], "targets": sequences[..., 1:]}
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """Return the logits (batch_size, context, 64)."""
-        return self.logits(params, batch["inputs"]).unflatten(0, (-1, self.context))
+        return torch.unflatten(self.logits(params, batch["inputs"]), 0, (-1, self.context))
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the next character, in nats."""

@@ -39,7 +39,7 @@ def load(meta_split: MetaSplit, held_out: bool) -> Images:
 def _load(root: str | None, cache: str | None, meta_split: MetaSplit, held_out: bool) -> Images:
     names, pixels = omniglot.read(root, cache)
     chosen = [i for i, name in enumerate(names) if name.partition("/")[0] in ALPHABETS[meta_split]]
-    turned = pixels.unflatten(0, (len(names), omniglot.NUM_ROTATIONS, omniglot.NUM_DRAWINGS))
+    turned = torch.unflatten(pixels, 0, (len(names), omniglot.NUM_ROTATIONS, omniglot.NUM_DRAWINGS))
     part = slice(NUM_TRAIN, None) if held_out else slice(NUM_TRAIN)
     drawings = turned[chosen, 0, part].reshape(len(chosen), -1, NUM_PIXELS)
     labels = torch.arange(len(chosen)).repeat_interleave(drawings.shape[1])

@@ -139,13 +139,13 @@ class FewShotImages(TaskFamily):
         if self.batch_shots is None:
             return index
         turn = (step * self.batch_shots + torch.arange(self.batch_shots, device=index.device)) % self.shots
-        return index.unflatten(1, (self.ways, self.shots))[..., turn].flatten(1)
+        return torch.unflatten(index, 1, (self.ways, self.shots))[..., turn].flatten(1)
 
     def _gather(self, index: Tensor) -> Tensor:
         pixels = self.images().pixels
         image_array.require_mapped(pixels)
         chosen = pixels.index_select(0, index.flatten().cpu())
-        images = chosen.to(arguments.resolve_dtype(self.dtype)).div_(255).unflatten(0, index.shape)
+        images = torch.unflatten(chosen.to(arguments.resolve_dtype(self.dtype)).div_(255), 0, index.shape)
         return images.movedim(-1, 2)  # a view: channels stay last in memory, where convolutions on the CPU are fastest
 
     def _require_enough(self, counts: Tensor) -> None:

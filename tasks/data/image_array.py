@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.files import write_atomically
 from learnedopt.core.private_folder import cache_folder
 from learnedopt.core.sealed import END, at_the_end, is_sealed, seal
@@ -50,7 +50,8 @@ def decode(content: bytes, name: str, size: int, channels: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are read")
             image.load()
@@ -70,7 +71,7 @@ def decode(content: bytes, name: str, size: int, channels: int) -> np.ndarray:
     image = image if image.mode == mode else image.convert(mode)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels)
+    return np.reshape(np.asarray(image), (size, size, channels))
 
 
 def cached(source: Iterable[str], shape: Sequence[int], fill: Callable[[], Iterator[np.ndarray]]) -> Tensor:
@@ -91,7 +92,7 @@ def cached(source: Iterable[str], shape: Sequence[int], fill: Callable[[], Itera
     if not path.is_file() or not _is_whole(path, shape):
         _write(path, shape, fill)
     array = np.load(path, mmap_mode="c")  # private pages: torch takes only writable arrays, and nobody writes
-    pixels = torch.from_numpy(array)
+    pixels = tree.from_numpy(array)
     file = os.open(path, os.O_RDONLY)  # kept, as the mapping is: the name may be of another file by then
     if pixels.data_ptr() in _mapped:
         os.close(_mapped[pixels.data_ptr()][0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from learnedopt.core import tree
 from learnedopt.core.task import Split
 from learnedopt.tasks.data import arguments, characters, images, streams
 
@@ -100,8 +101,10 @@ class Minibatches:
             batch_size) int64.
         """
         pixels, labels = self.all_images(split)
-        drawn = [streams.stream(s, split, step).integers(len(labels), size=self.batch_size) for s in seeds.tolist()]
-        index = torch.from_numpy(np.concatenate(drawn))
+        drawn = [
+            streams.stream(s, split, step).integers(len(labels), size=self.batch_size) for s in tree.numbers(seeds)
+        ]
+        index = tree.from_numpy(np.concatenate(drawn))
         seen = self._seen(pixels.index_select(0, index)) if self.size is None else self._scaled(pixels)[index]
         shape = (len(drawn), self.batch_size)
         return seen.reshape(*shape, self.side, self.side), labels.index_select(0, index).reshape(shape)
@@ -118,7 +121,7 @@ class Minibatches:
         made = _SCALED.setdefault(pixels, {})
         key = (self.crop, self.size, self.standardize, arguments.resolve_dtype(self.dtype))
         if key not in made:
-            made[key] = torch.cat([self._seen(part) for part in pixels.split(_CHUNK)])
+            made[key] = torch.cat([self._seen(part) for part in torch.split(pixels, _CHUNK)])
         return made[key]
 
     def _seen(self, pixels: Tensor) -> Tensor:

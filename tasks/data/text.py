@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.tasks.data.arguments import MetaSplit
 
 Part: TypeAlias = Literal["whole", "kept", "held-out"]
@@ -61,7 +62,7 @@ def split_of(name: str) -> MetaSplit:
 def as_text(symbols: Tensor) -> str:
     """Return symbols (n,) as text to read; the last symbol is shown as a replacement character."""
     shown = CHARACTERS + "\ufffd"
-    return "".join(shown[i] for i in symbols.tolist())
+    return "".join(shown[i] for i in tree.numbers(symbols))
 
 
 def _part_of(content: bytes, part: Part) -> bytes:
@@ -71,7 +72,7 @@ def _part_of(content: bytes, part: Part) -> bytes:
 
 def _names(root: Path) -> list[str]:
     """Return the names of the library's sources, sorted, but for those that differ from build to build."""
-    found = []
+    found: list[str] = []
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in _LEFT_OUT and not name.startswith("config-")]
         sources = (name for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from learnedopt.core.tree import Params, Tree
+from learnedopt.tasks.modules import structure
 
 
 @final
@@ -44,7 +45,7 @@ class Stateless:
         Constants keep their own dtype, unless parameters come in another dtype than the module's own, as under
         ``Execution(dtype=...)``: then floating-point constants of that same own dtype follow them, and the others stay.
         """
-        casts = {}
+        casts: dict[torch.dtype, torch.dtype] = {}
         for name, p in params.items():
             own = self.trained[name].dtype if name in self.trained else p.dtype
             if p.dtype is not own:
@@ -72,7 +73,7 @@ class Stateless:
             return torch.func.functional_call(self.module, values, args, kwargs, tie_weights=False)
 
     @contextmanager
-    def left_alone(self) -> Iterator[None]:
+    def left_alone(self) -> Generator[None, None, None]:
         """Put plain attributes that forward writes, such as a cache, back at the end."""
         before = [part.__dict__.copy() for part in self._parts]
         try:
@@ -111,10 +112,13 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
 
 def arguments(forward: Callable[..., Any], inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments by which ``inputs`` are passed to ``forward``."""
-    if type(inputs) is tuple:
-        args, kwargs = inputs, {}
-    elif type(inputs) is dict:
-        args, kwargs = (), inputs
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    kind = type(cast("object", inputs))
+    if kind is tuple:
+        args = inputs
+    elif kind is dict:
+        kwargs = inputs
     else:
         return (inputs,), {}
     try:
@@ -127,9 +131,9 @@ def arguments(forward: Callable[..., Any], inputs: Tree) -> tuple[tuple[Any, ...
 def _aliases(module: nn.Module) -> dict[str, str]:
     """Return the further names of tensors that lie at several places, each with the first name."""
     first: dict[int, str] = {}
-    found = {}
-    for prefix, part in module.named_modules():
-        own = [*part.named_parameters(recurse=False, remove_duplicate=False)]
+    found: dict[str, str] = {}
+    for prefix, part in structure.named_parts(module):
+        own: list[tuple[str, Tensor]] = [*part.named_parameters(recurse=False, remove_duplicate=False)]
         own += part.named_buffers(recurse=False, remove_duplicate=False)
         for attribute, tensor in own:
             name = f"{prefix}.{attribute}" if prefix else attribute
@@ -139,7 +143,7 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _fast_path_off() -> Iterator[None]:
+def _fast_path_off() -> Generator[None, None, None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

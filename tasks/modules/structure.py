@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ def require_pure(module: nn.Module) -> None:
                 f"parameter {name!r} is complex, and rules move real ones; keep torch.view_as_real(...) of it as the "
                 "parameter, and use torch.view_as_complex in forward"
             )
-    for name, part in module.named_modules():
+    for name, part in named_parts(module):
         where = place(module, name)
         # Dropout layers, and layers with dropout inside, such as nn.LSTM and nn.MultiheadAttention.
-        drops = part.p > 0 if isinstance(part, nn.modules.dropout._DropoutNd) else _rate(part) > 0
+        dropout = nn.modules.dropout._DropoutNd  # pyright: ignore[reportPrivateUsage] - torch has no public one for all
+        drops = part.p > 0 if isinstance(part, dropout) else _rate(part) > 0
         if part.training and (drops or isinstance(part, nn.RReLU)):
             raise ValueError(
                 f"{where} is active dropout: the loss would draw random numbers of its own; set p=0 or eval()"
@@ -68,20 +70,29 @@ def wrong_second_derivatives(module: nn.Module) -> list[str]:
         f"{place(module, name)} has weight normalisation over dim={dim}, whose second derivatives torch gets wrong; "
         "pass dim=None, write g * v / v.norm() in a parametrization of your own, or take no second derivatives: "
         "tape=Tape.FIRST_ORDER"
-        for name, part in module.named_modules()
+        for name, part in named_parts(module)
         for dim in _fused_weight_norms(part)
     ]
 
 
 def _fused_weight_norms(part: nn.Module) -> Iterator[int]:
     """Yield the dimensions of a layer's weight normalisations by torch's fused operation: the first and the last."""
-    hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    # torch has no public way to read them, and does not say all of their types.
+    hooked = part._forward_pre_hooks  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
+    registered = cast("dict[int, object]", hooked)
+    hooks = [hook for hook in registered.values() if isinstance(hook, WeightNorm)]
     dims = [(hook.dim, getattr(part, f"{hook.name}_v").ndim) for hook in hooks]
     for weights in getattr(part, "parametrizations", {}).values():
         for step in weights:
             if type(step).__name__ == "_WeightNorm":
                 dims.append((step.dim, weights.original1.ndim))
     yield from (dim for dim, ndim in dims if dim in (0, ndim - 1))
+
+
+def named_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the module itself and all those within it, each with its first name."""
+    # torch gives it no types.
+    return module.named_modules()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def place(module: nn.Module, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from learnedopt.core import tree
 from learnedopt.core.tree import Params, Tree
 from learnedopt.tasks.modules import torch_errors
 from learnedopt.tasks.modules.stateless import Stateless
-from learnedopt.tasks.modules.structure import place
+from learnedopt.tasks.modules.structure import named_parts, place
 
 _RECOMPUTES = (
     "its forward is computed again on the way back (torch.utils.checkpoint, or a function that does the same), and "
@@ -96,13 +96,13 @@ def _written(trial: Trial, values: dict[str, Tensor], versions: dict[str, int]) 
 def _faults_on_the_way_back(trial: Trial, *, second_derivatives: bool) -> list[str]:
     nowhere = {k: torch.full_like(p, torch.nan) for k, p in trial.params.items()}
     try:
-        grads = _gradient(trial, nowhere)
-        wrong = not _finite(grads)
+        found = _gradient(trial, nowhere)
+        grads = found if _finite(found) else None
     except RuntimeError as error:
         if "torch.utils.checkpoint" in str(error):
             return [_RECOMPUTES]
-        wrong = True
-    if wrong:  # Was it the weights that the module held, or are gradients not finite, or not there, anyhow?
+        grads = None
+    if grads is None:  # Was it the weights that the module held, or are gradients not finite, or not there, anyhow?
         grads = _gradient(trial, trial.values())
         if _finite(grads):
             return [_RECOMPUTES]
@@ -127,11 +127,12 @@ def _gradient(trial: Trial, held: Params, *, twice: bool = False) -> Params:
     leaves = {k: values[k] for k in trial.params}
 
     def back() -> Params:
-        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=twice, allow_unused=True)
+        wanted = list(leaves.values())
+        found: list[Tensor | None] = [*torch.autograd.grad(loss, wanted, create_graph=twice, allow_unused=True)]
         if twice:
             total = torch.stack([g.sum() for g in found if g is not None]).sum()
             if total.requires_grad:
-                torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                torch.autograd.grad(total, wanted, allow_unused=True)
         return {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
 
     return trial.call.holding(held, back)
@@ -153,7 +154,7 @@ def _who_draws(trial: Trial) -> str:
         if before.pop() != _random_state():
             found.append(part)
 
-    parts = {part: name for name, part in trial.call.module.named_modules()}
+    parts = {part: name for name, part in named_parts(trial.call.module)}
     handles = [h for part in parts for h in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))]
     try:
         trial.run(trial.values())
@@ -171,7 +172,7 @@ def _kept(module: nn.Module) -> dict[tuple[str, str], None]:
     """Return the attributes, as (part, attribute), whose containers hold tensors with a graph."""
     return {
         (name, attribute): None
-        for name, part in module.named_modules()
+        for name, part in named_parts(module)
         for attribute, value in vars(part).items()
         if attribute not in ("_parameters", "_buffers", "_modules") and isinstance(value, list | dict | tuple)
         and any(isinstance(x, Tensor) and x.grad_fn is not None for x in pytree.tree_leaves(value))
@@ -189,7 +190,7 @@ def _random_state() -> list[Any]:
 
 
 @contextmanager
-def _randomness_put_back() -> Iterator[None]:
+def _randomness_put_back() -> Generator[None, None, None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
