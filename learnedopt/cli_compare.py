@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from learnedopt.cli_given import baselines_of, load_all, options_of
+from learnedopt.cli_given import baselines_of, load_all, options_of, use_threads
 from learnedopt.training.following import Tracking
 
 
@@ -43,15 +43,13 @@ def compare(
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
     """
-    import torch
-
     from learnedopt import tasks as registry
     from learnedopt.config import recorded_solver
     from learnedopt.evaluation.runs import compare_runs, families, labelled
     from learnedopt.followed import require_views, show_comparison
 
     require_views(tracking)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     loaded, options = load_all(checkpoint), options_of(set)
     own = registry.describe(families(loaded, family, options)[0])["name"]
     out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from learnedopt import cli_suite
 from learnedopt.cli_compare import compare
-from learnedopt.cli_given import load_all, options_of
+from learnedopt.cli_given import load_all, options_of, use_threads
 from learnedopt.training.following import Tracking
 
 
@@ -58,12 +58,10 @@ def evaluate_runs(
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
     """
-    import torch
-
     from learnedopt.followed import require_views
 
     require_views(tracking)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     tuned: dict[str, Any] = {"tuning_tasks": tuning_tasks, "tune_for": tune_for, "baselines": baselines}
     on_suite: dict[str, Any] = {"nets": nets, "device": device, "graphs": graphs}
     if suite is not None:
@@ -88,7 +86,9 @@ def evaluate_runs(
 def _require_unused(when: str, **options: object) -> None:
     unused = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, (), [])]
     if unused:
-        raise ValueError(f"{' and '.join(unused)} have no effect {when}: leave them out")
+        one = len(unused) == 1
+        told = f"{' and '.join(unused)} {'has' if one else 'have'} no effect {when}"
+        raise ValueError(f"{told}: leave {'it' if one else 'them'} out")
 
 
 def _few_shot(

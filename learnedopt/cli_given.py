@@ -9,6 +9,16 @@ if TYPE_CHECKING:
     from learnedopt.checkpoint import Checkpoint
 
 
+def use_threads(threads: int) -> None:
+    """Let torch use so many threads."""
+    import torch
+
+    from learnedopt.core.counts import require_count
+
+    require_count("--threads", threads, least=1)
+    torch.set_num_threads(threads)
+
+
 def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
     """Return what the checkpoints hold, by what each is called in tables."""
     from learnedopt.checkpoint import load_checkpoint

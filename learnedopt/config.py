@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from learnedopt.core.group import Group
@@ -151,7 +152,19 @@ def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change]
     missing = [prefix + name for name, f in fields.items() if name not in values and f is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{kind.__name__} needs {' and '.join(missing)}: set that too")
-    return kind(**values)
+    with placed(prefix, values):
+        return kind(**values)
+
+
+@contextmanager
+def placed(prefix: str, fields: Collection[str]) -> Iterator[None]:
+    """Let a ValueError that begins with ``field=`` tell which one of that name it is: ``prefix`` comes before it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition("=")[0] not in fields or not prefix:
+            raise
+        raise ValueError(f"{prefix}{error}") from error
 
 
 def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, kinds: Kinds) -> Any:

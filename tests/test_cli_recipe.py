@@ -126,6 +126,14 @@ def test_what_is_said_of_following_a_run_reaches_it(monkeypatch: pytest.MonkeyPa
     assert tracking == Tracking() and folder == tmp_path / "demo-smoke"
 
 
+def test_what_the_command_line_says_is_not_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "long.yaml").write_text("{num_meta_steps: 600, num_tasks: 64}")
+    words = f"demo --smoke --config {tmp_path / 'long.yaml'} num_meta_steps=30 estimator=Unrolled".split()
+    found = printed(capsys, *words)
+    assert (found["num_meta_steps"], found["num_tasks"], found["estimator"]["type"]) == (30, 2, "Unrolled")
+    assert found["estimator"]["num_steps"] == 5 and found["name"] == "demo-smoke"
+
+
 @pytest.mark.parametrize("words", ["train --list", "check --list", "list", "card general", "train my-own --help"])
 def test_modules_of_ones_own_are_imported_by_every_command(
     words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -142,7 +142,7 @@ def test_a_required_field_of_another_class_can_be_given_or_is_asked_for() -> Non
         ("shape.colour=red", r"colour='red' is not of the setting's type Colour; did you mean 'RED'\?"),
         ("shape=Boxx", r"shape='Boxx' is none of Square, Box, Circle; did you mean 'Box'\?"),
         ("shape=square", r"shape='square' is none of .*; did you mean 'Square'\?"),
-        ("shape.side=3", r"^height=8\.0 is no multiple of 3$"),  # the settings' own refusal, as it is
+        ("shape.side=3", r"^shape.height=8\.0 is no multiple of 3$"),  # the settings' own refusal, as it is
     ],
 )
 def test_a_wrong_override_is_told_the_nearest_right_one(assignment: str, told: str) -> None:

@@ -71,6 +71,10 @@ class HeldOut:
     every: int = 100
     family_options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for count, least in {"num_steps": 0, "num_tasks": 1, "every": 1}.items():
+            require_count(count, getattr(self, count), least)
+
 
 @dataclass(frozen=True)
 class Recipe:
