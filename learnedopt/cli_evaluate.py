@@ -110,15 +110,13 @@ def _few_shot(
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
     own = registry.describe(families(loaded, family, options)[0])["name"]
     out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
-    if out.exists() and not out.is_dir():  # before the work, which may take minutes
-        raise ValueError(f"--out {out} exists, and is no folder; name another")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
     found = adapt_runs(
         loaded, family, options, solvers=solvers, num_steps=steps, num_tasks=tasks, seed=seed,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     found = replace(found, settings={"checkpoints": [*checkpoint], **found.settings})
     print(f"\n{found.markdown()}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     show_few_shot(tracking, out, labelled(checkpoint), found, paths)

@@ -187,7 +187,7 @@ def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:
         (["--family", "quadratic", "--steps", "0"], "num_steps=0 is not a count"),
         (["--family", "quadratic", "--tasks", "1"], "at least 2"),
         (["--family", "quadratic", "--tasks", "many"], "--tasks='many' is not of the option's type int"),
-        (["--family", "quadratic", "--tune-for", "loss"], "use one of final_loss, sum_of_losses, last_ten"),
+        (["--family", "quadratic", "--tune-for", "loss"], "none of final_loss, sum_of_losses, last_ten; did"),
         (["--family", "quadratic", "--wandb", "ofline"], "did you mean 'offline'?"),
         (["--family", "quadratic", "--step", "5"], "did you mean --steps?"),
         ([], "has no record of a family; name one with --family"),
