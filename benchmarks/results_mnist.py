@@ -18,13 +18,13 @@ from learnedopt.evaluation.comparison import Comparison
 from learnedopt.evaluation.evaluate import compare
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "mnist.png"
-SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
-    "mnist": (100, {}),
-    "mnist_test_images": (100, {"meta_split": "test"}),
-    "mnist_200_steps": (200, {}),
-    "mnist_40_units": (100, {"hidden": (40,)}),
-    "mnist_2_layers": (100, {"hidden": (20, 20)}),
-    "mnist_relu": (100, {"activation": "relu"}),
+SETTINGS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "mnist": (100, {}, "as meta-trained"),
+    "mnist_test_images": (100, {"meta_split": "test"}, "on test images"),
+    "mnist_200_steps": (200, {}, "as meta-trained"),
+    "mnist_40_units": (100, {"hidden": (40,)}, "40 hidden units"),
+    "mnist_2_layers": (100, {"hidden": (20, 20)}, "two hidden layers"),
+    "mnist_relu": (100, {"activation": "relu"}, "ReLU"),
 }
 
 
@@ -45,9 +45,9 @@ def main(names: list[str]) -> None:
     """Print the tables and draw the curves of the first."""
     torch.set_num_threads(1)
     for name in names or SETTINGS:
-        num_steps, options = SETTINGS[name]
+        num_steps, options, label = SETTINGS[name]
         comparison = measure(num_steps, options)
-        print(f"### `{name}`: {num_steps} steps, {options or 'as meta-trained'}\n\n{comparison.markdown()}", flush=True)
+        print(f"### `{name}`: {num_steps} steps, {label}\n\n{comparison.markdown()}", flush=True)
         if name == "mnist":
             comparison.draw(FIGURE, "MLP with 20 sigmoid units on MNIST")
 

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 
+from learnedopt.card_needs import Needs, needs_of
 from learnedopt.checkpoint import Checkpoint, load_checkpoint, own_theta, packaged
 from learnedopt.core import tree
 from learnedopt.core.bounded import bounded
@@ -53,6 +54,7 @@ class Card:
         trained_steps: steps of the longest run of its meta-training; None where that is not on record.
         holds_up_to: the longest run that it was measured on without falling behind; None where that is not on record.
         sentences: text by ``FIELDS``: all for the packaged ones; of others, what their files say.
+        needs: what must be at hand before it can be loaded, beside the library; None for nothing.
     """
 
     name: str
@@ -64,13 +66,15 @@ class Card:
     trained_steps: int | None
     holds_up_to: int | None
     sentences: Mapping[str, str]
+    needs: Needs | None = None
 
     def __str__(self) -> str:
         """Return the card as Markdown."""
-        kind = f"**Rule.** `{self.rule}`, {self.num_numbers:,} numbers; fingerprint {self.fingerprint}."
+        kind = f"**Rule.** `{self.rule}`, {_count(self.num_numbers, 'number')}; fingerprint {self.fingerprint}."
+        kinds = [kind, *([f"**Needs.** {self.needs}"] if self.needs else [])]
         headed = [f"**{head}.** {self.sentences[k]}" for k, head in FIELDS.items() if head and k in self.sentences]
         summary = [self.sentences["summary"]] if "summary" in self.sentences else []
-        return "\n\n".join([f"## {self.name}", *summary, kind, *headed, f"**Memory.** {_memory(self)}"]) + "\n"
+        return "\n\n".join([f"## {self.name}", *summary, *kinds, *headed, f"**Memory.** {_memory(self)}"]) + "\n"
 
 
 def card(name_or_path: str | Path) -> Card:
@@ -113,6 +117,7 @@ def card_of(learned: Checkpoint, name: str) -> Card:
         trained_steps=trained_steps,
         holds_up_to=holds_up_to,
         sentences=sentences,
+        needs=needs_of(learned),
     )
 
 
@@ -236,15 +241,31 @@ def _from_configuration(metadata: Mapping[str, Any], rule: UpdateRule) -> dict[s
     if is_mapping(family):
         given: Mapping[str, Any] = family.get("options") or {}
         options = ", ".join(f"{k}={_short(v)}" for k, v in given.items())
-        last = f"{metadata.get('num_meta_steps'):,} meta-steps of {metadata.get('num_tasks')} tasks each"
+        num_tasks = _count(metadata["num_tasks"], "task")
+        last = f"{_count(metadata['num_meta_steps'], 'meta-step')} of {num_tasks} each"
         after = metadata.get("after") or metadata.get("start")
         found["trained_on"] = (
             f"`{family['name']}`{f' ({options})' if options else ''}, {last}, as the recipe `{metadata.get('name')}` "
             f"has it{', after a first training' if after else ''}."
         )
     if metadata.get("best_validation") is not None:
-        found["evaluated"] = f"Best in validation: {metadata['best_validation']:.4g}. " + found["evaluated"]
+        found["evaluated"] = (
+            f"Best in validation: {metadata['best_validation']:.4g}{_validated(metadata.get('validation'))}. Nothing "
+            "else is on record; `learnedopt evaluate` measures it beside tuned baselines."
+        )
     return found
+
+
+def _validated(held_out: Any) -> str:
+    """Say what a validation measured, behind its value; nothing where that is not on record."""
+    if not is_mapping(held_out):
+        return ""
+    steps, tasks = _count(held_out["num_steps"], "inner step"), _count(held_out["num_tasks"], "held-out task")
+    return f" (`{held_out['objective']['type']}` in runs of {steps}, a mean over {tasks})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _short(value: Any) -> str:

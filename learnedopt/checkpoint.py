@@ -6,7 +6,7 @@ import difflib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from learnedopt.config import split_imaml
 from learnedopt.core import theta_file
 from learnedopt.core.bounded import bounded
 from learnedopt.core.checks import joined_theta
+from learnedopt.core.containers import is_dict, is_tuple
 from learnedopt.core.files import parse_json, write_json
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.plugged import needed
@@ -216,10 +217,11 @@ def check_theta(rule: UpdateRule, theta: Theta, where: str, inner_objective: Inn
 
     Types may differ in precision alone: a theta is trained, and kept, in float64 or bfloat16 as well.
     """
-    got = {k: tuple(v.shape) for k, v in theta.items() if isinstance(v, Tensor)} if isinstance(theta, dict) else None
+    given = cast("object", theta)  # a user's
+    got = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, Tensor)} if is_dict(given) else None
     expected = _expected(rule, inner_objective)
     if got is None or len(theta) != len(got):
-        got = {k: type(v).__name__ for k, v in theta.items()} if isinstance(theta, dict) else type(theta).__name__
+        got = {k: type(v).__name__ for k, v in given.items()} if is_dict(given) else type(given).__name__
     _require_fit(rule, inner_objective or TaskLoss(), _shapes(expected), got, where)
     _require_dtypes(expected, theta, where)
 
@@ -249,7 +251,7 @@ def resolve_rule(rule: Any) -> tuple[UpdateRule, Theta]:
     """Return the rule and theta that a packaged name, a checkpoint's path or ``(rule, theta)`` stands for."""
     if isinstance(rule, str | Path):
         return load(rule)
-    if isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
+    if is_tuple(rule) and len(rule) == 2 and isinstance(rule[0], UpdateRule):
         found, theta = rule
         check_theta(found, theta, "LearnedOptimizer")
         return found, {k: v.detach().clone() for k, v in theta.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
+from learnedopt.core.containers import is_dict, is_list_or_tuple, is_mapping
 from learnedopt.core.group import Group
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.registry import Choice, nearest, nearest_or_all
@@ -87,14 +88,14 @@ def _spread(changes: Iterable[_Change], before: Any, hint: Any) -> Iterator[_Cha
     for keys, given in changes:
         nothing = before is None or before is dataclasses.MISSING
         known = _names_a_choice(hint) or dataclasses.is_dataclass(before)
-        if keys or not isinstance(given, Mapping) or not (known or (nothing and "type" in given)):
+        if keys or not is_mapping(given) or not (known or (nothing and "type" in given)):
             yield keys, given
         elif not all(isinstance(key, str) for key in given):
             raise ValueError(f"{dict(given)!r} is no configuration: what it names are no words")
         elif _names_a_choice(hint):
             yield from (([], given["name"]) for key in given if key == "name")
-            options = given.get("options") or {}
-            named = isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
+            options: Any = given.get("options") or {}
+            named = is_mapping(options) and all(isinstance(key, str) for key in options)
             if given.keys() - {"name", "options"} or not named:
                 raise ValueError(f"{dict(given)!r} is no configuration of a choice: it has a name, and maybe options")
             # A text of a configuration is what it is, one of a command line is read as a literal.
@@ -233,9 +234,9 @@ def as_config(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: as_config(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return fields if isinstance(value, Choice) else {"type": type(value).__name__, **fields}
-    if isinstance(value, dict):
+    if is_dict(value):
         return {k: as_config(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
+    if is_list_or_tuple(value):
         return [as_config(v) for v in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
@@ -249,7 +250,7 @@ def up_to_date(saved: Any, value: Any) -> Any:
             defaults.
     """
     saved = _renamed(saved)
-    if not isinstance(saved, dict) or not dataclasses.is_dataclass(value) or isinstance(value, (type, Choice)):
+    if not is_dict(saved) or not dataclasses.is_dataclass(value) or isinstance(value, (type, Choice)):
         return saved
     if saved.get("type", type(value).__name__) != type(value).__name__:
         return saved
@@ -260,7 +261,7 @@ def up_to_date(saved: Any, value: Any) -> Any:
 
 def _renamed(saved: Any) -> Any:
     """Return a bootstrapped target, which until version 0.2 was an objective of its own, as a target to match."""
-    if not isinstance(saved, dict) or saved.get("type") != "BootstrappedTarget":
+    if not is_dict(saved) or saved.get("type") != "BootstrappedTarget":
         return saved
     rest = {key: value for key, value in saved.items() if key not in ("type", "matching")}
     matching = {"matching": saved["matching"]} if "matching" in saved else {}
@@ -272,9 +273,9 @@ def split_imaml(rule: Any) -> tuple[Any, dict[str, Any] | None]:
 
     Until version 0.1 the rule ``imaml`` held its proximal term: it is ``maml`` with the inner objective ``proximal``.
     """
-    if not isinstance(rule, Mapping) or rule.get("name") != "imaml" or not isinstance(rule.get("options"), Mapping):
+    if not is_mapping(rule) or rule.get("name") != "imaml" or not isinstance(rule.get("options"), Mapping):
         return rule, None
-    options = {"lr": 0.1, "strength": 1.0, **rule["options"]}  # its defaults
+    options: dict[str, Any] = {"lr": 0.1, "strength": 1.0, **rule["options"]}  # its defaults
     template = {"template": options.pop("template")} if "template" in options else {}
     renamed = {"strength": "strength", "learn_strength": "learn", "strengths": "per"}
     proximal = {renamed[key]: options.pop(key) for key in renamed if key in options}
@@ -289,13 +290,13 @@ def recorded_solver(record: Mapping[str, Any]) -> InnerSolver | None:
         ValueError: it was a solver of the user's own, which a record cannot hold.
     """
     estimator = record.get("estimator")
-    if isinstance(estimator, dict) and estimator.get("type") == Combined.__name__:
+    if is_dict(estimator) and estimator.get("type") == Combined.__name__:
         estimator = estimator.get("back_propagated")  # the solver is that of both
-    found = estimator.get("inner") if isinstance(estimator, dict) else None
+    found = estimator.get("inner") if is_dict(estimator) else None
     if found is None:
         return None
     names = {field.name for field in dataclasses.fields(HessianFree)}
-    if not isinstance(found, dict) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
+    if not is_dict(found) or found.get("type") != HessianFree.__name__ or found.keys() - {"type", *names}:
         raise ValueError(
             f"this was meta-trained with the inner solver {found!r}, which cannot be made again from the record; pass "
             "it to learnedopt.evaluation.few_shot.adapt"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learnedopt.cards import card_of
+from learnedopt.cards import Card, card_of
 from learnedopt.checkpoint import file_of, load_checkpoint
 from learnedopt.core.files import require_name, write_atomically
 
@@ -113,18 +113,34 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _card(card: Any, file: Path, repository: str | None, license: str | None) -> str:
+def _card(card: Card, file: Path, repository: str | None, license: str | None) -> str:
     """Return a card as hubs read it: YAML between two lines of dashes, then Markdown."""
     tags = [f"- {json.dumps(tag)}" for tag in (*TAGS, card.rule)]  # texts of JSON are texts of YAML
     head = [*([f"license: {json.dumps(license)}"] if license else []), "tags:", *tags]
-    steps = ", num_steps=1000" if card.reads_horizon else ""
-    pulled = repository or "FOLDER"
     return (
-        "---\n" + _OURS + "\n".join(head) + f"\n---\n\n{card}\n"
-        f"## How to use it\n\n```sh\nlearnedopt hub pull {pulled} --as {card.name} --sha256 {sha256_of(file)}\n```\n\n"
-        "```python\nfrom learnedopt import LearnedOptimizer\n\n"
-        f'optimizer = LearnedOptimizer(model.named_parameters(), "runs/{card.name}"{steps})\n```\n'
+        "---\n" + _OURS + "\n".join(head) + f"\n---\n\n{card}\n## How to use it\n\n"
+        f"```sh\n{_pulling(card, repository or 'FOLDER', sha256_of(file))}\n```\n\n"
+        f"```python\n{_making(card)}\n```\n"
     )
+
+
+def _pulling(card: Card, place: str, sha256: str) -> str:
+    """Return the command that takes it from where it lies."""
+    imports = [] if card.needs is None else [f" --import {name}" for name in card.needs.modules]
+    return f"learnedopt hub pull {place} --as {card.name} --sha256 {sha256}{''.join(imports)}"
+
+
+def _making(card: Card) -> str:
+    """Return the lines of Python that make an optimizer of it."""
+    steps = ", num_steps=1000" if card.reads_horizon else ""
+    made = f'optimizer = LearnedOptimizer(model.named_parameters(), "runs/{card.name}"{steps})'
+    if card.needs is None:
+        return f"from learnedopt import LearnedOptimizer\n\n{made}"
+    names = ", ".join(card.needs.names)
+    if not card.needs.modules and not card.needs.distributions:
+        return f"from learnedopt import LearnedOptimizer\n\n# Import here what registers {names}.\n{made}"
+    loaded = f"plugins.load({json.dumps(card.needs.modules)})  # registers {names}"
+    return f"from learnedopt import LearnedOptimizer, plugins\n\n{loaded}\n{made}"
 
 
 def _fill(folder: Path, file: Path, text: str) -> None:

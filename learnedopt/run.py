@@ -12,11 +12,13 @@ import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from learnedopt.config import placed
+from learnedopt.core.carry import Carry
 from learnedopt.core.files import require_name
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
@@ -49,11 +51,12 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     require_device(recipe.execution.device, "execution.device=")
     # A rule that reads the horizon is told that of validation as well, which is its own.
     horizons = {"train": recipe.horizon, "valid": recipe.horizon and (recipe.validation.num_steps or recipe.horizon)}
-    options = {"train": recipe.family.options, "valid": {**recipe.family.options, **recipe.validation.family_options}}
+    options: dict[str, dict[str, Any]] = {
+        "train": {**recipe.family.options, "meta_split": "train"},
+        "valid": {**recipe.family.options, **recipe.validation.family_options, "meta_split": "valid"},
+    }
     with placed("family.", options["valid"]):
-        families = {
-            split: tasks.make(recipe.family.name, **{**given, "meta_split": split}) for split, given in options.items()
-        }
+        families = {split: tasks.make(recipe.family.name, **given) for split, given in options.items()}
     if recipe.compare and len(families["train"].families) > 1:
         raise ValueError(
             f"compare=true sets {recipe.name} beside tuned optimizers on one family, and {recipe.family.name!r} is of "
@@ -86,7 +89,7 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
 
 def template_of(family: TaskFamily, seed: int) -> Params | None:
     """Return one task's parameters; None for a mixture of families whose tasks differ in shape."""
-    found = []
+    found: list[Params] = []
     for member in family.families:
         sample = member.sample(1, torch.Generator().manual_seed(seed))
         found.append({name: param[0] for name, param in member.init_params(sample).items()})
@@ -303,7 +306,7 @@ def say_memory(recipe: Recipe, loop: InnerLoop, theta: Theta, ranks: Ranks) -> N
     start, stop = ranks.share(recipe.num_tasks)
     at_once = 1 if isinstance(recipe.estimator, TaskByTask) else recipe.meta.micro_batch
     num_tasks = min(stop - start, at_once or recipe.num_tasks)
-    found = []
+    found: list[tuple[int, InnerLoop, Carry]] = []
     for member, family in enumerate(loop.family.families):
         own = loop_of(loop, member)
         carry = own.start(family.sample(num_tasks, torch.Generator().manual_seed(recipe.seed)))

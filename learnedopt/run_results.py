@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learnedopt import checkpoint, plugins
+from learnedopt.core import tree
 from learnedopt.core.files import plain_json
 from learnedopt.core.inner import InnerLoop
 from learnedopt.recipes.recipe import Recipe
@@ -47,12 +49,12 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
 
     comparison = compare_runs(
         {recipe.name: learned}, recipe.family.name, recipe.family.options, num_steps=recipe.validation.num_steps,
-        num_tasks=500, report=lambda line: print(line, flush=True),
+        num_tasks=500, report=partial(print, flush=True),
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")
     if isinstance(tracker, Charting):
         tracker.lines(
-            "losses", {label: each.curve.tolist() for label, each in comparison.outcomes.items()}, "inner step"
+            "losses", {label: tree.numbers(each.curve) for label, each in comparison.outcomes.items()}, "inner step"
         )
     tracker.figure("evaluation", paths["png"])

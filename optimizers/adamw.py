@@ -58,7 +58,9 @@ class AdamW(HandDesigned):
         exact = self.values(theta, [step])[step.dtype]
         correction1 = 1 - exact["beta1"] ** step
         correction2 = (1 - exact["beta2"] ** step).sqrt()
-        deltas, means, squares = {}, {}, {}
+        deltas: Params = {}
+        means: Params = {}
+        squares: Params = {}
         for name, grad in grads.items():
             hyper, wide_grad = values[wide_dtype(grad)], wide(grad)
             beta1, beta2 = hyper["beta1"], hyper["beta2"]

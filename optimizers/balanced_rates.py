@@ -87,7 +87,7 @@ class BalancedRates(UpdateRule):
         return {name: (-rates[name] * wide(grad)).to(grad.dtype) for name, grad in grads.items()}, state
 
     @property
-    def kernel(self) -> Descent:
+    def kernel(self) -> Descent:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """One pass."""
         return Descent(self._rates_now)
 

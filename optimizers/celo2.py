@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Celo2(UpdateRule):
         check_number(owner, "rest_lr", self.rest_lr, tiny, math.inf)
         check_number(owner, "weight_decay", self.weight_decay, 0.0, math.inf)
         require_count(f"{owner}: units", self.units, least=1)
-        if not isinstance(self.orthogonalise, bool):
+        if not isinstance(cast("object", self.orthogonalise), bool):
             raise TypeError(f"{owner}: orthogonalise={self.orthogonalise!r} is neither True nor False")
 
     def init_theta(self, generator: torch.Generator) -> Theta:
@@ -111,7 +111,8 @@ class Celo2(UpdateRule):
         matrices = [k for k, p in params.items() if p.ndim >= 2 and kinds[k].kind is not Kind.EMBEDDING]
         learned = self._directions(theta, {k: tensors[k] for k in matrices}, params, state.step) if matrices else {}
         decay = theta["weight_decay"].exp() if self.weight_decay else 0.0
-        rate, rest_rate, deltas = theta["log_rate"].exp(), theta["rest_rate"].exp(), {}
+        rate, rest_rate = theta["log_rate"].exp(), theta["rest_rate"].exp()
+        deltas: Params = {}
         for name, p in params.items():
             found = learned[name] if name in learned else _adam(tensors[name])
             along = found + decay * wide(p) if p.ndim >= 2 else found

@@ -74,7 +74,7 @@ class General(UpdateRule):
                 raise TypeError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
     @property
-    def kernel(self) -> GeneralKernel:
+    def kernel(self) -> GeneralKernel:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step."""
         return GeneralKernel(self)
 
@@ -97,7 +97,7 @@ class General(UpdateRule):
         """Start where the parameters are, for a run of ``horizon`` steps."""
         return params, GeneralMemory(frame.start(params), (horizon / 150).log().to(wide_dtype(horizon)))
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: GeneralMemory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, GeneralMemory]:
         """Move every tensor by its step."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.core.rule import Kernel, State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.wrapper import Wrapper, handed_on, prefixed, unprefixed
@@ -46,7 +46,7 @@ class LearnedInit(Wrapper):
         check_template(type(self).__name__, self.template)
 
     @property
-    def kernel(self) -> Kernel | None:
+    def kernel(self) -> Kernel | None:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The rule's own: a start changes no update."""
         return handed_on(self.rule)
 
@@ -61,13 +61,13 @@ class LearnedInit(Wrapper):
 
 def check_template(owner: str, template: object) -> None:
     """Raise ValueError unless ``template`` is a dict of floating-point tensors."""
-    if isinstance(template, Mapping) and template:
+    if is_mapping(template) and template:
         wrong = [k for k, v in template.items() if not isinstance(v, Tensor) or not v.is_floating_point()]
         if not wrong:
             return
         got = f"a dict whose {wrong} are no floating-point tensors"
     else:
-        got = "an empty one" if isinstance(template, Mapping) else type(template).__name__
+        got = "an empty one" if is_mapping(template) else type(template).__name__
     raise ValueError(
         f"{owner}: template must be one task's parameters, a dict of floating-point tensors by name, got {got}; take "
         "it from family.init_params(tasks), without the leading dimension of tasks"

@@ -1,5 +1,8 @@
 """The coordinatewise LSTM optimizer of Andrychowicz et al. (2016)."""
 
+# The compiled step at the end is the rule's other half.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import math
@@ -84,7 +87,7 @@ class LSTM(UpdateRule):
         return self._deltas(out, grads), new_state
 
     @property
-    def kernel(self) -> Compiled:
+    def kernel(self) -> Compiled:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step and its adjoint."""
         return Compiled(self)
 
@@ -112,7 +115,8 @@ class LSTM(UpdateRule):
             states = [state[k] for k in self._state_names]
             out, new = lstm_kernel.step([theta[k] for k in self._theta_names], inputs, states)
             return out, dict(zip(self._state_names, new, strict=True))
-        new_state, signal = {}, inputs
+        new_state: dict[str, Tensor] = {}
+        signal = inputs
         for layer in range(1, self.num_layers + 1):
             h, c = cells.lstm(
                 theta[f"lstm{layer}/weight"], theta[f"lstm{layer}/bias"], signal, state[f"h{layer}"], state[f"c{layer}"]
@@ -122,7 +126,7 @@ class LSTM(UpdateRule):
         return torch.addmm(theta["readout/bias"][:, None], theta["readout/weight"], signal).squeeze(0), new_state
 
     def _deltas(self, out: Tensor, grads: Params) -> Params:
-        pieces = (self.output_scale * out).split([g.numel() for g in grads.values()])
+        pieces = torch.split(self.output_scale * out, [g.numel() for g in grads.values()])
         return {k: piece.reshape(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
 
 
@@ -145,7 +149,7 @@ class Compiled(Kernel):
         factor = rule.preprocess_factor
         inputs = flat.unsqueeze(0) if factor is None else preprocess_without_graph(flat, factor)
         out = lstm_kernel.step_in_place(weights, inputs, states)
-        pieces = out.mul_(rule.output_scale).split([g.numel() for g in grads.values()])
+        pieces = torch.split(out.mul_(rule.output_scale), [g.numel() for g in grads.values()])
         return {k: piece.view(g.shape).to(g.dtype) for (k, g), piece in zip(grads.items(), pieces, strict=True)}
 
     def adjoint(
@@ -165,7 +169,7 @@ class Compiled(Kernel):
         of_theta = {k: d.to(theta[k].dtype) for k, d in zip(rule._theta_names, d_theta, strict=True)}
         if d_states is None:
             return of_theta, None
-        d_states = [d.unflatten(1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
+        d_states = [torch.unflatten(d, 1, (num_tasks, num_coordinates)).movedim(1, 0) for d in d_states]
         return of_theta, {k: d.to(state[k].dtype) for k, d in zip(rule._state_names, d_states, strict=True)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final, get_args
+from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class LearnedRates(UpdateRule):
         lr = self.lr
         if lr is None:
             lr = float(torch.empty((), device=generator.device).uniform_(0.005, 0.1, generator=generator))
-        shapes = {
+        shapes: dict[str, Any] = {
             k: {"coordinate": p.shape, "tensor": (), "step": (self.num_steps,)}[self.rates]
             for k, p in self.template.items()
         }
@@ -86,7 +86,7 @@ class LearnedRates(UpdateRule):
         return {name: (-rates[name] * wide(grad)).to(grad.dtype) for name, grad in grads.items()}, state
 
     @property
-    def kernel(self) -> Descent:
+    def kernel(self) -> Descent:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """One pass."""
         return Descent(self._rates_now)
 

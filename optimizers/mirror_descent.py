@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class MirrorDescent(HandDesigned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.geometry, Geometry):
+        if not isinstance(cast("object", self.geometry), Geometry):
             raise TypeError(
                 f"MirrorDescent: geometry={self.geometry!r} is no Geometry; pass an instance, Euclidean() or Entropic()"
             )

@@ -58,7 +58,8 @@ class Momentum(HandDesigned):
     ) -> tuple[Params, dict[str, Any]]:
         """Step against the buffer."""
         values = self.values(theta, grads.values())
-        deltas, buffers = {}, {}
+        deltas: Params = {}
+        buffers: Params = {}
         for name, grad in grads.items():
             hyper = values[wide_dtype(grad)]
             dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])

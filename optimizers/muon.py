@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, final, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, cast, final, get_args
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Muon(HandDesigned):
         require_count("num_newton_schulz", self.num_newton_schulz, least=1)
         if self.adjust not in get_args(Adjust):
             raise ValueError(f"Muon: adjust={self.adjust!r} is none of {', '.join(get_args(Adjust))}")
-        if not isinstance(self.orthogonal, tuple) or not {*self.orthogonal} <= _KINDS.keys():
+        if not isinstance(cast("object", self.orthogonal), tuple) or not {*self.orthogonal} <= _KINDS.keys():
             raise ValueError(f"Muon: orthogonal={self.orthogonal!r} is no tuple of some of {', '.join(_KINDS)}")
 
     def hidden(self, params: Params) -> list[str]:
@@ -107,7 +107,11 @@ class Muon(HandDesigned):
         values = self.values(theta, grads.values())
         exact = self.values(theta, [step])[step.dtype]
         corrections = 1 - exact["beta1"] ** step, (1 - exact["beta2"] ** step).sqrt()
-        buffers, ahead, means, squares, directions = {}, {}, {}, {}, {}
+        buffers: Params = {}
+        ahead: Params = {}
+        means: Params = {}
+        squares: Params = {}
+        directions: Params = {}
         for name, grad in grads.items():
             hyper, grad = values[wide_dtype(grad)], wide(grad)
             if name in state["buffer"]:
@@ -121,7 +125,7 @@ class Muon(HandDesigned):
             root = sqrt(squares[name]) / correction2 + hyper["eps"]
             directions[name] = means[name] / correction1 / root
         directions |= self._orthogonal(ahead)
-        deltas = {}
+        deltas: Params = {}
         for name, grad in grads.items():
             hyper = values[wide_dtype(grad)]
             rate = hyper["lr"] if name in buffers else hyper["ratio"] * hyper["lr"]
@@ -133,7 +137,7 @@ class Muon(HandDesigned):
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name, moment in moments.items():
             groups.setdefault((moment.shape, moment.dtype), []).append(name)
-        found = {}
+        found: Params = {}
         for names in groups.values():
             stacked = torch.stack([moments[name].flatten(1) for name in names])
             # Not divided by its root mean square in the end, as `orthogonalised` does it: torch's is not.

@@ -64,7 +64,9 @@ class NAdam(HandDesigned):
         product = state["product"] * now
         of_grad, of_mean = (1 - now) / (1 - product), ahead / (1 - product * ahead)
         correction = (1 - exact["beta2"] ** step).sqrt()
-        deltas, means, squares = {}, {}, {}
+        deltas: Params = {}
+        means: Params = {}
+        squares: Params = {}
         for name, grad in grads.items():
             hyper = values[wide_dtype(grad)]
             beta1, beta2 = hyper["beta1"], hyper["beta2"]

@@ -53,7 +53,8 @@ class Nesterov(HandDesigned):
     ) -> tuple[Params, dict[str, Params]]:
         """Step against the gradient plus the decayed new buffer."""
         values = self.values(theta, grads.values())
-        deltas, buffers = {}, {}
+        deltas: Params = {}
+        buffers: Params = {}
         for name, grad in grads.items():
             hyper = values[wide_dtype(grad)]
             dtype, grad = grad.dtype, self.decayed(hyper, grad, params[name])

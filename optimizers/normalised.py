@@ -58,7 +58,7 @@ class Normalised(UpdateRule):
         check_number(type(self).__name__, "lr", self.lr, 1e-12, math.inf)
 
     @property
-    def kernel(self) -> NormalisedKernel:
+    def kernel(self) -> NormalisedKernel:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step."""
         return NormalisedKernel()
 
@@ -74,7 +74,7 @@ class Normalised(UpdateRule):
         """Start where the parameters are."""
         return params, frame.start(params)
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, Memory]:
         """Move by the bracket alone."""

@@ -63,7 +63,7 @@ class NormalisedLSTM(UpdateRule):
         require_count("units", self.units, least=1)
 
     @property
-    def kernel(self) -> NormalisedKernel:
+    def kernel(self) -> NormalisedKernel:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step."""
         return NormalisedKernel(LSTM, self.units)
 
@@ -97,11 +97,12 @@ class NormalisedLSTM(UpdateRule):
         nothing = torch.zeros(self.units, size, dtype=dtype_of(params), device=first.device)
         return params, LSTMMemory(frame.start(params), nothing, nothing.clone())
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: LSTMMemory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, LSTMMemory]:
         """Move by the bracket and what the LSTM adds to it."""
-        theta, after = frame.in_dtype(theta, params), []
+        theta = frame.in_dtype(theta, params)
+        after: list[Tensor] = []
 
         def added(moments: Moments, mean: Tensor, at: Tensor, layout: Layout) -> Tensor:
             rows = frame_features.rows(moments, mean, at, layout)

@@ -52,7 +52,7 @@ class NormalisedMLP(UpdateRule):
         require_count("hidden", self.hidden, least=1)
 
     @property
-    def kernel(self) -> NormalisedKernel:
+    def kernel(self) -> NormalisedKernel:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step."""
         return NormalisedKernel(MLP, self.hidden)
 
@@ -78,7 +78,7 @@ class NormalisedMLP(UpdateRule):
         """Start where the parameters are."""
         return params, frame.start(params)
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, Memory]:
         """Move by the bracket and what the network adds to it."""

@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_mapping, is_tuple
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.wrapper import prefixed, unprefixed
@@ -43,14 +44,14 @@ class Partition(UpdateRule):
     groups: Mapping[str, tuple[str, UpdateRule]]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.groups, Mapping) or not all(_is_group(group) for group in self.groups.items()):
+        if not is_mapping(self.groups) or not all(_is_group(group) for group in self.groups.items()):
             raise TypeError(f"Partition: groups={self.groups!r} is not a dict of label -> (pattern, rule)")
         wrong = [label for label in self.groups if not label or "/" in label]
         if wrong or not self.groups:
             raise ValueError(f"Partition: groups need labels without a slash, got {wrong or 'no group at all'}")
 
     @property
-    def reads_horizon(self) -> bool:
+    def reads_horizon(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """Whether a group's rule does."""
         return any(rule.reads_horizon for _, rule in self.groups.values())
 
@@ -74,9 +75,17 @@ class Partition(UpdateRule):
             scale |= prefixed(label, rule.theta_scale())
         return scale
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what each group's rule says."""
+        found: dict[str, str] = {}
+        for label, (_, rule) in self.groups.items():
+            found |= prefixed(label, rule.theta_faults(unprefixed(label, theta)))
+        return found
+
     def init(self, theta: Theta, params: Params) -> tuple[Params, dict[str, Any]]:
         """Start each group as its rule does."""
-        start, state = {}, {}
+        start: Params = {}
+        state: dict[str, Any] = {}
         for label, names in self._assign(params).items():
             _, rule = self.groups[label]
             group_start, state[label] = rule.init(unprefixed(label, theta), {name: params[name] for name in names})
@@ -96,7 +105,8 @@ class Partition(UpdateRule):
         self, theta: Theta, grads: Params, state: dict[str, Any], params: Params, loss: Tensor
     ) -> tuple[Params, dict[str, Any]]:
         """Move each group as its rule does."""
-        deltas, new_state = {}, {}
+        deltas: Params = {}
+        new_state: dict[str, Any] = {}
         for label, names in self._assign(params).items():
             _, rule = self.groups[label]
             group_grads, group_params = ({name: tensors[name] for name in names} for tensors in (grads, params))
@@ -108,7 +118,7 @@ class Partition(UpdateRule):
 
     def result(self, theta: Theta, params: Params, state: dict[str, Any]) -> Params:
         """Return what each group's rule does."""
-        found = {}
+        found: Params = {}
         for label, names in self._assign(params).items():
             own = {name: params[name] for name in names}
             found |= self.groups[label][1].result(unprefixed(label, theta), own, state[label])
@@ -147,7 +157,7 @@ def _is_group(item: tuple[Any, Any]) -> bool:
     label, group = item
     return (
         isinstance(label, str)
-        and isinstance(group, tuple)
+        and is_tuple(group)
         and len(group) == 2
         and isinstance(group[0], str)
         and isinstance(group[1], UpdateRule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Projected(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.onto, ConvexSet):
+        if not isinstance(cast("object", self.onto), ConvexSet):
             raise TypeError(f"Projected: onto={self.onto!r} is no set; pass Ball(radius), Box(low, high) or Simplex()")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ class RecurrentHyperparameters(UpdateRule):
         check_number(owner, "momentum", self.momentum, tiny, 1.0)
         check_number(owner, "weight_decay", self.weight_decay, 0.0, math.inf)
         check_number(owner, "max_change", self.max_change, tiny, math.inf)
-        if isinstance(self.hidden_size, bool) or not isinstance(self.hidden_size, int) or self.hidden_size < 1:
+        size = cast("object", self.hidden_size)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{owner}: hidden_size={self.hidden_size!r} is no number of units; pass one of at least 1")
 
     def init_theta(self, generator: torch.Generator) -> Theta:
@@ -129,7 +130,8 @@ class RecurrentHyperparameters(UpdateRule):
         log_rate = theta["log_lr"] + changes[0]
         momentum = (theta["logit_momentum"] + changes[1]).sigmoid()
         decay = (theta["log_weight_decay"] + changes[2]).exp() if self.weight_decay else None
-        deltas, buffers = {}, {}
+        deltas: Params = {}
+        buffers: Params = {}
         for i, (name, buffer) in enumerate(state["buffer"].items()):
             grad, dtype = wide(grads[name]), buffer.dtype
             if self.normalized:

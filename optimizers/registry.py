@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from typing import Any
+from typing import Any, Final
 
 from learnedopt.core.registry import Registry
 from learnedopt.core.rule import UpdateRule
@@ -62,8 +62,11 @@ RULES = Registry(
     UpdateRule, "update rule", "update rules", "learnedopt.optimizers", _TABLE, templated=True, retired=_RETIRED,
     parts=_PARTS,
 )  # fmt: skip
-names, register, make = RULES.names, RULES.register, RULES.make
-describe, build = RULES.describe, RULES.build
+names: Final = RULES.names
+register: Final = RULES.register
+make: Final = RULES.make
+describe: Final = RULES.describe
+build: Final = RULES.build
 
 
 def example(name: str, template: Params) -> UpdateRule:

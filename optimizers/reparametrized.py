@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.core.rule import State
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optimizers.bases.wrapper import Wrapper, prefixed, unprefixed
@@ -52,7 +53,7 @@ class Reparametrized(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.scales, Mapping) or not all(isinstance(k, str) for k in self.scales):
+        if not is_mapping(self.scales) or not all(isinstance(k, str) for k in self.scales):
             raise TypeError(f"Reparametrized: scales={self.scales!r} is not a dict of pattern -> scale")
         unknown = [scale for scale in self.scales.values() if scale not in get_args(Scale)]
         if unknown or not self.scales:
@@ -78,6 +79,10 @@ class Reparametrized(Wrapper):
     def theta_scale(self) -> dict[str, float | Tensor]:
         """Return the rule's scales of what stays as it is; what is put on a scale has a size of its own there, 1."""
         return prefixed("rule", {k: s for k, s in self.rule.theta_scale().items() if self._scale(k) is None})
+
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what the rule says of the values read from their scales."""
+        return prefixed("rule", self.rule.theta_faults(self._read(theta)))
 
     def init(self, theta: Theta, params: Params) -> tuple[Params, State]:
         """Start as the rule does."""

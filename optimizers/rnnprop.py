@@ -127,6 +127,6 @@ class RNNprop(UpdateRule):
             new[f"h{i}"] = signal
         seen = torch.cat([signal, inputs])
         out = torch.addmm(theta["readout/bias"][:, None], theta["readout/weight"], seen).squeeze(0)
-        pieces = (self.step_scale * out.tanh()).split([g.numel() for g in grads.values()])
+        pieces = torch.split(self.step_scale * out.tanh(), [g.numel() for g in grads.values()])
         deltas = {k: d.reshape(g.shape).to(g.dtype) for (k, g), d in zip(grads.items(), pieces, strict=True)}
         return deltas, {**{name: new[name] for name in state if name != "step"}, "step": step}

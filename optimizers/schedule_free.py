@@ -94,7 +94,9 @@ class ScheduleFree(HandDesigned):
         warmth = (step / self.warmup_steps).clamp(max=1) if self.warmup_steps else torch.ones_like(step)
         total = state["total"] + warmth**_POWER
         share = warmth**_POWER / total
-        deltas, aheads, squares = {}, {}, {}
+        deltas: Params = {}
+        aheads: Params = {}
+        squares: Params = {}
         for name, grad in grads.items():
             hyper, direction = values[wide_dtype(grad)], wide(grad)
             if self.adaptive:
@@ -111,7 +113,7 @@ class ScheduleFree(HandDesigned):
     def result(self, theta: Theta, params: Params, state: dict[str, Any]) -> Params:
         """Return x, the average of iterates: ``y - (1 - beta1) / beta1 * (z - y)``."""
         values = self.values(theta, params.values())
-        found = {}
+        found: Params = {}
         for name, param in params.items():
             beta1 = values[wide_dtype(param)]["beta1"]
             found[name] = like(wide(param) - (1 - beta1) / beta1 * state["ahead"][name], param)

@@ -45,14 +45,14 @@ class SGD(HandDesigned):
     ) -> tuple[Params, tuple[()]]:
         """Step against the gradient."""
         values = self.values(theta, grads.values())
-        deltas = {}
+        deltas: Params = {}
         for name, grad in grads.items():
             hyper = values[wide_dtype(grad)]
             deltas[name] = (-hyper["lr"] * self.decayed(hyper, grad, params[name])).to(grad.dtype)
         return deltas, state
 
     @property
-    def kernel(self) -> Descent | None:
+    def kernel(self) -> Descent | None:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """One pass; None with a weight decay."""
         return None if self.uses("weight_decay") else Descent(self._rates)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class SmallMLP(UpdateRule):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        if not isinstance(self.decays, tuple) or not isinstance(self.hidden, tuple):
+        if not (isinstance(cast("object", self.decays), tuple) and isinstance(cast("object", self.hidden), tuple)):
             raise TypeError(f"{owner}: decays={self.decays!r} and hidden={self.hidden!r} must both be tuples")
         for decay in self.decays:
             check_number(owner, "decays", decay, 0.0, 1.0)
@@ -92,7 +92,8 @@ class SmallMLP(UpdateRule):
 
         The first updates are then far smaller than ``step_scale``: a random network's are noise in random directions.
         """
-        theta, device, last = {}, generator.device, len(self.widths) - 2
+        theta: Theta = {}
+        device, last = generator.device, len(self.widths) - 2
         for i, (inputs, units) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
             scale = (_READOUT if i == last else 1.0) / math.sqrt(inputs)
             theta[f"layer{i}/weight"] = scale * torch.randn(units, inputs, generator=generator, device=device)
@@ -107,19 +108,20 @@ class SmallMLP(UpdateRule):
 
     def update(self, theta: Theta, grads: Params, state: Memory, params: Params, loss: Tensor) -> tuple[Params, Memory]:
         """Feed all coordinates of all tensors through the network together."""
-        averages, features = {}, []
+        averages: Params = {}
+        features: list[Tensor] = []
         for name, grad in grads.items():
             averages[name] = self._averaged(wide(grad), state.averages[name])
             features.append(self._features(wide(grad), wide(params[name]), averages[name]))
         rows = torch.cat(features, dim=1)
         direction, magnitude = self._network(theta, rows, state.step).unbind(0)
         flat = -self.step_scale * direction * (self.exp_scale * magnitude).exp()
-        pieces = flat.split([g.numel() for g in grads.values()])
+        pieces = torch.split(flat, [g.numel() for g in grads.values()])
         deltas = {k: d.reshape(g.shape).to(g.dtype) for (k, g), d in zip(grads.items(), pieces, strict=True)}
         return deltas, Memory(state.step + 1, averages)
 
     @property
-    def kernel(self) -> Compiled:
+    def kernel(self) -> Compiled:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The compiled step."""
         return Compiled(self)
 

@@ -69,7 +69,7 @@ class StepRates(UpdateRule):
         return {name: (-rates[name] * wide(grad)).to(grad.dtype) for name, grad in grads.items()}, state
 
     @property
-    def kernel(self) -> Descent:
+    def kernel(self) -> Descent:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """One pass."""
         return Descent(self._rates)
 

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     """What each log-rate has moved by, (tensors,)."""
     log_loss: Tensor
     """Of the last step, a scalar."""
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride] - no use of a tuple's method
     """Steps taken, a scalar."""
 
 
@@ -156,7 +156,8 @@ class TensorGRU(UpdateRule):
         change = (state.change + self.max_change * out[0].tanh()).clamp(-_FURTHEST, _FURTHEST)
         rate, momentum = (theta["log_lr"] + change).exp(), (theta["logit_momentum"] + out[1]).sigmoid()
         of_change, of_step = _secant(dots, rate, momentum, out[2].tanh())
-        deltas, steps = {}, {}
+        deltas: Params = {}
+        steps: Params = {}
         for i, (name, grad) in enumerate(found.items()):
             along, against, r = (x[i].to(grad.dtype) for x in (of_step, of_change, rate))
             steps[name] = along * state.step[name] - r * (grad - against * changes[name])
@@ -166,7 +167,7 @@ class TensorGRU(UpdateRule):
 
 def _products(grads: Params, changes: Params, state: Memory) -> _Products:
     """Return the inner products of each tensor's four vectors: one small matrix product a tensor."""
-    grams = []
+    grams: list[Tensor] = []
     for name, grad in grads.items():
         rows = torch.stack([grad, state.grad[name], state.step[name], changes[name]]).reshape(4, -1)
         grams.append((rows @ rows.T).to(state.hidden.dtype))

@@ -70,7 +70,7 @@ class Clusters(TaskFamily):
         """Draw each task's points (num_tasks, 2, num_losses, dim): those of the train and of the valid split."""
         direction = streams.normal((num_tasks, self.dim), generator)
         share = torch.rand((num_tasks, 1), generator=generator, dtype=torch.float64, device=generator.device)
-        own = direction / direction.norm(dim=1, keepdim=True) * share ** (1 / self.dim)
+        own = direction / tree.row_lengths(direction)[:, None] * share ** (1 / self.dim)
         own = self.distance / math.sqrt(self.dim) + self.radius * own
         around = streams.normal((num_tasks, 2, self.num_losses, self.dim), generator) / math.sqrt(self.dim)
         points = own[:, None, None] + self.noise * around

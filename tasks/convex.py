@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -70,8 +70,9 @@ class SpectralQuadratic(TaskFamily):
         roots = self.eigenvalues().sqrt().to(signs.device).expand(num_tasks, -1)
         tasks = {"roots": roots, "solution": signs, "start": start}
         if self.rotated:
-            tasks["basis"] = torch.linalg.qr(streams.normal((num_tasks, self.dim, self.dim), generator)).Q
-            tasks["solution"] = (tasks["basis"] @ signs.unsqueeze(-1)).squeeze(-1)
+            drawn = streams.normal((num_tasks, self.dim, self.dim), generator)
+            basis = cast("Tensor", torch.linalg.qr(drawn).Q)  # pyright: ignore[reportUnknownMemberType] - no types
+            tasks |= {"basis": basis, "solution": (basis @ signs.unsqueeze(-1)).squeeze(-1)}
         return tree.to(tasks, None, arguments.resolve_dtype(self.dtype))
 
     def init_params(self, tasks: Tasks) -> Params:
@@ -127,7 +128,10 @@ class RegularizedLogistic(TaskFamily):
     def smoothness(self) -> float:
         """Return a bound of the Hessian's eigenvalues: a quarter of the inputs' second moment's largest, plus l2."""
         inputs = self.inputs.double()
-        return float(torch.linalg.eigvalsh(inputs.T @ inputs / len(inputs))[-1]) / 4 + self.l2
+        second = inputs.T @ inputs / len(inputs)
+        # torch gives it no types.
+        sizes = cast("Tensor", torch.linalg.eigvalsh(second))  # pyright: ignore[reportUnknownMemberType]
+        return float(sizes[-1]) / 4 + self.l2
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Return the points, once a task (views)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class ImageConv(TaskFamily):
         if self.norm == "group" and any(width % self.groups for width in self.channels):
             raise ValueError(f"groups={self.groups} does not divide each of channels={self.channels}; pass a divisor")
         arguments.require_choice("activation", self.activation, Activation)
-        if not isinstance(self.residual, bool):
+        if not isinstance(cast("object", self.residual), bool):
             raise TypeError(f"residual={self.residual!r} is neither True nor False")
         side = self.data().side
         if side >> (len(self.channels) - 1) == 0:
@@ -143,7 +143,7 @@ class ImageConv(TaskFamily):
         # By hand: torch's own batch normalisation has wrong derivatives in some orders of its modes, and says nothing.
         # The mean of squares of what is centred costs a third of torch.var_mean on the CPU.
         groups, axes = (1, (0, 3, 4)) if self.norm == "batch" else (self.groups, (2, 3, 4))
-        grouped = out.unflatten(1, (groups, -1))
+        grouped = torch.unflatten(out, 1, (groups, -1))
         gain, shift = (params[f"norm{i}.{name}"].reshape(groups, -1, 1, 1) for name in ("weight", "bias"))
         centred = grouped - grouped.mean(axes, keepdim=True)
         scale = (centred.square().mean(axes, keepdim=True) + _EPS).rsqrt() * gain

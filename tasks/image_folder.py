@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import TypeAlias, cast, final
 
 import numpy as np
 import torch
@@ -70,13 +70,13 @@ class ImageFolder(FewShotImages):
         arguments.require_count("size", self.size)
         if self.channels not in image_array.MODES:
             raise ValueError(f"channels={self.channels!r} is neither 1 (grey) nor 3 (colours)")
-        if not isinstance(self.fractions, tuple):
+        if not isinstance(cast("object", self.fractions), tuple):
             raise ValueError(f"fractions={self.fractions!r} is not a tuple; pass one such as (0.64, 0.16, 0.2)")
         for i, fraction in enumerate(self.fractions):
             arguments.require_number(f"fractions[{i}]", fraction, least=0)
         if len(self.fractions) != len(FILES) or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(f"fractions={self.fractions!r} are not three numbers for train, valid and test of sum 1")
-        if self.split_seed is None:
+        if cast("int | None", self.split_seed) is None:
             raise ValueError("split_seed=None: the split must be the same in every process; pass an integer")
         arguments.require_seed("split_seed", self.split_seed)
 
@@ -135,9 +135,10 @@ def find_classes(folder: Path) -> Classes:
 
 def _folders_below(folder: Path) -> list[Path]:
     """Return all folders below one, through links but not hidden ones, sorted."""
-    found, seen = [], {folder.resolve(): folder}
+    found: list[Path] = []
+    seen = {folder.resolve(): folder}
     for parent, names, _ in os.walk(folder, followlinks=True):
-        kept = []
+        kept: list[str] = []
         for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
             if path.resolve() in seen:
                 raise ValueError(

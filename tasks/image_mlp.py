@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learnedopt.core import tree
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, images, streams
@@ -112,15 +113,15 @@ class ImageMLP(TaskFamily):
 
     def init_params(self, tasks: Tasks) -> Params:
         """Draw each task's parameters, as ``init`` says, from its seed."""
-        drawn = [self._draw(streams.stream(seed, "init")) for seed in tasks["seed"].tolist()]
+        drawn = [self._draw(streams.stream(seed, "init")) for seed in tree.numbers(tasks["seed"])]
         dtype = arguments.resolve_dtype(self.dtype)
-        return {k: torch.from_numpy(np.stack([params[k] for params in drawn])).to(dtype) for k in drawn[0]}
+        return {k: tree.from_numpy(np.stack([params[k] for params in drawn])).to(dtype) for k in drawn[0]}
 
     def _draw(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw one task's parameters in float64, so that float32 ones are the same but for rounding."""
         widths = (self.side**2, *self.hidden, self.data().num_classes)
         whole = images.SIDE * self.side / self.crop  # a crop starts as its part of the whole
-        params = {}
+        params: dict[str, np.ndarray] = {}
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             for name, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
                 if self.init == "linear":
@@ -134,7 +135,7 @@ class ImageMLP(TaskFamily):
         """Draw this step's minibatch of each task."""
         inputs, targets = self.data().draw(tasks["seed"], step, split)
         if self.relabel_every is not None:
-            targets = self._relabelled(targets, tasks["seed"].tolist(), step)
+            targets = self._relabelled(targets, tree.numbers(tasks["seed"]), step)
         return {"inputs": inputs.flatten(2), "targets": targets}
 
     def _relabelled(self, targets: Tensor, seeds: list[int], step: int) -> Tensor:
@@ -142,7 +143,7 @@ class ImageMLP(TaskFamily):
         assert self.relabel_every is not None
         classes, turn = self.data().num_classes, step // self.relabel_every
         drawn = [streams.stream(seed, "labels", turn).permutation(classes) for seed in seeds]
-        return torch.from_numpy(np.stack(drawn)).gather(1, targets)
+        return tree.from_numpy(np.stack(drawn)).gather(1, targets)
 
     def outputs(self, params: Params, batch: Batch) -> Tensor:
         """Return the logits (batch_size, num_classes): 10, or as many as there are characters."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.containers import is_tuple
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, streams
@@ -51,7 +52,7 @@ class Mixture(TaskFamily):
     meta_split: arguments.MetaSplit | None = None
 
     def __post_init__(self) -> None:
-        members = []
+        members: list[tuple[float, TaskFamily]] = []
         for i, pair in enumerate(_pairs(self.members)):
             arguments.require_number(f"the weight of members[{i}]", pair[0], least=0)
             if pair[0] == 0:
@@ -80,12 +81,12 @@ class Mixture(TaskFamily):
 
         Each is what the family samples with a generator of the task's seed, so it does not depend on the others.
         """
-        numbers = tasks["member"].tolist()
-        found = []
+        numbers: list[int] = tree.numbers(tasks["member"])
+        found: list[tuple[TaskFamily, Tasks, tuple[int, ...]]] = []
         for member, family in enumerate(self.families):
             positions = tuple(i for i, number in enumerate(numbers) if number == member)
-            seeds = tasks["seed"][list(positions)].tolist()
-            own = [family.sample(1, torch.Generator().manual_seed(seed)) for seed in seeds]
+            seeds = tasks["seed"][list(positions)]
+            own = [family.sample(1, torch.Generator().manual_seed(seed)) for seed in tree.numbers(seeds)]
             if own:
                 found.append((family, tree.concatenate(own), positions))
         return found
@@ -111,7 +112,7 @@ class Mixture(TaskFamily):
 
 
 def _pairs(members: Any) -> Sequence[Any]:
-    pairs = isinstance(members, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in members)
+    pairs = is_tuple(members) and all(is_tuple(pair) and len(pair) == 2 for pair in members)
     if not pairs or not all(isinstance(family, TaskFamily) for _, family in members):
         raise TypeError(
             f"members={members!r} are no pairs of a weight and a family; pass such as ((0.5, family), (0.5, other))"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from learnedopt.core import tree
+from learnedopt.core.containers import is_list_or_tuple
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params, Tree
 from learnedopt.tasks.modules import structure, trial
@@ -87,13 +88,13 @@ class ModuleFamily(TaskFamily):
 
     def _build(self, seed: int) -> nn.Module:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices):  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
             # Not torch.manual_seed: where CUDA has not started, its seed would stay behind and take effect later.
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
             module = self.build()
-        if not isinstance(module, nn.Module):
+        if not isinstance(cast("object", module), nn.Module):
             raise TypeError(f"build returned a {type(module).__name__}, not an nn.Module; pass a function or a class")
         return module
 
@@ -143,7 +144,7 @@ class ModuleFamily(TaskFamily):
 
 
 def _pair(returned: Any) -> Sequence[Any]:
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
+    if not is_list_or_tuple(returned) or len(returned) != 2:
         raise TypeError(
             f"data must return a pair (inputs, targets), got a {type(returned).__name__}; return (inputs, None) where "
             "there are no targets"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learnedopt.core import tree
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, images, initial_params, streams
@@ -51,7 +52,7 @@ class NoisyImages(TaskFamily):
     data_seed: int = 0
     dtype: arguments.DType | None = None
     meta_split: arguments.MetaSplit = "train"
-    _made: dict[Any, Batch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[Any, Batch] = field(default_factory=dict[Any, Batch], init=False, repr=False, compare=False)
     """Batches that were made, by split and dtype: every step asks for them again."""
 
     def __post_init__(self) -> None:
@@ -111,10 +112,10 @@ class NoisyImages(TaskFamily):
                 f"{len(labels)} to choose from; ask for fewer"
             )
         random = streams.stream(self.data_seed, "train")
-        chosen = torch.from_numpy(random.permutation(len(labels))[:asked])
+        chosen = tree.from_numpy(random.permutation(len(labels))[:asked])
         targets = labels[chosen[: self.num_train]]
-        noisy = torch.from_numpy(random.permutation(self.num_train)[: round(self.noise * self.num_train)])
-        targets[noisy] = torch.from_numpy(random.integers(images.NUM_CLASSES, size=len(noisy)))
+        noisy = tree.from_numpy(random.permutation(self.num_train)[: round(self.noise * self.num_train)])
+        targets[noisy] = tree.from_numpy(random.integers(images.NUM_CLASSES, size=len(noisy)))
         return chosen, targets
 
     def _make(self, split: Split) -> Batch:
@@ -130,4 +131,4 @@ class NoisyImages(TaskFamily):
             rest = {"targets": labels}
         # In float64 first, so that float32 batches are the same ones but for rounding.
         centred = (own.numpy() - pixels[train].numpy().mean(0, dtype=np.float64)) / 255
-        return {"inputs": torch.from_numpy(centred).to(arguments.resolve_dtype(self.dtype)), **rest}
+        return {"inputs": tree.from_numpy(centred).to(arguments.resolve_dtype(self.dtype)), **rest}

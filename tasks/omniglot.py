@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, final
+from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ def _checked(path: Path) -> str:
 
 
 def _folders(root: str | None) -> list[Path]:
-    import pooch
+    import pooch  # pyright: ignore[reportMissingTypeStubs] - it has no types
 
     return [*([Path(root).expanduser()] if root else []), Path(pooch.os_cache("learnedopt"))]
 
@@ -221,11 +221,14 @@ def _find(root: str | None, name: str) -> Path | None:
 
 
 def _download(root: str | None, name: str) -> Path:
-    import pooch
+    import pooch  # pyright: ignore[reportMissingTypeStubs] - it has no types
 
     cache = _folders(root)[-1] / _FOLDER
     try:
-        return Path(pooch.retrieve(_MIRROR + name, f"md5:{_ZIPS[name].md5}", fname=name, path=cache))
+        file: Any = pooch.retrieve(  # pyright: ignore[reportUnknownMemberType]
+            _MIRROR + name, f"md5:{_ZIPS[name].md5}", fname=name, path=cache
+        )
+        return Path(file)
     except (OSError, ValueError) as error:  # no network, a server's refusal, no space, or a wrong checksum
         places = " and ".join(str(folder / _FOLDER) for folder in _folders(root))
         variable = "LEARNEDOPT_DATA is not set" if root is None else f"LEARNEDOPT_DATA is {root!r}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from learnedopt.core.registry import Registry
 from learnedopt.core.task import TaskFamily
 
@@ -29,5 +31,8 @@ _TABLE = {
     "mixture": "mixture:Mixture",
 }
 FAMILIES = Registry(TaskFamily, "task family", "task families", "learnedopt.tasks", _TABLE)
-names, register, make = FAMILIES.names, FAMILIES.register, FAMILIES.make
-describe, build = FAMILIES.describe, FAMILIES.build
+names: Final = FAMILIES.names
+register: Final = FAMILIES.register
+make: Final = FAMILIES.make
+describe: Final = FAMILIES.describe
+build: Final = FAMILIES.build

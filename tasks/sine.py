@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Sine(TaskFamily):
         arguments.require_choice("protocol", self.protocol, Protocol)
         arguments.require_count("shots", self.shots)
         arguments.require_count("queries", self.queries)
-        if not isinstance(self.hidden, tuple):
+        if not isinstance(cast("object", self.hidden), tuple):
             raise ValueError(f"hidden={self.hidden!r} is not a tuple of widths; pass one such as (40, 40)")
         for i, width in enumerate(self.hidden):
             arguments.require_count(f"hidden[{i}]", width)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.task import Batch, Split, TaskFamily, Tasks
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import arguments, images, streams
@@ -63,8 +64,8 @@ class Superclasses(TaskFamily):
     def sample(self, num_tasks: int, generator: torch.Generator) -> Tasks:
         """Draw each task's images and labels, both (num_tasks, 2, num_losses): those of both splits, in their order."""
         by_class = _features(self.meta_split, self.num_features)[1]
-        drawn = [_draw(seed, self.shots, by_class) for seed in streams.sample_seeds(num_tasks, generator).tolist()]
-        images_of, labels = (torch.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
+        drawn = [_draw(seed, self.shots, by_class) for seed in tree.numbers(streams.sample_seeds(num_tasks, generator))]
+        images_of, labels = (tree.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
         return {"images": images_of, "labels": labels}
 
     def init_params(self, tasks: Tasks) -> Params:
@@ -109,7 +110,7 @@ def _features(meta_split: arguments.MetaSplit, num_features: int) -> tuple[Tenso
     pixels, labels = images.load("fashion-mnist", meta_split)
     scores = (pixels.numpy() / 255.0 - mean) @ components
     unit = scores / np.linalg.norm(scores, axis=1, keepdims=True)
-    return torch.from_numpy(unit), tuple(np.flatnonzero(labels.numpy() == c) for c in range(images.NUM_CLASSES))
+    return tree.from_numpy(unit), tuple(np.flatnonzero(labels.numpy() == c) for c in range(images.NUM_CLASSES))
 
 
 def _draw(seed: int, shots: int, by_class: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:

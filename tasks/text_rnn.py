@@ -80,7 +80,8 @@ def _gru(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     ``r, z = σ(...)``, ``n = tanh(input_n + r·(W_n h + b_n))``, ``h ← n + z·(h − n)``.
     """
     width = weight.shape[-1]
-    hidden, found = torch.zeros_like(projected[0, :, :width]), []
+    hidden = torch.zeros_like(projected[0, :, :width])
+    found: list[Tensor] = []
     for own in projected.unbind(0):
         from_hidden = functional.linear(hidden, weight, bias)
         gates = (own[:, : 2 * width] + from_hidden[:, : 2 * width]).sigmoid()
@@ -97,9 +98,9 @@ def _lstm(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     width = weight.shape[-1]
     hidden = memory = torch.zeros_like(projected[0, :, :width])
-    found = []
+    found: list[Tensor] = []
     for own in projected.unbind(0):
-        first, forget, new, last = (own + functional.linear(hidden, weight, bias)).split(width, dim=-1)
+        first, forget, new, last = torch.split(own + functional.linear(hidden, weight, bias), width, dim=-1)
         memory = forget.sigmoid() * memory + first.sigmoid() * new.tanh()
         hidden = last.sigmoid() * memory.tanh()
         found.append(hidden)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class TextTransformer(CharacterModel):
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}: each head has an equal share")
         arguments.require_choice("activation", self.activation, Activation)
-        if not isinstance(self.bias, bool):
+        if not isinstance(cast("object", self.bias), bool):
             raise TypeError(f"bias={self.bias!r} is neither True nor False")
 
     def layout(self) -> initial_params.Layout:

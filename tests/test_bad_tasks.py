@@ -125,6 +125,31 @@ def test_one_process_alone_warns_of_the_first_failures(caplog: pytest.LogCapture
         assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_hyperparameter_that_has_left_its_range_is_named(share: float, caplog: pytest.LogCaptureFixture) -> None:
+    rule = optimizers.Clip(optimizers.Adam(lr=0.1, learn=("lr", "beta2")), 1.0)
+    outside = {"rule/lr": torch.tensor(0.1), "rule/beta2": torch.tensor(1.25)}
+    options: dict[str, Any] = {"tracker": None, "num_tasks": 4, "max_skips_in_a_row": 2, "max_failed_share": share}
+    with pytest.raises(TrainingDiverged, match=r"Theta had left its range: rule/beta2 is 1\.25 and must be at least 0"):
+        MetaTrainer(InnerLoop(Failing(0.0), rule), Unrolled(3), SumOfLosses(), theta=outside, **options).run(3)
+    assert ("Theta has left its range: rule/beta2 is 1.25 and" in caplog.text) == (share > 0)
+    with pytest.raises(TrainingDiverged, match="Lower the meta-learning rate") as raised:
+        MetaTrainer(InnerLoop(Failing(1.0, at=1), rule), Unrolled(3), SumOfLosses(), **options).run(3)
+    assert "range" not in str(raised.value)
+
+
+def test_rules_hand_on_which_hyperparameters_have_left_their_range() -> None:
+    momentum = optimizers.Momentum(lr=0.1, momentum=0.5)
+    on_scales = optimizers.Reparametrized(momentum, {"momentum": "logit"})
+    rule = optimizers.Partition({"a": ("a*", momentum), "b": ("*", on_scales)})
+    theta = {"a/lr": -0.5, "a/momentum": -1.0, "b/rule/lr": -2.0, "b/rule/momentum": -3.0}
+    assert rule.theta_faults({k: torch.tensor(v) for k, v in theta.items()}) == {
+        "a/lr": "is -0.5 and must be at least 0 and finite",
+        "a/momentum": "is -1 and must be at least 0 and finite",
+        "b/rule/lr": "is -2 and must be at least 0 and finite",
+    }
+
+
 def test_tasks_that_the_estimator_draws_are_of_no_episode_that_is_counted() -> None:
     fault = Failure(3, Fault("loss", 2, 7))
     told = Failures(PersistentES(2, 4, 2, 0.1).renews_tasks, warns=False).told([fault], 1, 0)

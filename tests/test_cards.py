@@ -103,6 +103,13 @@ def test_a_file_without_a_record_says_so(tmp_path: Path) -> None:
     assert cards.past_horizon(card, 10**9) is None
 
 
+def test_the_description_beside_a_checkpoint_is_not_taken_for_it(tmp_path: Path) -> None:
+    rule = LSTM(hidden_size=3)
+    path = learnedopt.save(tmp_path / "mine", rule, rule.init_theta(torch.Generator()))
+    with pytest.raises(ValueError, match=r"mine\.json is no safetensors file; did you mean .*mine\.safetensors\?"):
+        learnedopt.card(path.with_suffix(".json"))
+
+
 def test_a_file_says_what_its_configuration_does(tmp_path: Path) -> None:
     rule, theta, metadata = checkpoint.load_with_metadata("lstm-mnist")
     del metadata["card"]

@@ -40,7 +40,11 @@ def test_of_spellings_the_last_wins_whatever_it_is(capsys: pytest.CaptureFixture
 def test_a_printed_configuration_is_read_back(name: str) -> None:
     recipe = recipes.make(name)
     wanted = as_config(recipe)
-    assert len([*fields_of(recipe)]) >= len(dataclasses.fields(recipe)) - 1
+    fields = [*fields_of(recipe)]
+    assert len(fields) >= len(dataclasses.fields(recipe)) - 1
+    for field in fields:  # a help that says the name again says nothing
+        name = field.path.rpartition(".")[2]
+        assert field.about and field.about.rstrip(".").lower().replace(" ", "_") != name, field.path
     written = yaml.safe_load(yaml.safe_dump(wanted))
     assert as_config(override(recipe, [written], INTERCHANGEABLE)) == wanted
     plain = recipes.make("demo")

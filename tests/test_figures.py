@@ -98,15 +98,20 @@ def test_trainings_of_one_step_and_diverged_ones_are_drawn(tmp_path: Path, drawn
 
 
 def test_a_diverged_curve_ends_with_a_cross_and_flattens_no_other(tmp_path: Path, drawn: list[Figure]) -> None:
-    curves = {"mine": [3.0, 1.0, 0.5, 0.4], "SGD": [3.0, 9.0, 1e4, 1e10], "back": [3.0, 1e4, 2.0, 1.0]}
+    curves = {
+        "mine": [3.0, 1.0, 0.5, 0.4], "SGD": [3.0, 9.0, 1e4, 1e10], "back": [3.0, 1e4, 2.0, 1.0],
+        "gone": [3.0, 2.0, math.nan, math.inf],
+    }  # fmt: skip
     plots.plot_curves(tmp_path / "curves.png", curves, emphasis=["mine"])
     axes = drawn[0].axes[0]
     assert axes.get_ylim()[1] < 30
     crosses = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "x"]  # type: ignore[union-attr]
-    assert crosses == [[[1.0, 9.0]]]
+    assert crosses == [[[1.0, 9.0]], [[1.0, 2.0]]]
     legend = axes.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["mine", "SGD (diverged: ×)", "back"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "mine", "SGD (off the scale: ×)", "back", "gone (diverged: ×)",
+    ]  # fmt: skip
 
 
 def test_bands_are_named_in_the_legend_and_not_drawn_of_what_diverges(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -129,6 +134,18 @@ def test_no_two_lines_are_told_apart_by_colour_alone(tmp_path: Path, drawn: list
     assert len({line.get_marker() for line in drawn[0].axes[0].lines}) == count
     plots.plot_curves(tmp_path / "long.png", {"a": [1.0] * 100})
     assert drawn[1].axes[0].lines[0].get_marker() == "None"
+
+
+def test_several_lines_in_front_differ_and_a_long_title_stays_inside(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = {str(i): [i + 1.0] * 5 for i in range(8)}
+    plots.plot_curves(tmp_path / "curves.png", curves, emphasis=[*"012"], title="a long title of many words " * 4)
+    (figure,) = drawn
+    lines = figure.axes[0].lines
+    assert [line.get_linewidth() for line in lines] == [2.8] * 3 + [1.6] * 5
+    assert len({line.get_color() for line in lines[:3]}) == len({line.get_marker() for line in lines[:3]}) == 3
+    assert len({style.look(i, True)["dashes"] for i in range(len(style.STRONG))}) == len(style.STRONG)
+    (title,) = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
 
 
 def test_the_course_of_one_run_is_seen_at_both_ends() -> None:

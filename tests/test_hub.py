@@ -65,7 +65,7 @@ def test_a_folder_is_a_hub(
     assert cli.main(["hub", "push", str(run), "--to", "./away/mine", "--license", "apache-2.0"]) == 0
     assert sorted(os.listdir("away/mine")) == ["README.md", "theta.safetensors"]
     assert cli.main(["hub", "pull", "away/mine", "--as", "taken"]) == 0
-    assert "**Rule.** `sgd`, 1 numbers" in capsys.readouterr().out
+    assert "**Rule.** `sgd`, 1 number;" in capsys.readouterr().out
     assert os.listdir("runs/taken") == ["theta.safetensors"]
     assert file_of("runs/taken").read_bytes() == file_of(run).read_bytes()
     rule, theta = learnedopt.load("runs/taken")

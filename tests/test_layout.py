@@ -30,7 +30,7 @@ LAW: dict[str, tuple[str, ...]] = {
 # The edge may import every room, those with a registry only inside functions; no room imports the edge, and nothing at
 # all imports the bridges: users do, by name.
 EDGE = (
-    "__init__", "__main__", "bridges", "optim", "cards", "checkpoint", "config", "hub", "plugins", "run",
+    "__init__", "__main__", "bridges", "optim", "cards", "card_needs", "checkpoint", "config", "hub", "plugins", "run",
     "run_folder", "run_results", "stages", "sweep_file", "sweeps", "typed_values", "followed",
     "cli", "cli_check", "cli_compare", "cli_diagnose", "cli_evaluate", "cli_fields", "cli_given", "cli_hub", "cli_list",
     "cli_parser", "cli_recipe", "cli_report", "cli_suite", "cli_sweep", "cli_train",

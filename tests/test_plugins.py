@@ -120,6 +120,13 @@ def test_a_module_of_the_current_folder_works_and_a_run_says_that_it_needs_it(
     few = ["--family", "steep", "--tasks", "2", "--steps", "2", "--baselines", "SGD", "--wandb", "disabled"]
     assert cli.main(["evaluate", str(folder), *few]) == 0, capsys.readouterr().err
     assert cli.main(["card", str(folder)]) == cli.main(["report", str(folder)]) == 0
+    assert cli.main(["hub", "push", str(folder), "--to", "shelf"]) == 0
+    card = Path("shelf/README.md").read_text("utf-8")
+    assert "registers `mine`, `pulled`, which the library does not have: it was the module `my_module` (`--im" in card
+    assert " --import my_module\n```\n" in card and 'plugins.load(["my_module"])  # registers mine, pulled\n' in card
+    assert (
+        "`mine`, 1 number;" in card and "(`FinalLoss` in runs of 2 inner steps, a mean over 2 held-out tasks)" in card
+    )
     forget("my_module")
     capsys.readouterr()
     assert cli.main(["evaluate", str(folder), *few]) == 2

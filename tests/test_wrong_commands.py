@@ -105,7 +105,7 @@ WRONG = [
     ("evaluate general --suite unseeen", "'unseeen'", "did you mean 'unseen'?"),
     ("evaluate runs/min", "min'", "did you mean 'runs/mine'?"),
     ("evaluate runs/study", "study'", "a study leaves none"),
-    ("evaluate runs/mine/theta.json", "theta.json", "runs/mine/theta.safetensors beside it"),
+    ("evaluate runs/mine/theta.json", "theta.json", "did you mean runs/mine/theta.safetensors?"),
     ("evaluate general --suite unseen --nets gru", "'gru'", "by number: "),
     ("evaluate general --suite unseen --tune-for last_tem", "'last_tem'", "did you mean 'last_ten'?"),
     ("evaluate general --family quadratic --tune-for final", "'final'", "did you mean 'final_loss'?"),

@@ -67,7 +67,7 @@ class _Scheduled(UpdateRule):
 
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Draw weights from N(0, 1 / inputs), biases and the LSTM's start at 0: none of the published numbers."""
-        theta = {}
+        theta: Theta = {}
         for name, shape in self._shapes().items():
             matrix = name.endswith("/weight")
             drawn = torch.randn(shape, generator=generator, device=generator.device)
@@ -128,13 +128,14 @@ class Celo(_Scheduled):
     def _begun(self, schedule: ScheduleMemory, params: Params) -> CeloMemory:
         return CeloMemory(schedule, {k: celo_features.start(p, _wide_dtype(p)) for k, p in params.items()})
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: CeloMemory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, CeloMemory]:
         """Move every coordinate by the network's direction, at the schedule's rate."""
         theta = {k: x.to(state.schedule.means.dtype) for k, x in theta.items()}
         rate, schedule = celo_schedule.rate(theta, state.schedule, loss, progress)
-        deltas, tracks = {}, {}
+        deltas: Params = {}
+        tracks: dict[str, Tracks] = {}
         for name, param in params.items():
             grad, x = grads[name].to(_wide_dtype(param)).clamp(-_CLIP, _CLIP), param.to(_wide_dtype(param))
             tracks[name] = celo_features.tracked(state.tracks[name], grad)
@@ -161,13 +162,15 @@ class CeloAdam(_Scheduled):
         mean, square = ({k: torch.zeros_like(p, dtype=_wide_dtype(p)) for k, p in params.items()} for _ in range(2))
         return CeloAdamMemory(schedule, mean, square)
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride] - as rules that read the horizon have it
         self, theta: Theta, grads: Params, state: CeloAdamMemory, params: Params, loss: Tensor, *, progress: Tensor
     ) -> tuple[Params, CeloAdamMemory]:
         """Move every coordinate as Adam does, at the schedule's rate."""
         theta = {k: x.to(state.schedule.means.dtype) for k, x in theta.items()}
         rate, schedule = celo_schedule.rate(theta, state.schedule, loss, progress)
-        deltas, mean, square = {}, {}, {}
+        deltas: Params = {}
+        mean: Params = {}
+        square: Params = {}
         for name, param in params.items():
             grad = grads[name].to(_wide_dtype(param)).clamp(-_CLIP, _CLIP)
             mean[name] = _FIRST * state.mean[name] + (1 - _FIRST) * grad
@@ -202,7 +205,8 @@ def load(path: str | Path, sha256: str | None = None) -> tuple[UpdateRule, Theta
         theta = _schedule_of(found)
         if isinstance(rule, Celo):
             theta = {**_network_of(found), **theta}
-        wanted, got = rule._shapes(), {k: tuple(x.shape) for k, x in theta.items()}
+        wanted = rule._shapes()  # pyright: ignore[reportPrivateUsage] - a class of this very file
+        got = {k: tuple(x.shape) for k, x in theta.items()}
         wrong = {k: got[k] for k in wanted if got[k] != wanted[k]}
     except Exception as error:  # anything may lie where weights should be
         raise ValueError(

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from learnedopt.core import tree
+from learnedopt.core.containers import is_dict, is_list
+
 MAX_BYTES = 1 << 28
 _MAX_DEPTH = 50
 _MAX_VALUES = 100_000
@@ -60,7 +63,7 @@ def read(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
     message = _Message(data)
     try:
         found = message.value()
-        if not message.done or not isinstance(found, dict):
+        if not message.done or not is_dict(found):
             raise ValueError("it is not one dict")
     except (ValueError, TypeError, struct.error, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
@@ -144,14 +147,17 @@ class _Message:
 
 def _array(parts: Any) -> torch.Tensor:
     """Return the tensor that ``[shape, dtype, bytes]`` is."""
-    if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[2], bytes):
+    if not is_list(parts) or len(parts) != 3 or not isinstance(parts[2], bytes):
         raise ValueError("an array in it is not [shape, dtype, bytes]")
     shape, dtype, data = parts
     if dtype not in _DTYPES:
         raise ValueError(f"an array in it is of dtype {dtype!r}, and only {', '.join(_DTYPES)} are known")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    if not is_list(shape) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"an array in it has the shape {shape!r}")
-    flat = np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+    # What numpy says of its types is not all known here, and torch takes any array.
+    kind: Any = np.dtype(dtype)
+    flat: Any = np.frombuffer(data, kind.newbyteorder("<"))
     if flat.size != math.prod(shape):
         raise ValueError(f"an array in it has {flat.size} numbers, and the shape {tuple(shape)}")
-    return torch.from_numpy(flat.astype(dtype).reshape(shape))
+    numbers: Any = flat.astype(dtype)
+    return tree.from_numpy(numbers.reshape(shape))

@@ -23,6 +23,7 @@ from torch import Tensor
 from learnedopt.bridges.higher_rule import HigherRule
 from learnedopt.checkpoint import check_theta
 from learnedopt.core import tree
+from learnedopt.core.containers import is_dict
 from learnedopt.core.tree import Params, Theta
 from learnedopt.optim import LearnedOptimizer
 from learnedopt.plug_in.cohorts import Cohort, Player, formed
@@ -32,11 +33,12 @@ from learnedopt.plug_in.shards import Kind, kind_of
 from learnedopt.plug_in.stepping import begun
 
 try:
-    from higher.optim import DifferentiableOptimizer, register_optim
-except ModuleNotFoundError as error:
+    # higher has no types.
+    from higher.optim import DifferentiableOptimizer, register_optim  # pyright: ignore[reportMissingTypeStubs]
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.higher needs the package higher ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.higher needs the package higher ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 __all__ = ["DifferentiableLearnedOptimizer", "HigherRule"]
 
@@ -46,7 +48,7 @@ class Place(NamedTuple):
 
     name: str
     group: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - no use of a tuple's method
 
 
 @final
@@ -77,24 +79,27 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
                 "some parameters are tensor subclasses, such as the pieces of fully_shard, and higher knows plain "
                 "tensors alone; meta-train on a model that is whole in each process"
             )
-        super().__init__(other, reference, *args, **options)
+        super().__init__(other, reference, *args, **options)  # pyright: ignore[reportUnknownMemberType] - higher's
         self._other, self._loss = other, None
         at = {id(p): (g, i) for g, group in enumerate(other.param_groups) for i, p in enumerate(group["params"])}
-        self._places = [
-            (player, [Place(m.name, *at[id(m.param)]) for m in members]) for player, members in other._parts()
-        ]
-        if not other._begun():
+        # What LearnedOptimizer keeps to itself, and to this other half of it.
+        parts = other._parts()  # pyright: ignore[reportPrivateUsage]
+        self._places = [(player, [Place(m.name, *at[id(m.param)]) for m in members]) for player, members in parts]
+        if not other._begun():  # pyright: ignore[reportPrivateUsage]
             self._start(reference)
 
     def step(self, loss: Tensor, *args: Any, **options: Any) -> Any:
         """Move the parameters against the gradient of a loss, see ``higher``; rules that read the loss are told it."""
         self._loss = loss
         try:
-            return super().step(loss, *args, **options)
+            return super().step(loss, *args, **options)  # pyright: ignore[reportUnknownMemberType] - higher's
         finally:
             self._loss = None
 
-    def _update(self, grouped_grads: list[list[Tensor | None]], **_: Any) -> None:
+    # higher hands gradients over by position alone.
+    def _update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, grouped_grads: list[list[Tensor | None]], **_: Any
+    ) -> None:
         with torch.set_grad_enabled(self._track_higher_grads):
             for player, places in self._places:
                 theta = self._theta(player, places)
@@ -103,14 +108,15 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
                 grads = {p.name: grouped_grads[p.group][p.index] for p in places}
                 at = {p.name: p for p in places}
                 for cohort in formed(*self._seen(player, places, params, grads)):
-                    self._other._require_end(cohort)
+                    self._other._require_end(cohort)  # pyright: ignore[reportPrivateUsage]
                     self._move(cohort, params, grads, at)
 
     def _seen(
         self, player: Player, places: list[Place], params: Params, grads: dict[str, Tensor | None]
     ) -> tuple[Player, list[Member], dict[Tensor, dict[str, Any]]]:
         """Return what ``formed`` takes: values without a graph, whose gradients say who moves, and the memory."""
-        members, kept = [], {}
+        members: list[Member] = []
+        kept: dict[Tensor, dict[str, Any]] = {}
         for place in places:
             value, grad = params[place.name].detach(), grads[place.name]
             value.grad = None if grad is None else grad.detach()
@@ -147,7 +153,7 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
         told = [x for x in given if not isinstance(x, str) and x is not None]  # a string is a fingerprint
         if not told:
             return player.theta
-        if not isinstance(told[0], dict):
+        if not is_dict(told[0]):
             raise TypeError(f"override: theta is a {type(told[0]).__name__}; pass [theta], a list of dicts of tensors")
         if any(x is not told[0] for x in given):
             raise ValueError(
@@ -159,8 +165,8 @@ class DifferentiableLearnedOptimizer(DifferentiableOptimizer):
 
     def _start(self, reference: list[Tensor]) -> None:
         """Put the learned start of an override's theta into the model."""
-        model = self._fmodel
-        patched = None if model is None else model.fast_params
+        model: Any = self._fmodel
+        patched: Any = None if model is None else model.fast_params
         fast: list[Any] = list(reference if patched is None else patched)
         index = {(g, i): j for g, own in enumerate(self._group_to_param_list) for i, j in enumerate(own)}
         for player, places in self._places:

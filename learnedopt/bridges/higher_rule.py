@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Params, Theta
 
 try:
-    from higher.optim import _opt_mapping, get_diff_optim
-except ModuleNotFoundError as error:
+    # higher has no types, and no other list of the optimizers that it knows.
+    from higher.optim import (  # pyright: ignore[reportMissingTypeStubs]
+        _opt_mapping,  # pyright: ignore[reportPrivateUsage]
+        get_diff_optim,  # pyright: ignore[reportUnknownVariableType]
+    )
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.higher needs the package higher ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.higher needs the package higher ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 _DETACHED = (torch.optim.ASGD, torch.optim.Rprop)
 """Their rate goes into their memory as a number."""
@@ -60,8 +64,9 @@ class HigherRule(UpdateRule):
     defaults: dict[str, Any] = field(repr=False)
 
     def __init__(self, optimizer: type[torch.optim.Optimizer], *, learn: tuple[str, ...] = (), **options: Any) -> None:
-        if not isinstance(optimizer, type) or optimizer not in _opt_mapping:
-            known = ", ".join(getattr(kind, "__name__", str(kind)) for kind in _opt_mapping)
+        kinds = cast("dict[object, object]", _opt_mapping)
+        if not isinstance(cast("object", optimizer), type) or optimizer not in kinds:
+            known = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
             raise TypeError(
                 f"higher has no differentiable version of {getattr(optimizer, '__name__', optimizer)!r}, only of "
                 f"{known}; register one with higher.register_optim, or use learnedopt.bridges.torch_optim.TorchOptim"
@@ -108,7 +113,7 @@ class HigherRule(UpdateRule):
         return deltas, {"step": state["step"] + 1, **_kept(stepper, params)}
 
     @contextmanager
-    def _calling(self) -> Iterator[None]:
+    def _calling(self) -> Generator[None, None, None]:
         with foreign_code(f"HigherRule({self.optimizer.__name__})"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Differentiable ", UserWarning)  # said when the rule was made
             yield

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from learnedopt.core.containers import is_tuple
 
 UNDIFFERENTIABLE = {
     "fused": "a fused kernel writes over its inputs and has no derivative",
@@ -42,7 +44,7 @@ def defaults_of(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> d
 
 def require_learnable(owner: str, learn: Any, learnable: tuple[str, ...], why: str) -> None:
     """Raise TypeError or ValueError unless ``learn`` is a tuple out of ``learnable``; else ``why`` is said."""
-    if not isinstance(learn, tuple) or not all(isinstance(name, str) for name in learn):
+    if not is_tuple(learn) or not all(isinstance(name, str) for name in learn):
         raise TypeError(f"{owner}: learn={learn!r} is not a tuple of names; pass learn=('lr',), or () for none")
     unknown = [name for name in learn if name not in learnable]
     if unknown:
@@ -50,7 +52,7 @@ def require_learnable(owner: str, learn: Any, learnable: tuple[str, ...], why: s
 
 
 @contextmanager
-def foreign_code(owner: str) -> Iterator[None]:
+def foreign_code(owner: str) -> Generator[None, None, None]:
     """Call code that was not written with ``torch.func.vmap`` in mind.
 
     Operations that torch has no rule for run task by task inside, to the same values; its hint that this is slower is

@@ -18,10 +18,10 @@ from learnedopt.core.tree import Params, Theta
 
 try:
     from torchopt.base import GradientTransformation
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"learnedopt.bridges.torchopt needs the package torchopt ({error}); install learnedopt[bridges]"
-    ) from error
+        f"learnedopt.bridges.torchopt needs the package torchopt ({_error}); install learnedopt[bridges]"
+    ) from _error
 
 
 @final
@@ -100,7 +100,8 @@ def _tensor(x: Any, device: torch.device) -> Tensor:
 def _remembered(transformation: Any) -> set[str]:
     """Return what the functions of a transformation, and of those it is made of, change outside of their state."""
     found: set[str] = set()
-    waiting, seen = list(transformation), set()
+    waiting: list[Any] = list(transformation)
+    seen: set[int] = set()
     while waiting:
         function = waiting.pop()
         if id(function) in seen or not inspect.isfunction(function):

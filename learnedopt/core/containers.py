@@ -16,6 +16,11 @@ def is_mapping(x: object) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(x, Mapping)
 
 
+def is_list(x: object) -> TypeGuard[list[Any]]:
+    """Whether it is a list."""
+    return isinstance(x, list)
+
+
 def is_set(x: object) -> TypeGuard[set[Any]]:
     """Whether it is a set."""
     return isinstance(x, set)

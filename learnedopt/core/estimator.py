@@ -43,7 +43,11 @@ class Recording(NamedTuple):
 
 
 class GradientEstimator(ABC):
-    """An estimator of the gradient of a meta-objective with respect to theta."""
+    """An estimator of the gradient of a meta-objective with respect to theta.
+
+    To use one, call ``start`` and ``estimate``. One's own defines ``estimate``; all other members have an answer that
+    serves where its carry is a ``Carry``, or made of some, and it draws nothing.
+    """
 
     inner: InnerSolver | None = None
     """What solves the inner problem in place of the rule's own steps; validation and evaluation take it too."""

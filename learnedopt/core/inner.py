@@ -28,6 +28,9 @@ from learnedopt.core.user_warning import warn_user
 class InnerLoop:
     """A family's optimizees trained by an update rule; immutable.
 
+    To train with it call ``init_theta``, ``start``, ``run`` and ``losses`` (or ``outputs``, ``metrics``). All other
+    members are there for whoever writes an estimator, an objective or an execution.
+
     Args:
         family: what is trained.
         rule: how one step moves.

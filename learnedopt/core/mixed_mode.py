@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from learnedopt.core import tree
 from learnedopt.core.tree import Params, Theta
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 _UNTRUSTED = {
     "LinalgDet", "LinalgSlogdet", "LinalgSolveEx", "TriangularSolve", "CholeskyInverse", "ScatterReduce",

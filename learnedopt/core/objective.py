@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias, final
+from typing import ClassVar, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class FinalLoss(OfLosses):
     """Loss on the valid split at the end, as in MAML (Finn et al. 2017)."""
 
     end_only = True
-    split = "valid"
+    split: ClassVar[Split] = "valid"  # pyright: ignore[reportIncompatibleVariableOverride] - no field
 
     def of_losses(self, before: Tensor, end: Tensor) -> Tensor:
         """Return the last one."""

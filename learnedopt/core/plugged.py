@@ -17,10 +17,20 @@ def needed(record: Mapping[str, Any]) -> str:
 
     What is no name of a module or distribution is left out: whoever wrote the file does not choose what a message says.
     """
-    modules = [f"--import {name}" for name in _names(record, MODULES, ".") if name not in sys.modules]
-    told = [f"pass {' '.join(modules)} if you trust what that runs"] if modules else []
-    told += [f"install {name}" for name in _names(record, DISTRIBUTIONS, ".-_")]
+    missing = [f"--import {name}" for name in modules(record) if name not in sys.modules]
+    told = [f"pass {' '.join(missing)} if you trust what that runs"] if missing else []
+    told += [f"install {name}" for name in distributions(record)]
     return f". It was written where plug-ins were loaded: {', and '.join(told)}" if told else ""
+
+
+def modules(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the modules that were imported by name."""
+    return _names(record, MODULES, ".")
+
+
+def distributions(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the distributions that brought plug-ins."""
+    return _names(record, DISTRIBUTIONS, ".-_")
 
 
 def _names(record: Mapping[str, Any], key: str, punctuation: str) -> list[str]:

@@ -119,6 +119,9 @@ class UpdateRule(ABC):
     All methods but ``init_theta`` see ONE task, are pure, and must work under ``torch.func.vmap``. A rule that counts
     steps counts them in a tensor of its state.
 
+    A rule of one's own defines ``init_theta``, ``init`` and ``update``. All other members have an answer that serves,
+    and are there for rules that wrap others, read the horizon, or have a faster step.
+
     Example:
         >>> class SignDescent(UpdateRule):
         ...     coordinatewise = True
@@ -188,6 +191,14 @@ class UpdateRule(ABC):
         A number or a tensor of its shape, positive. ``MetaTrainer`` moves ``theta / scale``, and who perturbs theta
         does so by ``scale`` times as much: one learning rate then serves a log-rate as well as a small weight. Whoever
         wraps a rule hands on its scales.
+        """
+        return {}
+
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say of each meta-parameter that has left its range what it is and must be; of none by default.
+
+        Asked where a meta-gradient was not finite, for the message: nothing keeps meta-training from moving a decay
+        rate past 1. Whoever wraps a rule hands this on.
         """
         return {}
 

@@ -62,15 +62,16 @@ def describe(path: Path) -> Described:
         with path.open("rb") as file:
             length = _header_length(file.read(8))
             if not 0 < length <= min(size - 8, _MAX_HEADER):
-                own = path.with_name("theta.safetensors")
-                hint = f"; {own} beside it may be meant" if own != path and own.is_file() else ""
-                raise ValueError(f"it does not begin as one, or ends within its header{hint}")
+                raise ValueError("it does not begin as one, or ends within its header")
         with _opened(path) as file:  # which compares the header with the size
             metadata: dict[str, str] = file.metadata() or {}
             text = metadata.get("learnedopt")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     # What the header's parsers make of bytes that are none.
     except (SafetensorError, OSError, ValueError, struct.error) as error:
+        beside = path.with_suffix(".safetensors")
+        if beside != path and beside.is_file():
+            raise ValueError(f"{path} is no safetensors file; did you mean {beside}?") from error
         raise ValueError(
             f"{path} is no readable safetensors file ({error}); it is corrupt or cut short: write it again"
         ) from error

@@ -170,6 +170,12 @@ def numbers(x: Tensor) -> Any:
     return x.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
+def from_numpy(array: Any) -> Tensor:
+    """Return numpy's array as a tensor that shares its memory."""
+    # torch gives the array no type.
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]
+
+
 def length(x: Tensor) -> Tensor:
     """Return the Euclidean length of all its entries, a scalar."""
     # torch gives it no types.

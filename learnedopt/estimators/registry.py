@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.group import Group
 
@@ -21,4 +23,5 @@ ESTIMATORS = Group(
         "TaskByTask": "learnedopt.estimators.task_by_task",
     },
 )
-names, register = ESTIMATORS.names, ESTIMATORS.register
+names: Final = ESTIMATORS.names
+register: Final = ESTIMATORS.register

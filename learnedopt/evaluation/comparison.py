@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.files import plain_json, write_atomically, write_json
 from learnedopt.evaluation.plots import plot_curves
 
@@ -69,7 +70,7 @@ class Tuning:
 
     rate: float
     scores: dict[float, float]
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def at_edge(self) -> bool:
@@ -134,8 +135,8 @@ class Comparison:
                 "num_diverged": outcome.num_diverged,
                 "measures": {name: vars(summarise(values)) for name, values in outcome.values.items()},
                 "tried": outcome.tuning and [*sorted(outcome.tuning.scores.items())],
-                "curve": outcome.curve.tolist(),
-                "interval": None if outcome.interval is None else outcome.interval.tolist(),
+                "curve": tree.numbers(outcome.curve),
+                "interval": None if outcome.interval is None else tree.numbers(outcome.interval),
             }
             for label, outcome in self.outcomes.items()
         }
@@ -146,14 +147,14 @@ class Comparison:
         """Return what was measured, the table of all optimizers and that of the paired differences, as Markdown."""
         head = ["optimizer", "learning rate"]
         head += [column for name in MEASURES for column in (name.replace("_", " "), "median")] + ["diverged"]
-        rows = []
+        rows: list[list[str]] = []
         for label, outcome in self.outcomes.items():
             row = [label, f"{outcome.tuning.rate:.3g}" if outcome.tuning else ""]
             for name in MEASURES:
                 summary = summarise(outcome.values[name])
                 row += [f"{summary.mean:.4g} ± {summary.high - summary.mean:.2g}", f"{summary.median:.4g}"]
             rows.append([*row, str(outcome.num_diverged)])
-        paired = []
+        paired: list[list[str]] = []
         for d in self.differences:
             interval = f"{d.summary.low:.4g} to {d.summary.high:.4g}"
             paired.append([d.candidate, d.baseline, d.measure.replace("_", " "), f"{d.summary.mean:.4g}", interval])
@@ -161,7 +162,8 @@ class Comparison:
         text = (
             f"{about['num_tasks']} fresh tasks, {about['num_steps']} steps each: mean ± 95 % interval, and median. "
             f"Learning rates are tuned for the lowest mean {about['tune_for'].replace('_', ' ')} on "
-            f"{about['num_tuning_tasks']} other tasks.\n\n" + align([head, *rows])
+            f"{about['num_tuning_tasks']} other tasks. Diverged are tasks on which a loss was not finite.\n\n"
+            + align([head, *rows])
         )
         if paired:
             text += "\n" + align([["optimizer", "minus the best baseline", "in", "mean", "95 % interval"], *paired])

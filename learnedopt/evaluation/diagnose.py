@@ -114,7 +114,7 @@ def diagnose(
     tried = suggested(facts) if estimators is None else estimators
     tried = {**{label: x for label, x in tried.items() if x not in also.values()}, **also}
     budget = seconds if budget is None else budget
-    rows = []
+    rows: list[Row] = []
     for label, estimator in tried.items():
         rows.append(_row(bench, label, estimator, exact, truth, budget))
         report(f"{label}: {rows[-1].refused or f'{rows[-1].seconds:.3g} s an episode'}")
@@ -267,7 +267,8 @@ def _joined(bench: _Bench, windows: int) -> Literal["sum", "mean"]:
         return "sum"
     loop, theta = bench.loop, bench.theta
     begun = loop.begin(theta, loop.start(bench.tasks(0)))
-    at, values = begun, []
+    at = begun
+    values: list[float] = []
     for _ in range(windows):
         rollout = loop.run(theta, at, bench.horizon // windows, Tape.NONE)
         values.append(float(call_objective(bench.objective, loop, theta, rollout)[0]))

@@ -150,7 +150,7 @@ def spelled(estimator: Any) -> str:
         return str(estimator)
     if not dataclasses.is_dataclass(estimator):
         return repr(estimator)
-    told = []
+    told: list[str] = []
     for field in dataclasses.fields(estimator):
         value = getattr(estimator, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

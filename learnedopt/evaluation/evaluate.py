@@ -205,7 +205,8 @@ def compare(
     require_count("num_tuning_tasks", num_tuning_tasks, least=1)
     for candidate in candidates.values():  # one that does not fit is refused before anything is run
         measure(candidate, family, tree.narrow(fresh, 0, 1), 0, execution)
-    outcomes, sizes = {}, {label: _runs_of(baseline, num_tuning_tasks) for label, baseline in baselines.items()}
+    outcomes: dict[str, Outcome] = {}
+    sizes = {label: _runs_of(baseline, num_tuning_tasks) for label, baseline in baselines.items()}
     pace = Pace(len(candidates) + sum(sizes.values()), report)
     for label, candidate in candidates.items():
         report(f"Running {label} on {num_tasks} tasks")
@@ -290,7 +291,8 @@ def _tune_grid(
     def score(points: Sequence[Point], few: bool) -> list[float]:
         thetas = lanes.points(rule, [grid.values(point) for point in points])
         some = tree.narrow(tasks, 0, min(FEW, tree.size(tasks))) if few else tasks
-        found = _measured(*lanes.train(rule, thetas, family, some, num_steps, execution))[by].mean(0).tolist()
+        measured = _measured(*lanes.train(rule, thetas, family, some, num_steps, execution))
+        found = tree.numbers(measured[by].mean(0))
         ran(len(points) * tree.size(some) / tree.size(tasks))
         return found
 
@@ -312,7 +314,7 @@ def _differences(outcomes: Mapping[str, Outcome]) -> list[Difference]:
     baselines = [label for label, outcome in outcomes.items() if outcome.tuning]
     if not baselines:
         return []
-    found = []
+    found: list[Difference] = []
     for name in MEASURES:
         means = {label: float(outcomes[label].values[name].mean()) for label in baselines}
         best = min(means, key=means.__getitem__)

@@ -234,7 +234,8 @@ def named(text: str) -> Mapping[str, Grid]:
         ValueError: there is no such baseline.
     """
     if text in ("main", "all", "none"):
-        return {"main": MAIN_BASELINES, "all": HARD_BASELINES, "none": {}}[text]
+        known: dict[str, Mapping[str, Grid]] = {"main": MAIN_BASELINES, "all": HARD_BASELINES, "none": {}}
+        return known[text]
     labels = [label.strip() for label in text.split(";") if label.strip()]
     unknown = [label for label in labels if label not in HARD_BASELINES]
     if unknown or not labels:

@@ -134,7 +134,8 @@ def train(
     num_tasks = tree.size(start)
     particles = lanes.begin(loop, {k: v.expand(num_tasks, *v.shape) for k, v in stacked.items()}, tasks, start)
     particles, losses = lanes.run(loop, particles, num_steps, graph=graph)
-    ended, found = lanes.results(loop, particles), []
+    ended = lanes.results(loop, particles)
+    found: list[Tensor] = []
     for i in range(num_final):
         found.append(lanes.losses(loop, ended._replace(steps=(num_steps + i,) * num_tasks), "valid"))
     return Trained(losses.double().cpu(), torch.stack(found).double().mean(0).cpu())

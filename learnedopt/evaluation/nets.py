@@ -10,7 +10,7 @@ from learnedopt.core.registry import nearest
 from learnedopt.core.task import TaskFamily
 
 _TEXT = {"batch_size": 16, "context": 32, "meta_split": "test", "held_out": True}
-_CHARACTERS = {"dataset": "omniglot-characters", "meta_split": "test", "held_out": True}
+_CHARACTERS: dict[str, Any] = {"dataset": "omniglot-characters", "meta_split": "test", "held_out": True}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Net:
 
     name: str
     family: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_steps: int = 100
     lanes: int | None = None
 
@@ -108,7 +108,7 @@ def chosen(suite: str, names: Iterable[str] = ()) -> tuple[Net, ...]:
         raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}{nearest(suite, SUITES)}")
     nets = {net.name: net for net in SUITES[suite]}
     numbered = {str(i): net for i, net in enumerate(SUITES[suite], start=1)}
-    found = []
+    found: list[Net] = []
     for name in names:
         if name not in nets and name not in numbered:
             told = nearest(name, nets) or f"; there are, by number: {'; '.join(nets)}"

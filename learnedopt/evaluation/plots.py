@@ -9,6 +9,7 @@ from typing import Any
 
 from learnedopt.evaluation.style import (
     DIVERGED,
+    OFF_SCALE,
     Values,
     add_axes,
     draw_band,
@@ -44,12 +45,12 @@ def plot_curves(
     Args:
         path: of the PNG file.
         curves: label -> values. Left out are non-finite ones, and those over 10 times the highest first value: a
-            curve that diverges would flatten the others. One whose last value is left out ends with a cross, and is
-            called diverged in the legend.
+            curve that explodes would flatten the others. One whose last value is left out ends with a cross: the
+            legend calls it diverged where that value is not finite, else off the scale.
         bands: label -> lowest and highest values of the curve's interval, drawn where the curve is; not drawn of one
-            that diverges.
+            that ends with a cross.
         shaded: what the bands are, for the legend.
-        emphasis: labels drawn thick, in front, in the signal colour.
+        emphasis: labels drawn thick, in front, in the signal colour; of several, each in one of its own.
         logy: logarithmic y-axis; None means where every finite value is positive.
 
     Raises:
@@ -60,8 +61,9 @@ def plot_curves(
     if ceiling > 0:
         lines = {label: [v if v <= ceiling else math.nan for v in y] for label, y in lines.items()}
     ended = [label for label, y in lines.items() if y and not math.isfinite(y[-1])]
-    lines = {DIVERGED.format(label) if label in ended else label: y for label, y in lines.items()}
-    strong = [DIVERGED.format(label) if label in ended else label for label in emphasis]
+    named = {label: _named(label, floats(curves[label]), label in ended) for label in lines}
+    lines = {named[label]: y for label, y in lines.items()}
+    strong = [named.get(label, label) for label in emphasis]
     bands = {label: band for label, band in (bands or {}).items() if label in curves and label not in ended}
     if logy is None:
         logy = all(v > 0 for y in lines.values() for v in y if math.isfinite(v))
@@ -153,7 +155,14 @@ def plot_panels(
     return write_figure(figure, path)
 
 
+def _named(label: str, curve: list[float], ended: bool) -> str:
+    """Return a curve's label in the legend, which says why it ends before its last value."""
+    if not ended:
+        return label
+    return (OFF_SCALE if math.isfinite(curve[-1]) else DIVERGED).format(label)
+
+
 def _one_axes(xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
     """Return a figure of the common size and its axes."""
-    figure = new_figure(8, 4.5)
-    return figure, add_axes(figure, (1, 1, 1), xlabel=xlabel, ylabel=ylabel, title=title)
+    figure = new_figure(8, 4.5, title)  # the axes are narrower than it by the legend: a title may be too long for them
+    return figure, add_axes(figure, (1, 1, 1), xlabel=xlabel, ylabel=ylabel)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.evaluation.plots import plot_curves, plot_lines
 from learnedopt.evaluation.training_plot import plot_training, points, windows_of
 
@@ -31,7 +32,8 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #444444; --soft: #a8a8a8 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-size: 0.9rem } caption { text-align: left; color: var(--soft) }
+table { border-collapse: collapse; font-size: 0.9rem; display: block; overflow-x: auto; overflow-wrap: break-word }
+caption { text-align: left; color: var(--soft) }
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.8rem 0.2rem 0; text-align: left; vertical-align: top }
 figure { margin: 1rem 0 } figcaption { color: var(--soft) } img { max-width: 100%; background: #ffffff }
 """
@@ -55,9 +57,9 @@ class RunRecord:
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     comparison: Mapping[str, Any] | None = None
-    images: Mapping[str, bytes] = field(default_factory=dict)
+    images: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def page(run: RunRecord) -> str:
@@ -107,8 +109,8 @@ def state(run: RunRecord) -> str:
 
 
 def _curves(body: Element, run: RunRecord) -> None:
-    """Add the figures: drawn anew of the metrics, then those of the folder, as many as fit."""
-    images = {f"drawn of the metrics: {name}": data for name, data in _drawn(run).items()}
+    """Add the figures: drawn anew from the metrics, then those of the folder, as many as fit."""
+    images = {f"drawn from the metrics: {name}": data for name, data in _drawn(run).items()}
     images |= {name: data for name, data in run.images.items() if name != "training.png" or not images}
     if images:
         _add(body, "h2", "Curves")
@@ -171,17 +173,18 @@ def _comparison(body: Element, found: Mapping[str, Any]) -> None:
     try:
         optimizers = found["optimizers"]
         names = [*dict.fromkeys(name for one in optimizers.values() for name in one["measures"])]
-        table = [["optimizer", "learning rate", *(f"{n}, mean (95 %)" for n in names), "diverged"]]
+        table = [["optimizer", "learning rate", *(f"{n.replace('_', ' ')}, mean (95 %)" for n in names), "diverged"]]
         for label, one in optimizers.items():
             texts = [_interval(one["measures"][name]) for name in names]
-            table.append([label, _shown(one["learning_rate"]), *texts, _shown(one["num_diverged"])])
+            table.append([label, _shown(one["learning_rate"], 3), *texts, _shown(one["num_diverged"])])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"evaluation.json is not what a comparison writes ({error!r}); move it away") from error
     _table(body, "Beside tuned optimizers, on fresh tasks", table)
 
 
 def _interval(summary: Mapping[str, Any]) -> str:
-    return "{} ({} to {})".format(*(_shown(summary[key]) for key in ("mean", "low", "high")))
+    mean, low, high = (_shown(summary[key], 4) for key in ("mean", "low", "high"))  # digits as in evaluation.md
+    return f"{mean} ({low} to {high})"
 
 
 def _table(body: Element, title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -200,13 +203,13 @@ def _table(body: Element, title: str, rows: Sequence[Sequence[str]]) -> None:
 
 def _flat(value: Any, path: str = "") -> list[list[str]]:
     """Return nested values as rows of a dotted name and a value."""
-    if isinstance(value, Mapping) and value:
+    if is_mapping(value) and value:
         return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
     return [[path, json.dumps(value, ensure_ascii=False)]] if path else []
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+def _shown(value: Any, digits: int = 6) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _add(parent: Element, tag: str, text: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from learnedopt.core.containers import is_dict, is_list_or_tuple
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerSolver
 from learnedopt.core.inner_objective import InnerObjective
@@ -21,7 +22,7 @@ from learnedopt.core.task import TaskFamily
 from learnedopt.core.tree import Theta
 from learnedopt.evaluation import evaluate
 from learnedopt.evaluation.comparison import Comparison
-from learnedopt.evaluation.few_shot import FewShot, adapt
+from learnedopt.evaluation.few_shot import Adaptation, FewShot, adapt
 
 
 class Learned(Protocol):
@@ -119,7 +120,8 @@ def adapt_runs(
     family, _ = families(learned, name, options)
     for label, each in learned.items():
         _require_fit(label, each, family, num_steps, solvers.get(label))
-    adaptations, pace = {}, Pace(len(learned), report)
+    adaptations: dict[str, Adaptation] = {}
+    pace = Pace(len(learned), report)
     for label, each in learned.items():
         inner = solvers.get(label)
         pace.begin(1)
@@ -148,11 +150,13 @@ def families(
     try:
         family = tasks.make(name, **given)
     except ValueError as error:
-        told = needed(next(iter(records.values()), {})) if name not in tasks.names() else ""
+        told = needed(next(iter(records.values()), dict[str, Any]())) if name not in tasks.names() else ""
         raise ValueError(f"{error}{told}") from error
     if not hasattr(family, "meta_split"):
         return family, family
-    return tasks.make(name, **{"meta_split": "test", **given}), tasks.make(name, **{**given, "meta_split": "train"})
+    fresh: dict[str, Any] = {"meta_split": "test", **given}
+    others: dict[str, Any] = {**given, "meta_split": "train"}
+    return tasks.make(name, **fresh), tasks.make(name, **others)
 
 
 def shared_family(
@@ -197,8 +201,10 @@ def _recorded_family(label: str, record: Mapping[str, Any]) -> tuple[str, dict[s
     if not record.get("family"):
         raise ValueError(f"{label} has no record of a family; name one with --family")
     try:
-        held_out = (record.get("validation") or {}).get("family_options") or {}
-        name, options = record["family"]["name"], {**record["family"]["options"], **held_out}
+        validation: Any = record.get("validation") or {}
+        held_out: Any = validation.get("family_options") or {}
+        name: str = record["family"]["name"]
+        options: dict[str, Any] = {**record["family"]["options"], **held_out}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the record of {label} is of no family ({error!r}); name one with --family") from error
     options.pop("meta_split", None)
@@ -217,9 +223,9 @@ def _require_no_paths(label: str, options: dict[str, Any]) -> None:
 
 
 def _may_name_files(key: str, value: Any) -> bool:
-    if isinstance(value, dict):  # a part, or a family of a mixture
+    if is_dict(value):  # a part, or a family of a mixture
         return any(_may_name_files(k, v) for k, v in value.items())
-    if isinstance(value, list | tuple):
+    if is_list_or_tuple(value):
         return any(_may_name_files(key, each) for each in value)
     return isinstance(value, str) and (key in ("root", "lists") or not set(value).isdisjoint("/\\~") or value == "..")
 

@@ -21,10 +21,15 @@ Values: TypeAlias = "Sequence[float] | Any"
 """Numbers in a row: a list, or anything that ``float`` reads element by element (an array or tensor of one axis)."""
 
 EMPHASIS = "#D55E00"
+STRONG = (EMPHASIS, "#7A0177", "#000000", "#A6761D")
+"""Colours of the lines that a figure is about, where there are several: as far apart in grey as well."""
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (4, 1.5, 1, 1.5, 1, 1.5), (10, 3), (1, 1))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIVERGED = "{} (diverged: ×)"
+"""Label of a line whose last value is not finite."""
+OFF_SCALE = "{} (off the scale: ×)"
+"""Label of a line whose last value is finite, and too high to be drawn."""
 _DPI = 100
 _PALETTE = 256  # colours of a file: it is a third as large as with all of them, and looks the same
 _PLAIN_DECADES = 2.5  # of an axis, up to which 1, 2 and 5 are marked
@@ -41,7 +46,8 @@ def new_figure(width: float, height: float, title: str = "") -> Any:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title)
+        # Its keywords have no types.
+        figure.suptitle(title, wrap=True)  # pyright: ignore[reportUnknownMemberType]
     return figure
 
 
@@ -87,10 +93,14 @@ def scale_axis(axes: Any, name: str) -> None:
 
 
 def look(index: int, strong: bool = False) -> dict[str, Any]:
-    """Return how matplotlib draws the line of this index: a colour and dashes of its own; strong lines are in front."""
+    """Return how matplotlib draws the line of this index: a colour and dashes of its own.
+
+    Strong lines are in front, thick, and counted for themselves: they take dashes from the other end of the list.
+    """
+    colours, turn = (STRONG, -index) if strong else (COLOURS, index)
     return {
-        "color": EMPHASIS if strong else COLOURS[index % len(COLOURS)],
-        "dashes": DASHES[index % len(DASHES)],
+        "color": colours[index % len(colours)],
+        "dashes": DASHES[turn % len(DASHES)],
         "linewidth": 2.8 if strong else 1.6,
         "zorder": 3 if strong else 2.5,
     }
@@ -106,7 +116,8 @@ def draw_lines(
         strong = label in emphasis
         index, counts[strong] = counts[strong], counts[strong] + 1
         shown = drawable(x, y, logx, logy)
-        marker = MARKERS[index % len(MARKERS)] if len(x) <= _MARKED else None
+        turn = -index if strong else index
+        marker = MARKERS[turn % len(MARKERS)] if len(x) <= _MARKED else None
         axes.plot(*shown, label=label, marker=marker, markersize=4, **look(index, strong))
     for name, logarithmic in (("x", logx), ("y", logy)):
         if logarithmic:

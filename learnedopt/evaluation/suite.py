@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core import tree
+from learnedopt.core.containers import is_dict
 from learnedopt.core.counts import require_count
 from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json
@@ -99,7 +100,7 @@ def run_suite(
     num_each = len(candidates) + len(baselines)
     left, begun, num_done = len(nets) * num_each, time.perf_counter(), 0
     for net in nets:
-        missing = []
+        missing: list[tuple[str, Candidate | Grid, Path, dict[str, Any]]] = []
         for label, what in (*candidates.items(), *baselines.items()):
             path, about = result_path(folder, net, label), _about(net, what, protocol)
             if not _is_done(path, about):
@@ -156,7 +157,7 @@ class _NetRun:
 
         def score(points: Sequence[Point], few: bool) -> list[float]:
             tasks = tree.narrow(self.tuning, 0, min(FEW, self.protocol.num_tuning_tasks)) if few else self.tuning
-            return judged(self._train(grid, points, tasks))[by].mean(0).tolist()
+            return tree.numbers(judged(self._train(grid, points, tasks))[by].mean(0))
 
         single = len(grid.rates) == len(grid.choices) == 1
         found = Search(Point(grid.rates[0], 0), {}, {}) if single else search(score, grid)
@@ -189,8 +190,8 @@ def judged(trained: lanes.Trained) -> dict[Judged, Tensor]:
 
 
 def _outcome(trained: lanes.Trained) -> dict[str, Any]:
-    values = {str(name): value[:, 0].tolist() for name, value in judged(trained).items()}
-    losses = [[float(f"{x:.5g}") for x in each] for each in trained.losses[:, :, 0].T.tolist()]
+    values = {str(name): tree.numbers(value[:, 0]) for name, value in judged(trained).items()}
+    losses = [[float(f"{x:.5g}") for x in each] for each in tree.numbers(trained.losses[:, :, 0].T)]
     return {**values, "num_diverged": sum(map(math.isinf, values["final_loss"])), "losses": losses}
 
 
@@ -230,7 +231,7 @@ def _is_done(path: Path, about: Mapping[str, Any]) -> bool:
     if not path.exists():
         return False
     there = read_record(path).get("about")
-    if not isinstance(there, dict):
+    if not is_dict(there):
         raise ValueError(f"{path} is no result of a suite; remove it to run again, or choose another folder")
     if there != about:
         other = sorted(k for k in {*there, *about} if there.get(k) != about.get(k))

@@ -87,19 +87,20 @@ def _drawn(suite: Suite) -> Sequence[str]:
 
 
 def _draw(axes: Any, suite: Suite, net: str, label: str) -> Any:
+    from learnedopt.core import tree
     from learnedopt.evaluation.suite_table import thinned
 
     steps, values = thinned(suite.results[net][label].losses)
     values = values.masked_fill(~(values <= _CEILING * values[0].max()), math.nan)
     index, strong = _drawn(suite).index(label), label in suite.candidates
     front = label in suite.candidates[:1]
-    shape = look(index, front) | {
+    shape = look(0 if front else index, front) | {
         "linewidth": 2.4 if strong else 1.4,
         "dashes": () if front else look(index + 1)["dashes"],
     }
-    (line,) = axes.plot(steps, values.mean(1).tolist(), label=label, **shape)
+    (line,) = axes.plot(steps, tree.numbers(values.mean(1)), label=label, **shape)
     mark_end(axes, line)
-    draw_band(axes, line, values.amin(1).tolist(), values.amax(1).tolist())
+    draw_band(axes, line, tree.numbers(values.amin(1)), tree.numbers(values.amax(1)))
     return line
 
 

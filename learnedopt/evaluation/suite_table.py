@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.files import plain_json, write_json
 from learnedopt.evaluation.comparison import align, summarise, write_text
 from learnedopt.evaluation.grids import HARD_BASELINES
@@ -83,7 +85,7 @@ class Suite:
         """The labels of hand-designed optimizers."""
         return self._labels(lambda result: not result.is_candidate)
 
-    def _labels(self, wanted: Any) -> list[str]:
+    def _labels(self, wanted: Callable[[Result], bool]) -> list[str]:
         found = [label for by in self.results.values() for label, result in by.items() if wanted(result)]
         return list(dict.fromkeys(found))
 
@@ -120,11 +122,11 @@ class Suite:
         if label not in by or reference not in by:
             return None
         found = steps_to_reach(by[label].losses, by[reference].last_twenty) / len(by[label].losses)
-        return _median(found.tolist())
+        return _median(tree.numbers(found))
 
     def rows(self, label: str) -> list[dict[str, Any]]:
         """Return one row a net of what there is to say about a candidate."""
-        found = []
+        found: list[dict[str, Any]] = []
         for net, by in self.results.items():
             if label not in by:
                 continue
@@ -267,9 +269,10 @@ def steps_to_reach(losses: Tensor, level: Tensor, window: int = LAST) -> Tensor:
 def thinned(losses: Tensor) -> tuple[list[float], Tensor]:
     """Return at most 60 places, from step 1 on and spaced by logarithm, and the means of the losses around them."""
     num_steps = len(losses)
-    edges = torch.logspace(0, math.log10(num_steps + 1), _POINTS + 1, dtype=torch.float64).round().long().unique()
-    pieces = [losses[low - 1 : high - 1] for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
-    steps = [math.sqrt(low * (high - 1)) for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+    places = torch.logspace(0, math.log10(num_steps + 1), _POINTS + 1, dtype=torch.float64).round().long()
+    edges: list[int] = sorted(set(tree.numbers(places)))
+    pieces = [losses[low - 1 : high - 1] for low, high in itertools.pairwise(edges)]
+    steps = [math.sqrt(low * (high - 1)) for low, high in itertools.pairwise(edges)]
     return [float(f"{s:.4g}") for s in steps], torch.stack([piece.mean(0) for piece in pieces])
 
 
@@ -291,7 +294,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _short(values: Tensor) -> list[float]:
-    return [float(f"{x:.5g}") for x in values.tolist()]
+    return [float(f"{x:.5g}") for x in tree.numbers(values)]
 
 
 def _shown(ratio: Ratio | None) -> str:

@@ -93,7 +93,8 @@ def points(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], l
     Raises:
         ValueError: one of them, whose step is named, is no number.
     """
-    steps, values = [], []
+    steps: list[float] = []
+    values: list[float] = []
     for row in rows:
         if name in row:
             try:
@@ -116,7 +117,7 @@ def running_mean(x: Sequence[float], y: Sequence[float], windows: int | None) ->
     period = windows or 1
     width = period * max(1, len(y) // (_AVERAGES * period))
     first, stride = (width - 1 if len(y) >= width else 0), max(1, math.ceil(len(y) / _PLACES))
-    means = []
+    means: list[float] = []
     for i in range(first, len(y), stride):
         finite = [v for v in y[max(0, i + 1 - width) : i + 1] if math.isfinite(v)]
         means.append(sum(finite) / len(finite) if finite else math.nan)

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 # malloc.h's names and numbers.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -14,7 +14,7 @@ from learnedopt.core.fingerprint import words
 from learnedopt.core.inner import InnerLoop
 from learnedopt.execution.compiler_cache import VARIABLE, keep_compiler_cache_private
 
-logger = logging.getLogger("learnedopt.compiling")
+logger: logging.Logger = logging.getLogger("learnedopt.compiling")
 """Told, at level INFO, what is compiled, about how long that takes, and how long it took."""
 FILE = "learnedopt-seconds.json"
 _MOST = 1000  # kinds that are remembered

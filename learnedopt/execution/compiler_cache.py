@@ -11,7 +11,7 @@ from pathlib import Path
 
 from learnedopt.core.private_folder import cache_folder, open_private
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 

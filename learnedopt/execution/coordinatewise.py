@@ -32,7 +32,7 @@ from learnedopt.execution import compiled, flat_state, separability
 from learnedopt.execution.adjoint import Adjoint, ChunkGradient
 from learnedopt.execution.flat_state import NAME, Axes
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 COORDINATES_AT_A_TIME = 16384  # coordinates, of all tasks together, whose graph is held at a time
 

@@ -19,7 +19,7 @@ from learnedopt.core.tree import Params
 from learnedopt.core.vetting.purity import near
 from learnedopt.execution.particle_maps import ParticleMap, Particles, joined, piece_of, sizes
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 
 def serves_together(loop: InnerLoop, particles: Particles, num_slots: int) -> bool:

@@ -19,7 +19,7 @@ from learnedopt.core.inner import InnerLoop
 from learnedopt.execution import compile_times
 from learnedopt.execution.compiler_cache import keep_compiler_cache_private
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 
 class CompileWarning(UserWarning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class DistilledData(InnerObjective):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shape, tuple):
+        if not isinstance(cast("object", self.shape), tuple):
             raise ValueError(f"DistilledData: shape={self.shape!r} is not a tuple; pass that of one input, as (784,)")
         for i, size in enumerate(self.shape):
             arguments.require_count("DistilledData", f"shape[{i}]", size)

@@ -44,7 +44,8 @@ class L2(InnerObjective):
     strength: float
     per: Per = field(default="scalar", kw_only=True)
     learn: bool = field(default=True, kw_only=True)
-    penalty: QuadraticPenalty = field(init=False, repr=False)
+    # The base has any penalty, and in a frozen class none takes its place.
+    penalty: QuadraticPenalty = field(init=False, repr=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         penalty = QuadraticPenalty(

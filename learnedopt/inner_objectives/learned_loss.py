@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class LearnedLoss(InnerObjective):
         arguments.require_choice("LearnedLoss", "targets", self.targets, Targets)
         arguments.require_choice("LearnedLoss", "activation", self.activation, Activation)
         arguments.require_number("LearnedLoss", "base", self.base)
-        if not isinstance(self.hidden, tuple) or not self.hidden:
+        if not isinstance(cast("object", self.hidden), tuple) or not self.hidden:
             raise ValueError(f"LearnedLoss: hidden={self.hidden!r} is not a tuple of widths; pass one such as (16,)")
         for i, width in enumerate(self.hidden):
             arguments.require_count("LearnedLoss", f"hidden[{i}]", width)

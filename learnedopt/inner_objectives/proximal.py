@@ -48,7 +48,8 @@ class Proximal(InnerObjective):
     strength: float = 1.0
     per: Per = field(default="scalar", kw_only=True)
     learn: bool = field(default=False, kw_only=True)
-    penalty: QuadraticPenalty = field(init=False, repr=False)
+    # The base has any penalty, and in a frozen class none takes its place.
+    penalty: QuadraticPenalty = field(init=False, repr=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         penalty = QuadraticPenalty(

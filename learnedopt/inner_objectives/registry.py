@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.registry import Registry
@@ -26,8 +26,11 @@ INNER_OBJECTIVES = Registry(
     templated=True,
     registered={"task-loss": TaskLoss},  # the default, which lies in the core
 )
-names, register, make = INNER_OBJECTIVES.names, INNER_OBJECTIVES.register, INNER_OBJECTIVES.make
-describe, build = INNER_OBJECTIVES.describe, INNER_OBJECTIVES.build
+names: Final = INNER_OBJECTIVES.names
+register: Final = INNER_OBJECTIVES.register
+make: Final = INNER_OBJECTIVES.make
+describe: Final = INNER_OBJECTIVES.describe
+build: Final = INNER_OBJECTIVES.build
 
 
 def example(name: str, template: Params, num_examples: int, num_outputs: int, shape: tuple[int, ...]) -> InnerObjective:

@@ -57,6 +57,7 @@ class ARUBA(torch.optim.Optimizer, ThetaItself):
         super().__init__(groups, {"lr": lr, "power": float(power), "leader": False})
 
     @torch.no_grad()
+    # One signature in place of torch's two overloads.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take in what one batch of tasks shows; a tensor without a gradient stays."""
         with torch.enable_grad():

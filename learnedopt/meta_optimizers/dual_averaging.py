@@ -90,6 +90,7 @@ class DualAveraging(torch.optim.Optimizer):
         return {**super().__getstate__(), "weights": self.weights, "hint": self.hint}
 
     @torch.no_grad()
+    # One signature in place of torch's two overloads.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Move the parameters that have a gradient, and return what ``closure`` does."""
         with torch.enable_grad():

@@ -49,6 +49,7 @@ class FollowTheLeader(torch.optim.Optimizer, ThetaItself):
         return {**super().__getstate__(), "weight": self.weight}
 
     @torch.no_grad()
+    # One signature in place of torch's two overloads.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Move the parameters that have a gradient, and return what ``closure`` does."""
         with torch.enable_grad():

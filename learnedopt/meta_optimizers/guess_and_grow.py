@@ -48,6 +48,7 @@ class GuessAndGrow(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
+    # One signature in place of torch's two overloads.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let what is too small grow, and return what ``closure`` does."""
         with torch.enable_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class PerName:
         }
         members = [factory(parts[pattern]) for pattern, factory in self.factories.items()]
         for pattern, member in zip(self.factories, members, strict=True):
-            if not isinstance(member, torch.optim.Optimizer):
+            if not isinstance(cast("object", member), torch.optim.Optimizer):
                 raise TypeError(f"PerName: the factory of {pattern!r} returned {member!r}, which is no optimizer")
         return Members(members)
 
@@ -103,6 +103,7 @@ class Members(torch.optim.Optimizer, ThetaItself):
         """Return the tensors of those members that are of theta itself."""
         return [p for each in self.members if isinstance(each, ThetaItself) for p in each.taken_as_theta()]
 
+    # One signature in place of torch's two overloads.
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Let each member take a step, and return what ``closure`` does, which is called once."""
         with torch.enable_grad():

@@ -158,10 +158,14 @@ class ProjectedGradient:
         middle = start if center is None else rows.of(center)
         pull = torch.as_tensor(strength, dtype=start.dtype, device=start.device).detach().reshape(-1, 1)
         scale = 1.0 / max(num_steps, 1)  # of a mean loss, so that one tolerance serves all numbers of steps
-        problem = _Problem(
-            lambda x: scale * (rows.gradient(losses, x) + pull * (x - middle)),
-            lambda x: x if self.onto is None else rows.map(self.onto, x),
-        )
+
+        def gradient(x: Tensor) -> Tensor:
+            return scale * (rows.gradient(losses, x) + pull * (x - middle))
+
+        def project(x: Tensor) -> Tensor:
+            return x if self.onto is None else rows.map(self.onto, x)
+
+        problem = _Problem(gradient, project)
         tolerance = self.tolerance or torch.finfo(start.dtype).eps ** 0.75
         found, gap = _accelerated(problem, problem.project(start), tolerance, self.max_iterations)
         require_solved(self, gap, tolerance)
@@ -202,7 +206,7 @@ def _backtracked(
     for _ in range(200):
         x = problem.project(y - at_y / curvature)
         step = x - y
-        gap = curvature * step.norm(dim=1, keepdim=True)
+        gap = curvature * tree.row_lengths(step)[:, None]
         # By gradients, whose differences keep their digits close to a minimum, where those of losses lose theirs.
         curved = ((problem.gradient(x) - at_y) * step).sum(1, keepdim=True)
         fits = (curved <= curvature * step.square().sum(1, keepdim=True)) | (gap <= tolerance)
@@ -217,7 +221,7 @@ def _backtracked(
 
 def require_solved(solver: object, gap: Tensor, tolerance: float) -> None:
     """Raise ValueError where a task's projected gradient is still longer than allowed."""
-    open_ones = torch.nonzero(~(gap <= tolerance)).flatten().tolist()
+    open_ones = tree.numbers(torch.nonzero(~(gap <= tolerance)).flatten())
     if open_ones:
         raise ValueError(
             f"{type(solver).__name__} found no minimum of the losses of {len(open_ones)} of {len(gap)} tasks (number "

@@ -42,8 +42,8 @@ def _is_kept(moves: list[Tensor]) -> bool:
     small, medium, large, opposite = moves
     if not medium.requires_grad:
         return False  # with fixed updates, a learned start's, nothing grows
-    lengths = [float(move.detach().norm()) for move in (small, medium, large)]
-    turned = float((medium + opposite).detach().norm()) <= TOLERANCE * lengths[1]
+    lengths = [float(tree.length(move.detach())) for move in (small, medium, large)]
+    turned = float(tree.length((medium + opposite).detach())) <= TOLERANCE * lengths[1]
     same = all(map(math.isfinite, lengths)) and max(lengths) <= (1 + TOLERANCE) * min(lengths)
     return min(lengths) > 0 and same and turned
 

@@ -55,7 +55,7 @@ class LeaderAndRadius(TaskMean):
         require_matching(self.divergence)
 
     @property
-    def reads_theta(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads_theta(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """The radius."""
         return (self.radius,)
 

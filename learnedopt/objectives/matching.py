@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 from torch import Tensor
 from torch.nn import functional
@@ -68,7 +68,7 @@ class KLDivergence:
         return divergence.reshape(divergence.shape[0], -1).mean(1)
 
     def _log_probabilities(self, loop: InnerLoop, carry: Carry, split: Split) -> Tensor:
-        outputs = loop.outputs(carry, self.split or split)
+        outputs = cast("object", loop.outputs(carry, self.split or split))  # who knows what a user's family gives
         if not isinstance(outputs, Tensor) or outputs.ndim < 3 or outputs.shape[-1] < 2:
             got = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
@@ -81,7 +81,8 @@ class KLDivergence:
 
 def require_distances(matching: Matching, distances: Tensor, num_tasks: int) -> Tensor:
     """Return what a matching found; raise ValueError unless it is one distance a task."""
-    shape = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
+    found = cast("object", distances)  # who knows what a user's own returns
+    shape = tuple(distances.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != (num_tasks,):
         raise ValueError(
             f"the matching {matching!r} must return one distance per task, shape {(num_tasks,)}, got {shape}; the mean "

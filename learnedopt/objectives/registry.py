@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from learnedopt.core.group import Group
 
@@ -24,4 +25,5 @@ OBJECTIVES = Group(
         "HypergradientFeedback": "learnedopt.objectives.feedback",
     },
 )
-names, register = OBJECTIVES.names, OBJECTIVES.register
+names: Final = OBJECTIVES.names
+register: Final = OBJECTIVES.register

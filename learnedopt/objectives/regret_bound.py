@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class RegretBound(TaskMean):
     num_steps: int
     target: Target | None = None
 
-    reads_theta = ("*lr*",)
+    reads_theta: ClassVar[tuple[str, ...]] = ("*lr*",)  # pyright: ignore[reportIncompatibleVariableOverride] - no field
     holds_fixed = True
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class RegretBound(TaskMean):
         """Return each task's bound (num_tasks,)."""
         rates = {name: _rate(theta, name, start.shape[1:]) for name, start in rollout.end.params.items()}
         found = within_task(loop, theta, rollout, self.num_steps, self.target)
-        terms = []
+        terms: list[Tensor] = []
         for name, start in rollout.end.params.items():
             rate = rates[name]
             gaps = (found.target[name] - start).square()
@@ -127,7 +127,11 @@ class MomentMatching(TaskMean):
     target: Target | None = None
     factor: float = 0.5
 
-    reads_theta = ("*distance*", "*squares*")
+    # No field: the base leaves open whether it is the class's.
+    reads_theta: ClassVar[tuple[str, ...]] = (  # pyright: ignore[reportIncompatibleVariableOverride]
+        "*distance*",
+        "*squares*",
+    )
     holds_fixed = True
 
     def __post_init__(self) -> None:
@@ -156,7 +160,7 @@ class MomentMatching(TaskMean):
 
 def _require_within(num_steps: int, target: Target | None) -> None:
     require_count("num_steps", num_steps, least=1)
-    if target is not None and not isinstance(target, Target):
+    if target is not None and not isinstance(cast("object", target), Target):
         raise TypeError(
             f"target={target!r} is no Target; pass an instance, such as BestInHindsight(SumOfLossesSolver(), "
             f"{num_steps}), or None for the last iterate"
@@ -231,7 +235,7 @@ class _SumOfSquares(UpdateRule):
         self.rule = rule
 
     @property
-    def reads_horizon(self) -> bool:
+    def reads_horizon(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read, and never set
         return self.rule.reads_horizon
 
     def within(self, horizon: int | None) -> UpdateRule:

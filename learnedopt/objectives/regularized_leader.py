@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.carry import Carry
 from learnedopt.core.counts import require_count
 from learnedopt.core.inner import InnerLoop
@@ -86,11 +87,12 @@ class FollowTheRegularizedLeader:
             goal = (pull * anchor + curvature * dual - at_x) / (pull + curvature)
             x_new = rows.map(geometry.from_dual, goal)
             dual_new, at_new, step = rows.map(geometry.to_dual, x_new), rows.gradient(losses, x_new), x_new - x
-            gap = (pull + curvature) * step.norm(dim=1, keepdim=True) / max(num_steps, 1)
+            gap = (pull + curvature) * tree.row_lengths(step)[:, None] / max(num_steps, 1)
             curved, allowed = ((end * step).sum(1, keepdim=True) for end in (at_new - at_x, dual_new - dual))
             fits = (curved <= curvature * allowed) | (gap <= tolerance)
             curvature = torch.where(fits, curvature, torch.maximum(2 * curvature, pull))
-            x, dual, at_x = (torch.where(fits, *each) for each in ((x_new, x), (dual_new, dual), (at_new, at_x)))
+            x, dual = torch.where(fits, x_new, x), torch.where(fits, dual_new, dual)
+            at_x = torch.where(fits, at_new, at_x)
             if bool((gap <= tolerance).all()):
                 break
         require_solved(self, gap.squeeze(1), tolerance)

@@ -82,11 +82,11 @@ class SumOfLossesSolver:
         length = torch.zeros_like(at.value)
         for _ in range(self.max_iterations):
             step, curvature = _newton_step(at, free)
-            before, length = length, step.norm(dim=1)
-            away = torch.maximum(before, length) > LONG * (at.x - x).norm(dim=1)
+            before, length = length, tree.row_lengths(step)
+            away = torch.maximum(before, length) > LONG * tree.row_lengths(at.x - x)
             _refuse(~solved & (curvature < floor) & away, at, first, length, "x runs away to where nothing curves")
             # The step that shows convergence is taken: what is left after it is its square.
-            last = length <= torch.finfo(x.dtype).eps ** 0.5 * (1 + at.x.norm(dim=1))
+            last = length <= torch.finfo(x.dtype).eps ** 0.5 * (1 + tree.row_lengths(at.x))
             moved = torch.where(last[:, None], at.x + step, _searched(total, at, step))
             moved = torch.where(solved[:, None], at.x, moved)
             solved, at = solved | last, total.at(moved)
@@ -160,14 +160,30 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 
 def _floor(hessian: Tensor) -> Tensor:
     """Return the curvature (num_tasks,) below which round-off hides it."""
-    return hessian.shape[-1] * 100 * torch.finfo(hessian.dtype).eps * torch.linalg.matrix_norm(hessian, 2)
+    return hessian.shape[-1] * 100 * torch.finfo(hessian.dtype).eps * _largest(hessian)
 
 
 def _curved(hessian: Tensor) -> Tensor:
     """Return the projection (num_tasks, dim, dim) onto the directions that are not flat."""
-    values, vectors = torch.linalg.eigh(hessian)
+    values, vectors = _eigen(hessian)
     kept = vectors * (values.abs() > _floor(hessian)[:, None]).to(vectors.dtype)[:, None, :]
     return kept @ vectors.mT
+
+
+# torch.linalg has no types: what is used of it stands here once, and with its own.
+def _largest(matrices: Tensor) -> Tensor:
+    """Return the largest singular value (num_tasks,) of each matrix."""
+    return torch.linalg.matrix_norm(matrices, 2)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each symmetric matrix's eigenvalues (num_tasks, dim), ascending, and eigenvectors, in columns."""
+    return torch.linalg.eigh(matrices)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _eigenvalues(matrices: Tensor) -> Tensor:
+    """Return each symmetric matrix's eigenvalues (num_tasks, dim), ascending."""
+    return torch.linalg.eigvalsh(matrices)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _newton_step(at: _Point, free: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +193,7 @@ def _newton_step(at: _Point, free: Tensor) -> tuple[Tensor, Tensor]:
     flat = torch.eye(dim, dtype=at.x.dtype, device=at.x.device) - free
     scale = at.hessian.abs().amax((1, 2))[:, None, None]
     # Flat directions get a curvature of their own, apart from all others, and no slope.
-    values, vectors = torch.linalg.eigh(free @ at.hessian @ free + torch.where(scale > 0, scale, 1.0) * flat)
+    values, vectors = _eigen(free @ at.hessian @ free + torch.where(scale > 0, scale, 1.0) * flat)
     slope = free @ at.gradient[:, :, None]
     along = (vectors.mT @ slope).squeeze(2)
     sizes = values.abs()
@@ -206,19 +222,20 @@ def _refuse_flat(at: _Point, free: Tensor, first: _Point, length: Tensor) -> Non
     """Refuse what came to rest where it is no minimum: on a slope along a flat direction, or at a saddle."""
     eps = torch.finfo(at.x.dtype).eps ** 0.5
     scale = torch.maximum(*(point.hessian.abs().amax((1, 2)) for point in (at, first)))
-    slope = (at.gradient - (free @ at.gradient[:, :, None]).squeeze(2)).norm(dim=1)
-    sloping = slope > eps * scale * (1 + at.x.norm(dim=1))
+    slope = tree.row_lengths(at.gradient - (free @ at.gradient[:, :, None]).squeeze(2))
+    sloping = slope > eps * scale * (1 + tree.row_lengths(at.x))
     _refuse(sloping, at, first, length, "their losses go on falling along a direction without curvature")
-    lowest = torch.linalg.eigvalsh(at.hessian)[:, 0]
+    lowest = _eigenvalues(at.hessian)[:, 0]
     _refuse(lowest < -eps * scale, at, first, length, "Newton's method came to rest at a saddle of their losses")
 
 
 def _refuse(which: Tensor, at: _Point, first: _Point, length: Tensor, what: str) -> None:
     if not which.any():
         return
-    tasks = which.nonzero().flatten().tolist()
+    tasks = tree.numbers(which.nonzero().flatten())
     far, begun, last = (
-        [f"{float(x):.3g}" for x in found[which]] for found in (at.x.norm(dim=1), first.x.norm(dim=1), length)
+        [f"{float(x):.3g}" for x in found[which]]
+        for found in (tree.row_lengths(at.x), tree.row_lengths(first.x), length)
     )
     raise ValueError(
         f"the sum of losses has no minimiser that can be found in the tasks {tasks} of these {len(which)}: {what} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class TargetMatching(TaskMean):
     holds_fixed = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, Target):
+        if not isinstance(cast("object", self.target), Target):
             raise TypeError(
                 f"target={self.target!r} is no Target; pass an instance, such as LastIterate(5), or one of a class of "
                 "your own that derives from Target"

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, final
+from typing import NamedTuple, TypeAlias, cast, final
 
 import torch
 
@@ -206,7 +206,7 @@ def _require_solver(solver: TargetSolver) -> None:
 
 def _solved(solver: TargetSolver, end: Carry, found: Carry) -> Carry:
     """Return what a solver found, without a graph; raise TypeError unless it is a carry of the same parameters."""
-    same = isinstance(found, Carry) and {k: p.shape for k, p in found.params.items()} == {
+    same = isinstance(cast("object", found), Carry) and {k: p.shape for k, p in found.params.items()} == {
         k: p.shape for k, p in end.params.items()
     }
     if not same:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import cast
 
 from learnedopt.core.files import require_name
 from learnedopt.core.registry import nearest
@@ -83,7 +84,7 @@ def register(name: str, function: Callable[[], Recipe | Study]) -> None:
     Example:
         >>> recipes.register("my-lstm", lambda: replace(recipes.meta_training("lstm-quadratic"), name="my-lstm"))
     """
-    if not isinstance(name, str) or not callable(function):
+    if not isinstance(cast("object", name), str) or not callable(function):
         raise TypeError(f"register({name!r}, {function!r}): pass a name, and the function that returns the recipe")
     require_name(name, "the recipe's name")
     if name in _TABLE or _registered.get(name, function) is not function:

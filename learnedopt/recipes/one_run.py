@@ -35,7 +35,7 @@ def fixed(family: TaskFamily, rule: str, options: dict[str, Any], seeds: Sequenc
     loop = InnerLoop(family, optimizers.make(rule, **options))
     theta = loop.init_theta(torch.Generator())
     rollout = loop.run(theta, loop.start({"seed": torch.tensor(seeds)}), num_steps, Tape.NONE)
-    return rollout.losses.T.tolist()
+    return tree.numbers(rollout.losses.T)
 
 
 def learning(family: TaskFamily, make: Callable[[Params], HyperOptimizer], seed: int, num_steps: int) -> dict[str, Any]:
@@ -45,13 +45,14 @@ def learning(family: TaskFamily, make: Callable[[Params], HyperOptimizer], seed:
     """
     task = {"seed": torch.tensor([seed])}
     params = {k: p.detach().clone().requires_grad_() for k, p in tree.squeeze(family.init_params(task)).items()}
-    optimizer, losses = make(params), []
+    optimizer = make(params)
+    losses: list[float] = []
     for step in range(num_steps):
 
         def closure(step: int = step) -> Tensor:
             optimizer.zero_grad()
             loss = family.loss(params, tree.squeeze(family.batch(task, step, "train")))
-            loss.backward()
+            loss.backward()  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
             return loss.detach()
 
         try:

@@ -69,7 +69,7 @@ class HeldOut:
     num_steps: int = 100
     num_tasks: int = 16
     every: int = 100
-    family_options: dict[str, Any] = field(default_factory=dict)
+    family_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         for count, least in {"num_steps": 0, "num_tasks": 1, "every": 1}.items():

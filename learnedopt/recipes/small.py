@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.estimators.implicit import Implicit
 from learnedopt.recipes.recipe import Recipe
 from learnedopt.recipes.study import Study
@@ -77,5 +78,5 @@ def _of_rule(options: Mapping[str, Any]) -> Iterator[int]:
     for key, value in options.items():
         if key == "num_steps" and isinstance(value, int):
             yield value
-        elif isinstance(value, Mapping):
+        elif is_mapping(value):
             yield from _of_rule(value)

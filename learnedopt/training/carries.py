@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+
+from learnedopt.core.containers import is_dict, is_list, is_tuple
 
 Classes: TypeAlias = dict[str, type]
 """The classes of named tuples and dataclasses by module and name, ``learnedopt.core.inner:Carry``."""
@@ -59,7 +61,7 @@ def classes_of(carry: Any) -> Classes:
     within = children(carry)
     if within is None:
         return {}
-    found = {} if _name(carry) in _BUILTIN else {_name(carry): type(carry)}
+    found: Classes = {} if _name(carry) in _BUILTIN else {_name(carry): type(carry)}
     for child in within.values():
         found |= classes_of(child)
     return found
@@ -87,9 +89,9 @@ def unpack(packed: Any, classes: Classes, home: torch.device) -> Any:
     """
     if isinstance(packed, Tensor):
         return packed.to(home)
-    if isinstance(packed, tuple):
+    if is_tuple(packed):
         return packed[2].to(packed[1])
-    if not isinstance(packed, list):
+    if not is_list(packed):
         return packed
     kind, keys, packed_values = packed
     values = [unpack(child, classes, home) for child in packed_values]
@@ -104,7 +106,7 @@ def unpack(packed: Any, classes: Classes, home: torch.device) -> Any:
     return found(**by_key)
 
 
-def _find(name: str, classes: Classes) -> type:
+def _find(name: str, classes: Classes) -> type[Any]:
     if name in classes:
         return classes[name]
     # A class may have moved to another module since.
@@ -117,37 +119,37 @@ def _find(name: str, classes: Classes) -> type:
 def children(node: Any) -> dict[Any, Any] | None:
     """Return what a node holds, by key, or None where it is a leaf."""
     if type(node) in (list, tuple):
-        return dict(enumerate(node))
+        return dict(enumerate(cast("list[Any]", node)))
     if type(node) in (dict, OrderedDict):
         return dict(node) if all(type(key) in (str, int) for key in node) else None
-    fields = _fields(type(node))
+    fields = _fields(cast("type[Any]", type(node)))
     return None if fields is None else {name: getattr(node, name) for name in fields}
 
 
-def _fields(kind: type) -> list[str] | None:
+def _fields(kind: type[Any]) -> list[str] | None:
     """Return the fields that a named tuple or a dataclass is made of; None for other classes."""
+    names: Any = getattr(kind, "_fields", None)
     if issubclass(kind, tuple):
-        names = getattr(kind, "_fields", None)
         return None if names is None else [*names]
     if dataclasses.is_dataclass(kind) and all(f.init for f in dataclasses.fields(kind)):
         return [f.name for f in dataclasses.fields(kind)]
     return None
 
 
-def _joined_later(keys: list[Any], kind: type) -> bool:
+def _joined_later(keys: list[Any], kind: type[Any]) -> bool:
     """Whether a file of before lacks fields of a named tuple alone that have defaults and stand at its end."""
     fields, defaults = _fields(kind) or [], getattr(kind, "_field_defaults", {})
     return keys == fields[: len(keys)] and all(name in defaults for name in fields[len(keys) :])
 
 
 def _name(node: Any) -> str:
-    kind = type(node)
+    kind = cast("type[Any]", type(node))
     return kind.__name__ if kind in _BUILTIN.values() else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _told(leaf: Any) -> str:
-    kind = type(leaf)
-    if isinstance(leaf, dict):
+    kind = cast("type[Any]", type(leaf))
+    if is_dict(leaf):
         return f"a {kind.__name__} with the keys {list(leaf)}"
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return f"a {name} {leaf!r}" if isinstance(leaf, str | int | float) else f"a {name}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import narrow
+from learnedopt.core.containers import is_list_or_tuple
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.parts import parts_of
@@ -37,7 +38,7 @@ def made_of(thing: Any) -> str:
 
 def _flat(parts: Iterable[Any]) -> Iterator[Any]:
     for part in parts:
-        if isinstance(part, list | tuple):
+        if is_list_or_tuple(part):
             yield from _flat(part)
         else:
             yield part

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry, Tape
+from learnedopt.core.containers import is_dict
 from learnedopt.core.estimator import Estimate, GradientEstimator
 from learnedopt.core.execution import TaskMap
 from learnedopt.core.inner import InnerLoop
@@ -92,7 +93,7 @@ def _finite(leaf: Any) -> bool:
 
 def _seed(tasks: Any) -> int | None:
     """Return the seed of the one task, where its family says one."""
-    seed = tasks.get("seed") if isinstance(tasks, dict) else None
+    seed = tasks.get("seed") if is_dict(tasks) else None
     if not isinstance(seed, Tensor) or seed.numel() != 1 or seed.is_floating_point():
         return None
     return int(seed)

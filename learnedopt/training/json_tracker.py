@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from learnedopt.core.containers import is_dict, is_list
 from learnedopt.core.files import json_number, parse_json, plain_json, require_plain_file, write_atomically
 from learnedopt.training.tracker import Metrics
 
@@ -34,7 +35,7 @@ class JsonLinesTracker:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._fd: int | None = None
         self._last_step: int | None = None
 
@@ -128,14 +129,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: a line, which is named, is not JSON, or has no metrics: its step is no count, or a value neither a
             number, text nor a list of numbers. (A half-written last line has no line end and is left out.)
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for number, (row, _) in enumerate(_rows(Path(path)), start=1):
         if "event" in row:
             continue
-        revived = {}
+        revived: dict[str, Any] = {}
         for name, value in row.items():
             try:
-                revived[name] = [_number(x) for x in value] if isinstance(value, list) else _revive(value)
+                revived[name] = [_number(x) for x in value] if is_list(value) else _revive(value)
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
                     f"line {number} of {path} has a {name!r} that is no metric ({error}); mend that line, or delete it"
@@ -187,7 +188,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
             f"line {number} of {path} is not JSON ({error}), so it is not a record of a training, or was damaged; "
             "move it away or mend that line"
         ) from error
-    if not isinstance(entry, dict):
+    if not is_dict(entry):
         raise ValueError(f"line {number} of {path} is not a JSON object but {type(entry).__name__}; move the file away")
     step = entry.get("step")
     if not (type(step) is int and 0 <= step < 1 << 63) and not (step is None and "event" in entry):

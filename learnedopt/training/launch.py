@@ -6,9 +6,9 @@ import datetime
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def launched() -> bool:
 @contextmanager
 def process_group(
     device: torch.device | str | None = None, backend: str | None = None, timeout: float = TIMEOUT
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Join the processes that a launcher has started, for as long as the block lasts.
 
     Without a launcher, with one process, or inside a process group that stands, nothing is done.
@@ -97,12 +97,13 @@ def _require_backend(backend: str, device: torch.device | str | None) -> None:
 def _take_gpu(where: torch.device) -> None:
     """Make "cuda" mean this process's own GPU."""
     mine, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if where.index is not None and here > 1:
+    index = cast("int | None", where.index)  # torch's types say that there always is one
+    if index is not None and here > 1:
         raise ValueError(
             f"execution.device={str(where)!r} is one GPU for all {here} processes of this machine; say 'cuda', and "
             "each takes its own"
         )
-    if where.index is None:
+    if index is None:
         if mine >= torch.cuda.device_count():
             raise ValueError(
                 f"process {mine} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; start "

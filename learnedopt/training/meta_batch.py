@@ -84,7 +84,8 @@ def mean_info(infos: Sequence[dict[str, Any]], parts: Sequence[float]) -> dict[s
         values = [info[key] for info in infos if key in info]
         everywhere = len(values) == len(infos)
         if key == "zero_gradient":
-            names = set.intersection(*({*info.get(key, ())} for info in infos))
+            named: list[set[str]] = [{*info.get(key, ())} for info in infos]
+            names = named[0].intersection(*named[1:])
             found |= {key: sorted(names)} if names else {}
         elif key == "losses":
             if everywhere and len({x.shape for x in values}) == 1:

@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import torch
 
+from learnedopt.core.containers import is_tuple
+
 _CALLED = frozenset({
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_parameter",
     "torch Size", "torch device", "collections OrderedDict", "collections Counter", "__builtin__ set",
@@ -109,7 +111,7 @@ def _known(name: str) -> str:
 
 
 def _require_stored(key: Any, stored: Callable[[str], int]) -> None:
-    if not isinstance(key, tuple) or len(key) != 5 or not isinstance(key[1], _Named) or key[1] not in _ITEM_SIZES:
+    if not is_tuple(key) or len(key) != 5 or not isinstance(key[1], _Named) or key[1] not in _ITEM_SIZES:
         raise NotPlain("it names a tensor in another way than torch does")
     _, kind, name, _, count = key
     needed = _ITEM_SIZES[kind] * count

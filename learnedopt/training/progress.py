@@ -15,6 +15,7 @@ import torch
 
 from learnedopt.core import tree
 from learnedopt.core.carry import Carry
+from learnedopt.core.containers import is_dict
 from learnedopt.core.files import parse_json
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries, training_file
@@ -163,7 +164,7 @@ def saved_config(path: Path) -> dict[str, Any] | None:
         return None
     try:
         config = parse_json(text)
-        if not isinstance(config, dict):
+        if not is_dict(config):
             raise TypeError(f"a {type(config).__name__}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"the configuration in {path} is none ({_told(error)}); {_ADVICE}") from error
@@ -243,7 +244,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a training state ({_told(error)}): it is corrupt or foreign; {_ADVICE}"
         ) from error
-    written = content.get("format") if isinstance(content, dict) else None
+    written = content.get("format") if is_dict(content) else None
     keys = _KEYS | {_CONFIG} if written == FORMAT else _KEYS
     if written not in (FORMAT, FORMAT_2, FORMAT_1) or content.keys() - {_STEADIED, _BEST_FAILED} != keys:
         raise ValueError(f"{path} is no training state of this library (expected format {FORMAT!r}); {_ADVICE}")

@@ -49,18 +49,23 @@ def part_of_task(ranks: Ranks, num_tasks: int, num_parts: int) -> tuple[int, int
     return task, number * num_parts // of, (number + 1) * num_parts // of
 
 
+def _on_cpu(x: Any) -> Any:
+    return x.cpu() if isinstance(x, torch.Tensor) else x
+
+
 def whole_carry(ranks: Ranks, estimator: GradientEstimator, kept: Any, training: Training, num_tasks: int) -> Any:
     """Return what all ranks have kept on rank 0, and None on the others; all ranks must call it."""
     if ranks.alone:
         return kept
     home = next(iter(training.theta.values())).device
     packed = carries.pack(kept, home)
-    sent = pytree.tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, packed)
+    sent = pytree.tree_map(_on_cpu, packed)
     found = [carries.unpack(each, training.classes, home) for each in ranks.gather(sent, "the gathering of the carry")]
     shares = [opened(each, num_tasks) for each in found if each is not None]
     if not shares:
         return None
-    of_tasks, places = [], ()
+    of_tasks: list[Any] = []
+    places: tuple[int, ...] = ()
     for own, group in groupby(shares, key=lambda share: share[1]):  # ranks with parts of one task follow each other
         parts = [carry for carry, _ in group]
         of_tasks.append(estimator.join_parts(parts) if estimator.is_part(parts[0]) else parts[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.core.fingerprint import words
 from learnedopt.training.ranks import Ranks
 
@@ -31,7 +32,7 @@ def require_same(ranks: Ranks, facts: Mapping[str, Any]) -> None:
         return
     versions = {"learnedopt": sys.modules["learnedopt"].__version__, "torch": str(torch.__version__)}
     found = ranks.everyones(_flat({**versions, **facts}), "the comparison of what ranks train")
-    told = []
+    told: list[str] = []
     for key in dict.fromkeys(k for each in found for k in each):
         others = [r for r, each in enumerate(found) if each.get(key) != found[0].get(key)]
         if others:
@@ -82,7 +83,7 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return facts as text, those of nested mappings by dotted names."""
     found: dict[str, str] = {}
     for key, value in facts.items():
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, str) else " ".join(words(value))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.estimator import Estimate
 from learnedopt.core.tree import Theta
 from learnedopt.training.isolation import FAILED, Failure, Found
@@ -118,12 +119,12 @@ class Summing:
 
     def _whole(self, share: Share, total: Tensor, theta: Theta, failures: list[Failure]) -> Whole:
         sizes = [len(_HEAD), self._ranks.size * self._slot, *(x.numel() for x in theta.values())]
-        numbers, slots, *sums = total.split(sizes)
-        head = dict(zip(_HEAD, numbers.tolist(), strict=True))
+        numbers, slots, *sums = torch.split(total, sizes)
+        head: dict[str, float] = dict(zip(_HEAD, tree.numbers(numbers), strict=True))
         weight = head["weight"] or math.nan  # the mean over nothing is not finite
         grads = {k: (g / weight).reshape(x.shape).to(x) for (k, x), g in zip(theta.items(), sums, strict=True)}
         loss = torch.tensor(head["loss"] / weight, dtype=torch.float64)
-        rows = [self._read(row) for row in slots.reshape(self._ranks.size, -1).tolist()]
+        rows = [self._read(row) for row in tree.numbers(slots.reshape(self._ranks.size, -1))]
         told = [row for row in rows if row.weight]
         info = mean_info([row.info for row in told], [row.weight / weight for row in told])
         parts = _Parts.of(rows)
@@ -191,7 +192,7 @@ class _Parts(NamedTuple):
         return any(FAILED in row.info for row in self.by_task[task])
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Sequence[float]], int | float | Tensor]] = {
     "int": lambda values: int(values[0]),
     "float": lambda values: values[0],
     "curve": lambda values: torch.tensor(values, dtype=torch.float64),
@@ -200,10 +201,10 @@ _KINDS = {
 
 def _numbers(info: dict[str, Any]) -> dict[str, list[float]]:
     """Return what is a number, or the curve of losses, by name and kind."""
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, x in info.items():
         if isinstance(x, Tensor) and name == "losses" and x.numel():
-            found[f"{name} curve"] = x.detach().to("cpu", torch.float64).flatten().tolist()
+            found[f"{name} curve"] = tree.numbers(x.detach().to("cpu", torch.float64).flatten())
         elif isinstance(x, int | float) and not isinstance(x, bool):
             found[f"{name} {type(x).__name__}"] = [float(x)]
     return found

@@ -10,10 +10,10 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -92,8 +92,8 @@ class Ranks:
         with self._together(what):
             if self.gpu is not None:
                 # Who does not come is found out before: NCCL would end the process instead of raising.
-                dist.all_reduce(torch.zeros(1), group=self._gloo)
-            dist.all_reduce(sent, group=self._gloo if self.gpu is None else None)
+                _sum(torch.zeros(1), self._gloo)
+            _sum(sent, self._gloo if self.gpu is None else None)
         return sent.to(numbers.device)
 
     def agree(self, signal: int | None, what: str) -> int | None:
@@ -115,7 +115,7 @@ class Ranks:
             dist.broadcast(sent, 0, group=self._gloo)
         if not self.leads:
             with torch.no_grad():
-                for x, values in zip(tensors, sent.split([x.numel() for x in tensors]), strict=True):
+                for x, values in zip(tensors, torch.split(sent, [x.numel() for x in tensors]), strict=True):
                     x.copy_(values.reshape(x.shape))
 
     def gather(self, value: T, what: str) -> list[T]:
@@ -133,7 +133,8 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.size
         with self._together(what):
-            dist.all_gather_object(found, value, group=self._gloo)
+            # torch gives it no types.
+            dist.all_gather_object(found, value, group=self._gloo)  # pyright: ignore[reportUnknownMemberType]
         return found
 
     def lead(self, act: Callable[[], T], what: str) -> T:
@@ -147,7 +148,7 @@ class Ranks:
                 told[0] = act()
             except _BAD_INPUT as error:
                 raised = error
-                told[1:] = next(kind for kind in _BAD_INPUT if isinstance(error, kind)), str(error)
+                told[1:] = next(kind for kind in _BAD_INPUT if isinstance(cast("Exception", error), kind)), str(error)
         with self._together(what):
             dist.broadcast_object_list(told, 0, group=self._gloo)
         if told[1] is not None:
@@ -155,7 +156,7 @@ class Ranks:
         return told[0]
 
     @contextmanager
-    def failing_together(self, agreed: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    def failing_together(self, agreed: type[Exception] | tuple[()] = ()) -> Generator[None, None, None]:
         """Let the others know what error ended the block on this rank, and do not let them wait for it.
 
         ``agreed`` is an error that all ranks raise together, after which they may go on to do things together.
@@ -179,7 +180,7 @@ class Ranks:
             dist.destroy_process_group(group)
 
     @contextmanager
-    def _together(self, what: str) -> Iterator[None]:
+    def _together(self, what: str) -> Generator[None, None, None]:
         """Name who is missing where something that all ranks do together fails."""
         notes, came = _Notes(self._gloo), next(self.calls)
         notes.write("came", self.rank, f"{came} {what}")
@@ -214,6 +215,11 @@ ALONE = Ranks()
 """One process."""
 
 
+def _sum(x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Write the sum over the group's ranks into ``x``."""
+    dist.all_reduce(x, group=group)  # pyright: ignore[reportUnknownMemberType] - torch gives it no types
+
+
 class _Notes:
     """What ranks tell each other beside what they do together, in the store by which their group was made."""
 
@@ -222,7 +228,8 @@ class _Notes:
 
         # A launcher's store outlives the processes that it starts again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.distributed_c10d._get_default_store()
+        # The public ones make a store of their own.
+        store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
         self._store = PrefixStore(f"learnedopt/{attempt}/{group.group_name}", store)
 
     def write(self, kind: str, rank: int, text: str) -> None:
@@ -265,7 +272,10 @@ def present(device: torch.device | str | None = None, timeout: float = TIMEOUT) 
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks()
     rank, size, where = dist.get_rank(), dist.get_world_size(), torch.device(device or "cpu")
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+    # torch gives it no types.
+    group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
+        backend="gloo", timeout=datetime.timedelta(seconds=timeout)
+    )
     assert isinstance(group, dist.ProcessGroup)
     on_gpu = where.type == "cuda" and "nccl" in str(dist.get_backend())
     return Ranks(rank, size, float(timeout), weakref.ref(group), where if on_gpu else None)

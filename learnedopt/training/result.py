@@ -34,11 +34,21 @@ class TrainingDiverged(RuntimeError):
         return TrainingDiverged(f"{self}. {best}", self.result)
 
 
-def diverged(result: TrainingResult, num_in_a_row: int, why: str, last: str) -> TrainingDiverged:
-    """Return the error of a training of which so many meta-steps in a row were skipped, the last one for ``last``."""
+def diverged(result: TrainingResult, num_in_a_row: int, why: str, last: str, outside: str = "") -> TrainingDiverged:
+    """Return the error of a training of which so many meta-steps in a row were skipped, the last one for ``last``.
+
+    ``outside`` says which meta-parameters had left their range.
+    """
+    advice = (
+        "Lower the meta-learning rate, set max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma"
+    )
+    if outside:
+        advice = (
+            f"Theta had left its range: {outside}. Learn that on a scale which it cannot leave (Reparametrized, with "
+            "log or logit), leave it out of what the rule learns (learn=), or lower the meta-learning rate"
+        )
     return TrainingDiverged(
         f"{num_in_a_row} meta-gradients in a row were {why} (meta-step {result.meta_step}, {result.num_skipped} "
-        f"skipped in all): theta cannot move. Of the last one, {last}. Lower the meta-learning rate, set "
-        "max_grad_norm, shorten the unroll, or, where theta is perturbed, lower sigma",
+        f"skipped in all): theta cannot move. Of the last one, {last}. {advice}",
         result,
     )

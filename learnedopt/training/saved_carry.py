@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from learnedopt.core.carry import Carry
+from learnedopt.core.containers import is_dict, is_list, is_tuple
 from learnedopt.core.estimator import GradientEstimator
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.shares import Places, carries_in
@@ -40,7 +41,7 @@ class Expected:
     forms: Sequence[Any]
     num_examples: int
     loops: Sequence[Carry]
-    kind: type | None
+    kind: type[Any] | None
 
     def require_loaded(self, kept: Any) -> None:
         """Raise TypeError or ValueError, naming the place, unless a training can go on from what was kept in a file."""
@@ -94,7 +95,7 @@ def expected(
         return x.detach().to("meta") if isinstance(x, Tensor) else x
 
     forms = [pytree.tree_map(shape, each) for each in estimator.forms(loop, theta, example)]
-    kind = type(example) if carries_in(example) else None
+    kind = cast("type[Any]", type(example)) if carries_in(example) else None
     return Expected(loop, estimator, theta, num_tasks, forms, few, begun, kind)
 
 
@@ -120,7 +121,7 @@ def _compare(path: str, saved: Any, examples: list[Any], counts: tuple[int, int,
             raise ValueError(f"{path}.num_tasks is {saved.num_tasks!r}, of a meta-batch of {counts[2]} tasks")
     elif children is None:
         _require_leaf(path, saved, alike, counts)
-    elif isinstance(saved, list):
+    elif is_list(saved):
         within = [x for each in alike for x in each]
         for i, child in enumerate(saved):
             _compare(f"{path}[{i}]", child, within, counts)
@@ -129,7 +130,7 @@ def _compare(path: str, saved: Any, examples: list[Any], counts: tuple[int, int,
         if not same:
             due = [*(carries.children(alike[0]) or {})]
             raise ValueError(f"{path} has {[*children]}, where {due} are due")
-        by_name = not isinstance(saved, dict | tuple) or hasattr(saved, "_fields")
+        by_name = not (is_dict(saved) or is_tuple(saved)) or hasattr(saved, "_fields")
         for key, child in children.items():
             place = f"{path}.{key}" if by_name else f"{path}[{key!r}]"
             if key == "num_tasks" and by_name and child != counts[2]:
@@ -152,7 +153,7 @@ def _require_leaf(path: str, saved: Any, alike: list[Any], counts: tuple[int, in
 
 def _require_positions(path: str, positions: Any, num_tasks: int) -> None:
     """Raise ValueError unless these are some of the positions in a meta-batch, in order."""
-    ints = isinstance(positions, tuple) and all(type(x) is int for x in positions)
+    ints = is_tuple(positions) and all(type(x) is int for x in positions)
     if not ints or not positions or sorted({*positions} & {*range(num_tasks)}) != [*positions]:
         raise ValueError(f"{path} is {positions!r}, which are no positions in a meta-batch of {num_tasks} tasks")
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_dict, is_list, is_list_or_tuple
+
 Scheduler: TypeAlias = "torch.optim.lr_scheduler.LRScheduler | None"
 Anew: TypeAlias = Callable[[], "tuple[torch.optim.Optimizer, Scheduler]"]
 """Makes both as the configuration says, of copies of theta whose gradients are ones."""
@@ -42,7 +44,8 @@ class _Rule(NamedTuple):
     fractions: bool
 
 
-@torch.random.fork_rng(devices=[])  # the steps that are tried draw nothing that the training would have drawn
+# The steps that are tried draw nothing that the training would have drawn. (torch gives it no types.)
+@torch.random.fork_rng(devices=[])  # pyright: ignore[reportUnknownMemberType]
 def require_saved(saved: Any, of_scheduler: Any, anew: Anew, meta_step: int) -> None:
     """Raise TypeError or ValueError, naming field and value, unless these two could go on from what was saved of them.
 
@@ -123,15 +126,16 @@ def _require_memory(saved: Any, own: Mapping[str, Any], most: float, free: set[A
     Of the parameters in ``free`` any dict is right.
     """
     due, params = own["state"], {index for group in own["param_groups"] for index in group["params"]}
-    for index, memory in _dicts("optimizer.state", [saved])[0].items():
+    remembered: dict[Any, Any] = _dicts("optimizer.state", [saved])[0]
+    for index, memory in remembered.items():
         where = f"optimizer.state[{index!r}]"
         if index not in params and index not in due and (not free or isinstance(index, int)):
             raise ValueError(f"{where} is of no parameter that there is ({sorted(params)})")
-        if index in params and not isinstance(memory, dict):
+        if index in params and not is_dict(memory):
             raise ValueError(f"{where} is {memory!r}, and no dict")
         if index in free or (free and index not in params):
             continue
-        if not isinstance(memory, dict):
+        if not is_dict(memory):
             memory, example = {index: memory}, {index: due[index]}
         elif not (memory := {k: v for k, v in memory.items() if v is not None}):
             continue
@@ -203,7 +207,7 @@ def _require_alike(where: str, saved: Any, own: Any, known: bool) -> None:
             raise ValueError(f"{where} is {saved!r} on file, and {own!r} here")
     elif own is None and not known:
         return  # there may be something later
-    elif isinstance(own, dict):
+    elif is_dict(own):
         found = _dicts(where, [saved])[0]
         hidden = (k for k, v in found.items() if str(k).startswith("_") or v is None or v is False)
         if known and (differing := sorted(map(str, (found.keys() - {*hidden}) - own.keys()))):
@@ -212,7 +216,7 @@ def _require_alike(where: str, saved: Any, own: Any, known: bool) -> None:
             raise ValueError(f"{where} lacks {missing}")
         for name in own.keys() & found.keys():
             _require_alike(f"{where}.{name}", found[name], own[name], known)
-    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and (len(own) == len(saved) or not known):
+    elif is_list_or_tuple(own) and is_list_or_tuple(saved) and (len(own) == len(saved) or not known):
         for i, (value, due) in enumerate(zip(saved, own, strict=False)):
             _require_alike(f"{where}[{i}]", value, due, known)
     elif not _alike(saved, own, known):
@@ -223,8 +227,8 @@ def _require_alike(where: str, saved: Any, own: Any, known: bool) -> None:
 
 def _alike(saved: Any, own: Any, lengths: bool) -> bool:
     """Whether a value is of the same kind as another one, and as finite."""
-    if isinstance(own, list | tuple):
-        same = isinstance(saved, list | tuple) and (len(saved) == len(own) or not lengths)
+    if is_list_or_tuple(own):
+        same = is_list_or_tuple(saved) and (len(saved) == len(own) or not lengths)
         return same and all(_alike(a, b, lengths) for a, b in zip(saved, own, strict=False))
     if _is_number(own):
         return _is_number(saved) and (math.isfinite(saved) or not math.isfinite(own))
@@ -232,8 +236,8 @@ def _alike(saved: Any, own: Any, lengths: bool) -> bool:
 
 
 def _same(saved: Any, own: Any) -> bool:
-    if isinstance(own, list | tuple):
-        same = isinstance(saved, list | tuple) and len(saved) == len(own)
+    if is_list_or_tuple(own):
+        same = is_list_or_tuple(saved) and len(saved) == len(own)
         return same and all(_same(a, b) for a, b in zip(saved, own, strict=True))
     if isinstance(own, Tensor) or isinstance(saved, Tensor):
         return isinstance(own, Tensor) and isinstance(saved, Tensor) and torch.equal(saved.cpu(), own.cpu())
@@ -251,7 +255,7 @@ def _form(value: Any) -> str:
 
 
 def _dicts(where: str, values: Any) -> list[dict[str, Any]]:
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+    if not is_list(values) or not all(is_dict(value) for value in values):
         raise ValueError(f"{where} is {values!r}, and no dict")
     return values
 
@@ -285,7 +289,7 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(value: Any) -> list[Any]:
     """Return the numbers in a value; NaN in the place of what is none."""
-    return [x if _is_number(x) else math.nan for x in (value if isinstance(value, list | tuple) else [value])]
+    return [x if _is_number(x) else math.nan for x in (value if is_list_or_tuple(value) else [value])]
 
 
 def _told(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from learnedopt.core.containers import is_dict
 from learnedopt.core.tree import Theta
 from learnedopt.training.steadying import Steadied
 
@@ -53,7 +54,7 @@ def _require_number(name: str, value: Any) -> None:
 
 def _require_theta(name: str, saved: Any, theta: Theta) -> None:
     here = {k: (v.shape, v.dtype) for k, v in theta.items()}
-    tensors = isinstance(saved, dict) and all(isinstance(v, Tensor) for v in saved.values())
+    tensors = is_dict(saved) and all(isinstance(v, Tensor) for v in saved.values())
     if not tensors or {k: (v.shape, v.dtype) for k, v in saved.items()} != here:
         raise ValueError(f"{name} is no theta of this rule")
     if unfit := [k for k, v in saved.items() if not bool(v.isfinite().all())]:

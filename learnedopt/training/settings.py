@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from learnedopt.core.counts import require_count
 from learnedopt.core.estimator import GradientEstimator
@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
 def require_settings(trainer: MetaTrainer) -> None:
     """Raise TypeError or ValueError where an option of a trainer is out of its range."""
-    if not isinstance(trainer.estimator, GradientEstimator):
-        got = (
-            f"the class {trainer.estimator.__name__}"
-            if isinstance(trainer.estimator, type)
-            else repr(trainer.estimator)
-        )
+    estimator, validation = cast("object", trainer.estimator), cast("object", trainer.validation)
+    if not isinstance(estimator, GradientEstimator):
+        got = f"the class {estimator.__name__}" if isinstance(estimator, type) else repr(estimator)
         raise TypeError(f"estimator={got} is no GradientEstimator; pass an instance, such as Unrolled(10)")
-    if trainer.validation is not None and not isinstance(trainer.validation, Validation):
-        raise TypeError(f"validation={trainer.validation!r} is no Validation; pass Validation(loop, objective, ...)")
+    if validation is not None and not isinstance(validation, Validation):
+        raise TypeError(f"validation={validation!r} is no Validation; pass Validation(loop, objective, ...)")
     for name in ("num_tasks", "checkpoint_every", "max_skips_in_a_row"):
         require_count(name, getattr(trainer, name), least=1)
     if trainer.micro_batch is not None:

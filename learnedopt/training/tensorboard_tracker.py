@@ -14,7 +14,7 @@ from learnedopt.training.tracker import Metrics
 def require_tensorboard() -> None:
     """Raise ValueError where TensorBoard is not installed."""
     try:
-        import tensorboard  # noqa: F401
+        import tensorboard  # noqa: F401 # pyright: ignore[reportMissingTypeStubs, reportUnusedImport] - is it there?
     except ImportError as error:
         raise ValueError(
             f"TensorBoard is not installed here ({error}): pip install 'learnedopt[tensorboard]', or leave it out"
@@ -35,7 +35,7 @@ class TensorBoardTracker:
 
     def __init__(self, folder: Path) -> None:
         require_tensorboard()
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._writer: Any = None
         self._step = 0
         self._first: int | None = None  # the first step that a run which goes on tells again
@@ -63,7 +63,8 @@ class TensorBoardTracker:
         import numpy
         from PIL import Image
 
-        with Image.open(path) as picture:
+        picture = Image.open(path)  # not "with ... as", whose type is not known on Python 3.10
+        with picture:
             self._open().add_image(name, numpy.asarray(picture.convert("RGB")), self._step, dataformats="HWC")
 
     def artifact(self, name: str, paths: list[Path], metadata: dict[str, Any]) -> None:

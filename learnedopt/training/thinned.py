@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from learnedopt.core import tree
 from learnedopt.core.tree import Theta
 from learnedopt.training.tracker import Metrics, Tracker, Trackers
 
@@ -27,7 +28,8 @@ class Thinned:
     """
 
     def __init__(self, sinks: Sequence[Tracker], every: int = 1) -> None:
-        self.sinks, self.every = Trackers(sinks), every
+        self.sinks: Trackers = Trackers(sinks)
+        self.every: int = every
         self._theta: Theta = {}
         self._left: tuple[Metrics, int] | None = None  # the latest row, where it was not told
         self._losses: list[float] = []
@@ -100,7 +102,7 @@ def statistics(theta: Theta) -> dict[str, float]:
         return {}
     exact = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts.values()]
     pairs = [torch.stack(torch.std_mean(part, correction=0)).double() for part in exact]
-    rows = torch.stack(pairs).tolist()
+    rows: list[tuple[float, float]] = tree.numbers(torch.stack(pairs))
     squares = (part.numel() * (std**2 + mean**2) for part, (std, mean) in zip(exact, rows, strict=True))
     found = {"theta/norm": math.sqrt(sum(squares))}
     for name, (std, mean) in zip(parts, rows, strict=True):

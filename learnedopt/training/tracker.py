@@ -25,7 +25,7 @@ from typing import Any, Protocol, TextIO, TypeAlias, runtime_checkable
 from learnedopt.core.pace import duration
 from learnedopt.core.tree import Theta
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Metrics: TypeAlias = Mapping[str, "float | list[float] | str"]
 """Numbers by name; a list is a curve, such as the loss before each inner step, and a string are words to be read."""
@@ -112,7 +112,7 @@ class Trackers:
     """
 
     def __init__(self, sinks: Sequence[Tracker]) -> None:
-        self.sinks = list(sinks)
+        self.sinks: list[Tracker] = list(sinks)
         self._reported: set[int] = set()
 
     def start(self, config: dict[str, Any]) -> None:

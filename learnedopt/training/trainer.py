@@ -21,7 +21,7 @@ from learnedopt.core.objective import MetaObjective
 from learnedopt.core.tree import Theta
 from learnedopt.training import carries
 from learnedopt.training.description import describe
-from learnedopt.training.failures import Failures
+from learnedopt.training.failures import Failures, out_of_range
 from learnedopt.training.interrupts import Interrupts
 from learnedopt.training.isolation import FAILED, estimate_finite, opened, remaining
 from learnedopt.training.meta_update import MetaUpdate, undone
@@ -35,7 +35,7 @@ from learnedopt.training.result import TrainingDiverged, TrainingResult, diverge
 from learnedopt.training.settings import require_settings
 from learnedopt.training.start import vet_all
 from learnedopt.training.steadying import Steadying
-from learnedopt.training.tracker import Tracker, progress_line, sinks_of
+from learnedopt.training.tracker import Tracker, Trackers, progress_line, sinks_of
 from learnedopt.training.validation import Validation, task_generator
 
 
@@ -121,21 +121,30 @@ class MetaTrainer:
         report: Callable[[TrainingResult, Tracker], None] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.loop, self.estimator, self.objective = loop, estimator, objective
-        self.num_tasks, self.seed, self.max_grad_norm, self.validation = num_tasks, seed, max_grad_norm, validation
+        self.loop: InnerLoop = loop
+        self.estimator: GradientEstimator = estimator
+        self.objective: MetaObjective = objective
+        self.num_tasks: int = num_tasks
+        self.seed: int = seed
+        self.max_grad_norm: float | None = max_grad_norm
+        self.validation: Validation | None = validation
         self.checkpoint: Path | None = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every, self.max_skips_in_a_row = checkpoint_every, max_skips_in_a_row
-        self.micro_batch, self.max_failed_share = micro_batch, max_failed_share
-        self.config, self.report = dict(config or {}), report
+        self.checkpoint_every: int = checkpoint_every
+        self.max_skips_in_a_row: int = max_skips_in_a_row
+        self.micro_batch: int | None = micro_batch
+        self.max_failed_share: float = max_failed_share
+        self.config: dict[str, Any] = dict(config or {})
+        self.report: Callable[[TrainingResult, Tracker], None] | None = report
         self.steadying: Steadying = Steadying(average, rollback_above)
         require_settings(self)
         self.ranks: Ranks = present(loop.execution.device) if ranks is None else ranks
-        self.tracker = sinks_of(tracker if self.ranks.leads else None)
+        self.tracker: Trackers = sinks_of(tracker if self.ranks.leads else None)
         theta = loop.init_theta(torch.Generator().manual_seed(seed)) if theta is None else theta
         device = loop.execution.device
         self.theta: Theta = as_leaves({k: v.detach().clone().to(device or v.device) for k, v in theta.items()})
         self._update = MetaUpdate(self.theta, loop.theta_scale(self.theta), meta_optimizer, scheduler)
-        self.meta_optimizer, self.scheduler = self._update.meta_optimizer, self._update.scheduler
+        self.meta_optimizer: torch.optim.Optimizer = self._update.meta_optimizer
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = self._update.scheduler
         if self.checkpoint is not None:
             require_loadable(self.meta_optimizer, self.scheduler)
         self._why, self._failures = "", Failures(estimator.renews_tasks, warns=self.ranks.leads)
@@ -209,6 +218,8 @@ class MetaTrainer:
         (grads, norm), loss = self._update.gradients(estimate.grads), float(estimate.loss)
         progress.meta_step += 1
         num_failed = self.num_tasks - found.num_tasks + estimate.info.get(FAILED, len(found.failures))
+        outside = "" if found.estimate.finite and not num_failed else out_of_range(self.loop, self.theta)
+        told = self._failures.told(found.failures, num_failed, progress.episode - 1, outside)
         if self._move(grads, norm, loss, num_failed):
             progress.carry, progress.skips_in_a_row = remaining(estimate.carry, found.places, self.num_tasks), 0
             self._goes_on = found.goes_on
@@ -219,7 +230,7 @@ class MetaTrainer:
         metrics = metrics_of(estimate, norm, time.perf_counter() - began, progress.num_skipped)
         if self.steadying.rollback_above is not None:
             metrics["rollbacks"] = progress.steadied.num_rollbacks
-        metrics |= self._failures.told(found.failures, num_failed, progress.episode - 1)
+        metrics |= told
         every = self.validation.every if self.validation is not None else 1
         self._log(metrics, validate=progress.meta_step % every == 0 or progress.meta_step == num_meta_steps)
         self._require_progress()
@@ -290,7 +301,8 @@ class MetaTrainer:
             return
         self.save()
         why = "not finite" if self.steadying.rollback_above is None else "not finite, or of too high a loss"
-        raise diverged(self._result(), self.progress.skips_in_a_row, why, f"{self._why}{self._failures.last}")
+        last = f"{self._why}{self._failures.last}"
+        raise diverged(self._result(), self.progress.skips_in_a_row, why, last, self._failures.outside)
 
     def _result(self) -> TrainingResult:
         last, now = self.progress.steadied.learned(self.theta), self.progress

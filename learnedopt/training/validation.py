@@ -109,7 +109,7 @@ class Validation:
         if not ranks.alone:
             sums = [[count, count * value if count else 0.0, num_failed] for count, value, num_failed in found]
             own = torch.tensor(sums, dtype=torch.float64).reshape(-1, 3).sum(0)
-            count, total, num_failed = ranks.sum(own, "the validation").tolist()
+            count, total, num_failed = tree.numbers(ranks.sum(own, "the validation"))
             return Judgement(total / count if count else math.nan, int(num_failed))
         kept = [(count, value) for count, value, _ in found if count]
         total = sum(count for count, _ in kept)

@@ -17,7 +17,7 @@ from learnedopt.training import wandb_files
 from learnedopt.training.tracker import Metrics
 from learnedopt.training.wandb_variables import Mode, identity, in_sweep, resolve_mode, said
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _STEP = "meta_step"
 _CHART_ROWS, _CHART_POINTS = 10_000, 250
@@ -78,8 +78,8 @@ class WandbTracker:
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
         self.mode: Mode = resolve_mode(mode)
-        self.dir = Path(dir).absolute()
-        self.run_id = identity(run_id)
+        self.dir: Path = Path(dir).absolute()
+        self.run_id: str = identity(run_id)
         self._about = {"group": group, "job_type": job_type, "name": name, "tags": [*tags] or None, "notes": notes}
         if not in_sweep():  # which has a place of its own, and an id for each trial
             place = {"project": said(project, "WANDB_PROJECT", "learnedopt"), "entity": entity, "id": self.run_id}

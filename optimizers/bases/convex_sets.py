@@ -93,7 +93,7 @@ class Simplex(ConvexSet):
 
 
 def _unravel(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
-    pieces = flat.split([p.numel() for p in params.values()])
+    pieces = torch.split(flat, [p.numel() for p in params.values()])
     return [like(piece.reshape(p.shape), p) for piece, p in zip(pieces, params.values(), strict=True)]
 
 
@@ -101,7 +101,7 @@ def outside(convex_set: ConvexSet, params: Params) -> float:
     """Return how far the farthest of batched parameters lies from the set, relative to one more than its length."""
     inside = torch.func.vmap(convex_set)(tree.detach(params))
     gap, length = (
-        wide(tree.ravel(list(each.values()))).norm(dim=1)
+        tree.row_lengths(wide(tree.ravel(list(each.values()))))
         for each in ({k: params[k].detach() - inside[k] for k in params}, inside)
     )
     return float((gap / (1 + length)).max())

@@ -86,8 +86,12 @@ def moments(grads: Params, memory: Memory, decays: Decays) -> tuple[dict[str, Mo
     """Update the running averages by the gradients; the iterate's average stays as it is."""
     keep = [d.sigmoid() for d in decays]
     # 1 - keep^n, in a form that loses no digits where keep is close to 1.
-    share = [-torch.expm1((memory.step + 1) * functional.logsigmoid(d)) for d in decays]
-    found, first, second, square = {}, {}, {}, {}
+    # -softplus(-d) is logsigmoid(d), which torch cannot map over particles of several tasks on a GPU.
+    share = [-torch.expm1(-(memory.step + 1) * functional.softplus(-d, threshold=50.0)) for d in decays]
+    found: dict[str, Moments] = {}
+    first: Params = {}
+    second: Params = {}
+    square: Params = {}
     for name, grad in grads.items():
         g = wide(grad)
         first[name] = keep[0] * memory.first[name] + (1 - keep[0]) * g
@@ -125,7 +129,8 @@ def looked_at(params: Params, moved: Params, memory: Memory, blend: Tensor, powe
     A power of 0 weights all iterates alike, 1 the later ones linearly more. ``memory`` counts the n steps already.
     """
     share = (1 + power) / (memory.step + power)
-    deltas, average = {}, {}
+    deltas: Params = {}
+    average: Params = {}
     for name, z in moved.items():
         average[name] = memory.average[name] + share * (z - memory.average[name])
         y = z + blend * (average[name] - z)

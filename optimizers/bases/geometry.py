@@ -91,7 +91,7 @@ class Entropic(Geometry):
         """Find zeros, negative entries and sums other than 1."""
         flat = wide(tree.ravel(list(params.values())).detach())
         least, sums = float(flat.min()), flat.sum(1)
-        found = []
+        found: list[str] = []
         if not least > 0:
             found.append(
                 f"its smallest entry is {least:g}, and what starts at 0 stays there: KL to it is infinite; mix the "

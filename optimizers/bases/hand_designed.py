@@ -11,6 +11,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core.containers import is_tuple
 from learnedopt.core.rule import UpdateRule
 from learnedopt.core.tree import Theta
 from learnedopt.optimizers.bases.precision import wide, wide_dtype
@@ -53,7 +54,7 @@ class HandDesigned(UpdateRule):
             check_number(type(self).__name__, name, getattr(self, name), low, high)
         if self.learn is None:
             return
-        if not isinstance(self.learn, tuple) or not all(isinstance(name, str) for name in self.learn):
+        if not is_tuple(self.learn) or not all(isinstance(name, str) for name in self.learn):
             raise TypeError(
                 f"learn={self.learn!r} is not a tuple of names; pass learn=('lr',), () for none, or None for all"
             )
@@ -76,6 +77,15 @@ class HandDesigned(UpdateRule):
         """Return the learned hyperparameters at the constructor's values."""
         return {name: torch.tensor(float(getattr(self, name)), device=generator.device) for name in self.learned}
 
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say which learned hyperparameters the constructor would not take."""
+        found = {name: float(theta[name]) for name in self.learned}
+        return {
+            name: f"is {value:.6g} and must be {_bounds(*self.ranges[name])}"
+            for name, value in found.items()
+            if not (self.ranges[name][0] <= value < self.ranges[name][1])
+        }
+
     def values(self, theta: Theta, tensors: Iterable[Tensor]) -> dict[torch.dtype, dict[str, Hyper]]:
         """Return all hyperparameters by dtype: each that ``tensors`` are computed in, so that none promotes another."""
         constants = {name: getattr(self, name) for name in self.ranges if name not in self.learned}
@@ -95,8 +105,11 @@ def check_number(owner: str, name: str, value: object, low: float, high: float) 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{owner}: {name}={value!r} is a {type(value).__name__}; pass a number")
     if not (low <= value < high):
-        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else " and finite")
-        raise ValueError(f"{owner}: {name}={value!r} is out of range; it must be {bounds}")
+        raise ValueError(f"{owner}: {name}={value!r} is out of range; it must be {_bounds(low, high)}")
+
+
+def _bounds(low: float, high: float) -> str:
+    return f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else " and finite")
 
 
 def sqrt(x: Tensor) -> Tensor:

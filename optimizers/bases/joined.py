@@ -35,7 +35,7 @@ class Layout:
 
     def pieces(self, flat: Tensor) -> Params:
         """Return what is (coordinates,) as tensors."""
-        pieces = flat.split(self._sizes)
+        pieces = torch.split(flat, self._sizes)
         return {name: x.reshape(self._shapes[name]) for name, x in zip(self._names, pieces, strict=True)}
 
     def join_memory(self, memory: Memory) -> Memory:
@@ -48,12 +48,12 @@ class Layout:
 
     def means(self, flat: Tensor) -> Tensor:
         """Return the mean over each tensor of what is (coordinates,): (tensors,)."""
-        return torch.stack([piece.mean() for piece in flat.split(self._sizes)])
+        return torch.stack([piece.mean() for piece in torch.split(flat, self._sizes)])
 
     def spread(self, values: Tensor) -> Tensor:
         """Give every coordinate its tensor's values: (k, tensors) to (k, coordinates)."""
         rows = values.shape[0]
-        columns = values.split(1, dim=1)
+        columns = torch.split(values, 1, dim=1)
         return torch.cat([column.expand(rows, n) for column, n in zip(columns, self._sizes, strict=True)], dim=1)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from learnedopt.core.tree import Params
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 _Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 _EMBEDDING = re.compile(r"(?:^|[^a-z])(?:embed|position|wte(?![a-z])|wpe(?![a-z]))")
@@ -74,7 +74,8 @@ def _kinds(shapes: _Shapes) -> dict[str, TensorKind]:
     matrices = [i for i, (_, shape) in enumerate(shapes) if len(shape) >= 2]
     layers = [i for i in matrices if len(shapes[i][1]) > 3 or not _EMBEDDING.search(shapes[i][0].lower())]
     depths = {i: place / max(len(layers) - 1, 1) for place, i in enumerate(layers)}
-    kinds, untold = {}, []
+    kinds: dict[str, TensorKind] = {}
+    untold: list[str] = []
     for i, (name, shape) in enumerate(shapes):
         if len(shape) >= 2:
             found = _matrix_kind(i, layers)

@@ -90,7 +90,7 @@ def orthogonalised_all(
     flat = {name: x.flatten(1) for name, x in matrices.items()}
     for name, x in flat.items():
         groups[tuple(x.shape), x.dtype].append(name)
-    moved = {}
+    moved: dict[str, Tensor] = {}
     for members in groups.values():
         stacked = torch.stack([flat[name] for name in members])
         moved |= zip(members, orthogonalised(stacked, num_steps, coefficients, dtype).unbind(), strict=True)
@@ -110,7 +110,7 @@ def _cpu_has_bfloat16() -> bool:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux: unknown, and float32 always serves
         return False
-    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), list[str]())
     return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
 
 

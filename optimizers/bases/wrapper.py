@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 import torch
 from torch import Tensor
@@ -31,19 +31,19 @@ class Wrapper(UpdateRule):
     rule: UpdateRule
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, UpdateRule):
+        if not isinstance(cast("object", self.rule), UpdateRule):
             raise TypeError(
                 f"{type(self).__name__}: rule={self.rule!r} is a {type(self.rule).__name__}, not an update rule; pass "
                 "an instance, such as SGD(lr=0.1)"
             )
 
     @property
-    def coordinatewise(self) -> bool:
+    def coordinatewise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """Whether the wrapped rule is."""
         return self.rule.coordinatewise
 
     @property
-    def reads_horizon(self) -> bool:
+    def reads_horizon(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read, never set
         """Whether the wrapped rule does."""
         return self.rule.reads_horizon
 
@@ -58,6 +58,10 @@ class Wrapper(UpdateRule):
     def theta_scale(self) -> dict[str, float | Tensor]:
         """Return the wrapped rule's scales under the prefix."""
         return prefixed("rule", self.rule.theta_scale())
+
+    def theta_faults(self, theta: Theta) -> dict[str, str]:
+        """Say what the wrapped rule says, under the prefix."""
+        return prefixed("rule", self.rule.theta_faults(unprefixed("rule", theta)))
 
     def start_faults(self, params: Params) -> list[str]:
         """Say what the wrapped rule says."""

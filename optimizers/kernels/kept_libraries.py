@@ -17,7 +17,7 @@ from pathlib import Path
 
 from learnedopt.core.private_folder import not_ours
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 
 def load(folder: int, place: Path, key: str) -> ctypes.CDLL | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from learnedopt.core.modes import taking_tangents
 from learnedopt.optimizers.kernels import lstm_native, native
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 # bfloat16 is computed in float32: the sums over units would lose most of its eight bits.
 _COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from learnedopt.core.private_folder import cache_folder, open_private
 from learnedopt.optimizers.kernels import kept_libraries, prebuilt_libraries
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 SWITCH = "LEARNEDOPT_NATIVE"
 NAMES = {getattr(torch, dtype): names for dtype, names in prebuilt_libraries.DEFINITIONS.items()}

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-logger = logging.getLogger("learnedopt")
+logger: logging.Logger = logging.getLogger("learnedopt")
 
 FOLDER = "libraries"
 FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11")

@@ -34,7 +34,8 @@ def layout(model: Model, width: int, channels: int, side: int, num_classes: int)
     Raises:
         ValueError: the images are too small to be pooled four times.
     """
-    entries, fan = [], channels
+    entries: list[initial_params.Entry] = []
+    fan = channels
     if model == "mlp":
         widths, fan = (4 * width, 2 * width, width, width), channels * side**2
     else:

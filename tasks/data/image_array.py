@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
 """What is read, whatever a file's name ends with: Pillow would start programs for some others, as for EPS."""
 MAX_PIXELS = 50_000_000
 """Of an image: more take half a gigabyte while they are made smaller."""
-MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P", "CMYK")}
+MODES: dict[int, tuple[str, ...]] = {1: ("L", "1"), 3: ("RGB", "L", "1", "P", "CMYK")}
 """Channels -> the modes of images that are read into so many; a palette (P) only without transparency."""
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from learnedopt.core import tree
 from learnedopt.core.tree import Params
 from learnedopt.tasks.data import streams
 
@@ -56,14 +57,14 @@ def draw(layout: Layout, seeds: Tensor, init_seed: int | None, dtype: torch.dtyp
     if init_seed is not None:
         shared = _draw(layout, init_seed, dtype)
         return {name: p.expand(len(seeds), *p.shape).clone() for name, p in shared.items()}
-    own = [_draw.__wrapped__(layout, seed, dtype) for seed in seeds.tolist()]
+    own = [_draw.__wrapped__(layout, seed, dtype) for seed in tree.numbers(seeds)]
     return {entry.name: torch.stack([params[entry.name] for params in own]) for entry in layout}
 
 
 @functools.lru_cache(maxsize=8)
 def _draw(layout: Layout, seed: int, dtype: torch.dtype) -> Params:
     random = streams.stream(seed, "init")
-    params = {}
+    params: Params = {}
     for name, shape, bound, center, normal in layout:
         values = torch.as_tensor(random.uniform(-bound, bound, shape) if bound else 0.0).expand(shape)
         if normal:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, get_args
 
 from torch import Tensor
 
+from learnedopt.core.containers import is_mapping
 from learnedopt.core.task import Batch
 from learnedopt.core.tree import Params
 
@@ -34,13 +34,13 @@ def require_choice(owner: str, option: str, value: object, choices: Any) -> None
 
 def require_template(owner: str, template: object) -> None:
     """Raise ValueError unless ``template`` is a dict of floating-point tensors."""
-    if isinstance(template, Mapping) and template:
+    if is_mapping(template) and template:
         wrong = [k for k, v in template.items() if not isinstance(v, Tensor) or not v.is_floating_point()]
         if not wrong:
             return
         got = f"a dict whose {wrong} are no floating-point tensors"
     else:
-        got = "an empty one" if isinstance(template, Mapping) else type(template).__name__
+        got = "an empty one" if is_mapping(template) else type(template).__name__
     raise ValueError(
         f"{owner}: template must be one task's parameters, a dict of floating-point tensors by name, got {got}; take "
         "it from family.init_params(tasks), without the leading dimension of tasks"
@@ -59,11 +59,11 @@ def require_like(owner: str, template: Params, params: Params) -> None:
 
 def entry(owner: str, batch: Batch, key: str, what: str) -> Tensor:
     """Return the tensor ``batch[key]``; raise ValueError where the batch has none, saying ``what`` it would be."""
-    value = batch.get(key) if isinstance(batch, Mapping) else None
+    value = batch.get(key) if is_mapping(batch) else None
     if isinstance(value, Tensor):
         return value
-    got = f"a dict with the keys {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-    if isinstance(batch, Mapping) and key in batch:
+    got = f"a dict with the keys {list(batch)}" if is_mapping(batch) else f"a {type(batch).__name__}"
+    if is_mapping(batch) and key in batch:
         got = f"a {type(value).__name__} there"
     raise ValueError(
         f"{owner} reads batch[{key!r}], {what}, but the family's batch is {got}; have family.batch return a dict with "
