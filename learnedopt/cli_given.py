@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,25 @@ def load_all(checkpoints: Sequence[str]) -> dict[str, Checkpoint]:
     from learnedopt.evaluation.runs import labelled
 
     return {label: load_checkpoint(name) for label, name in labelled(checkpoints).items()}
+
+
+def require_own(path: Path, asked: Mapping[str, Any]) -> None:
+    """Raise ValueError where ``path`` holds an evaluation with other settings, which this one would take the place of.
+
+    What it does not say of itself does not count.
+    """
+    from learnedopt.core.files import parse_json, plain_json
+
+    if not path.exists():
+        return
+    try:
+        held = parse_json(path.read_bytes())["settings"]
+        others = [f"{key}={held[key]!r}" for key, value in plain_json(asked).items() if held.get(key, value) != value]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no evaluation ({error!r}); name another --out, or remove it") from error
+    if others:
+        told = f"{path} is an evaluation with other settings ({'; '.join(others)})"
+        raise ValueError(f"{told}: name another --out, or remove it")
 
 
 def options_of(assignments: Sequence[str]) -> dict[str, Any]:

@@ -138,14 +138,30 @@ def test_baselines_are_tuned_on_another_split(
     ]
 
 
-def test_the_output_folder_is_named_after_the_run(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wandb: None
+def test_the_output_folder_is_named_after_the_run_and_keeps_its_evaluation(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_wandb: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", str(checkpoint), *QUICK, "--tune-for", "sum_of_losses"]) == 0
     folder = tmp_path / "runs" / "evaluate-learned-sgd-quadratic"
     assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
     assert "lowest mean sum of losses on 3 other tasks" in (folder / "evaluation.md").read_text("utf-8")
+    before = (folder / "evaluation.json").read_bytes()
+    for name, value in {"steps": "13", "tuning-tasks": "4", "seed": "1", "baselines": "SGD", "set": "dim=4"}.items():
+        capsys.readouterr()
+        words = [*QUICK, "--tune-for", "sum_of_losses", f"--{name}", value]
+        assert "is an evaluation with other settings (" in refusal(capsys, "compare", str(checkpoint), *words), name
+    assert (folder / "evaluation.json").read_bytes() == before
+    small = ["--steps", "2", "--tasks", "2", "--out", str(folder)]
+    assert cli.main(["evaluate", str(checkpoint), "--few-shot", *QUICK[:4], *small]) == 0
+    capsys.readouterr()
+    small[1] = "3"
+    told = refusal(capsys, "evaluate", str(checkpoint), "--few-shot", *QUICK[:4], *small)
+    assert "few_shot.json is an evaluation with other settings (num_steps=2)" in told
 
 
 def test_list_names_what_there_is() -> None:
