@@ -30,7 +30,7 @@ from learnedopt.evaluation.suite_table import collect
 from learnedopt.optimizers.registry import RULES
 from learnedopt.recipes.study import remember
 from learnedopt.tasks import image_folder, mini_imagenet
-from learnedopt.tasks.data import image_array, images
+from learnedopt.tasks.data import downloads, image_array, images
 from learnedopt.training import json_tracker, progress, training_file
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "data"
@@ -237,7 +237,7 @@ def targets() -> dict[str, Target]:
 def _published() -> dict[str, Target]:
     """Return a file of MNIST, where it is at hand."""
     label = "t10k-labels-idx1-ubyte.gz"
-    path = images._find(os.environ.get("LEARNEDOPT_DATA"), images._SOURCES["mnist"], label)
+    path = downloads.find(os.environ.get("LEARNEDOPT_DATA"), "MNIST/raw", label)
     if path is None:
         return {}
     content = path.read_bytes()

@@ -15,7 +15,7 @@ def sweep(file: Path, runs: Path = Path("runs"), processes: int = 1, trials: int
     and what is finished is not run again. Settings that differ in the seed alone are one, by the mean.
 
     Args:
-        file: the sweep, such as sweeps/lstm-quadratic.yaml
+        file: the sweep, in YAML: docs/follow_runs.md says what it may hold
         runs: where sweeps are kept
         processes: how many trials run at once
         trials: how many settings; by default the file's run_cap, of a grid all
@@ -28,8 +28,6 @@ def sweep(file: Path, runs: Path = Path("runs"), processes: int = 1, trials: int
     from learnedopt.sweeps import run_sweep
     from learnedopt.training.interrupts import Interrupts
 
-    if not file.is_file():
-        raise ValueError(f"there is no file {str(file)!r}; name a sweep, such as sweeps/lstm-quadratic.yaml")
     try:
         with Interrupts() as interrupts:
             interrupts.deliver()  # at once: the trials, in sessions of their own, are stopped on the way out
@@ -37,9 +35,11 @@ def sweep(file: Path, runs: Path = Path("runs"), processes: int = 1, trials: int
     except (KeyboardInterrupt, SystemExit) as stop:
         return stopped(stop, "The same command goes on.")
     print(f"\n{result.markdown()}")
+    if result.failure is not None:
+        print(result.failure)
     best = result.best
     if best is None:
-        print("No setting was trained to its end: the logs beside the trials' folders say why.")
+        print("No setting was trained to its end.")
         return NONE_FINISHED
     print(f"Best: {' '.join(f'{key}={value}' for key, value in best.values.items())}")
     return 0

@@ -21,6 +21,8 @@ _KEYS = (
 )  # fmt: skip
 _RANGES = ("uniform", "int_uniform", "log_uniform_values")
 _INCOMPARABLE = ("validation", "family")
+OF_A_STEP = ("meta_loss", "mean_meta_loss", "inner_loss")
+"""Metrics of other tasks, or of another window, at each meta-step: no two trials, nor two rows, can be compared by."""
 
 
 class Trial(NamedTuple):
@@ -114,10 +116,16 @@ def read_sweep(path: Path) -> Sweep:
     ``early_terminate``, which the local runner takes as successive halving; ``run_cap``.
 
     Raises:
-        ValueError: the file is no sweep, has what is not among these, or changes what is measured from trial to trial.
+        ValueError: there is no such file, it is no sweep, has what is not among these, changes what is measured from
+            trial to trial, or compares by a metric that is not of the same tasks at each step.
     """
     import yaml
 
+    if not path.is_file():
+        raise ValueError(
+            f"there is no file {str(path)!r}; name a sweep: YAML with method, metric, parameters and command "
+            "(docs/follow_runs.md has one)"
+        )
     try:
         said = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
@@ -132,8 +140,7 @@ def read_sweep(path: Path) -> Sweep:
     missing = [key for key in ("method", "metric", "parameters", "command") if not said.get(key)]
     if missing:
         raise ValueError(f"{path} is no sweep: it lacks {' and '.join(missing)}")
-    if said["method"] not in ("grid", "random"):
-        raise ValueError(f"{path}: method={said['method']!r} needs W&B's server (wandb sweep); here: grid or random")
+    _require_method(path, said["method"])
     _require_shape(path, said)
     for key, spec in said["parameters"].items():
         _require_spec(path, key, spec, said["method"])
@@ -148,12 +155,27 @@ def read_sweep(path: Path) -> Sweep:
     )  # fmt: skip
 
 
+def _require_method(path: Path, method: Any) -> None:
+    if method == "bayes":
+        raise ValueError(f"{path}: method='bayes' needs W&B's server (wandb sweep); here: grid or random")
+    if method not in ("grid", "random"):
+        raise ValueError(
+            f"{path}: method={method!r} is none of grid, random and bayes (by W&B's server alone); for successive "
+            "halving write method: random and early_terminate: {type: hyperband, min_iter: 3, eta: 3}"
+        )
+
+
 def _require_shape(path: Path, said: Mapping[str, Any]) -> None:
     metric, parameters, command = said["metric"], said["parameters"], said["command"]
     if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
         raise ValueError(f"{path}: metric={metric!r} names none: write metric: {{name: best_validation}}")
     if metric.get("goal", "minimize") not in ("minimize", "maximize"):
         raise ValueError(f"{path}: metric.goal={metric['goal']!r} is neither minimize nor maximize")
+    if metric["name"] in OF_A_STEP:
+        raise ValueError(
+            f"{path}: metric.name={metric['name']!r} is of other tasks, or of another window of the episode, at each "
+            "meta-step, so trials could not be compared; write best_validation"
+        )
     if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise ValueError(f"{path}: parameters={parameters!r} are no fields of a recipe by name, with their values")
     if not isinstance(command, list):

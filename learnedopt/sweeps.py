@@ -21,9 +21,10 @@ from typing import Any
 
 from learnedopt.core.counts import require_count
 from learnedopt.core.files import exclusive, plain_json, require_name, write_json
+from learnedopt.core.registry import nearest_or_all
 from learnedopt.evaluation.comparison import align, write_text
 from learnedopt.run_folder import read_end
-from learnedopt.sweep_file import Sweep, Trial, read_sweep
+from learnedopt.sweep_file import OF_A_STEP, Sweep, Trial, read_sweep
 from learnedopt.training.json_tracker import read_metrics
 
 _POLL, _LOOK = 0.1, 1.0  # seconds between two looks whether trials have ended, and into what they have told
@@ -46,11 +47,24 @@ class Result:
 
     sweep: Sweep
     tried: Sequence[Tried]
+    folder: Path
 
     @property
     def best(self) -> Tried | None:
         """The setting with the best mean of those that were trained to the end; None where none was."""
         return next((each for each in self.tried if each.state == "finished" and not math.isnan(each.mean)), None)
+
+    @property
+    def failure(self) -> str | None:
+        """The last line of the first trial that failed, and where its log is; None where none failed."""
+        failed = [name for each in self.tried if each.state == "failed" for name in each.names]
+        name = next((name for name in failed if not _finished(self.folder / name)), None)
+        if name is None:
+            return None
+        log = self.folder / f"{name}.log"
+        lines = log.read_text("utf-8", errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip() and not line.startswith("wandb:")]
+        return f"{name} failed: {said[-1] if said else 'it said nothing'} ({log})"
 
     def markdown(self) -> str:
         """Return a table."""
@@ -60,7 +74,8 @@ class Result:
         for each in self.tried:
             error = "" if math.isnan(each.standard_error) else f"{each.standard_error:.2g}"
             values = [_shown(each.values[key]) for key in keys]
-            rows.append([f"{each.mean:.4g}", error, each.state, *values, " ".join(each.names)])
+            mean = "-" if math.isnan(each.mean) else f"{each.mean:.4g}"
+            rows.append([mean, error, each.state, *values, " ".join(each.names)])
         return align(rows)
 
 
@@ -81,7 +96,7 @@ def run_sweep(
 
     Raises:
         ValueError: the file is no sweep, or has a setting that its recipe does not take: before any is run;
-            or another process is at work on the sweep.
+            another process is at work on the sweep; or a trial has come to its end without the metric.
     """
     require_count("processes", processes, least=1)
     sweep = read_sweep(file)
@@ -92,7 +107,7 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         _wait_for_earlier(folder, settings)
-        result = Result(sweep, _tried_all(sweep, folder, settings, processes))
+        result = Result(sweep, _tried_all(sweep, folder, settings, processes), folder)
         write_text(folder / "sweep.md", result.markdown())
         write_json(folder / "sweep.json", plain_json([vars(each) for each in result.tried]))
     return result
@@ -134,7 +149,10 @@ def _tried_all(sweep: Sweep, folder: Path, settings: Sequence[Trial], processes:
 
 
 def require_settings(sweep: Sweep, settings: Sequence[Trial]) -> None:
-    """Raise ValueError where the command cannot be made, or the library's recipe in it does not take a setting."""
+    """Raise ValueError where the command cannot be made, names a script that is not there, or a setting cannot be.
+
+    The last is known of the library's recipes alone.
+    """
     from learnedopt import recipes
     from learnedopt.config import INTERCHANGEABLE, override
 
@@ -143,6 +161,13 @@ def require_settings(sweep: Sweep, settings: Sequence[Trial]) -> None:
     for name in [word for word in sweep.command if word in recipes.names()]:
         for trial in settings:
             override(recipes.make(name), trial.assignments, INTERCHANGEABLE)
+    for word in sweep.command:
+        if word.endswith(".py") and not Path(word).is_file():
+            raise ValueError(
+                f"the command of {sweep.name} starts {word}, and there is no such file in {Path.cwd()}: start it in "
+                "the file's folder, or write command: [python, -m, learnedopt, train, RECIPE, '${args_no_hyphens}'], "
+                "which needs none"
+            )
 
 
 def command_of(sweep: Sweep, trial: Trial) -> list[str]:
@@ -163,6 +188,8 @@ def command_of(sweep: Sweep, trial: Trial) -> list[str]:
 
 def _run_all(sweep: Sweep, folder: Path, trials: Sequence[Trial], processes: int, count: int | None) -> None:
     """Run trials until they are finished, or have told ``count`` values of the metric and written a checkpoint."""
+    for trial in trials:
+        _require_metric(sweep, folder / trial.name)
     waiting = [t for t in trials if not _finished(folder / t.name) and not _told(folder / t.name, sweep.metric, count)]
     look = time.monotonic()
     with _stopped_at_the_end() as running:
@@ -176,6 +203,7 @@ def _run_all(sweep: Sweep, folder: Path, trials: Sequence[Trial], processes: int
             for name, process in [*running.items()]:
                 if process.poll() is not None:
                     del running[name]
+                    _require_metric(sweep, folder / name)
                 elif due and _told(folder / name, sweep.metric, count):
                     process.terminate()  # it goes on, exactly, when it is started again
                     process.wait()
@@ -221,6 +249,15 @@ def _told(run: Path, metric: str, count: int | None) -> bool:
 def _finished(run: Path) -> bool:
     end = read_end(run / "metrics.jsonl")
     return end is not None and end["exit_code"] == 0
+
+
+def _require_metric(sweep: Sweep, run: Path) -> None:
+    """Raise ValueError where a run has come to its end without the metric: the others would, too."""
+    rows = _rows(run) if _finished(run) else []
+    if rows and not any(sweep.metric in row for row in rows):
+        told = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+        names = sorted(told - {"step", *OF_A_STEP})
+        raise ValueError(f"{run} has finished without the metric {sweep.metric!r}{nearest_or_all(sweep.metric, names)}")
 
 
 def _mean(sweep: Sweep, folder: Path, group: Sequence[Trial], count: int | None = None) -> float:

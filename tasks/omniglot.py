@@ -11,13 +11,13 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, final
+from typing import Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learnedopt.tasks.data import arguments, image_array
+from learnedopt.tasks.data import arguments, downloads, image_array
 from learnedopt.tasks.data.few_shot import FewShotImages
 from learnedopt.tasks.data.image_array import ClassImages
 
@@ -76,8 +76,8 @@ class Omniglot(FewShotImages):
 
     Raises:
         ValueError: an option is out of its range; from ``sample``: a file is not the published one.
-        FileNotFoundError: from ``sample``: the data are neither in ``$LEARNEDOPT_DATA/omniglot-py`` nor in the user's
-            cache folder, and cannot be downloaded.
+        FileNotFoundError: from ``sample``: the data are neither in ``$LEARNEDOPT_DATA/omniglot-py`` nor in
+            ``$LEARNEDOPT_CACHE/omniglot-py``, and cannot be downloaded.
 
     Example:
         >>> family = Omniglot(ways=20, shots=5, meta_split="test")
@@ -172,7 +172,7 @@ def read(root: str | None, cache: str | None) -> tuple[list[str], Tensor]:
 
 @functools.cache
 def _read(root: str | None, cache: str | None) -> tuple[list[str], Tensor]:
-    paths = [_find(root, name) or _download(root, name) for name in _ZIPS]
+    paths = [downloads.fetch(root, _FOLDER, name, [_MIRROR], f"md5:{known.md5}") for name, known in _ZIPS.items()]
     digests = [_checked(path) for path in paths]
     with contextlib.ExitStack() as stack:
         archives = [stack.enter_context(zipfile.ZipFile(path)) for path in paths]
@@ -208,31 +208,3 @@ def _checked(path: Path) -> str:
             f"expected {published.md5}; delete it, or put the original file in its place"
         )
     return sha256
-
-
-def _folders(root: str | None) -> list[Path]:
-    import pooch  # pyright: ignore[reportMissingTypeStubs] - it has no types
-
-    return [*([Path(root).expanduser()] if root else []), Path(pooch.os_cache("learnedopt"))]
-
-
-def _find(root: str | None, name: str) -> Path | None:
-    return next((path for folder in _folders(root) if (path := folder / _FOLDER / name).is_file()), None)
-
-
-def _download(root: str | None, name: str) -> Path:
-    import pooch  # pyright: ignore[reportMissingTypeStubs] - it has no types
-
-    cache = _folders(root)[-1] / _FOLDER
-    try:
-        file: Any = pooch.retrieve(  # pyright: ignore[reportUnknownMemberType]
-            _MIRROR + name, f"md5:{_ZIPS[name].md5}", fname=name, path=cache
-        )
-        return Path(file)
-    except (OSError, ValueError) as error:  # no network, a server's refusal, no space, or a wrong checksum
-        places = " and ".join(str(folder / _FOLDER) for folder in _folders(root))
-        variable = "LEARNEDOPT_DATA is not set" if root is None else f"LEARNEDOPT_DATA is {root!r}"
-        raise FileNotFoundError(
-            f"there is no {name} in {places} ({variable}), and it could not be downloaded ({error}). Set "
-            f"LEARNEDOPT_DATA to a folder that holds {_FOLDER}/{name}, or put the file into {cache}"
-        ) from error

@@ -31,6 +31,7 @@ def main(words: list[str]) -> int:
     with record.open("a") as out:
         for step in range(len(begun), STEPS):
             if said["rate"] == "13":
+                print("a rate of 13 is too high\nwandb: how to sync the run", file=sys.stderr)
                 return 1
             loss = abs(float(said["rate"]) - 3) + float(said.get("seed", 0)) / 10 + 1 / (1 + step)
             print(json.dumps({"step": step, "best_validation": loss, "at": time.time()}), file=out, flush=True)

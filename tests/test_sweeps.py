@@ -53,7 +53,6 @@ def rows(folder: Path) -> Mapping[str, list[dict[str, Any]]]:
 def test_the_files_are_such_as_wandb_agent_runs(path: Path) -> None:
     from wandb.sdk.launch.sweeps import utils
 
-    assert yaml.safe_load(path.read_text("utf-8"))["program"] == "train_meta.py" and (ROOT / "train_meta.py").exists()
     sweep = read_sweep(path)
     settings = sweep.trials()
     require_settings(sweep, settings)
@@ -61,13 +60,8 @@ def test_the_files_are_such_as_wandb_agent_runs(path: Path) -> None:
     for trial in settings[:3]:
         # What the agent makes of a trial is what the local runner makes, and is taken by the recipe.
         agent = utils.create_sweep_command_args({"args": {k: {"value": v} for k, v in trial.values.items()}})
-        assert command_of(sweep, trial) == [
-            "/usr/bin/env",
-            sys.executable,
-            "train_meta.py",
-            name,
-            *agent["args_no_hyphens"],
-        ]
+        words = ["/usr/bin/env", sys.executable, "-m", "learnedopt", "train", name]  # no script, so any folder will do
+        assert command_of(sweep, trial) == [*words, *agent["args_no_hyphens"]]
         assert override(recipes.make(name), agent["args_no_hyphens"], INTERCHANGEABLE) != recipes.make(name)
     assert sweep.metric == "best_validation" and not sweep.maximize
 
@@ -119,6 +113,27 @@ def test_a_grid_runs_in_as_many_processes_as_it_may_and_is_not_run_again(
     out = capsys.readouterr().out
     assert "Best: rate=3\n" in out and out.count("rate=13 seed") == 2 and "rate=3 seed" not in out  # the failed alone
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_where_all_trials_fail_the_end_of_a_log_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = {"seed": {"values": [0, 1]}, "rate": {"value": 13}}
+    file = written(tmp_path / "rates.yaml", parameters=parameters)
+    assert cli.main(["sweep", str(file), "--runs", str(tmp_path)]) == 1
+    table, why, end, _ = capsys.readouterr().out.rsplit("\n", 3)
+    name = read_sweep(file).trials()[0].name
+    assert why == f"{name} failed: a rate of 13 is too high ({tmp_path / 'rates' / name}.log)"
+    assert end == "No setting was trained to its end."
+    assert table.splitlines()[-1].replace(" ", "").startswith("|-||failed|13|")
+
+
+def test_trials_that_do_not_tell_the_metric_end_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "rates.yaml", metric={"name": "best_validaton"})
+    assert [cli.main(["sweep", str(file), "--runs", str(tmp_path)]) for _ in range(2)] == [2, 2]
+    err, records = capsys.readouterr().err, [*tmp_path.rglob("metrics.jsonl")]
+    assert err.count("has finished without the metric 'best_validaton'; did you mean 'best_validation'?") == 2
+    assert len(records) == 1  # no second one was begun
+    best = run_sweep(written(file), tmp_path).best
+    assert best is not None and best.values == {"rate": 3}
 
 
 def test_halving_stops_the_worse_and_the_others_go_on_where_they_stood(
@@ -196,6 +211,9 @@ def test_settings_drawn_at_random_are_the_same_again_and_spread(tmp_path: Path) 
     ("changes", "message"),
     [
         ({"method": "bayes"}, "method='bayes' needs W&B's server"),
+        ({"method": "successive-halving"}, "write method: random and early_terminate: .type: hyperband"),
+        ({"metric": {"name": "meta_loss"}}, "metric.name='meta_loss' is of other tasks.*write best_validation"),
+        ({"program": "absent.py"}, "starts absent.py, and there is no such file in .*-m, learnedopt, train"),
         ({"metrics": {}}, "'metrics', which the local runner does not know; did you mean 'metric'"),
         ({"command": None}, "it lacks command"),
         ({"parameters": {"validation.num_steps": {"values": [1]}}}, "changes what is measured"),

@@ -748,18 +748,38 @@ def test_missing_data_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     calls: list[str] = []
     monkeypatch.setattr(pooch, "retrieve", unreachable(calls))
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LEARNEDOPT_DATA", str(tmp_path / "data"))
     family = ImageMLP()
     with pytest.raises(FileNotFoundError) as caught:
         family.batch(family.sample(1, seeded()), 0, "train")
     message = str(caught.value)
-    for part in ("data/MNIST/raw", "cache/learnedopt/MNIST/raw", "no route to host", "Set LEARNEDOPT_DATA to a folder"):
+    for part in ("data/MNIST/raw", "cache/MNIST/raw", "no route to host", "Set LEARNEDOPT_DATA to a folder"):
         assert part in message
     assert len(calls) == 2 and all(url.endswith("mnist/train-images-idx3-ubyte.gz") for url in calls)
     monkeypatch.delenv("LEARNEDOPT_DATA")
     with pytest.raises(FileNotFoundError, match=r"no train-images.*FashionMNIST/raw \(LEARNEDOPT_DATA is not set\)"):
         images.load("fashion-mnist", "valid")
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_a_failed_download_is_told_in_a_line_and_in_full_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = images._SOURCES["mnist"]._replace(mirrors=("http://127.0.0.1:9/",))
+    monkeypatch.setattr(images, "_SOURCES", {"mnist": nowhere})
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("LEARNEDOPT_DATA", raising=False)
+    with caplog.at_level("INFO"), pytest.raises(FileNotFoundError) as caught:
+        images.load("mnist", "test")
+    name, place = "t10k-images-idx3-ubyte.gz", tmp_path / "MNIST" / "raw"
+    assert str(caught.value) == (
+        f"there is no {name} in {place} (LEARNEDOPT_DATA is not set), and it could not be downloaded (127.0.0.1: "
+        "Connection refused). Set LEARNEDOPT_DATA to a folder that holds "
+        f"MNIST/raw/{name}, or put the file into {place}"
+    )
+    assert "Max retries exceeded" in caplog.text
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -769,7 +789,7 @@ def test_files_are_looked_for_in_the_cache_and_then_downloaded(
     import pooch
 
     source = data_root / "MNIST" / "raw"
-    cached = tmp_path / "learnedopt" / "MNIST" / "raw"
+    cached = tmp_path / "MNIST" / "raw"
     cached.mkdir(parents=True)
     shutil.copy(source / "t10k-labels-idx1-ubyte.gz", cached)
     asked = []
@@ -782,7 +802,7 @@ def test_files_are_looked_for_in_the_cache_and_then_downloaded(
         return str(shutil.copy(source / fname, path))
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setenv("LEARNEDOPT_CACHE", str(tmp_path))
     monkeypatch.delenv("LEARNEDOPT_DATA")
     found = images.load("mnist", "test")
     assert [url.rpartition("/")[2] for url in asked] == ["t10k-images-idx3-ubyte.gz"] * 2

@@ -42,38 +42,55 @@ def server() -> Iterator[WandbServer]:
     assert not listening.unknown
 
 
+ONLINE = [
+    "lstm-quadratic", *(f"{key}={value}" for key, value in {**TINY, **SMALL["lstm-quadratic"]}.items()),
+    "--wandb", "online", "--project", "mine", "--entity", ENTITY,
+]  # fmt: skip
+
+
 @pytest.mark.usefixtures("wandb_home")
-def test_a_run_that_goes_on_is_one_run_and_its_evaluation_is_linked_to_it(
+def test_a_run_that_goes_on_is_one_run(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = [*(f"{key}={value}" for key, value in {**TINY, **SMALL["lstm-quadratic"], "num_meta_steps": 3}.items())]
-    words += ["--runs", str(tmp_path), "--wandb", "online", "--project", "mine", "--entity", ENTITY]
-    words += ["--group", "pilot", "--tags", "short,cpu", "--notes", "a first look"]
+    words = [*ONLINE, "--runs", str(tmp_path), "--group", "pilot", "--tags", "short,cpu", "--notes", "a first look"]
     log = JsonLinesTracker.log
 
     def stopped(self: JsonLinesTracker, metrics: Any, step: int) -> None:
         log(self, metrics, step)
-        if step == 2 and len(server.runs) == 1 and not next(iter(server.runs.values())).exit_codes:
+        if step == 1 and not next(iter(server.runs.values())).exit_codes:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as said:
         for name, value in server.variables.items():
             said.setenv(name, value)
         said.setattr(JsonLinesTracker, "log", stopped)
-        assert [train_meta.main(["lstm-quadratic", *words]) for _ in range(2)] == [143, 0]
-        said.setenv("WANDB_PROJECT", "mine")
-        evaluate = ["evaluate", str(tmp_path / "lstm-quadratic"), "--tasks", "2", "--steps", "2", "--baselines", "SGD"]
-        assert cli.main([*evaluate, "--out", str(tmp_path / "evaluated"), "--wandb", "online"]) == 0
+        assert [train_meta.main(words) for _ in range(2)] == [143, 0]
 
-    (run_id, trained), (_, evaluated) = server.runs.items()
+    (trained,) = server.runs.values()
     about = [trained.said(name) for name in ("project", "entity", "groupName", "tags", "notes")]
     assert about == ["mine", ENTITY, "pilot", ["short", "cpu"], "a first look"]
-    assert trained.exit_codes == [143, 0] and trained.config["num_meta_steps"] == 3
+    assert trained.exit_codes == [143, 0] and trained.config["num_meta_steps"] == 2
     steps = [row["_step"] for row in trained.history]
     assert steps == [*range(len(steps))]  # it goes on, and not anew
     validated = {row["meta_step"]: row["best_validation"] for row in trained.history if "best_validation" in row}
     record = read_metrics(tmp_path / "lstm-quadratic" / "metrics.jsonl")
-    assert validated == {row["step"]: row["best_validation"] for row in record} and [*validated] == [0, 1, 2, 3]
+    assert validated == {row["step"]: row["best_validation"] for row in record} and [*validated] == [0, 1, 2]
+    assert [text for text in reports(caplog) if "W&B failed" in text] == []
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("wandb_home")
+def test_an_evaluation_is_linked_to_its_training(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate = ["evaluate", str(tmp_path / "lstm-quadratic"), "--tasks", "2", "--steps", "2", "--baselines", "SGD"]
+    with monkeypatch.context() as said:
+        for name, value in {**server.variables, "WANDB_PROJECT": "mine"}.items():
+            said.setenv(name, value)
+        assert train_meta.main([*ONLINE, "--runs", str(tmp_path)]) == 0
+        assert cli.main([*evaluate, "--out", str(tmp_path / "evaluated"), "--wandb", "online"]) == 0
+
+    (run_id, trained), (_, evaluated) = server.runs.items()
     # What the evaluation used is the version that the training has logged, and not a copy.
     (theta,) = [id for id in trained.made if server.versions[id].kind == "model"]
     assert evaluated.used == [theta] and theta not in evaluated.made and evaluated.said("jobType") == "evaluate"
@@ -83,6 +100,7 @@ def test_a_run_that_goes_on_is_one_run_and_its_evaluation_is_linked_to_it(
     assert [text for text in reports(caplog) if "W&B failed" in text] == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("wandb_home")
 def test_wandb_sync_joins_the_fragments_of_an_offline_run(tmp_path: Path, server: WandbServer) -> None:
     (tmp_path / "theta.safetensors").write_bytes(b"theta")
@@ -132,7 +150,6 @@ def test_an_exit_code_that_stands_for_a_signal_can_be_ended_by_it() -> None:
 def test_wandb_agent_runs_the_file_as_it_is(path: Path, tmp_path: Path, server: WandbServer) -> None:
     if path.stem == "meta-sgd-mnist" and "LEARNEDOPT_DATA" not in os.environ:
         pytest.skip("needs MNIST: set LEARNEDOPT_DATA")
-    (tmp_path / "train_meta.py").symlink_to(ROOT / "train_meta.py")
     run_wandb(server, tmp_path, "sweep", "--entity", ENTITY, "--project", "swept", str(path))
     assert yaml.safe_load(server.sweep) == yaml.safe_load(path.read_text("utf-8"))
     drawn = dict(read_sweep(path).trials()[0].values)
@@ -142,7 +159,7 @@ def test_wandb_agent_runs_the_file_as_it_is(path: Path, tmp_path: Path, server: 
     }
     values = dict(server.trials)
     said = run_wandb(server, tmp_path, "agent", f"{ENTITY}/swept/{SWEEP}")
-    assert f"/usr/bin/env python train_meta.py {path.stem} " in said
+    assert f"/usr/bin/env python -m learnedopt train {path.stem} " in said
     assert not server.trials and [*server.runs] == ["one", "two"]
     for run_id, run in server.runs.items():
         assert (run.project, run.said("sweep"), run.exit_codes) == ("swept", SWEEP, [0])
@@ -155,7 +172,6 @@ def test_wandb_agent_runs_the_file_as_it_is(path: Path, tmp_path: Path, server: 
 @pytest.mark.long
 @pytest.mark.usefixtures("wandb_home")
 def test_a_trial_that_the_server_stops_is_no_failure_to_the_agent(tmp_path: Path, server: WandbServer) -> None:
-    (tmp_path / "train_meta.py").symlink_to(ROOT / "train_meta.py")
     run_wandb(server, tmp_path, "sweep", "--entity", ENTITY, "--project", "swept", str(FILES[0]))
     small = {**TINY, **SMALL["lstm-quadratic"]}
     server.trials = {"worse": {**small, "num_meta_steps": 10**6, "validation.every": 1000}, "better": small}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learnedopt.core.files import write_atomically
+from learnedopt.core.private_folder import cache_folder
 from learnedopt.core.sealed import END, at_the_end, is_sealed, seal
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
@@ -86,7 +87,7 @@ def cached(source: Iterable[str], shape: Sequence[int], fill: Callable[[], Itera
     where it is damaged, without where an earlier version wrote no SHA-256 into it.
     """
     digest = hashlib.sha256("\n".join([*source, str(tuple(shape))]).encode()).hexdigest()[:32]
-    path = _folder() / f"images-{digest}.npy"
+    path = cache_folder() / f"images-{digest}.npy"
     if not path.is_file() or not _is_whole(path, shape):
         _write(path, shape, fill)
     array = np.load(path, mmap_mode="c")  # private pages: torch takes only writable arrays, and nobody writes
@@ -130,12 +131,6 @@ def _is_whole(path: Path, shape: Sequence[int]) -> bool:
     except (ValueError, EOFError) as error:
         warnings.warn(f"{path} is damaged ({error}); the images are decoded again", stacklevel=2)
         return False
-
-
-def _folder() -> Path:
-    import pooch
-
-    return Path(os.environ.get("LEARNEDOPT_CACHE") or pooch.os_cache("learnedopt")).expanduser()
 
 
 def _write(path: Path, shape: Sequence[int], fill: Callable[[], Iterator[np.ndarray]]) -> None:

@@ -6,13 +6,12 @@ import functools
 import gzip
 import hashlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from learnedopt.tasks.data import downloads
 from learnedopt.tasks.data.arguments import MetaSplit, require_choice
 
 Dataset: TypeAlias = Literal["mnist", "fashion-mnist"]
@@ -76,8 +75,9 @@ class Images(NamedTuple):
 def load(dataset: Dataset, meta_split: MetaSplit) -> Images:
     """Return the images of a split: "train" is images 1 to 50,000, "valid" the 10,000 after them, "test" the test set.
 
-    The files are looked for in ``$LEARNEDOPT_DATA/MNIST/raw`` (or ``FashionMNIST/raw``), then in the user's cache
-    folder, and else downloaded into it. They are read and checked once in a process and kept in memory.
+    The files are looked for in ``$LEARNEDOPT_DATA/MNIST/raw`` (or ``FashionMNIST/raw``), then in
+    ``$LEARNEDOPT_CACHE``, by default the user's cache folder, and else downloaded into it. They are read and checked
+    once in a process and kept in memory.
 
     Raises:
         FileNotFoundError: a file is not there, and no mirror sent it.
@@ -110,7 +110,7 @@ def _read(root: str | None, dataset: Dataset, part: Literal["train", "test"]) ->
 def _content(root: str | None, dataset: Dataset, name: str) -> bytes:
     """Return the unpacked content of one file, found or downloaded, once its checksum is right."""
     source = _SOURCES[dataset]
-    path = _find(root, source, name) or _download(root, source, name)
+    path = downloads.fetch(root, source.folder, name, source.mirrors, f"sha256:{source.sha256[name]}")
     packed = path.read_bytes() if path.stat().st_size <= _MAX_BYTES else b""
     found = hashlib.sha256(packed).hexdigest()
     if found != source.sha256[name]:
@@ -119,33 +119,3 @@ def _content(root: str | None, dataset: Dataset, name: str) -> bytes:
             f"{found}, expected {source.sha256[name]}; delete it, or put the original file in its place"
         )
     return gzip.decompress(packed)
-
-
-def _folders(root: str | None, source: _Source) -> Iterator[Path]:
-    if root is not None:
-        yield Path(root).expanduser() / source.folder
-    import pooch
-
-    yield Path(pooch.os_cache("learnedopt")) / source.folder
-
-
-def _find(root: str | None, source: _Source, name: str) -> Path | None:
-    return next((path for folder in _folders(root, source) if (path := folder / name).is_file()), None)
-
-
-def _download(root: str | None, source: _Source, name: str) -> Path:
-    import pooch
-
-    *_, cache = looked = list(_folders(root, source))
-    reasons = []
-    for mirror in source.mirrors:
-        try:
-            return Path(pooch.retrieve(mirror + name, f"sha256:{source.sha256[name]}", fname=name, path=cache))
-        except (OSError, ValueError) as error:  # no network, a server's refusal, no space, or a wrong checksum
-            reasons.append(f"{mirror}{name}: {error}")
-    places = " and ".join(str(folder) for folder in looked)
-    variable = "LEARNEDOPT_DATA is not set" if root is None else f"LEARNEDOPT_DATA is {root!r}"
-    raise FileNotFoundError(
-        f"there is no {name} in {places} ({variable}), and it could not be downloaded: {'; '.join(reasons)}. Set "
-        f"LEARNEDOPT_DATA to a folder that holds {source.folder}/{name}, or put the file into {cache}"
-    )
