@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -58,7 +58,7 @@ def override(value: T, changes: Iterable[str | Mapping[str, Any]], kinds: Kinds 
 
     Raises:
         ValueError: there is no such field, or the text is not of its type; the message names the nearest valid one.
-        Whatever a dataclass itself raises for values that it does not accept passes through.
+        What a dataclass itself says of values that it does not accept passes through, with the path of the field.
 
     Example:
         >>> override(recipe, ["estimator=Unrolled", "estimator.num_steps=10"], [(Unrolled, Truncated)])
@@ -158,7 +158,7 @@ def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change]
 
 
 @contextmanager
-def placed(prefix: str, fields: Collection[str]) -> Iterator[None]:
+def placed(prefix: str, fields: Collection[str]) -> Generator[None, None, None]:
     """Let a ValueError that begins with ``field=`` tell which one of that name it is: ``prefix`` comes before it."""
     try:
         yield

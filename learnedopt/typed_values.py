@@ -65,8 +65,8 @@ def refusal(what: str, text: Any, hint: Any, kind: str = "setting") -> str:
     number = _number(text)
     if number is not None and not math.isfinite(number) and float in alternatives:
         return f"{what}={text!r} is not finite; pass a finite number"
-    whole = number is not None and math.isfinite(number) and number == int(number) and int in alternatives
-    return f"{what}={text!r} is not of the {kind}'s type {spelled(hint)}{f'; write {int(number)}' if whole else ''}"
+    whole = f"; write {number:.0f}" if number is not None and number.is_integer() and int in alternatives else ""
+    return f"{what}={text!r} is not of the {kind}'s type {spelled(hint)}{whole}"
 
 
 def spelled(hint: Any) -> str:
@@ -90,8 +90,8 @@ def _name(hint: Any) -> str:
 
 def _number(text: Any) -> float | None:
     try:
-        return float(text)
-    except (TypeError, ValueError):
+        return float(text) if isinstance(text, str | float) else None
+    except ValueError:
         return None
 
 
