@@ -38,13 +38,20 @@ def require_own(path: Path, asked: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        held = parse_json(path.read_bytes())["settings"]
-        others = [f"{key}={held[key]!r}" for key, value in plain_json(asked).items() if held.get(key, value) != value]
+        held = _flat(parse_json(path.read_bytes())["settings"])
+        wanted = _flat(plain_json(asked))
+        others = [f"{key}={held[key]}" for key, value in wanted.items() if held.get(key, value) != value]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no evaluation ({error!r}); name another --out, or remove it") from error
     if others:
         told = f"{path} is an evaluation with other settings ({'; '.join(others)})"
         raise ValueError(f"{told}: name another --out, or remove it")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    family = settings["family"]
+    options = {f"family.{key}": value for key, value in family["options"].items()}
+    return {**settings, "family": family["name"], **options}
 
 
 def options_of(assignments: Sequence[str]) -> dict[str, Any]:

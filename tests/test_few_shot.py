@@ -325,7 +325,9 @@ def test_family_and_options_are_the_users(clusters: None, tmp_path: Path, monkey
 
     def options(*arguments: str) -> dict[str, Any]:
         assert cli.main(["evaluate", str(run), "--few-shot", "--steps", "1", "--tasks", "3", *arguments]) == 0
-        saved = json.loads(Path("runs/evaluate-maml-clusters/few_shot.json").read_text("utf-8"))
+        path = Path("runs/evaluate-maml-clusters/few_shot.json")
+        saved = json.loads(path.read_text("utf-8"))
+        path.unlink()  # else the next one, with other settings, is refused
         return saved["settings"]["family"]["options"]
 
     assert options() == {"ways": 3, "shots": 1, "width": 4, "meta_split": "test"}  # as the model was chosen
