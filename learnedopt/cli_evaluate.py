@@ -114,13 +114,15 @@ def _few_shot(
     out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{described['name']}"
     asked = {"checkpoints": [*checkpoint], "family": described, "num_steps": steps, "num_tasks": tasks, "seed": seed}
     require_own(out / "few_shot.json", asked)
-    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take minutes
+    if out.exists() and not out.is_dir():  # before the work, which may take minutes
+        raise ValueError(f"--out {out} exists, and is no folder; name another")
     found = adapt_runs(
         loaded, family, options, solvers=solvers, num_steps=steps, num_tasks=tasks, seed=seed,
         report=lambda line: print(line, flush=True),
     )  # fmt: skip
     found = replace(found, settings={"checkpoints": [*checkpoint], **found.settings})
     print(f"\n{found.markdown()}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     paths = found.save(out)
     print(f"Figure, table and numbers: {paths['png']}, {paths['md']}, {paths['json']}")
     show_few_shot(tracking, out, labelled(checkpoint), found, paths)

@@ -364,7 +364,9 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     both = {"type": "Combined", "back_propagated": {"type": "Implicit", "inner": found}}
     assert recorded_solver({"estimator": both}) == HessianFree(3)
     assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
-    assert "num_steps=0 is not a count" in refusal(capsys, str(run), "--few-shot", "--steps", "0", "--out", str(tmp_path / "none"))
+    assert "num_steps=0 is not a count" in refusal(
+        capsys, str(run), "--few-shot", "--steps", "0", "--out", str(tmp_path / "none")
+    )
     with pytest.raises(ValueError, match="cannot be made again from the record"):
         recorded_solver({"estimator": {"type": "Implicit", "inner": "<function solve>"}})
     with pytest.raises(ValueError, match="cannot be made again from the record"):
