@@ -27,7 +27,7 @@ FORMAT = "learnedopt-rule-3"
 FORMATS = ("learnedopt-rule-1", "learnedopt-rule-2", FORMAT)
 """What is read: the first knew no inner objectives, and had the rule ``imaml``; the first two had no SHA-256."""
 
-
+_THETA = "theta.safetensors"
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -181,17 +181,25 @@ def packaged() -> list[str]:
 def file_of(path_or_name: str | Path) -> Path:
     """Return the file that ``load`` reads for a checkpoint's path, a run's folder or a packaged name."""
     path = Path(path_or_name)
-    if path.is_dir() and (path / "theta.safetensors").is_file():
-        return path / "theta.safetensors"
+    if path.is_dir() and (path / _THETA).is_file():
+        return path / _THETA
     if path.is_file():
         return path
     known = packaged()
     if str(path_or_name) in known:
         return Path(str(resources.files("learnedopt") / "pretrained" / f"{path_or_name}.safetensors"))
-    near = difflib.get_close_matches(str(path_or_name), known, n=1)
+    if (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} is the folder of a run without a theta.safetensors: a study leaves none, a meta-training "
+            "its best one at its end; name another"
+        )
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    there = {each.name: str(each) for each in beside if (each / _THETA).is_file() or each.suffix == ".safetensors"}
+    names = {**{name: name for name in known}, **there}
+    near = difflib.get_close_matches(path.name, names, n=1)
     raise FileNotFoundError(
         f"{str(path_or_name)!r} is neither a checkpoint file, nor a run's folder with a theta.safetensors, nor one of "
-        f"the packaged optimizers {known}" + (f"; did you mean {near[0]!r}?" if near else "")
+        f"the packaged optimizers {', '.join(known)}" + (f"; did you mean {names[near[0]]!r}?" if near else "")
     )
 
 

@@ -81,10 +81,16 @@ def _main(argv: Sequence[str]) -> int:
         full = isinstance(error, OSError) and error.errno in _FULL
         why = "the disk is full, or a quota of it: " if full else ""
         then = "; make room, and start again: what was written before is whole" if full else ""
-        print(f"{command}: {why}{' '.join(str(error).split())}{then}", file=sys.stderr)
+        print(f"{command}: {why}{' '.join(_told(error).split())}{then}", file=sys.stderr)
         return DISK_FULL if full else BAD_INPUT
     except KeyboardInterrupt:
         return _interrupted(command)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.errno not in _FULL:
+        return f"{error.filename} cannot be read or written: {error.strerror}; name another place, or change that one"
+    return str(error)
 
 
 def _interrupted(command: str) -> int:
@@ -132,13 +138,17 @@ def _command(argv: Sequence[str]) -> str:
     if argv and argv[0] == "--version":
         print(f"learnedopt {__version__}")
         sys.exit(0)
+    below = [name for name in COMMANDS if argv and name.startswith(f"{argv[0]} ")]
     if not {"-h", "--help"}.isdisjoint(argv[:2]):
         print("Learned optimizers and few-shot learners: train and judge them.\n\nusage: learnedopt COMMAND ...\n")
-        print(*(f"  {name:10} {(_function(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS), sep="\n")
+        told = below or COMMANDS
+        print(*(f"  {name:10} {(_function(name).__doc__ or '').splitlines()[0]}" for name in told), sep="\n")
         print("\nlearnedopt COMMAND --help says more of one, learnedopt --version which release this is.")
         sys.exit(0)
-    given = " ".join(argv[: 2 if argv[:1] == ["hub"] else 1])
+    given = " ".join(argv[: 2 if below else 1])
     near = difflib.get_close_matches(given, [*COMMANDS, "--help", "--version"], n=1, cutoff=0.5)
+    if len(argv) == 1 and below:
+        near = [" or ".join(below)]
     wrong = f"there is no command {given!r}" if given else "name a COMMAND"
     hint = f"; did you mean {near[0]}?" if near else ""
     print(f"learnedopt: {wrong}{hint} (learnedopt --help lists them)", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from learnedopt import cli_suite
 from learnedopt.cli_compare import compare
-from learnedopt.cli_given import load_all, options_of
+from learnedopt.cli_given import load_all, options_of, require_own, use_threads
 from learnedopt.training.following import Tracking
 
 
@@ -34,9 +34,11 @@ def evaluate_runs(
 ) -> int:
     """Run learned optimizers against tuned baselines, or few-shot learners, or on a suite of unseen nets.
 
-    As learnedopt compare does, on fresh tasks of the family. With --few-shot: adapt learned starts, side by side, to
-    the same fixed test tasks, and report the accuracy (or loss) by steps: few_shot.md, .json, .png. With --suite:
-    untuned on nets that no meta-training saw, beside baselines with schedules: suite.md, .json, .png.
+    Without --few-shot and --suite it is the same as learnedopt compare: on fresh tasks of the family, beside tuned
+    baselines. With --few-shot: adapt learned starts, side by side, to the same fixed test tasks, and report the
+    accuracy (or loss) by steps: few_shot.md, .json, .png. With --suite: untuned on nets that no meta-training saw,
+    beside baselines with schedules: suite.md, .json, .png. A folder that holds an evaluation with other settings is
+    refused.
 
     Args:
         checkpoint: files, folders of runs, or packaged names
@@ -58,12 +60,10 @@ def evaluate_runs(
         threads: of torch; tasks are small
         out: a folder; by default runs/evaluate-CHECKPOINT-FAMILY
     """
-    import torch
-
     from learnedopt.followed import require_views
 
     require_views(tracking)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     tuned: dict[str, Any] = {"tuning_tasks": tuning_tasks, "tune_for": tune_for, "baselines": baselines}
     on_suite: dict[str, Any] = {"nets": nets, "device": device, "graphs": graphs}
     if suite is not None:
@@ -88,7 +88,9 @@ def evaluate_runs(
 def _require_unused(when: str, **options: object) -> None:
     unused = [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, (), [])]
     if unused:
-        raise ValueError(f"{' and '.join(unused)} have no effect {when}: leave them out")
+        one = len(unused) == 1
+        told = f"{' and '.join(unused)} {'has' if one else 'have'} no effect {when}"
+        raise ValueError(f"{told}: leave {'it' if one else 'them'} out")
 
 
 def _few_shot(
@@ -108,8 +110,10 @@ def _few_shot(
 
     loaded, options = load_all(checkpoint), options_of(assignments)
     solvers = {label: recorded_solver(learned.metadata) for label, learned in loaded.items()}
-    own = registry.describe(families(loaded, family, options)[0])["name"]
-    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{own}"
+    described = registry.describe(families(loaded, family, options)[0])
+    out = out or Path("runs") / f"evaluate-{'-'.join(loaded)}-{described['name']}"
+    asked = {"checkpoints": [*checkpoint], "family": described, "num_steps": steps, "num_tasks": tasks, "seed": seed}
+    require_own(out / "few_shot.json", asked)
     if out.exists() and not out.is_dir():  # before the work, which may take minutes
         raise ValueError(f"--out {out} exists, and is no folder; name another")
     found = adapt_runs(

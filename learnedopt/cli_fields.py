@@ -106,9 +106,10 @@ def _plain(hint: Any) -> Any:
 
 
 def _meanings(kind: Callable[..., Any]) -> dict[str, str]:
-    """Return the first sentence that a docstring says of each parameter."""
-    found = docstring_parser.parse(inspect.getdoc(kind) or "")
+    """Return the first sentence that its docstring says of each parameter, or that of a class it inherits from."""
+    lines = reversed(kind.__mro__) if isinstance(kind, type) else (kind,)
     return {
         param.arg_name: re.split(r"(?<=\.)\s+(?=[A-Z])| \(default:", " ".join((param.description or "").split()))[0]
-        for param in found.params
+        for each in lines
+        for param in docstring_parser.parse(each.__doc__ or "").params
     }

@@ -15,14 +15,15 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from learnedopt.cli import BAD_INPUT
 from learnedopt.training.following import Tracking
+from learnedopt.typed_values import refusal, spelled
 
 
 class Help(DefaultHelpFormatter):
-    """A help as jsonargparse has it, with classes by their names."""
+    """A help as jsonargparse has it, with types in words."""
 
     def _get_type_str(self, action: Action) -> str | None:
-        told = super()._get_type_str(action)
-        return told and re.sub(r"<class '(\w+)'>", r"\1", told)
+        hint = getattr(action, "_typehint", None)
+        return super()._get_type_str(action) if hint is None else spelled(hint)
 
 
 class Parser(ArgumentParser):
@@ -99,14 +100,11 @@ class Parser(ArgumentParser):
 
     def _of_a_value(self, message: str) -> str | None:
         """Return what is to be said of a value that is not of its option's type, if ``message`` is of one."""
-        from learnedopt.typed_values import near, spelled
-
         key, value = re.match(r'Parser key "(\w+)"', message), re.search(r"(?:Got|Given) value: (.*)", message)
         action = next((each for each in self._actions if key and each.dest == key[1]), None)
         if action is None or value is None:
             return None
-        hint = getattr(action, "_typehint", action.type)
-        return f"{_shown(action)}={value[1]!r} is not of the option's type {spelled(hint)}{near(value[1], hint)}"
+        return refusal(_shown(action), value[1], getattr(action, "_typehint", action.type), "option")
 
     def _of_what_is_missing(self, message: str) -> str | None:
         start = "the following arguments are required: "

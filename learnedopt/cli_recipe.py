@@ -41,7 +41,7 @@ def call(command: str, function: Callable[..., int], words: Sequence[str]) -> Ca
     )
     if lists:
         return list_recipes
-    chosen = _chosen(parser, name, files, given, smoke=smoke)
+    chosen = _chosen(parser, name, files, given, smoke=smoke, extend=arguments.get("extend", False))
     if wants_help:
         from learnedopt.cli_fields import add_fields
 
@@ -69,7 +69,7 @@ def _parser(command: str, function: Callable[..., int]) -> Parser:
         help="YAML with fields, as --print_config prints them, or some of these; fields on the command line win",
     )  # fmt: skip
     parser.add_argument("--print_config", action="store_true", help="print all fields as YAML, and do nothing else")
-    parser.add_argument("--smoke", action="store_true", help="shrink the recipe, so that it takes less than a minute")
+    parser.add_argument("--smoke", action="store_true", help="shrink what is not set here, to a minute at most")
     return parser
 
 
@@ -95,22 +95,33 @@ def _apart(parser: Parser, words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, given
 
 
-def _chosen(parser: Parser, name: str | None, files: list[str], given: list[str], *, smoke: bool) -> Chosen:
+def _chosen(
+    parser: Parser, name: str | None, files: list[str], given: list[str], *, smoke: bool, extend: bool
+) -> Chosen:
     from learnedopt import recipes
     from learnedopt.config import INTERCHANGEABLE, override
+    from learnedopt.core.counts import require_count
 
     if name is None:
         raise ValueError("name a recipe (learnedopt train --list shows all)")
     recipe = recipes.make(name)
+    if extend and isinstance(recipe, recipes.Study):
+        raise ValueError(f"{name} is a study, which has its end: --extend lengthens a meta-training; leave it out")
     parser.fields = [f"--{field.name}" for field in dataclasses.fields(recipe)]
     for word in given:
         if word.startswith("--") and word.partition("=")[0].partition(".")[0] not in parser.fields:
             parser.error(f"unrecognized arguments: {word}")
-    changes = [*map(read_config, files), *(word.removeprefix("--") for word in given)]
+    said = [word.removeprefix("--") for word in given]
+    changes = [*map(read_config, files), *said]
     recipe = override(recipe, changes, INTERCHANGEABLE)
     if smoke:
-        recipe = recipes.smoke(recipe)
-        name = recipe.name  # its folder is not that of the run itself
+        small = recipes.smoke(recipe)
+        name = small.name  # its folder is not that of the run itself
+        try:  # what is said in so many words is not made smaller
+            recipe = override(small, said, INTERCHANGEABLE)
+        except ValueError as error:
+            raise ValueError(f"{error} (--smoke has shrunk what the command line does not name)") from error
+    require_count("num_threads", recipe.num_threads, least=1)
     return Chosen(name, recipe, changes)
 
 

@@ -35,7 +35,9 @@ def run(
     from learnedopt.evaluation.runs import labelled
     from learnedopt.evaluation.suite import Protocol, run_suite
     from learnedopt.followed import show_suite
+    from learnedopt.run import require_device
 
+    require_device(device, "--device ")
     names = [name.strip() for name in (nets or "").split(";") if name.strip()]
     chosen_nets = chosen(suite, names)
     given = {"num_seeds": tasks, "num_tuning_tasks": tuning_tasks, "tune_for": tune_for, "seed": seed}

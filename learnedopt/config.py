@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from learnedopt.core.containers import is_dict, is_list_or_tuple, is_mapping
@@ -57,7 +58,7 @@ def override(value: T, changes: Iterable[str | Mapping[str, Any]], kinds: Kinds 
 
     Raises:
         ValueError: there is no such field, or the text is not of its type; the message names the nearest valid one.
-        Whatever a dataclass itself raises for values that it does not accept passes through.
+        What a dataclass itself says of values that it does not accept passes through, with the path of the field.
 
     Example:
         >>> override(recipe, ["estimator=Unrolled", "estimator.num_steps=10"], [(Unrolled, Truncated)])
@@ -152,7 +153,19 @@ def _made(kind: Callable[..., Any], kept: dict[str, Any], changes: list[_Change]
     missing = [prefix + name for name, f in fields.items() if name not in values and f is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{kind.__name__} needs {' and '.join(missing)}: set that too")
-    return kind(**values)
+    with placed(prefix, values):
+        return kind(**values)
+
+
+@contextmanager
+def placed(prefix: str, fields: Collection[str]) -> Generator[None, None, None]:
+    """Let a ValueError that begins with ``field=`` tell which one of that name it is: ``prefix`` comes before it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition("=")[0] not in fields or not prefix:
+            raise
+        raise ValueError(f"{prefix}{error}") from error
 
 
 def _field_changed(before: Any, changes: list[_Change], path: str, hint: Any, kinds: Kinds) -> Any:

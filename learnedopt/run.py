@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from learnedopt.config import placed
 from learnedopt.core.carry import Carry
-from learnedopt.core.execution import Execution
 from learnedopt.core.files import require_name
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
@@ -48,14 +48,15 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
     """Return the training loop, and the validation on the families' held-out tasks, once at least."""
     from learnedopt import optimizers, tasks
 
-    require_device(recipe.execution)
+    require_device(recipe.execution.device, "execution.device=")
     # A rule that reads the horizon is told that of validation as well, which is its own.
     horizons = {"train": recipe.horizon, "valid": recipe.horizon and (recipe.validation.num_steps or recipe.horizon)}
     options: dict[str, dict[str, Any]] = {
         "train": {**recipe.family.options, "meta_split": "train"},
         "valid": {**recipe.family.options, **recipe.validation.family_options, "meta_split": "valid"},
     }
-    families = {split: tasks.make(recipe.family.name, **given) for split, given in options.items()}
+    with placed("family.", options["valid"]):
+        families = {split: tasks.make(recipe.family.name, **given) for split, given in options.items()}
     if recipe.compare and len(families["train"].families) > 1:
         raise ValueError(
             f"compare=true sets {recipe.name} beside tuned optimizers on one family, and {recipe.family.name!r} is of "
@@ -63,7 +64,8 @@ def build(recipe: Recipe) -> tuple[InnerLoop, Validation]:
         )
     template = template_of(families["train"], recipe.seed)
     try:
-        rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
+        with placed("rule.", recipe.rule.options):
+            rule = optimizers.make(recipe.rule.name, template=template, **recipe.rule.options)
     except ValueError as error:
         if template is not None or "needs template=" not in str(error):
             raise
@@ -109,13 +111,13 @@ def device_of(recipe: Recipe | Study) -> torch.device | str | None:
     return recipe.execution.device if isinstance(recipe, Recipe) else None
 
 
-def require_device(execution: Execution) -> None:
-    """Raise ValueError where the execution's device is not to be had."""
+def require_device(device: torch.device | str | None, what: str) -> None:
+    """Raise ValueError, beginning with ``what`` a user calls it, where a device is not to be had."""
     try:
-        torch.empty(0, device=execution.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"execution.device={execution.device!r} cannot be used here: {reason}") from error
+        raise ValueError(f"{what}{device!r} cannot be used here: {reason}") from error
 
 
 def train(

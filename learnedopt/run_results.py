@@ -48,8 +48,8 @@ def compare(recipe: Recipe, folder: Path, learned: checkpoint.Checkpoint, tracke
     from learnedopt.evaluation.runs import compare_runs
 
     comparison = compare_runs(
-        {recipe.name: learned}, recipe.family.name, recipe.family.options, num_steps=recipe.validation.num_steps,
-        num_tasks=500, report=partial(print, flush=True),
+        {folder.resolve().name: learned}, recipe.family.name, recipe.family.options,
+        num_steps=recipe.validation.num_steps, num_tasks=500, report=partial(print, flush=True),
     )  # fmt: skip
     paths = comparison.save(folder)
     print(f"\n{comparison.markdown()}\nLoss curves: {paths['png']}")

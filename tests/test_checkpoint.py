@@ -170,7 +170,7 @@ def test_a_run_is_packaged_with_a_card(tmp_path: Path) -> None:
 
 
 def test_unknown_names_say_what_there_is() -> None:
-    with pytest.raises(FileNotFoundError, match=r"'lstm-minst' is neither a checkpoint file.*packaged optimizers \["):
+    with pytest.raises(FileNotFoundError, match=r"'lstm-minst' is neither a checkpoint .*optimizers general, "):
         learnedopt.load("lstm-minst")
     with pytest.raises(FileNotFoundError, match="did you mean 'tensor-gru-quadratic'"):
         bare(torch.nn.Linear(2, 1).parameters(), "tensor_gru_quadratic")

@@ -138,27 +138,46 @@ def test_baselines_are_tuned_on_another_split(
     ]
 
 
-def test_the_output_folder_is_named_after_the_run(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wandb: None
+def test_the_output_folder_is_named_after_the_run_and_keeps_its_evaluation(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_wandb: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", str(checkpoint), *QUICK, "--tune-for", "sum_of_losses"]) == 0
     folder = tmp_path / "runs" / "evaluate-learned-sgd-quadratic"
     assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
     assert "lowest mean sum of losses on 3 other tasks" in (folder / "evaluation.md").read_text("utf-8")
+    before = (folder / "evaluation.json").read_bytes()
+    for name, value in {"steps": "13", "tuning-tasks": "4", "seed": "1", "baselines": "SGD", "set": "dim=4"}.items():
+        capsys.readouterr()
+        words = [*QUICK, "--tune-for", "sum_of_losses", f"--{name}", value]
+        assert "is an evaluation with other settings (" in refusal(capsys, "compare", str(checkpoint), *words), name
+    assert (folder / "evaluation.json").read_bytes() == before
+    small = ["--steps", "2", "--tasks", "2", "--out", str(folder)]
+    assert cli.main(["evaluate", str(checkpoint), "--few-shot", *QUICK[:4], *small]) == 0
+    capsys.readouterr()
+    small[1] = "3"
+    told = refusal(capsys, "evaluate", str(checkpoint), "--few-shot", *QUICK[:4], *small)
+    assert "few_shot.json is an evaluation with other settings (num_steps=2)" in told
 
 
 def test_list_names_what_there_is() -> None:
     done = run("list")
     assert done.returncode == 0, done.stderr
-    rules, descended, found, wanted, families, known, _, *packaged = done.stdout.splitlines()
-    assert rules.split(": ")[1].split(", ") == optimizers.names()
-    assert descended.split(": ")[1].split(", ") == inner_objectives.names()
-    assert found.split(": ")[1].split(", ") == estimators.names()
-    assert wanted.split(": ")[1].split(", ") == objectives.names()
-    assert families.split(": ")[1].split(", ") == tasks.names()
-    assert known.split(": ")[1].split(", ") == recipes.names()
-    assert [line.split()[0] for line in packaged] == learnedopt.packaged() and all(len(x.split()) > 3 for x in packaged)
+    sections: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith(" "):
+            assert len(line.split()) > 2, line  # what it is
+            sections[[*sections][-1]].append(line.split()[0])
+        else:
+            sections[line] = []
+    assert [*sections.values()] == [
+        optimizers.names(), inner_objectives.names(), estimators.names(), objectives.names(), tasks.names(),
+        recipes.names(), learnedopt.packaged(),
+    ]  # fmt: skip
 
 
 def test_cards_of_packaged_optimizers_and_of_a_file(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
@@ -187,7 +206,7 @@ def test_bad_input_in_a_process_of_its_own(checkpoint: Path) -> None:
         (["--family", "quadratic", "--steps", "0"], "num_steps=0 is not a count"),
         (["--family", "quadratic", "--tasks", "1"], "at least 2"),
         (["--family", "quadratic", "--tasks", "many"], "--tasks='many' is not of the option's type int"),
-        (["--family", "quadratic", "--tune-for", "loss"], "use one of final_loss, sum_of_losses, last_ten"),
+        (["--family", "quadratic", "--tune-for", "loss"], "none of final_loss, sum_of_losses, last_ten; did"),
         (["--family", "quadratic", "--wandb", "ofline"], "did you mean 'offline'?"),
         (["--family", "quadratic", "--step", "5"], "did you mean --steps?"),
         ([], "has no record of a family; name one with --family"),

@@ -373,7 +373,7 @@ SHORT = ("--set", "estimator=Unrolled", "--set", "estimator.num_steps=1")
         (("demo", "--tasks", "0"), "num_tasks=0"),
         (("demo", "--truth-batches", "2"), "num_truth_batches=2"),
         (("demo", "--budget", "0"), "seconds of compute"),
-        (("demo", "--memory-limit", "inf"), "--memory-limit='inf' is not of the option's type float"),
+        (("demo", "--memory-limit", "inf"), "--memory-limit='inf' is not finite"),
         (("demo", "--memory-limit", "0"), "--memory-limit 0.0 is no size"),
         (("demo", "--theta", "tensor-gru-quadratic"), "another rule's"),
         (("demo", "--theta", "nowhere"), "nowhere"),

@@ -325,7 +325,9 @@ def test_family_and_options_are_the_users(clusters: None, tmp_path: Path, monkey
 
     def options(*arguments: str) -> dict[str, Any]:
         assert cli.main(["evaluate", str(run), "--few-shot", "--steps", "1", "--tasks", "3", *arguments]) == 0
-        saved = json.loads(Path("runs/evaluate-maml-clusters/few_shot.json").read_text("utf-8"))
+        path = Path("runs/evaluate-maml-clusters/few_shot.json")
+        saved = json.loads(path.read_text("utf-8"))
+        path.unlink()  # else the next one, with other settings, is refused
         return saved["settings"]["family"]["options"]
 
     assert options() == {"ways": 3, "shots": 1, "width": 4, "meta_split": "test"}  # as the model was chosen
@@ -362,7 +364,9 @@ def test_a_run_is_adapted_by_the_solver_that_it_was_trained_with(
     both = {"type": "Combined", "back_propagated": {"type": "Implicit", "inner": found}}
     assert recorded_solver({"estimator": both}) == HessianFree(3)
     assert recorded_solver({}) is None and recorded_solver({"estimator": "mine"}) is None
-    assert "num_steps=0 is not a count" in refusal(capsys, str(run), "--few-shot", "--steps", "0", *out)
+    assert "num_steps=0 is not a count" in refusal(
+        capsys, str(run), "--few-shot", "--steps", "0", "--out", str(tmp_path / "none")
+    )
     with pytest.raises(ValueError, match="cannot be made again from the record"):
         recorded_solver({"estimator": {"type": "Implicit", "inner": "<function solve>"}})
     with pytest.raises(ValueError, match="cannot be made again from the record"):
@@ -375,7 +379,7 @@ def test_bad_input_ends_in_one_line(clusters: None, tmp_path: Path, capsys: pyte
     assert "maml does not fit" in told and "(3, 4)" in told and "(3, 5)" in told
     assert "meta-trained on clusters with {'shots': 2}" in told
     assert "named twice" in refusal(capsys, run, run, "--few-shot", *out)
-    assert "--tune-for have no effect" in refusal(capsys, run, "--few-shot", "--tune-for", "last_ten", *out)
+    assert "--tune-for has no effect" in refusal(capsys, run, "--few-shot", "--tune-for", "last_ten", *out)
     assert "num_tasks=1 is not a count" in refusal(capsys, run, "--few-shot", "--tasks", "1", *out)
     assert "num_steps=-2 is not a count" in refusal(capsys, run, "--few-shot", "--steps", "-2", *out)
     rule = optimizers.make("sgd", lr=0.1)

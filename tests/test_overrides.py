@@ -135,14 +135,14 @@ def test_a_required_field_of_another_class_can_be_given_or_is_asked_for() -> Non
         ("count=1.5", r"count='1\.5' is not of the setting's type int$"),
         ("count=true", r"count='true' is not of the setting's type int$"),
         ("count=null", r"count='null' is not of the setting's type int$"),
-        ("limit=much", r"limit='much' is not of the setting's type float \| None$"),
-        ("flag=3", r"flag='3' is not of the setting's type bool$"),
-        ("sizes=[a]", r"sizes='\[a\]' is not of the setting's type tuple\[int, \.\.\.\]$"),
-        ("mode=fsat", r"mode='fsat' is not of the setting's type Literal\['slow', 'fast'\]; did you mean 'fast'\?"),
-        ("shape.colour=red", r"colour='red' is not of the setting's type Colour; did you mean 'RED'\?"),
+        ("limit=much", r"limit='much' is not of the setting's type float \| null$"),
+        ("flag=3", r"flag='3' is none of true, false$"),
+        ("sizes=[a]", r"sizes='\[a\]' is not of the setting's type \(int, \.\.\.\)$"),
+        ("mode=fsat", r"mode='fsat' is none of slow, fast; did you mean 'fast'\?"),
+        ("shape.colour=red", r"colour='red' is none of RED.*; did you mean 'RED'\?"),
         ("shape=Boxx", r"shape='Boxx' is none of Square, Box, Circle; did you mean 'Box'\?"),
         ("shape=square", r"shape='square' is none of .*; did you mean 'Square'\?"),
-        ("shape.side=3", r"^height=8\.0 is no multiple of 3$"),  # the settings' own refusal, as it is
+        ("shape.side=3", r"^shape.height=8\.0 is no multiple of 3$"),  # the settings' own refusal, as it is
     ],
 )
 def test_a_wrong_override_is_told_the_nearest_right_one(assignment: str, told: str) -> None:

@@ -86,6 +86,9 @@ def test_a_study_that_does_not_say_how_it_is_made_small_is_refused() -> None:
 def test_every_recipe_runs_small_in_under_a_minute(name: str, tmp_path: Path, data_root: Path) -> None:
     began = time.process_time()
     small = recipes.smoke(recipes.make(name))
-    run.train(small, tmp_path / small.name, Tracking("disabled"))
-    assert json.loads((tmp_path / small.name / "config.json").read_text("utf-8"))["recipe"]["name"] == small.name
+    run.train(small, tmp_path / name, Tracking("disabled"))
+    assert json.loads((tmp_path / name / "config.json").read_text("utf-8"))["recipe"]["name"] == small.name
+    if isinstance(small, Recipe) and small.compare:
+        compared = json.loads((tmp_path / name / "evaluation.json").read_text("utf-8"))
+        assert next(iter(compared["optimizers"])) == name  # the run's name, not the recipe's
     assert time.process_time() - began < 60

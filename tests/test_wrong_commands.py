@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from learnedopt import cli
+from learnedopt.core.sealed import write_record
 
 SWEEP = Path(__file__).resolve().parent.parent / "sweeps" / "lstm-quadratic.yaml"
 NONSENSE = {
@@ -15,11 +16,11 @@ NONSENSE = {
     "train demo --xyzzy 1": "learnedopt train --help",
     "train demo xyzzy=1": "; there are name, family, ",
     "train demo estimator=xyzzy": "none of Unrolled, Truncated, ",
-    "train demo estimator.tape=xyzzy": "; there are NONE, FIRST_ORDER, FULL",
+    "train demo estimator.tape=xyzzy": "none of NONE, FIRST_ORDER, FULL",
     "train demo family=xyzzy": "All task families: quadratic, ",
     "train demo meta.optimizer=xyzzy": "(known: adam, ",
     "train demo meta.optimizer.xyzzy=1": "; there are lr, ",
-    "train demo --wandb xyzzy": "'online', 'offline', 'disabled'",
+    "train demo --wandb xyzzy": "none of online, offline, disabled ",
     "card xyzzy": "the packaged optimizers ",
     "xyzzy": "learnedopt --help",
 }
@@ -66,6 +67,21 @@ WRONG = [
     ("train demo --set rule=null", "rule='null'", "needs a name"),
     ("train demo --set execution.device=gpu", "'gpu'", "execution.device"),
     ("train optimistic-convex --set problems=()", "problems", "name one"),
+    ("train demo execution.compile=maybe", "'maybe'", "none of true, false, step"),
+    ("train demo meta=3", "meta='3'", "such as meta.lr"),
+    ("train demo meta.lr=nan", "meta.lr='nan'", "not finite"),
+    ("train demo num_meta_steps=1e3", "num_meta_steps='1e3'", "write 1000"),
+    ("train demo --runs /dev/null", "/dev/null/demo cannot be", "name another place"),
+    ("report runs/mine --out /dev/null/page.html", "/dev/null cannot be", "name another place"),
+    ("train demo num_threads=0 --smoke", "num_threads=0", "not a count"),
+    ("train bmg-quadratic num_threads=0", "num_threads=0", "not a count"),
+    ("train demo --smoke estimator.num_steps=50", "estimator.horizon=10", "--smoke has shrunk"),
+    ("train demo estimator.num_steps=-3", "estimator.num_steps=-3", "not a count"),
+    ("train demo validation.every=0", "validation.every=0", "not a count"),
+    ("train demo family.dim=0", "family.dim=0", "not a count"),
+    ("train demo rule.hidden_size=0", "rule.hidden_size=0", "must be at least 1"),
+    ("train demo --backend foo", "'foo'", "pass --backend gloo"),
+    ("train bmg-quadratic --extend num_meta_steps=3", "bmg-quadratic is a study", "leave it out"),
     ("check demmo", "'demmo'", "did you mean 'demo'?"),
     ("check optimistic-convex", "optimistic-convex", "check a recipe of one meta-training"),
     ("check demo --theta x", "--theta", "--help"),
@@ -82,12 +98,20 @@ WRONG = [
     ("evaluate general --family quadratic --steps few", "'few'", "int"),
     ("evaluate general --family quadratic --steps 0", "num_steps=0", "not a count"),
     ("evaluate general --family quadratic --tune-for loss", "'loss'", "final_loss"),
-    ("evaluate general --family quadratic --baselines Adan", "Adan", "Adam"),
-    ("evaluate general --family quadratic --nets 1", "--nets", "--suite"),
+    ("evaluate general --family quadratic --baselines Adan", "Adan", "did you mean 'Adam'?"),
+    ("evaluate general --family quadratic --nets 1", "--nets has no effect", "leave it out"),
     ("evaluate general --family quadratic --import no_such_module", "no_such_module", "there is no module"),
     ("evaluate general general --few-shot", "general general", "named twice"),
-    ("evaluate general --suite unseeen", "'unseeen'", "unseen"),
+    ("evaluate general --suite unseeen", "'unseeen'", "did you mean 'unseen'?"),
+    ("evaluate runs/min", "min'", "did you mean 'runs/mine'?"),
+    ("evaluate runs/study", "study'", "a study leaves none"),
+    ("evaluate runs/mine/theta.json", "theta.json", "did you mean runs/mine/theta.safetensors?"),
+    ("evaluate general --suite unseen --nets gru", "'gru'", "by number: "),
+    ("evaluate general --suite unseen --tune-for last_tem", "'last_tem'", "did you mean 'last_ten'?"),
+    ("evaluate general --family quadratic --tune-for final", "'final'", "did you mean 'final_loss'?"),
     ("evaluate general --suite unseen --few-shot", "--suite and --few-shot", "leave one out"),
+    ("evaluate general --suite unseen --device foo", "--device 'foo'", "cannot be used here"),
+    ("evaluate general --family quadratic --threads 0", "--threads=0", "not a count"),
     ("evaluate general --suite unseen --graphs some", "'some'", "baselines"),
     ("compare", "CHECKPOINT", "required"),
     ("compare lstm-mnist --steps 0", "num_steps=0", "not a count"),
@@ -109,7 +133,7 @@ WRONG = [
     ("sweep SWEEP --trials 0", "trials=0", "not a count"),
     ("sweep SWEEP --wandb offline", "--wandb", "learnedopt sweep --help"),
     ("swep SWEEP", "'swep'", "did you mean sweep?"),
-    ("hub", "'hub'", "did you mean hub push?"),
+    ("hub", "'hub'", "did you mean hub push or hub pull?"),
     ("hub psh", "'hub psh'", "did you mean hub push?"),
     ("hub push general", "--to", "required"),
     ("hub push generol --to ./here", "'generol'", "did you mean 'general'?"),
@@ -130,6 +154,10 @@ def test_wrong_input_ends_in_one_line_that_names_it_and_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    for run in ("mine", "study"):
+        write_record(tmp_path / "runs" / run / "config.json", {"recipe": {}})
+    for name in ("theta.json", "theta.safetensors"):
+        (tmp_path / "runs" / "mine" / name).write_text("no theta")
     assert cli.main(line.replace("SWEEP", str(SWEEP)).split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("learnedopt") and err.endswith("\n"), err

@@ -29,7 +29,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         OSError: it cannot be written, as on a full disk; it names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:  # of a name that nobody knows
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     try:
         write(Path(name))

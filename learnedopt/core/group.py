@@ -33,7 +33,10 @@ class Group(Collection[Callable[..., Any]]):
     """
 
     def __init__(self, kind: type[Any], noun: str, plural: str, table: Mapping[str, str]) -> None:
-        self.kind, self.noun, self.plural, self.table = kind, noun, plural, table
+        self.kind: type[Any] = kind
+        self.noun: str = noun
+        self.plural: str = plural
+        self.table: Mapping[str, str] = table
         self.registered: dict[str, type[Any]] = {}
 
     def names(self) -> list[str]:

@@ -62,7 +62,7 @@ def describe(path: Path) -> Described:
         with path.open("rb") as file:
             length = _header_length(file.read(8))
             if not 0 < length <= min(size - 8, _MAX_HEADER):
-                raise ValueError(f"its header is of {length} bytes, and the file of {size}")
+                raise ValueError("it does not begin as one, or ends within its header")
         with _opened(path) as file:  # which compares the header with the size
             metadata: dict[str, str] = file.metadata() or {}
             text = metadata.get("learnedopt")

@@ -19,6 +19,7 @@ from learnedopt.core.execution import Execution
 from learnedopt.core.inner import InnerLoop
 from learnedopt.core.inner_objective import InnerObjective, TaskLoss
 from learnedopt.core.pace import Pace
+from learnedopt.core.registry import nearest
 from learnedopt.core.rule import State, UpdateRule
 from learnedopt.core.task import TaskFamily, Tasks
 from learnedopt.core.tree import Params, Theta
@@ -233,7 +234,7 @@ def _check(
     require_count("num_steps", num_steps, least=1)
     require_count("num_tasks", num_tasks, least=2)  # an interval needs two
     if tune_for not in MEASURES:
-        raise ValueError(f"tune_for={tune_for!r} is no measure; use one of {', '.join(MEASURES)}")
+        raise ValueError(f"tune_for={tune_for!r} is none of {', '.join(MEASURES)}{nearest(tune_for, MEASURES)}")
     if twice := candidates.keys() & baselines.keys():
         raise ValueError(f"{sorted(twice)} name both candidates and baselines; label the candidates otherwise")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from learnedopt.core.registry import nearest
 from learnedopt.core.rule import UpdateRule
 
 Schedule: TypeAlias = Literal["cosine", "linear-end"]
@@ -238,8 +239,9 @@ def named(text: str) -> Mapping[str, Grid]:
     labels = [label.strip() for label in text.split(";") if label.strip()]
     unknown = [label for label in labels if label not in HARD_BASELINES]
     if unknown or not labels:
+        near = nearest(unknown[0], HARD_BASELINES) if unknown else ""
         raise ValueError(
-            f"baselines {text!r}: there is no {unknown or 'label in it'}; use main, all, none, or some of "
-            f"{'; '.join(HARD_BASELINES)}"
+            f"baselines {text!r}: there is no {'; '.join(unknown) or 'label in it'}{near or ':'} use main, all, none, "
+            f"or some of {'; '.join(HARD_BASELINES)}"
         )
     return {label: HARD_BASELINES[label] for label in labels}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learnedopt.core.registry import nearest
 from learnedopt.core.task import TaskFamily
 
 _TEXT = {"batch_size": 16, "context": 32, "meta_split": "test", "held_out": True}
@@ -104,12 +105,13 @@ def chosen(suite: str, names: Iterable[str] = ()) -> tuple[Net, ...]:
         ValueError: there is no such suite or net.
     """
     if suite not in SUITES:
-        raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+        raise ValueError(f"no suite {suite!r}; there are {', '.join(SUITES)}{nearest(suite, SUITES)}")
     nets = {net.name: net for net in SUITES[suite]}
     numbered = {str(i): net for i, net in enumerate(SUITES[suite], start=1)}
     found: list[Net] = []
     for name in names:
         if name not in nets and name not in numbered:
-            raise ValueError(f"no net {name!r} in {suite}; there are, by number: {', '.join(nets)}")
+            told = nearest(name, nets) or f"; there are, by number: {'; '.join(nets)}"
+            raise ValueError(f"no net {name!r} in {suite}{told}")
         found.append(nets.get(name) or numbered[name])
     return tuple(net for net in SUITES[suite] if net in found) if found else SUITES[suite]

@@ -23,6 +23,7 @@ from learnedopt.core.execution import Execution
 from learnedopt.core.files import plain_json
 from learnedopt.core.inner_objective import TaskLoss
 from learnedopt.core.pace import duration
+from learnedopt.core.registry import nearest
 from learnedopt.core.sealed import read_record, write_record
 from learnedopt.core.task import Tasks
 from learnedopt.evaluation import lanes
@@ -58,8 +59,9 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, least in (("num_seeds", 2), ("num_tuning_tasks", 1), ("num_final", 1)):
             require_count(name, getattr(self, name), least=least)
-        if self.tune_for not in get_args(Judged):
-            raise ValueError(f"tune_for={self.tune_for!r} is none of {', '.join(get_args(Judged))}")
+        known = get_args(Judged)
+        if self.tune_for not in known:
+            raise ValueError(f"tune_for={self.tune_for!r} is none of {', '.join(known)}{nearest(self.tune_for, known)}")
 
 
 def run_suite(

@@ -31,6 +31,19 @@ class FmrlConvex(Study):
 
     Euclidean: losses ``sqrt(width² + ‖x − c‖²)`` around points of a cluster at distance 1, in a ball that holds all;
     entropic: experts, of which few are good. D starts at 0.1 and grows against the best points in hindsight.
+
+    Args:
+        num_tasks: tasks that are met one after the other.
+        num_losses: m, of a task.
+        dim: of the Euclidean tasks.
+        radius: of the cluster in which regret is followed over all tasks.
+        radii: of the clusters that regret is set against.
+        num_tasks_a_radius: tasks at each of ``radii``.
+        noise: about how far a task's losses have their minima from its own point.
+        single_radii: D of the learners that know nothing of the tasks, of which the best in hindsight counts.
+        num_experts: of the entropic tasks.
+        mixing: part of the uniform distribution that all learners keep, in [0, 1).
+        seeds: of the tasks; numbers are means over them.
     """
 
     num_tasks: int = 1000
@@ -167,6 +180,19 @@ class FmrlFashion(Study):
 
     Regret is stated per example. A single-task learner starts at the origin with D, the best of ``single_radii`` in
     hindsight; the omniscient one at the mean of the tasks' best points, with the radius around it.
+
+    Args:
+        shots: examples a class, each a setting of its own.
+        num_tasks: tasks that are met one after the other.
+        seeds: of the tasks; numbers are means over them.
+        single_radii: D of the single-task learners.
+        lipschitz: what the losses' gradients are taken to be within, by which the rates are set.
+        ball: the radius of the ball that holds the parameters.
+        num_features: principal components of the images.
+        fal_radius: D at the start where the leader is of the best points in hindsight.
+        fli_radius: D at the start where it is of points that the learner has come to.
+        factor: by which D grows where a task's point is further away.
+        meta_split: which of the family's images are drawn from.
     """
 
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32)

@@ -71,6 +71,10 @@ class HeldOut:
     every: int = 100
     family_options: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    def __post_init__(self) -> None:
+        for count, least in {"num_steps": 0, "num_tasks": 1, "every": 1}.items():
+            require_count(count, getattr(self, count), least)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -97,11 +101,11 @@ class Recipe:
         seed: of theta, and of all tasks.
         start: a run's folder, a checkpoint or a packaged name: where theta starts; by default as the rule says.
         num_threads: of torch; inner problems are small, and more threads mostly wait for one another.
-        compare: set what was learned beside tuned optimizers at the end.
+        compare: at the end, set what was learned beside tuned optimizers on fresh tasks: table, numbers and figure.
         inner_objective: what the inner steps descend; by default the task's loss.
         horizon: of the inner loop, for rules that read it; validation's is its own number of steps.
         after: the stage before.
-        start_partly: theta need not be all of this rule's: what has another name is left out.
+        start_partly: of the theta that it starts from, take what has the same name; the rest begins as the rule says.
     """
 
     name: str

@@ -28,7 +28,7 @@ class Study(ABC):
 
     Args:
         name: what the study is called.
-        num_threads: of torch.
+        num_threads: of torch; inner problems are small, and more threads mostly wait for one another.
     """
 
     name: str

@@ -52,12 +52,15 @@ def process_group(
         raise ValueError(
             f"timeout={timeout!r} is how many seconds processes wait for each other: pass a positive number"
         )
+    if backend is not None:
+        _require_backend(backend, device)  # what is said must be right, even where nobody needs it
     if not launched() or (dist.is_available() and dist.is_initialized()):
         yield
         return
     where = torch.device(device or "cpu")
-    backend = backend or ("nccl" if where.type == "cuda" else "gloo")
-    _require_backend(backend, where)
+    if backend is None:
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        _require_backend(backend, where)
     if where.type == "cuda":
         _take_gpu(where)
     store = _roll_call(timeout)
@@ -74,7 +77,7 @@ def process_group(
             dist.destroy_process_group()
 
 
-def _require_backend(backend: str, where: torch.device) -> None:
+def _require_backend(backend: str, device: torch.device | str | None) -> None:
     if not dist.is_available():
         raise ValueError("this build of torch has no torch.distributed: train in one process, or install another")
     there = [name for name in dist.Backend.backend_list if name != "undefined" and dist.is_backend_available(name)]
@@ -83,9 +86,10 @@ def _require_backend(backend: str, where: torch.device) -> None:
             f"the backend {backend!r} of torch.distributed is not there: this build of torch has {', '.join(there)}; "
             "pass --backend gloo for CPUs, or install a build of torch with it"
         )
-    if backend == "nccl" and where.type != "cuda":
+    where = str(device or "cpu")
+    if backend == "nccl" and not where.startswith("cuda"):
         raise ValueError(
-            f"the backend 'nccl' connects GPUs, and this training runs on {str(where)!r}; pass --backend gloo, or set "
+            f"the backend 'nccl' connects GPUs, and this training runs on {where!r}; pass --backend gloo, or set "
             "execution.device=cuda"
         )
 

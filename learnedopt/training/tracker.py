@@ -211,8 +211,9 @@ class ConsoleTracker:
         self._finished = False
 
     def start(self, config: dict[str, Any]) -> None:
-        """Print the top-level settings that are plain values."""
-        plain = [f"{key}={value}" for key, value in config.items() if isinstance(value, str | int | float)]
+        """Print the top-level settings that are words or numbers."""
+        told = {key: value for key, value in config.items() if not isinstance(value, bool)}
+        plain = [f"{key}={value}" for key, value in told.items() if isinstance(value, str | int | float)]
         self._sentence("Meta-training starts" + (f" with {', '.join(plain)}." if plain else "."))
         if isinstance(told := config.get("num_meta_steps"), int):
             self._total = told

@@ -88,6 +88,7 @@ class WandbTracker:
         self._run: Any = None
         self._pid: int | None = None  # the process that may log; None before start, -1 after the end
         self._owns_service = False
+        self._failed = ""  # what W&B did not do
         self._environment: list[str] = []  # variables set for the length of the run
         self._step = 0
         self._first_row: int | None = None  # W&B's own count at the next row; None where it goes on by itself
@@ -157,10 +158,13 @@ class WandbTracker:
 
     def finish(self, exit_code: int = 0) -> None:
         """Write everything out (online: wait for the upload) and end W&B's service process, if it is this run's own."""
+        if self._failed and self.mode == "online":  # the first report may have scrolled away
+            logger.warning("W&B has not heard all of this run, and will not: it failed while %s.", self._failed)
         if self.active:
             self._call("finishing", lambda: self._finish(exit_code))
         if self.active:  # nothing failed
             self._end()
+        self._failed = ""
 
     # What runs in the thread of a call.
 
@@ -274,10 +278,11 @@ class WandbTracker:
         if error is None:
             return
         self._end()
+        self._failed = doing
         logger.warning(
             "W&B failed while %s: %s: %s. The training goes on without it; other trackers are not affected. What W&B "
             "had written is in %s. Mode 'offline' needs no network, and 'disabled' leaves W&B out.",
-            doing, type(error).__name__, error, self.dir / "wandb",
+            doing, type(error).__name__, str(error).rstrip("."), self.dir / "wandb",
         )  # fmt: skip
         # A service that is gone or stuck makes these fail or hang too, which adds nothing to what has been reported.
         steps = [self._abandon]
