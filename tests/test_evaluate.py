@@ -254,7 +254,7 @@ def test_baseline_that_always_diverges_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune_for": "final"}, "tune_for='final' is no measure; use one of final_loss"),
+        ({"tune_for": "final"}, "tune_for='final' is none of final_loss"),
         ({"num_tasks": 1}, "num_tasks=1 is not a count; pass an integer of at least 2"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"num_tuning_tasks": 0}, "num_tuning_tasks=0"),
