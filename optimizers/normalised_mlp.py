@@ -24,7 +24,9 @@ from learnedopt.optimizers.kernels.normalised_native import MLP
 @final
 @dataclass(frozen=True)
 class NormalisedMLP(UpdateRule):
-    """``Normalised`` with ``d e^s`` in every coordinate's bracket, where ``(d, s)`` is what a network says of it::
+    """``Normalised`` with ``d e^s`` in every coordinate's bracket, where ``(d, s)`` is what a network says of it.
+
+    That is::
 
         (d, s) = output tanh(hidden features + bias) + bias
 
