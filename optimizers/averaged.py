@@ -19,7 +19,9 @@ from learnedopt.optimizers.bases.wrapper import Wrapper, unprefixed
 @final
 @dataclass(frozen=True, eq=False)
 class Averaged(Wrapper):
-    """The parameters are the weighted mean x̄ of a rule's iterates (Flennerhag et al. 2023, section 3)::
+    """The parameters are the weighted mean x̄ of a rule's iterates (Flennerhag et al. 2023, section 3).
+
+    That is::
 
         x_t = φ(x̄_{t-1}, w_t);    x̄_t = (1 - ρ_t) x̄_{t-1} + ρ_t x_t,    ρ_t = α_t / Σ_{s<=t} α_s
 
