@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
+
+from learnedopt.core.containers import is_list
 
 MODULES, DISTRIBUTIONS = "imports", "plugins"
 """Keys of a record: the modules that were imported by name, and the distributions that brought some."""
@@ -34,7 +36,7 @@ def distributions(record: Mapping[str, Any]) -> list[str]:
 
 
 def _names(record: Mapping[str, Any], key: str, punctuation: str) -> list[str]:
-    found: object = record.get(key)
-    names = [name for name in cast("list[object]", found) if isinstance(name, str)] if isinstance(found, list) else []
+    found = record.get(key)
+    names = [name for name in found if isinstance(name, str)] if is_list(found) else []
     plain = [name for name in names if name.translate(dict.fromkeys(map(ord, punctuation))).isidentifier()]
     return [name for name in plain if name.isascii() and len(name) <= _LONGEST][:_MOST]

@@ -60,8 +60,7 @@ def step(
     joined = layout.join(params)
     at, moments = frame.iterates(joined, after, blend)[ALL], tensors[ALL]
     rate = theta["log_rate"] + frame.schedule(theta["schedule"], progress)
-    places = torch.tensor([rate_of(k.kind) for k in kinds_of(params).values()], device=at.device)
-    kinds = theta["kind_rate"].index_select(0, places)  # on a GPU torch fails to index it under a map over a map
+    kinds = theta["kind_rate"][torch.tensor([rate_of(k.kind) for k in kinds_of(params).values()], device=at.device)]
     mean, rates = layout.spread(torch.stack([layout.means(moments.square), (rate + kinds).exp()])).unbind()
     bracket = frame.mixture(theta["mix"], moments) / denominator(theta["norm"], moments.square, mean, layout)
     bracket = bracket + theta["weight_decay"].exp() * at
